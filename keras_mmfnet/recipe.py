@@ -1,0 +1,208 @@
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_STATISTICS = ("avg", "max", "std")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Every number of a run, from the reading of the images to the last epoch; the defaults are the paper's.
+
+    A run writes its recipe as JSON beside its results, and is repeated, resumed and applied from that file. Lengths
+    in voxels are `(depth, height, width)`.
+
+    Args:
+        modalities: Names of the image sequences; the first one's grid is the patient's grid.
+        mask: Name of the mask's file.
+        mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, and that
+            counts.
+        align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation.
+        spacing: In-plane pixel size in mm after resampling; `None` keeps the first modality's. The distance between
+            slices is always kept.
+        normalised_scale: `None`: each image is z-scored inside the body and clipped. A number: the images hold
+            z-scores times this number and are only divided by it.
+        clip: Lowest and highest z-score by modality; a modality not named here is not clipped.
+        patch_shape: Voxels of one patch, each a multiple of `2 ** len(filters)`.
+        window_stride: Step between windows; `None` for one window about the body's centre.
+        offset_fraction: Largest random shift of a training patch, as a fraction of `patch_shape`. The paper's
+            `(4, 32, 32)` voxels.
+        max_rotation: Largest random in-plane rotation, in degrees.
+        flip_axis: Axis mirrored with probability one half: 1 (vertical), 2 (left to right) or `None`.
+        filters: Filters of the encoder's blocks; the decoder mirrors them.
+        reduction: Ratio `r` of the hidden layer in the channel attention.
+        channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
+        spatial_statistics: The same for the spatial attention.
+        shared_mlp: One MLP for all statistics (CBAM) in place of one each.
+        bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
+        self_transfer: Train one network per modality first and start from their encoders.
+        batch_size: Patches per update.
+        steps_per_epoch: Updates per epoch.
+        epochs: Most epochs of each training.
+        warmup_epochs: Epochs with frozen encoders after self-transfer.
+        pretrain_learning_rate: Adam's learning rate for the single-modality networks, and for a network trained
+            without self-transfer.
+        warmup_learning_rate: The same while the encoders are frozen.
+        learning_rate: The same afterwards.
+        patience: Epochs without a better validation loss before a training ends.
+        folds: Folds of the cross-validation, by patient.
+        validation_fraction: Share of a fold's training patients that chooses the best epoch.
+        mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
+        seed: Seed of everything random.
+
+    Raises:
+        ValueError: A value is outside its range.
+
+    Reference: Chen et al., MMFNet, sections III and IV.
+    """
+
+    modalities: tuple[str, ...] = ("t1", "t2", "cet1")
+    mask: str = "mask"
+    mask_labels: tuple[int, ...] | None = None
+
+    align: str = "header"
+    spacing: float | None = 0.5
+    normalised_scale: float | None = None
+    clip: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=lambda: {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
+    )
+
+    patch_shape: tuple[int, int, int] = (16, 256, 256)
+    window_stride: tuple[int | None, int | None, int | None] = (4, None, None)
+    offset_fraction: tuple[float, float, float] = (0.25, 0.125, 0.125)
+    max_rotation: float = 5.0
+    flip_axis: int | None = 1
+
+    filters: tuple[int, ...] = (8, 16, 32, 64)
+    reduction: int = 12
+    channel_statistics: tuple[str, ...] = _STATISTICS
+    spatial_statistics: tuple[str, ...] = _STATISTICS
+    shared_mlp: bool = False
+    bottleneck: str = "fusion"
+    self_transfer: bool = True
+
+    batch_size: int = 8
+    steps_per_epoch: int = 75
+    epochs: int = 100
+    warmup_epochs: int = 5
+    pretrain_learning_rate: float = 1e-3
+    warmup_learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    patience: int = 10
+    folds: int = 5
+    validation_fraction: float = 0.25
+    mixed_precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        object.__setattr__(self, "clip", {name: tuple(limits) for name, limits in self.clip.items()})
+
+        def check(name, holds, expected):
+            if not holds:
+                raise ValueError(f"`{name}` must be {expected}. Received: {name}={getattr(self, name)!r}")
+
+        def counts(values, smallest=1):
+            return all(isinstance(value, int) and value >= smallest for value in values)
+
+        check("modalities", self.modalities and len(set(self.modalities)) == len(self.modalities), "distinct names")
+        check("mask", self.mask and self.mask not in self.modalities, "a name that is no modality's")
+        check("mask_labels", self.mask_labels is None or self.mask_labels, "None or one or more label values")
+        check("align", self.align in ("header",), "'header'")
+        check("spacing", self.spacing is None or self.spacing > 0, "positive, in mm, or None")
+        check("normalised_scale", self.normalised_scale is None or self.normalised_scale > 0, "positive or None")
+        check("clip", all(len(c) == 2 and c[0] < c[1] for c in self.clip.values()), "(lowest, highest) by modality")
+        check("filters", self.filters and counts(self.filters), "one or more positive counts")
+        factor = 2 ** len(self.filters)
+        check(
+            "patch_shape",
+            len(self.patch_shape) == 3 and counts(self.patch_shape) and all(n % factor == 0 for n in self.patch_shape),
+            f"(depth, height, width), each a positive multiple of {factor}: the network halves it "
+            f"{len(self.filters)} times",
+        )
+        check(
+            "window_stride",
+            len(self.window_stride) == 3 and counts(step for step in self.window_stride if step is not None),
+            "three positive counts or None",
+        )
+        check(
+            "offset_fraction",
+            len(self.offset_fraction) == 3 and all(0 <= f <= 1 for f in self.offset_fraction),
+            "three numbers from 0 to 1",
+        )
+        check("max_rotation", 0 <= self.max_rotation <= 180, "from 0 to 180 degrees")
+        check("flip_axis", self.flip_axis in (1, 2, None), "1, 2 or None")
+        for name in ("channel_statistics", "spatial_statistics"):
+            check(name, getattr(self, name) and set(getattr(self, name)) <= set(_STATISTICS), f"of {_STATISTICS}")
+        check("bottleneck", self.bottleneck in ("fusion", "concat"), "'fusion' or 'concat'")
+        for name in ("reduction", "batch_size", "steps_per_epoch", "epochs", "patience"):
+            check(name, counts([getattr(self, name)]), "a positive count")
+        check("warmup_epochs", counts([self.warmup_epochs], smallest=0), "0 or a positive count")
+        for name in ("pretrain_learning_rate", "warmup_learning_rate", "learning_rate"):
+            check(name, getattr(self, name) > 0, "positive")
+        check("folds", counts([self.folds], smallest=2), "2 or more")
+        check("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
+        check("mixed_precision", self.mixed_precision in ("auto", "off", "float16", "bfloat16"), "a known policy")
+        check("seed", counts([self.seed], smallest=0), "0 or a positive count")
+
+    @classmethod
+    def small(cls, **changes):
+        """A recipe for a computer without a GPU: the paper's field of view in patches of 16x64x64 voxels of 2 mm.
+
+        Args:
+            **changes: Fields that differ from it.
+
+        Returns:
+            The recipe.
+        """
+        defaults = {
+            "spacing": 2.0,
+            "patch_shape": (16, 64, 64),
+            "flip_axis": 2,
+            "batch_size": 4,
+            "steps_per_epoch": 30,
+            "epochs": 4,
+            "warmup_epochs": 1,
+            "learning_rate": 1e-3,
+        }
+        return cls(**(defaults | changes))
+
+    @property
+    def max_offset(self):
+        """Largest random shift of a training patch, in voxels `(depth, height, width)`."""
+        return tuple(round(f * n) for f, n in zip(self.offset_fraction, self.patch_shape, strict=True))
+
+    def to_json(self):
+        """The recipe as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text):
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not JSON, or names a field that no recipe has.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a recipe must be JSON: {error}. Received: {text[:80]!r}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a recipe must be a JSON object. Received: {text[:80]!r}")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"a recipe has no such fields. Received: {unknown}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike):
+        """The recipe in the JSON file `path`."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
