@@ -1,0 +1,105 @@
+import keras
+from keras import ops
+
+from keras_mmfnet import _axes
+from keras_mmfnet.layers._statistics import check_statistics, statistics_over
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class ChannelStdAttention3D(keras.layers.Layer):
+    """Weights each channel of a volume by what the whole volume says about it (eq. 4 and 7-10).
+
+    `F_c = W_c * F_ori` with `W_c = sigmoid(MLP_avg(avg) + MLP_max(max) + MLP_std(std))`, where avg, max and std are
+    taken over depth, height and width. Each MLP has one hidden layer of `channels // reduction` units with ReLU.
+
+    Args:
+        reduction: Ratio `r` of the channels to the hidden units.
+        statistics: Which statistics are used, of `"avg"`, `"max"` and `"std"`.
+        shared_mlp: One MLP for all statistics, as in CBAM, in place of one for each.
+        data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
+            `"channels_first"`; sizes may be unknown, but for the channels.
+        return_attention_scores: Return `(outputs, weights)` in place of the outputs alone.
+
+    Returns:
+        A tensor like the inputs; the weights have 1 for depth, height and width, and lie between 0 and 1.
+
+    Raises:
+        ValueError: An argument is outside its range, or the number of channels is unknown.
+
+    Example:
+    ```python
+    features = keras.random.normal((2, 8, 32, 32, 24))
+    weighted = ChannelStdAttention3D(reduction=12)(features)  # (2, 8, 32, 32, 24)
+    ```
+
+    Reference: Chen et al., MMFNet, section III-B.
+    """
+
+    def __init__(self, reduction=12, statistics=("avg", "max", "std"), shared_mlp=False, data_format=None, **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(reduction, int) or reduction < 1:
+            raise ValueError(f"`reduction` must be a positive integer. Received: {reduction!r}")
+        self.reduction = reduction
+        self.statistics = check_statistics(statistics)
+        self.shared_mlp = bool(shared_mlp)
+        self.data_format = _axes.standardize(data_format)
+        self.input_spec = keras.layers.InputSpec(ndim=5)
+
+    def build(self, input_shape):
+        axis = _axes.channel_axis(self.data_format)
+        channels = input_shape[axis]
+        if channels is None:
+            raise ValueError(f"the number of channels must be known. Received: input_shape={input_shape}")
+        self.input_spec = keras.layers.InputSpec(ndim=5, axes={axis: channels})
+        hidden = max(1, channels // self.reduction)
+        names = ["shared"] if self.shared_mlp else self.statistics
+        self.hidden_layers, self.score_layers = [], []
+        for name in names:
+            self.hidden_layers.append(
+                keras.layers.Dense(hidden, activation="relu", dtype=self.dtype_policy, name=f"{name}_hidden")
+            )
+            self.score_layers.append(keras.layers.Dense(channels, dtype=self.dtype_policy, name=f"{name}_scores"))
+            self.hidden_layers[-1].build((None, channels))
+            self.score_layers[-1].build((None, hidden))
+
+    def scores(self, inputs):
+        """The weights `W_c`, of shape `(batch, 1, 1, 1, channels)` or with the channels second."""
+        values = statistics_over(inputs, self.statistics, _axes.spatial_axes(self.data_format))
+        shape = ops.shape(values[0])
+        channels = self.input_spec.axes[_axes.channel_axis(self.data_format)]
+        logits = 0
+        for index, value in enumerate(values):
+            mlp = 0 if self.shared_mlp else index
+            hidden = self.hidden_layers[mlp](ops.reshape(value, (-1, channels)))
+            logits = logits + self.score_layers[mlp](hidden)
+        return ops.reshape(ops.sigmoid(logits), shape)
+
+    def call(self, inputs, return_attention_scores=False):
+        weights = self.scores(inputs)
+        outputs = inputs * weights
+        return (outputs, weights) if return_attention_scores else outputs
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    def compute_output_spec(self, inputs, return_attention_scores=False):
+        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return outputs
+        shape = list(inputs.shape)
+        for axis in _axes.spatial_axes(self.data_format):
+            shape[axis] = 1
+        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "reduction": self.reduction,
+            "statistics": self.statistics,
+            "shared_mlp": self.shared_mlp,
+            "data_format": self.data_format,
+        }

@@ -1,0 +1,121 @@
+import keras
+from keras import ops
+
+from keras_mmfnet import _axes
+from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
+from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
+from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class FusionBlock3D(keras.layers.Layer):
+    """Fuses the features of several modalities into as many channels as one of them has (eq. 4-6).
+
+    `F_ori` is the features side by side, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
+    output `Res(F_s + F_ori)`.
+
+    Args:
+        filters: Channels of the output.
+        reduction: Ratio `r` of the channel attention's hidden layer.
+        channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
+        spatial_statistics: The same for the spatial attention.
+        shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
+        data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: A list of tensors `(batch, depth, height, width, channels)`, one for each modality, or with the
+            channels second for `"channels_first"`; they may differ in the channels only. A single tensor stands for
+            a list of one.
+        training: Whether the batch normalization uses the batch's statistics.
+        return_attention_scores: Return `(outputs, channel_weights, spatial_weights)` in place of the outputs alone.
+            The channel weights are in the order of the inputs.
+
+    Returns:
+        A tensor `(batch, depth, height, width, filters)`, or with the channels second.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Example:
+    ```python
+    t1, t2, cet1 = (keras.random.normal((2, 8, 32, 32, 8)) for _ in range(3))
+    fused = FusionBlock3D(filters=8)([t1, t2, cet1])  # (2, 8, 32, 32, 8)
+    ```
+
+    Reference: Chen et al., MMFNet, section III-B.
+    """
+
+    def __init__(
+        self,
+        filters,
+        reduction=12,
+        channel_statistics=("avg", "max", "std"),
+        spatial_statistics=("avg", "max", "std"),
+        shared_mlp=False,
+        data_format=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.data_format = _axes.standardize(data_format)
+        common = {"data_format": self.data_format, "dtype": self.dtype_policy}
+        self.channel_attention = ChannelStdAttention3D(
+            reduction, channel_statistics, shared_mlp, name="channel_attention", **common
+        )
+        self.spatial_attention = SpatialStdAttention3D(
+            statistics=spatial_statistics, name="spatial_attention", **common
+        )
+        self.residual_fusion = ResidualFusion3D(filters, name="residual_fusion", **common)
+        self.filters = filters
+        self.reduction = reduction
+        self.channel_statistics = self.channel_attention.statistics
+        self.spatial_statistics = self.spatial_attention.statistics
+        self.shared_mlp = shared_mlp
+
+    def build(self, input_shape):
+        merged = self._merged_shape(input_shape)
+        self.channel_attention.build(merged)
+        self.spatial_attention.build(merged)
+        self.residual_fusion.build(merged)
+
+    def call(self, inputs, training=None, return_attention_scores=False):
+        if isinstance(inputs, (list, tuple)):
+            inputs = ops.concatenate(list(inputs), axis=_axes.channel_axis(self.data_format))
+        weighted, channel_weights = self.channel_attention(inputs, return_attention_scores=True)
+        weighted, spatial_weights = self.spatial_attention(weighted, return_attention_scores=True)
+        outputs = self.residual_fusion(weighted + inputs, training=training)
+        return (outputs, channel_weights, spatial_weights) if return_attention_scores else outputs
+
+    def compute_output_shape(self, input_shape):
+        return _axes.with_channels(self._merged_shape(input_shape), self.filters, self.data_format)
+
+    def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
+        shapes = [x.shape for x in inputs] if isinstance(inputs, (list, tuple)) else inputs.shape
+        merged = keras.KerasTensor(self._merged_shape(shapes), dtype=self.compute_dtype)
+        outputs = keras.KerasTensor(self.compute_output_shape(shapes), dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return outputs
+        _, channel_weights = self.channel_attention.compute_output_spec(merged, return_attention_scores=True)
+        _, spatial_weights = self.spatial_attention.compute_output_spec(merged, return_attention_scores=True)
+        return outputs, channel_weights, spatial_weights
+
+    def _merged_shape(self, input_shape):
+        several = isinstance(input_shape[0], (list, tuple))
+        shapes = [tuple(shape) for shape in (input_shape if several else [input_shape])]
+        axis = _axes.channel_axis(self.data_format)
+        if any(len(shape) != 5 for shape in shapes):
+            raise ValueError(f"each input must be a batch of volumes, with 5 axes. Received: shapes={shapes}")
+        if any(shape[axis] is None for shape in shapes):
+            raise ValueError(f"the numbers of channels must be known. Received: shapes={shapes}")
+        return _axes.with_channels(shapes[0], sum(shape[axis] for shape in shapes), self.data_format)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "reduction": self.reduction,
+            "channel_statistics": self.channel_statistics,
+            "spatial_statistics": self.spatial_statistics,
+            "shared_mlp": self.shared_mlp,
+            "data_format": self.data_format,
+        }

@@ -1,0 +1,89 @@
+import keras
+from keras import ops
+
+from keras_mmfnet import _axes
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class ResidualFusion3D(keras.layers.Layer):
+    """Reduces the channels of several modalities to `filters` and refines the result (eq. 12-13).
+
+    `F_r = conv_1x1x1(F)`, then `F_r + conv_1x3x3(relu(batch_norm(conv_1x3x3(F_r))))`.
+
+    Args:
+        filters: Channels of the output.
+        kernel_size: Kernel of the two refining convolutions, an integer or three.
+        data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
+            `"channels_first"`; sizes may be unknown, but for the channels.
+        training: Whether the batch normalization uses the batch's statistics.
+
+    Returns:
+        A tensor `(batch, depth, height, width, filters)`, or with the channels second.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Example:
+    ```python
+    features = keras.random.normal((2, 8, 32, 32, 24))
+    fused = ResidualFusion3D(filters=8)(features)  # (2, 8, 32, 32, 8)
+    ```
+
+    Reference: Chen et al., MMFNet, section III-B.
+    """
+
+    def __init__(self, filters, kernel_size=(1, 3, 3), data_format=None, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.data_format = _axes.standardize(data_format)
+        self.input_spec = keras.layers.InputSpec(ndim=5)
+
+        def conv(kernel, name, **options):
+            return keras.layers.Conv3D(
+                filters,
+                kernel,
+                padding="same",
+                kernel_initializer="he_normal",
+                data_format=self.data_format,
+                dtype=self.dtype_policy,
+                name=name,
+                **options,
+            )
+
+        self.reduce = conv(1, "reduce")
+        self.refine1 = conv(kernel_size, "refine1", use_bias=False)
+        self.norm = keras.layers.BatchNormalization(
+            axis=_axes.channel_axis(self.data_format),
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype_policy,
+            name="norm",
+        )
+        self.refine2 = conv(kernel_size, "refine2")
+
+    def build(self, input_shape):
+        self.reduce.build(input_shape)
+        reduced = self.compute_output_shape(input_shape)
+        for layer in (self.refine1, self.norm, self.refine2):
+            layer.build(reduced)
+
+    def call(self, inputs, training=None):
+        reduced = self.reduce(inputs)
+        refined = ops.relu(self.norm(self.refine1(reduced), training=training))
+        return reduced + self.refine2(refined)
+
+    def compute_output_shape(self, input_shape):
+        return _axes.with_channels(input_shape, self.filters, self.data_format)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "data_format": self.data_format,
+        }

@@ -1,0 +1,86 @@
+import keras
+from keras import ops
+
+from keras_mmfnet import _axes
+from keras_mmfnet.layers._statistics import check_statistics, statistics_over
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class SpatialStdAttention3D(keras.layers.Layer):
+    """Weights each voxel of a volume by what all its channels say about it (eq. 5 and 11).
+
+    `F_s = W_s * F_c` with `W_s = sigmoid(conv([avg; max; std]))`, where avg, max and std are taken over the channels.
+
+    Args:
+        kernel_size: Size of the convolution's kernel, an integer or three.
+        statistics: Which statistics are used, of `"avg"`, `"max"` and `"std"`.
+        data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
+            `"channels_first"`; sizes may be unknown.
+        return_attention_scores: Return `(outputs, weights)` in place of the outputs alone.
+
+    Returns:
+        A tensor like the inputs; the weights have 1 channel and lie between 0 and 1.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Example:
+    ```python
+    features = keras.random.normal((2, 8, 32, 32, 24))
+    weighted, weights = SpatialStdAttention3D()(features, return_attention_scores=True)
+    ```
+
+    Reference: Chen et al., MMFNet, section III-B.
+    """
+
+    def __init__(self, kernel_size=3, statistics=("avg", "max", "std"), data_format=None, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.statistics = check_statistics(statistics)
+        self.data_format = _axes.standardize(data_format)
+        self.input_spec = keras.layers.InputSpec(ndim=5)
+        self.conv = keras.layers.Conv3D(
+            1,
+            kernel_size,
+            padding="same",
+            activation="sigmoid",
+            data_format=self.data_format,
+            dtype=self.dtype_policy,
+            name="conv",
+        )
+
+    def build(self, input_shape):
+        self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
+
+    def scores(self, inputs):
+        """The weights `W_s`, of the inputs' shape with 1 channel."""
+        axis = _axes.channel_axis(self.data_format)
+        values = statistics_over(inputs, self.statistics, axis)
+        return self.conv(ops.concatenate(values, axis=axis))
+
+    def call(self, inputs, return_attention_scores=False):
+        weights = self.scores(inputs)
+        outputs = inputs * weights
+        return (outputs, weights) if return_attention_scores else outputs
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    def compute_output_spec(self, inputs, return_attention_scores=False):
+        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return outputs
+        shape = _axes.with_channels(inputs.shape, 1, self.data_format)
+        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_size": self.kernel_size,
+            "statistics": self.statistics,
+            "data_format": self.data_format,
+        }

@@ -1,0 +1,61 @@
+import dataclasses
+import functools
+
+import keras
+
+from keras_mmfnet import _axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Adds the blocks of one network to its graph (section III-A): 2D or 3D, in one layout and one dtype policy."""
+
+    dtype: keras.dtype_policies.DTypePolicy
+    rank: int = 3
+    data_format: str = "channels_last"
+
+    def _layer(self, kind):
+        layer = getattr(keras.layers, kind.format(f"{self.rank}D"))
+        return functools.partial(layer, data_format=self.data_format)
+
+    def conv(self, x, filters, name):
+        """A convolution of kernel 3, batch normalization and ReLU."""
+        # Without a bias: the normalization that follows takes away whatever it would add.
+        x = self._layer("Conv{}")(
+            filters,
+            3,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            dtype=self.dtype,
+            name=f"{name}_conv",
+        )(x)
+        x = keras.layers.BatchNormalization(
+            axis=_axes.channel_axis(self.data_format), momentum=0.9, epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm"
+        )(x)
+        return keras.layers.Activation("relu", dtype=self.dtype, name=f"{name}_relu")(x)
+
+    def encode(self, x, filters, name):
+        """The encoder: the features of each block before its pooling, then those after the last pooling."""
+        features = []
+        for level, count in enumerate(filters, start=1):
+            x = self.conv(x, count, f"{name}_block{level}_1")
+            x = self.conv(x, count, f"{name}_block{level}_2")
+            features.append(x)
+            x = self._layer("MaxPooling{}")(2, dtype=self.dtype, name=f"{name}_block{level}_pool")(x)
+        return [*features, self.conv(x, filters[-1], f"{name}_bottom")]
+
+    def decode(self, features, filters):
+        """The decoder over the features of each level, and the head: probabilities in float32."""
+        *skips, x = features
+        for level in range(len(skips), 0, -1):
+            count, name = filters[level - 1], f"decoder_block{level}"
+            up = self._layer("Conv{}Transpose")(count, 2, strides=2, dtype=self.dtype, name=f"{name}_up")(x)
+            x = self.conv(self.join([up, skips[level - 1]], f"{name}_join"), count, name)
+        # Always float32: in float16 a sigmoid cannot tell probabilities near 1 apart.
+        return self._layer("Conv{}")(1, 1, activation="sigmoid", dtype="float32", name="probability")(x)
+
+    def join(self, features, name):
+        """Features side by side."""
+        axis = _axes.channel_axis(self.data_format)
+        return keras.layers.Concatenate(axis=axis, dtype=self.dtype, name=name)(features)

@@ -1,0 +1,187 @@
+import os
+
+import keras
+
+from keras_mmfnet.layers import FusionBlock3D
+from keras_mmfnet.models._encoder_decoder import EncoderDecoder, make_blocks, make_inputs
+
+
+def _encode_each(inputs, filters, blocks):
+    """For each level, the features of every modality's own encoder."""
+    encoded = [blocks.encode(x, filters, modality) for modality, x in inputs.items()]
+    return [list(level) for level in zip(*encoded, strict=True)]
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class MultiEncoderUNet3D(EncoderDecoder):
+    """One encoder per modality and one decoder, their features side by side: MMFNet without fusion blocks.
+
+    Args:
+        modalities: Names of the modalities.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        filters: Filters of each encoder's blocks; the decoder mirrors them.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+
+    Raises:
+        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+
+    Reference: Chen et al., MMFNet, section IV-D.
+    """
+
+    def __init__(
+        self,
+        modalities=("t1", "t2", "cet1"),
+        patch_shape=(16, 256, 256),
+        filters=(8, 16, 32, 64),
+        dtype=None,
+        **kwargs,
+    ):
+        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
+        blocks = make_blocks(dtype)
+        inputs = make_inputs(modalities, patch_shape, filters)
+        levels = _encode_each(inputs, filters, blocks)
+        features = [
+            level[0] if len(level) == 1 else blocks.join(level, f"join{index}")
+            for index, level in enumerate(levels, start=1)
+        ]
+        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
+        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class MMFNet(EncoderDecoder):
+    """Multi-modality MRI fusion network: one encoder per modality, a fusion block per level, one decoder.
+
+    Args:
+        modalities: Names of the modalities.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        filters: Filters of each encoder's blocks; the fusion blocks and the decoder have the same.
+        reduction: Ratio `r` of the channel attention's hidden layer.
+        channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
+        spatial_statistics: The same for the spatial attention.
+        shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
+        bottleneck: How the encoders' last features are joined, on which the paper is silent: `"fusion"` by a fusion
+            block as on the other levels, or `"concat"` side by side.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+
+    Raises:
+        ValueError: An argument does not fit.
+
+    Example:
+
+    ```python
+    model = MMFNet(modalities=("t1", "t2", "cet1"), patch_shape=(16, 256, 256))
+    model.compile(keras.optimizers.Adam(1e-4), loss=DiceLoss(), metrics=[DiceScore()])
+    ```
+
+    Reference: Chen et al., MMFNet: A Multi-modality MRI Fusion Network for Segmentation of Nasopharyngeal Carcinoma,
+    section III.
+    """
+
+    def __init__(
+        self,
+        modalities=("t1", "t2", "cet1"),
+        patch_shape=(16, 256, 256),
+        filters=(8, 16, 32, 64),
+        reduction=12,
+        channel_statistics=("avg", "max", "std"),
+        spatial_statistics=("avg", "max", "std"),
+        shared_mlp=False,
+        bottleneck="fusion",
+        dtype=None,
+        **kwargs,
+    ):
+        if bottleneck not in ("fusion", "concat"):
+            raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
+        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
+        blocks = make_blocks(dtype)
+        attention = {
+            "reduction": reduction,
+            "channel_statistics": tuple(channel_statistics),
+            "spatial_statistics": tuple(spatial_statistics),
+            "shared_mlp": shared_mlp,
+        }
+
+        def fuse(level, count, name):
+            block = FusionBlock3D(count, **attention, data_format=blocks.data_format, dtype=blocks.dtype, name=name)
+            return block(level)
+
+        inputs = make_inputs(modalities, patch_shape, filters)
+        *skips, bottom = _encode_each(inputs, filters, blocks)
+        features = [fuse(skip, filters[index], f"fusion{index + 1}") for index, skip in enumerate(skips)]
+        if bottleneck == "fusion":
+            features.append(fuse(bottom, filters[-1], "fusion_bottom"))
+        else:
+            features.append(blocks.join(bottom, "join_bottom"))
+        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters, **attention}
+        super().__init__(inputs, features, blocks, filters, {**settings, "bottleneck": bottleneck}, **kwargs)
+
+    @classmethod
+    def from_pretrained_encoders(cls, encoders, **kwargs):
+        """Self-transfer: an MMFNet that starts with the encoders of single-modality networks (section III-C).
+
+        Args:
+            encoders: By modality, a network with an encoder for it, such as a `UNet3D`, or the path of one saved as
+                `.keras`.
+            **kwargs: As for the constructor. `modalities`, `patch_shape` and `filters` follow the encoders where
+                they are not given.
+
+        Returns:
+            The network. Its encoders' weights are copies; nothing is frozen yet.
+
+        Raises:
+            ValueError: A modality has no encoder, or the encoders differ from each other or from the arguments.
+
+        Example:
+
+        ```python
+        model = MMFNet.from_pretrained_encoders({"t1": "t1.keras", "t2": "t2.keras", "cet1": "cet1.keras"})
+        for modality in model.modalities:
+            model.encoder(modality).trainable = False
+        ```
+        """
+        modalities = tuple(kwargs.pop("modalities", encoders))
+        if set(modalities) != set(encoders) or not encoders:
+            raise ValueError(
+                f"`encoders` must have one network for each of the modalities {modalities}. Received: {tuple(encoders)}"
+            )
+        donors = {modality: _load_encoder(modality, encoders[modality]) for modality in modalities}
+        first, (model, _) = next(iter(donors.items()))
+        kwargs = {"patch_shape": model.patch_shape, "filters": model.filters, **kwargs}
+        for modality, (model, _) in donors.items():
+            if len(model.patch_shape) != 3:
+                raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
+            if model.filters != tuple(kwargs["filters"]):
+                raise ValueError(
+                    f"the encoder for {modality!r} must have the filters {tuple(kwargs['filters'])}, as the network "
+                    f"and the encoder for {first!r}. Received: {model.filters}"
+                )
+        network = cls(modalities, **kwargs)
+        for modality, (_, encoder) in donors.items():
+            network.encoder(modality).set_weights(encoder.get_weights())
+        return network
+
+
+def _load_encoder(modality, source):
+    """A network with an encoder for `modality`, and that encoder, from the network itself or its path."""
+    model = keras.models.load_model(source, compile=False) if isinstance(source, (str, os.PathLike)) else source
+    if not isinstance(model, EncoderDecoder):
+        raise ValueError(f"the network for {modality!r} must be a UNet3D, or the path of one. Received: {source!r}")
+    try:
+        return model, model.encoder(modality)
+    except ValueError as error:
+        raise ValueError(f"the network for {modality!r} has no encoder for it. Received: {source!r}") from error

@@ -1,0 +1,116 @@
+import keras
+
+from keras_mmfnet.models._encoder_decoder import EncoderDecoder, make_blocks, make_inputs
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class UNet3D(EncoderDecoder):
+    """The base encoder-decoder: a 3D U-net over one modality (section III-A).
+
+    Args:
+        modality: Name of the modality.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        filters: Filters of the encoder's blocks; the decoder mirrors them.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, the tensor of shape `(batch, depth, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+
+    Raises:
+        ValueError: `patch_shape` or `filters` does not fit.
+
+    Example:
+
+    ```python
+    model = UNet3D("t1", patch_shape=(16, 64, 64))
+    model.compile("adam", loss=DiceLoss())
+    ```
+
+    Reference: Chen et al., MMFNet, section III-A.
+    """
+
+    def __init__(self, modality="t1", patch_shape=(16, 256, 256), filters=(8, 16, 32, 64), dtype=None, **kwargs):
+        super().__init__(*_single(modality, patch_shape, filters, dtype, rank=3), **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class UNet2D(EncoderDecoder):
+    """The 2D U-net of the comparison: the same blocks as `UNet3D`, over slices (section IV-D).
+
+    Args:
+        modality: Name of the modality.
+        patch_shape: `(height, width)` in pixels, each a multiple of `2 ** len(filters)` or `None`.
+        filters: Filters of the encoder's blocks; the decoder mirrors them.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, height, width, 1)`.
+
+    Raises:
+        ValueError: `patch_shape` or `filters` does not fit.
+
+    Reference: Chen et al., MMFNet, section IV-D.
+    """
+
+    def __init__(self, modality="t1", patch_shape=(256, 256), filters=(8, 16, 32, 64), dtype=None, **kwargs):
+        super().__init__(*_single(modality, patch_shape, filters, dtype, rank=2), **kwargs)
+
+
+def _single(modality, patch_shape, filters, dtype, rank):
+    """The parts of a U-net over one modality, as `EncoderDecoder` takes them."""
+    patch_shape, filters, blocks = tuple(patch_shape), tuple(filters), make_blocks(dtype, rank)
+    inputs = make_inputs((modality,), patch_shape, filters, rank)
+    features = blocks.encode(inputs[modality], filters, modality)
+    settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
+    return inputs, features, blocks, filters, settings
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class SingleEncoderUNet3D(EncoderDecoder):
+    """A 3D U-net over all modalities as channels of one image (section IV-D).
+
+    Its encoder has as many times the filters as there are modalities, so that it finds as many features as the
+    encoders of an MMFNet together.
+
+    Args:
+        modalities: Names of the modalities.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        filters: Filters of the decoder's blocks, from the finest.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+
+    Raises:
+        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+
+    Reference: Chen et al., MMFNet, section IV-D.
+    """
+
+    def __init__(
+        self,
+        modalities=("t1", "t2", "cet1"),
+        patch_shape=(16, 256, 256),
+        filters=(8, 16, 32, 64),
+        dtype=None,
+        **kwargs,
+    ):
+        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
+        blocks = make_blocks(dtype)
+        inputs = make_inputs(modalities, patch_shape, filters)
+        stacked = blocks.join(list(inputs.values()), "stacked")
+        features = blocks.encode(stacked, [len(modalities) * count for count in filters], "stacked")
+        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
+        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
