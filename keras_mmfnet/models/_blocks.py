@@ -52,8 +52,16 @@ class Blocks:
             count, name = filters[level - 1], f"decoder_block{level}"
             up = self._layer("Conv{}Transpose")(count, 2, strides=2, dtype=self.dtype, name=f"{name}_up")(x)
             x = self.conv(self.join([up, skips[level - 1]], f"{name}_join"), count, name)
-        # Always float32: in float16 a sigmoid cannot tell probabilities near 1 apart.
-        return self._layer("Conv{}")(1, 1, activation="sigmoid", dtype="float32", name="probability")(x)
+        # Always float32: in float16 a sigmoid cannot tell probabilities near 1 apart. Tumour is rare: a network that
+        # starts from a probability of 5% (logit -3) need not first learn that most voxels are none.
+        return self._layer("Conv{}")(
+            1,
+            1,
+            activation="sigmoid",
+            bias_initializer=keras.initializers.Constant(-3.0),
+            dtype="float32",
+            name="probability",
+        )(x)
 
     def join(self, features, name):
         """Features side by side."""

@@ -1,0 +1,99 @@
+"""Trains MMFNet with self-transfer on a folder of patients, and segments those held back.
+
+Without arguments it makes synthetic patients and trains on them, in a few minutes on two CPU cores:
+
+    python examples/train_npc.py
+
+With a folder of patients (one folder each, with the files t1, t2, cet1 and mask in any format SimpleITK reads):
+
+    python examples/train_npc.py --data DIR --out DIR
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from pathlib import Path
+
+from keras_mmfnet.data import find_cases, make_phantom_cohort
+from keras_mmfnet.evaluation import metrics_table
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.training import cross_validate
+
+# The synthetic patients are easy enough to end the demonstration here.
+DEMONSTRATION = {"epochs": 5, "warmup_epochs": 1}
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of patients; without it a synthetic cohort is made")
+    add("--out", type=Path, help="folder for the results (default: runs/<date-time>)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--skip-bad", action="store_true", help="leave out patients that cannot be used, and list them")
+    add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
+    add("--fold", default="0", metavar="N|all", help="fold of the cross-validation to run (default: 0)")
+    group = parser.add_argument_group("what differs from the recipe (see keras_mmfnet.recipe.Recipe)")
+
+    def change(flag, **options):
+        group.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+    change("--modalities", nargs="+", metavar="NAME", help="file names of the modalities, two or more")
+    change("--mask-name", dest="mask", metavar="NAME", help="file name of the mask")
+    change("--mask-labels", nargs="+", type=int, metavar="LABEL", help="values of the mask that count as tumour")
+    change("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
+           help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
+    change("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",
+           help="in-plane pixel size, or keep the images' own")  # fmt: skip
+    change("--patch-shape", nargs=3, type=int, metavar=("D", "H", "W"), help="voxels of a patch")
+    change("--epochs", type=int, metavar="N", help="most epochs of each training")
+    change("--steps-per-epoch", type=int, metavar="N", help="updates per epoch")
+    change("--batch-size", type=int, metavar="N", help="patches per update")
+    change("--seed", type=int, metavar="N", help="seed of everything random")
+    change("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
+
+    parsed = parser.parse_args(arguments)
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    parsed.changes = {name: value for name, value in vars(parsed).items() if name in fields}
+    if len(parsed.changes.get("modalities", "12")) < 2:
+        parser.error(f"--modalities: two or more are expected. Received: {parsed.modalities}")
+    if parsed.resume and not parsed.out:
+        parser.error("--resume: the folder of the run is expected as --out. Received: no --out")
+    if parsed.fold != "all" and not parsed.fold.isdecimal():
+        parser.error(f"--fold: a number or 'all' is expected. Received: {parsed.fold}")
+    return parsed
+
+
+def choose_recipe(parsed, out):
+    if parsed.resume and (out / "recipe.json").exists() and not parsed.paper:
+        return dataclasses.replace(Recipe.load(out / "recipe.json"), **parsed.changes)
+    if parsed.paper:
+        return Recipe(**parsed.changes)
+    return Recipe.small(**({} if parsed.data else DEMONSTRATION) | parsed.changes)
+
+
+def main():
+    parsed = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    out = parsed.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        recipe = choose_recipe(parsed, out)
+        data = parsed.data
+        if data is None:
+            data = out / "phantom"
+            if parsed.resume and (out / "recipe.json").exists() and not data.exists():
+                raise ValueError(f"the run is of patients of your own: --data is expected. Received: {out}")
+            print(f"Making synthetic patients in {data}")
+            make_phantom_cohort(data, seed=recipe.seed, modalities=recipe.modalities)
+        skip = (lambda error: print(f"Left out: {error}")) if parsed.skip_bad else None
+        cases = find_cases(data, recipe, on_error=skip)
+        folds = None if parsed.fold == "all" else [int(parsed.fold)]
+        rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{metrics_table(rows)}\n\nModels, masks and numbers are in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.folds import Fold, five_folds
+from keras_mmfnet.data.formats import find_cases, read_case_folder
+from keras_mmfnet.data.phantom import make_phantom_cohort
+from keras_mmfnet.data.preprocess import preprocess_case
+
+
+def __getattr__(name):
+    # Only whoever makes patches needs TensorFlow.
+    if name == "patch_dataset":
+        from keras_mmfnet.data.patches import patch_dataset
+
+        return patch_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "Case",
+    "CaseError",
+    "Fold",
+    "Grid",
+    "PreprocessedCase",
+    "find_cases",
+    "five_folds",
+    "make_phantom_cohort",
+    "patch_dataset",
+    "preprocess_case",
+    "read_case_folder",
+]

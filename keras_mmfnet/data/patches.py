@@ -1,0 +1,150 @@
+import math
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mmfnet.data.windows import cut, window_starts
+
+# The patches are made on the CPU; on another backend TensorFlow would else take the GPU's memory from it.
+if keras.backend.backend() != "tensorflow":
+    tf.config.set_visible_devices([], "GPU")
+
+
+def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
+    """Batches of 3D patches of preprocessed patients, as a `tf.data.Dataset` on every backend (section IV-A).
+
+    For training, every pass over the windows of all patients goes through them in a random order; each window is
+    moved by a random offset, rotated in plane and mirrored, the same for all modalities and the mask, and the batches
+    never end. Every batch is a function of `recipe.seed` and its number alone. Otherwise each window comes once, as it
+    is. The patients' voxels that any window can reach are held once, in float16.
+
+    Args:
+        cases: `PreprocessedCase`s with a mask.
+        recipe: The `Recipe`; its patch shape, windows, augmentation, batch size and seed count here.
+        modalities: Names of the modalities in the batches; `None` for all of the recipe's.
+        training: Random and endless, or each window once.
+        first_batch: Number of the batch to start from, to resume a training.
+
+    Returns:
+        A dataset of `({modality: float32 (batch, depth, height, width, 1)}, uint8 mask of the same shape)`.
+
+    Raises:
+        ValueError: There is no patient, or one has no mask.
+
+    Warns:
+        UserWarning: A volume is smaller than the patch and is padded with its background, or a tumour lies outside
+            all windows in part.
+    """
+    cases = list(cases)
+    modalities = tuple(modalities or recipe.modalities)
+    if not cases:
+        raise ValueError("`cases` must hold at least one patient. Received: []")
+    without = [case.name for case in cases if case.mask is None]
+    if without:
+        raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
+
+    volume, windows = _pack(cases, recipe, modalities, recipe.max_offset if training else (0, 0, 0))
+    # Tensors of their own, so that the pipeline refers to them and does not copy them into its graph.
+    volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
+
+    def patch(sample):
+        if training:
+            window, offset, angle, mirrored = _draw(sample, len(windows), recipe)
+        else:
+            window, offset, angle, mirrored = sample, tf.zeros(3, tf.int32), 0.0, False
+        return _apply(volume, windows[window], offset, angle, mirrored, recipe, modalities)
+
+    if training:
+        samples = tf.data.Dataset.range(first_batch * recipe.batch_size, np.iinfo(np.int64).max)
+    else:
+        samples = tf.data.Dataset.range(first_batch * recipe.batch_size, len(windows))
+    patches = samples.map(patch, num_parallel_calls=tf.data.AUTOTUNE)
+    return patches.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _pack(cases, recipe, modalities, max_offset):
+    """What the windows can reach of every patient, one under the other.
+
+    Returns:
+        The voxels, float16 `(slices, height, width, modalities + 1)` with the mask last, and the windows, int32
+        `(windows, 5)`: first slice, row and column of each, and the first and last slice at which it may begin.
+    """
+    starts = [
+        np.array(window_starts(case.shape, recipe.patch_shape, recipe.window_stride, case.centre)) for case in cases
+    ]
+    _warn(cases, starts, recipe.patch_shape)
+
+    depth, *plane = recipe.patch_shape
+    # Half of what a rotated patch's bounding box has more than the patch, and one pixel for the interpolation.
+    sine = math.sin(math.radians(recipe.max_rotation)) if any(max_offset) else 0.0
+    margin = np.ceil(sine / 2 * np.array(plane[::-1])).astype(int) + np.array(max_offset[1:]) + 1
+    reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
+    slices = [max(case.shape[0], depth) for case in cases]
+
+    volume = np.empty((sum(slices), *reach, len(modalities) + 1), np.float16)
+    windows = []
+    for case, first, count, top in zip(cases, starts, slices, np.cumsum([0, *slices]), strict=False):
+        corner = np.array([min(first[:, 0].min(), 0), *(first[:, 1:].min(axis=0) - margin)])
+        block = volume[top : top + count]
+        for channel, name in enumerate(modalities):
+            image = case.images[name]
+            block[..., channel] = cut(image, corner, block.shape[:3], image.min())
+        block[..., -1] = cut(case.mask, corner, block.shape[:3], 0)
+        begins = np.array([[top, top + count - depth]] * len(first))
+        windows.append(np.concatenate([first - corner + (top, 0, 0), begins], axis=1))
+    return volume, np.concatenate(windows).astype(np.int32)
+
+
+def _warn(cases, starts, patch_shape):
+    small = [case.name for case in cases if any(n < p for n, p in zip(case.shape, patch_shape, strict=True))]
+    if small:
+        warnings.warn(
+            f"volumes smaller than the patch {patch_shape} are padded with their background: {', '.join(small)}",
+            stacklevel=3,
+        )
+    outside = []
+    for case, first in zip(cases, starts, strict=True):
+        low, high = np.maximum(first.min(axis=0), 0), first.max(axis=0) + patch_shape
+        seen = case.mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].sum(dtype=int)
+        whole = case.mask.sum(dtype=int)
+        if seen < whole:
+            outside.append(f"{case.name} ({1 - seen / whole:.0%})")
+    if outside:
+        warnings.warn(f"part of the tumour lies outside all windows: {', '.join(outside)}", stacklevel=3)
+
+
+def _draw(sample, windows, recipe):
+    """The random window, offset, angle and mirroring of one training patch: a function of its number."""
+    # Every pass over the windows has an order of its own.
+    order = tf.stack([recipe.seed, sample // windows])
+    window = tf.random.experimental.index_shuffle(sample % windows, order, windows - 1)
+    numbers = tf.random.stateless_uniform([5], tf.stack([recipe.seed, sample]), -1.0, 1.0)
+    offset = tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32)
+    return window, offset, numbers[3] * math.radians(recipe.max_rotation), numbers[4] > 0
+
+
+def _apply(volume, window, offset, angle, mirrored, recipe, modalities):
+    """Cuts one window out of the packed patients, moved, rotated about its centre and mirrored in one interpolation."""
+    depth, height, width = recipe.patch_shape
+    top = tf.clip_by_value(window[0] + offset[0], window[3], window[4])
+    row, column = tf.unstack(tf.cast(window[1:3] + offset[1:], tf.float32))
+    y, x = (height - 1) / 2, (width - 1) / 2
+    flip = tf.where(mirrored, -1.0, 1.0)
+    flip_y, flip_x = (flip if recipe.flip_axis == axis else 1.0 for axis in (1, 2))
+    a, b = tf.cos(angle) * flip_x, -tf.sin(angle) * flip_y
+    c, d = tf.sin(angle) * flip_x, tf.cos(angle) * flip_y
+    # Rows of the matrix that takes a pixel (x, y) of the patch to one of the packed slices.
+    matrix = [a, b, column + x - a * x - b * y, c, d, row + y - c * x - d * y, 0.0, 0.0]
+    patch = tf.raw_ops.ImageProjectiveTransformV3(
+        images=volume[top : top + depth],
+        transforms=tf.stack(matrix)[None],
+        output_shape=[height, width],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="NEAREST",
+    )
+    patch = tf.cast(tf.ensure_shape(patch, (depth, height, width, len(modalities) + 1)), tf.float32)
+    images = {name: patch[..., channel, None] for channel, name in enumerate(modalities)}
+    return images, tf.cast(patch[..., -1:] >= 0.5, tf.uint8)

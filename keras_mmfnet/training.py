@@ -1,0 +1,351 @@
+import csv
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import keras
+import SimpleITK as sitk
+
+from keras_mmfnet._precision import dtype_policy
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.folds import five_folds
+from keras_mmfnet.data.patches import patch_dataset
+from keras_mmfnet.data.preprocess import preprocess_case, read_tumour
+from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.losses import DiceLoss
+from keras_mmfnet.metrics import AveragePrecision, DiceScore
+from keras_mmfnet.models import MMFNet, UNet3D
+
+_log = logging.getLogger(__name__)
+
+
+def pretrain_encoders(training, validation, recipe, directory):
+    """Trains one single-modality network per modality, the first half of self-transfer (section III-C).
+
+    Args:
+        training: `PreprocessedCase`s to learn from.
+        validation: `PreprocessedCase`s that choose the best epoch.
+        recipe: The `Recipe`.
+        directory: Folder for `<modality>.keras` and `<modality>_history.csv`. A network that is there already is not
+            trained again, and one that was interrupted goes on after its last whole epoch.
+
+    Returns:
+        `{modality: path of its network}`.
+    """
+    directory = Path(directory)
+    paths = {modality: directory / f"{modality}.keras" for modality in recipe.modalities}
+    for modality, path in paths.items():
+        if path.exists():
+            continue
+        keras.utils.set_random_seed(recipe.seed)
+        model = UNet3D(modality, recipe.patch_shape, recipe.filters, dtype=dtype_policy(recipe.mixed_precision))
+        work = directory / f".{modality}"
+        _log.info("Training the network for %s alone", modality)
+        stage = _fit(model, training, validation, recipe, work, "all", recipe.pretrain_learning_rate, recipe.epochs)
+        _finish(model, path, [stage], work)
+    return paths
+
+
+def train_mmfnet(training, validation, recipe, directory, encoders=None):
+    """Trains MMFNet: with encoders from `pretrain_encoders` first while these are frozen, then the whole of it.
+
+    Args:
+        training: `PreprocessedCase`s to learn from.
+        validation: `PreprocessedCase`s that choose the best epoch.
+        recipe: The `Recipe`.
+        directory: Folder for `mmfnet.keras` and `mmfnet_history.csv`. If the network is there already it is only
+            loaded, and a training that was interrupted goes on after its last whole epoch.
+        encoders: `{modality: network or path}`, or `None` to start from random weights.
+
+    Returns:
+        The `MMFNet` with the weights of its best epoch.
+    """
+    directory = Path(directory)
+    path, work = directory / "mmfnet.keras", directory / ".mmfnet"
+    if path.exists():
+        return keras.models.load_model(path, compile=False)
+
+    def build():
+        keras.utils.set_random_seed(recipe.seed)
+        settings = {
+            "modalities": recipe.modalities,
+            "patch_shape": recipe.patch_shape,
+            "filters": recipe.filters,
+            "reduction": recipe.reduction,
+            "channel_statistics": recipe.channel_statistics,
+            "spatial_statistics": recipe.spatial_statistics,
+            "shared_mlp": recipe.shared_mlp,
+            "bottleneck": recipe.bottleneck,
+            "dtype": dtype_policy(recipe.mixed_precision),
+        }
+        return MMFNet.from_pretrained_encoders(encoders, **settings) if encoders else MMFNet(**settings)
+
+    model, stages = build(), []
+    if encoders and recipe.warmup_epochs:
+        for modality in recipe.modalities:
+            model.encoder(modality).trainable = False
+        epochs, rate = min(recipe.warmup_epochs, recipe.epochs), recipe.warmup_learning_rate
+        _log.info("Training MMFNet with frozen encoders")
+        stages.append(_fit(model, training, validation, recipe, work, "encoders frozen", rate, epochs))
+        # A new model, since `fit` would start at the epoch at which it resumed the last one.
+        model, warm = build(), model
+        model.set_weights(warm.get_weights())
+    epochs = recipe.epochs - sum(len(stage.history) for stage in stages)
+    if epochs > 0:
+        rate = recipe.learning_rate if encoders else recipe.pretrain_learning_rate
+        _log.info("Training MMFNet")
+        stages.append(_fit(model, training, validation, recipe, work, "all", rate, epochs))
+    return _finish(model, path, stages, work)
+
+
+def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=None):
+    """Trains MMFNet on the patients of each fold and evaluates it on those held back (section IV-C).
+
+    The directory gets `recipe.json`, `cohort.json` (patients, notes on them, folds), `metrics.json`, `metrics.csv`, and
+    for each fold a folder with the networks, their histories and the test patients' masks, each on the grid of the
+    patient's own first modality. Preprocessed patients are kept in `cache`.
+
+    Args:
+        cases: `Case`s with a mask.
+        recipe: The `Recipe`.
+        directory: Folder for the results.
+        folds: Numbers of the folds to run, from 0; `None` for all.
+        resume: Go on with what is in the directory, which a run of the same recipe and patients has left.
+        on_error: Called with the `CaseError` of each patient that cannot be used; that patient is then left out.
+            `None`: the first such error is raised.
+
+    Returns:
+        A list with a dict for each test patient of all folds run so far: `patient`, `fold`, the numbers of
+        `evaluate_case` (`None` where not defined) and `seconds`, the time from the preprocessed images to the written
+        mask.
+
+    Raises:
+        CaseError: A patient cannot be used.
+        ValueError: The directory holds a run already, or the run to be resumed is of another recipe or of other
+            patients; or there are too few patients for the folds.
+    """
+    directory = Path(directory)
+    _claim(directory, recipe, resume)
+    _log.info("Computing in %s", dtype_policy(recipe.mixed_precision))
+    patients, skipped = _preprocess_all(cases, recipe, directory / "cache", on_error)
+    splits = five_folds(list(patients), recipe.folds, recipe.validation_fraction, recipe.seed)
+    cohort = {
+        "patients": {name: list(patient.notes) for name, patient in patients.items()},
+        "skipped": skipped,
+        "folds": [dataclasses.asdict(split) for split in splits],
+    }
+    _write_once(directory / "cohort.json", json.dumps(cohort, indent=2) + "\n", "other patients")
+    folds = range(len(splits)) if folds is None else folds
+    unknown = [fold for fold in folds if fold not in range(len(splits))]
+    if unknown:
+        raise ValueError(f"`folds` must be numbers from 0 to {len(splits) - 1}. Received: {unknown}")
+
+    files = {case.name: case for case in cases}
+    for fold in folds:
+        folder = directory / f"fold_{fold}"
+        if (folder / "metrics.json").exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        training, validation, test = parts = [
+            [patients[n] for n in names] for names in dataclasses.astuple(splits[fold])
+        ]
+        _log.info("Fold %d: %d patients to learn from, %d to choose the best epoch, %d to test", fold, *map(len, parts))
+        encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.self_transfer else None
+        model = train_mmfnet(training, validation, recipe, folder, encoders)
+        rows = [_test(model, patient, files[patient.name], recipe, folder, fold) for patient in test]
+        _write(folder / "metrics.json", metrics_json(rows))
+
+    done = sorted(directory.glob("fold_*/metrics.json"), key=lambda path: int(path.parent.name.removeprefix("fold_")))
+    rows = [row for path in done for row in json.loads(path.read_text(encoding="utf-8"))["patients"]]
+    _write(directory / "metrics.json", metrics_json(rows))
+    _write(directory / "metrics.csv", metrics_csv(rows))
+    return rows
+
+
+def _test(model, patient, case, recipe, folder, fold):
+    """Segments one patient, writes the mask and compares it with the expert's."""
+    start = time.perf_counter()
+    mask, probability = segment_case(model, patient, recipe)
+    path = folder / "masks" / f"{patient.name}.nii.gz"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    sitk.WriteImage(mask, str(partial), useCompression=True)
+    os.replace(partial, path)
+    seconds = time.perf_counter() - start
+    truth = read_tumour(case, recipe, patient.source)
+    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth)
+    return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
+
+
+def _preprocess_all(cases, recipe, cache, on_error):
+    """The preprocessed patients by name, and why others were left out, by name."""
+    patients, skipped = {}, {}
+    for number, case in enumerate(cases, start=1):
+        try:
+            patient = preprocess_case(case, recipe, cache)
+        except CaseError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            skipped[case.name] = str(error)
+            continue
+        _log.info("Preprocessed patient %d of %d: %s", number, len(cases), "; ".join([case.name, *patient.notes]))
+        patients[case.name] = patient
+    return patients, skipped
+
+
+def _claim(directory, recipe, resume):
+    """Makes the directory this run's, or refuses it."""
+    ours = ("recipe.json", "cohort.json", "metrics.json", "metrics.csv", "cache", "fold_*")
+    found = sorted(path.name for pattern in ours for path in directory.glob(pattern))
+    if found and not resume:
+        raise ValueError(
+            f"the output folder must hold no run, unless that run is to be resumed. Received: {directory}, with "
+            f"{', '.join(found)}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_once(directory / "recipe.json", recipe.to_json(), "another recipe")
+
+
+def _write_once(path, text, other):
+    """Writes a file that a resumed run must find with the same values."""
+    if not path.exists():
+        return _write(path, text)
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    if differing:
+        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in differing.items())
+        raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")
+
+
+def _write(path, text):
+    """Writes a text file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """One training with the same trainable layers and learning rate."""
+
+    name: str
+    learning_rate: float
+    history: list
+    best_weights: Path
+
+
+def _fit(model, training, validation, recipe, work, name, learning_rate, epochs):
+    """`model.fit`, going on after the last whole epoch in `work`; the model has the last epoch's weights then.
+
+    After each epoch everything that the next one depends on is copied into a folder of its own, which appears at once
+    and whole, so that a process killed at any moment leaves one consistent state behind.
+    """
+    work = work / name.replace(" ", "_")
+    live, best = work / "live", work / "live" / "best.weights.h5"
+    shutil.rmtree(live, ignore_errors=True)
+    states = sorted(work.glob("epoch-*"))
+    if states:
+        shutil.copytree(states[-1], live)
+    live.mkdir(parents=True, exist_ok=True)
+
+    past = _read_history(live / "history.csv")
+    losses = [row["val_loss"] for row in past]
+    model.compile(keras.optimizers.Adam(learning_rate), loss=DiceLoss(), metrics=[DiceScore(), AveragePrecision()])
+    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
+    if len(past) >= epochs or stopped:
+        model.load_weights(live / "backup" / "latest.weights.h5")
+        return _Stage(name, learning_rate, past, best)
+
+    modalities = list(model.input)
+    model.fit(
+        patch_dataset(training, recipe, modalities, first_batch=len(past) * recipe.steps_per_epoch),
+        validation_data=patch_dataset(validation, recipe, modalities, training=False),
+        steps_per_epoch=recipe.steps_per_epoch,
+        epochs=epochs,
+        shuffle=False,  # the dataset does
+        callbacks=[
+            keras.callbacks.TerminateOnNaN(),
+            keras.callbacks.CSVLogger(live / "history.csv", append=True),
+            keras.callbacks.ModelCheckpoint(
+                str(best),
+                monitor="val_loss",
+                mode="min",
+                save_best_only=True,
+                save_weights_only=True,
+                initial_value_threshold=min(losses, default=None),
+            ),
+            _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.patience),
+            keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
+            _KeepState(live, work),
+        ],
+    )
+    if not best.exists():
+        raise FloatingPointError(f"the training diverged: no epoch has a finite validation loss. Received: {work}")
+    return _Stage(name, learning_rate, _read_history(live / "history.csv"), best)
+
+
+class _EarlyStopping(keras.callbacks.EarlyStopping):
+    """Early stopping that counts the epochs of an interrupted training too."""
+
+    def __init__(self, past, **kwargs):
+        super().__init__(**kwargs)
+        self.past = past
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        for row in self.past:
+            self.on_epoch_end(row["epoch"], row)
+
+
+class _KeepState(keras.callbacks.Callback):
+    """Copies the files of the callbacks before it, after each epoch, into a folder that appears at once and whole."""
+
+    def __init__(self, live, work):
+        super().__init__()
+        self.live, self.work = live, work
+
+    def on_epoch_end(self, epoch, logs=None):
+        partial = self.work / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.live, partial)
+        older = list(self.work.glob("epoch-*"))
+        os.rename(partial, self.work / f"epoch-{epoch + 1:05d}")
+        for state in older:
+            shutil.rmtree(state)
+
+
+def _read_history(path):
+    """The rows that CSVLogger wrote, as numbers."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {key: int(value) if key == "epoch" else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _finish(model, path, stages, work):
+    """Writes the model with the weights of its best epoch, and its history, to where they stay; returns that model."""
+    best = min(stages, key=lambda stage: min(row["val_loss"] for row in stage.history))
+    # A new model, free of the optimizer, which differs between stages, and of what was frozen.
+    model = type(model).from_config(model.get_config() | {"trainable": True})
+    model.load_weights(best.best_weights)
+    rows, epoch = [], 0
+    for stage in stages:
+        for row in stage.history:
+            extra = {"epoch": epoch, "stage": stage.name, "learning_rate": stage.learning_rate}
+            rows.append({**row, **extra})
+            epoch += 1
+    _write(path.with_name(f"{path.stem}_history.csv"), metrics_csv(rows))
+    partial = path.with_name(f".{path.name}")
+    model.save(partial)
+    os.replace(partial, path)
+    shutil.rmtree(work)
+    return model

@@ -1,0 +1,727 @@
+import dataclasses
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.data import preprocess
+from keras_mmfnet.data.case import Case, CaseError, Grid
+from keras_mmfnet.data.formats import read_case_folder
+from keras_mmfnet.data.preprocess import (
+    body_mask,
+    bounding_box,
+    in_plane_grid,
+    otsu_threshold,
+    preprocess_case,
+    resample,
+    tumour_voxels,
+    z_score,
+)
+from keras_mmfnet.recipe import Recipe
+
+MODALITIES = ("t1", "t2", "cet1")
+# Columns: the directions of x, y and z.
+IDENTITY = np.eye(3)
+REVERSED = np.diag([-1.0, -1.0, 1.0])
+PERMUTED = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
+RAW = Recipe(spacing=None, normalised_scale=1.0)
+
+
+def oblique(degrees=15.0):
+    a, b = np.radians([degrees, 0.6 * degrees])
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    return about_z @ about_x
+
+
+def make_grid(size=(60, 50, 8), spacing=(0.8, 0.8, 4.0), direction=IDENTITY, middle=(1.0, -2.0, 30.0)):
+    """A grid around a middle in mm."""
+    grid = Grid(tuple(size), tuple(spacing), (0.0, 0.0, 0.0), tuple(np.ravel(direction).tolist()))
+    origin = np.asarray(middle) - grid.positions((np.asarray(size) - 1) / 2)
+    return dataclasses.replace(grid, origin=tuple(origin.tolist()))
+
+
+def voxel_positions(grid):
+    """Positions in mm of all voxels, (D, H, W, 3) in (x, y, z)."""
+    return grid.positions(np.stack(np.indices(grid.shape)[::-1], axis=-1))
+
+
+def distance(grid, middle=(1.0, -2.0, 30.0), radii=(18.0, 15.0, 14.0)):
+    """Distance from a middle, 1 on an ellipsoid of the given radii in mm."""
+    return np.linalg.norm((voxel_positions(grid) - middle) / radii, axis=-1)
+
+
+def head(grid, seed=0):
+    """A head of varying tissue in noisy air, at the same position on any grid."""
+    positions = voxel_positions(grid)
+    tissue = 600 + 150 * np.sin(positions[..., 0] / 3 + seed) * np.cos(positions[..., 1] / 4)
+    noise = np.abs(np.random.default_rng(seed).normal(0, 15, grid.shape))
+    return ((distance(grid) < 1) * tissue + noise).astype(np.float32)
+
+
+def tumour(grid):
+    return (distance(grid, (5.0, 0.0, 32.0), (7.0, 6.0, 7.0)) < 1).astype(np.uint8)
+
+
+def write(path, grid, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(grid.image(array), str(path))
+    return path
+
+
+def make_case(folder, grid=None, other_grid=None, mask_grid=None, mask=None, name="ann", suffix=".nii.gz"):
+    """A patient on disk: t1 on `grid`, t2 and cet1 on `other_grid`, the mask on `mask_grid`."""
+    grid = grid or make_grid()
+    grids = {"t1": grid, "t2": other_grid or grid, "cet1": other_grid or grid, "mask": mask_grid or grid}
+    images = {
+        m: write(folder / f"{m}{suffix}", grids[m], head(grids[m], seed).astype(np.int16))
+        for seed, m in enumerate(MODALITIES)
+    }
+    mask = tumour(grids["mask"]) if mask is None else mask
+    return Case(name, images, write(folder / f"mask{suffix}", grids["mask"], mask))
+
+
+def only(case, *modalities):
+    return dataclasses.replace(case, images={m: case.images[m] for m in modalities}, mask=None)
+
+
+def refused(case, recipe, file):
+    """The message of the error that names the patient first and then the file."""
+    with pytest.raises(CaseError) as caught:
+        preprocess_case(case, recipe)
+    message = str(caught.value)
+    assert message.startswith(f"{case.name}: {file}: ")
+    assert "Received: " in message
+    return message
+
+
+def differs_only_at_rim(mask, other, reach):
+    """Whether two SimpleITK masks differ only within `reach` voxels (x, y, z) of the first one's surface."""
+    inside = sitk.GetArrayFromImage(sitk.BinaryErode(mask, reach, sitk.sitkBox))
+    near = sitk.GetArrayFromImage(sitk.BinaryDilate(mask, reach, sitk.sitkBox))
+    other = sitk.GetArrayFromImage(other)
+    return np.all(other[inside == 1] == 1) and np.all(other[near == 0] == 0)
+
+
+def dice(mask, other):
+    mask, other = sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(other)
+    return 2 * np.count_nonzero(mask & other) / (np.count_nonzero(mask) + np.count_nonzero(other))
+
+
+# --- geometry
+
+
+@pytest.mark.parametrize("direction", [IDENTITY, oblique()], ids=["identity", "oblique"])
+@pytest.mark.parametrize("spacing", [0.5, 0.8, 1.0, 2.0, 3.7])
+def test_in_plane_grid_keeps_edges_and_slices(direction, spacing):
+    grid = make_grid(direction=direction)
+    new = in_plane_grid(grid, spacing)
+    assert new.spacing == (spacing, spacing, 4.0)
+    assert new.size[2] == grid.size[2]
+    np.testing.assert_allclose(new.positions(np.array([-0.5, -0.5, 3])), grid.positions(np.array([-0.5, -0.5, 3])))
+    for old_size, new_size in zip(grid.size[:2], new.size[:2], strict=True):
+        assert abs(old_size * 0.8 - new_size * spacing) <= spacing / 2 + 1e-9
+    last = grid.indices(new.positions(np.asarray(new.size) - 1.0))
+    assert np.all(last <= np.asarray(grid.size) - 0.5)
+
+
+def test_in_plane_grid_may_keep_the_spacing():
+    grid = make_grid()
+    assert in_plane_grid(grid, None) == grid
+    assert in_plane_grid(grid, 0.8).matches(grid)
+    assert in_plane_grid(grid, 1000.0).size == (1, 1, 8)
+
+
+def test_resample_averages_what_is_finer_than_a_voxel():
+    grid = make_grid(size=(128, 64, 4), spacing=(0.5, 0.5, 4.0))
+    stripes = np.broadcast_to(100 + 10 * (-1.0) ** np.arange(128), grid.shape).astype(np.float32)
+    coarse = resample(grid.image(stripes), in_plane_grid(grid, 2.3), background=0)
+    assert np.abs(coarse - 100)[:, :, 2:-2].max() < 0.1
+    fine = resample(grid.image(stripes), in_plane_grid(grid, 0.25), background=0)
+    assert np.ptp(fine) == pytest.approx(15, abs=6)
+
+
+def test_resample_smooths_along_the_images_own_axes():
+    # The image's z is the grid's x: thin slices there are averaged into the grid's wider pixels.
+    image_grid = make_grid(size=(20, 8, 96), spacing=(2.0, 4.0, 0.5), direction=PERMUTED)
+    grid = make_grid(size=(20, 20, 8), spacing=(2.0, 2.0, 4.0))
+    stripes = np.broadcast_to((100 + 10 * (-1.0) ** np.arange(96))[:, None, None], image_grid.shape)
+    assert np.abs(resample(image_grid.image(stripes.astype(np.float32)), grid, background=100) - 100).max() < 0.1
+
+
+def test_resample_leaves_a_ramp_a_ramp():
+    image_grid = make_grid(size=(90, 80, 20), spacing=(0.7, 0.6, 3.0), direction=oblique())
+    ramp = (voxel_positions(image_grid) @ [2.0, -3.0, 5.0]).astype(np.float32)
+    grid = make_grid(size=(20, 18, 6), spacing=(1.5, 1.5, 4.0))
+    values = resample(image_grid.image(ramp), grid, background=0)
+    np.testing.assert_allclose(values, voxel_positions(grid) @ [2.0, -3.0, 5.0], atol=1e-2)
+
+
+@pytest.mark.parametrize("direction", [IDENTITY, REVERSED, PERMUTED], ids=["identity", "reversed", "permuted"])
+def test_values_are_the_files_where_nothing_is_resampled(tmp_path, direction):
+    grid = make_grid(direction=direction)
+    case = make_case(tmp_path, grid)
+    result = preprocess_case(case, RAW)
+    for modality in MODALITIES:
+        upright = sitk.DICOMOrient(sitk.ReadImage(str(case.images[modality])), "LPS")
+        np.testing.assert_array_equal(result.images[modality], sitk.GetArrayFromImage(upright))
+        assert result.images[modality].dtype == np.float32
+    assert result.source.matches(grid)
+    np.testing.assert_allclose(result.grid.direction, np.ravel(IDENTITY), atol=1e-6)
+    assert result.shape == result.mask.shape
+    assert result.notes == ()
+
+
+def test_modalities_come_onto_the_first_ones_grid_by_position(tmp_path):
+    grid = make_grid(direction=oblique())
+    other = make_grid(size=(70, 60, 20), spacing=(0.9, 1.1, 3.0), direction=REVERSED @ oblique(8), middle=(4, -1, 31))
+    case = make_case(tmp_path, grid, other)
+    weights = np.array([2.0, -3.0, 5.0])
+    ramp = (voxel_positions(other) @ weights).astype(np.float32)
+    write(case.images["t2"], other, ramp)
+    result = preprocess_case(case, Recipe(spacing=1.0, normalised_scale=2.0))
+    assert result.spacing == pytest.approx((4, 1, 1))
+    expected = voxel_positions(result.grid) @ weights
+    # Where the modality does not reach, its lowest value stands.
+    index = other.indices(voxel_positions(result.grid))
+    outside = np.any((index < -0.5) | (index > np.asarray(other.size) - 0.5), axis=-1)
+    inner = np.all((index > 5) & (index < np.asarray(other.size) - 6), axis=-1)
+    assert inner.mean() > 0.3
+    np.testing.assert_allclose(result.images["t2"][inner] * 2, expected[inner], atol=0.02)
+    np.testing.assert_allclose(result.images["t2"][outside] * 2, ramp.min(), atol=1e-3)
+
+
+def test_a_modality_that_does_not_overlap_is_refused(tmp_path):
+    case = make_case(tmp_path, other_grid=make_grid(middle=(1, -2, 300)))
+    assert "must overlap the field of view of t1. Received: no overlap" in refused(case, RAW, case.images["t2"])
+
+
+def test_a_modality_that_covers_little_is_noted(tmp_path):
+    case = make_case(tmp_path, other_grid=make_grid(middle=(1, -2, 30 + 20)))
+    t2, cet1 = preprocess_case(case, RAW).notes
+    assert re.match(r"t2: covers 3\d% of the field of view of t1", t2)
+    assert cet1.startswith("cet1: ")
+
+
+def test_slices_that_are_not_axial_are_noted(tmp_path):
+    case = make_case(tmp_path, make_grid(direction=PERMUTED))
+    (note,) = preprocess_case(case, Recipe(spacing=1.0)).notes
+    assert note.startswith("t1: the slices are not axial")
+
+
+# --- the way back
+
+
+@pytest.mark.parametrize("spacing", [None, 0.5, 1.9])
+@pytest.mark.parametrize(
+    "direction", [IDENTITY, REVERSED, PERMUTED, oblique()], ids=["identity", "reversed", "permuted", "oblique"]
+)
+def test_a_mask_there_and_back_differs_only_at_its_rim(tmp_path, direction, spacing):
+    grid = make_grid(direction=direction)
+    case = make_case(tmp_path, grid)
+    result = preprocess_case(case, dataclasses.replace(RAW, spacing=spacing))
+    back, truth = result.to_source(result.mask, threshold=0.5), grid.image(tumour(grid))
+    source = Grid.from_image(sitk.ReadImage(str(case.images["t1"])))
+    assert Grid.from_image(back) == source
+    if spacing is None:
+        assert dice(back, truth) == 1
+    # The axes along which the pixels were resampled are the scanner's x and y.
+    resampled = np.abs(np.reshape(direction, (3, 3))[:2]).max(axis=0) > 0.7
+    assert differs_only_at_rim(truth, back, [2 if along else 0 for along in resampled.tolist()])
+    assert dice(back, truth) > 0.9
+
+
+# --- the body
+
+
+def test_otsu_threshold_is_simpleitks():
+    rng = np.random.default_rng(0)
+    volume = np.where(
+        rng.random((4, 60, 70)) < 0.3, rng.normal(800, 200, (4, 60, 70)), rng.normal(100, 150, (4, 60, 70))
+    )
+    volume = volume.astype(np.float32)
+    otsu = sitk.OtsuThresholdImageFilter()
+    otsu.SetNumberOfHistogramBins(1024)
+    otsu.Execute(sitk.GetImageFromArray(volume))
+    assert otsu_threshold(volume) == pytest.approx(otsu.GetThreshold(), abs=2 * float(np.ptp(volume)) / 1024)
+
+
+def test_otsu_threshold_of_two_values_lies_between_them():
+    volume = np.zeros((2, 8, 8), np.float32)
+    volume[:, 2:5] = 10
+    assert otsu_threshold(volume - 3) == pytest.approx(2, abs=0.1)
+
+
+def test_body_mask_is_the_head_without_the_air():
+    grid = make_grid()
+    volume = head(grid)
+    hole = distance(grid, (1, -2, 30), (5, 5, 5)) < 1
+    volume[hole] = 5
+    body, truth = body_mask(volume, pixel=0.8), distance(grid) < 1
+    assert body.dtype == bool
+    assert np.count_nonzero(body & truth) / np.count_nonzero(truth) > 0.99
+    assert np.count_nonzero(body & ~truth) / np.count_nonzero(truth) < 0.08
+    assert body[hole].all()
+    assert not body[0].any(), "a slice of air"
+
+
+def test_body_mask_does_not_depend_on_scale_and_offset():
+    volume = head(make_grid())
+    np.testing.assert_array_equal(body_mask(volume), body_mask(volume * 3 - 500))
+
+
+def test_body_mask_follows_each_slices_brightness():
+    volume = head(make_grid())
+    body = body_mask(volume)
+    volume *= np.linspace(0.6, 1.4, len(volume), dtype=np.float32)[:, None, None]
+    assert np.mean(body_mask(volume) == body) > 0.99
+
+
+def test_bounding_box_passes_over_specks():
+    grid = make_grid(size=(160, 130, 24), spacing=(0.3, 0.3, 2.0))
+    mask = distance(grid) < 1
+    exact = tuple((int(held.min()), int(held.max()) + 1) for held in np.nonzero(mask))
+    assert bounding_box(mask, share=0) == exact
+    assert bounding_box(mask) == exact
+    mask[0, 0, :4] = mask[-1, -1, -4:] = True
+    assert bounding_box(mask) == exact
+
+
+@pytest.mark.parametrize("spacing", [None, 0.5, 2.0])
+def test_centre_is_the_heads(tmp_path, spacing):
+    middle = (6.0, -5.0, 34.0)
+    case = make_case(tmp_path, make_grid(size=(80, 70, 12), direction=REVERSED))
+    result = preprocess_case(case, Recipe(spacing=spacing))
+    shifted = preprocess_case(
+        make_case(tmp_path / "b", make_grid(size=(80, 70, 12), middle=middle)), Recipe(spacing=spacing)
+    )
+    for one in (result, shifted):
+        assert all(isinstance(index, int) for index in one.centre)
+        position = one.grid.positions(np.array(one.centre[::-1]))
+        np.testing.assert_array_less(np.abs(position - (1, -2, 30)), np.array(one.grid.spacing) * 1.01)
+
+
+# --- intensity
+
+
+def test_z_score_is_numpys():
+    rng = np.random.default_rng(0)
+    volume = rng.normal(900, 50, (5, 20, 20)).astype(np.float32)
+    body = rng.random(volume.shape) < 0.5
+    scored = z_score(volume, body)
+    expected = (volume.astype(np.float64) - volume[body].mean(dtype=np.float64)) / np.std(
+        volume[body], dtype=np.float64
+    )
+    np.testing.assert_allclose(scored, expected, atol=1e-5)
+    assert scored.dtype == np.float32
+    assert scored[body].mean() == pytest.approx(0, abs=1e-4)
+    assert scored[body].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_z_score_refuses_what_does_not_vary():
+    with pytest.raises(ValueError, match=r"must vary. Received: 8 voxels, all of 3"):
+        z_score(np.full((2, 2, 2), 3, np.float32), np.ones((2, 2, 2), bool))
+    with pytest.raises(ValueError, match=r"must vary. Received: 0 voxels"):
+        z_score(np.zeros((2, 2, 2), np.float32), np.zeros((2, 2, 2), bool))
+
+
+def test_images_are_scored_inside_the_body_and_clipped(tmp_path):
+    case = make_case(tmp_path)
+    recipe = Recipe(spacing=None, clip={"t1": (-0.5, 0.25), "t2": (-3, 2)})
+    result = preprocess_case(case, recipe)
+    for modality in MODALITIES:
+        raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images[modality]))).astype(np.float64)
+        body = body_mask(raw.astype(np.float32), pixel=0.8)
+        expected = (raw - raw[body].mean()) / raw[body].std()
+        expected = np.clip(expected, *recipe.clip.get(modality, (None, None)))
+        np.testing.assert_allclose(result.images[modality], expected, atol=1e-4)
+    assert result.images["t1"].min() == -0.5
+    assert result.images["t1"].max() == 0.25
+
+
+def test_normalised_images_are_only_divided(tmp_path):
+    case = make_case(tmp_path)
+    result = preprocess_case(case, Recipe(spacing=None, normalised_scale=1000, clip={"t1": (-0.1, 0.1)}))
+    raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images["t1"])))
+    np.testing.assert_allclose(result.images["t1"], raw / 1000, rtol=1e-6)
+    assert result.images["t1"].dtype == np.float32
+
+
+@pytest.mark.parametrize("modality", ["t1", "cet1"])
+def test_a_constant_image_is_refused(tmp_path, modality):
+    case = make_case(tmp_path)
+    write(case.images[modality], make_grid(), np.full(make_grid().shape, 7, np.int16))
+    assert "must not be constant. Received: 7 everywhere" in refused(case, RAW, case.images[modality])
+
+
+def test_an_image_constant_in_the_field_of_view_is_refused(tmp_path):
+    wide = make_grid(size=(60, 50, 24))
+    case = make_case(tmp_path, other_grid=wide)
+    values = np.zeros(wide.shape, np.int16)
+    values[:4] = 100
+    write(case.images["t2"], wide, values)
+    message = refused(case, RAW, case.images["t2"])
+    assert "must not be constant in the field of view of t1. Received: 0 everywhere" in message
+
+
+def test_an_image_constant_inside_the_body_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    write(case.images["t2"], make_grid(), 100 * (distance(make_grid()) < 1).astype(np.int16))
+    message = refused(case, Recipe(spacing=None), case.images["t2"])
+    assert re.search(r"inside the body must vary. Received: \d+ voxels, all of 100", message)
+
+
+@pytest.mark.parametrize("modality", ["t1", "t2"])
+def test_nan_is_refused(tmp_path, modality):
+    case = make_case(tmp_path)
+    values = head(make_grid())
+    values[2, 3, 4] = np.nan
+    write(case.images[modality], make_grid(), values)
+    assert "1 voxels with NaN" in refused(case, RAW, case.images[modality])
+
+
+@pytest.mark.parametrize("file", ["t2", "mask"])
+def test_a_truncated_file_is_refused(tmp_path, file):
+    case = make_case(tmp_path)
+    path = tmp_path / f"{file}.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "must be a" in refused(case, RAW, path)
+
+
+def test_a_missing_image_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected. Received: \['t1'\]$"):
+        preprocess_case(only(case, "t1"), RAW)
+    case.images["t2"].unlink()
+    assert "must be an undamaged image file" in refused(case, RAW, case.images["t2"])
+    with pytest.raises(CaseError, match=r"must be a readable file. Received: No such file"):
+        preprocess_case(case, RAW, cache=tmp_path / "cache")
+
+
+# --- the mask
+
+
+def test_one_value_besides_0_is_the_tumour():
+    for dtype in (np.uint8, np.int16, np.float32, np.float64):
+        for value in (1, 2, 100, 255 if dtype != np.int16 else -3):
+            values = np.array([0, value, 0, value], dtype)
+            np.testing.assert_array_equal(tumour_voxels(values), [False, True, False, True])
+
+
+def test_labels_are_chosen():
+    values = np.array([0, 1, 2, 3, 4, 1])
+    np.testing.assert_array_equal(tumour_voxels(values, (1, 4)), [0, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(tumour_voxels(values.astype(np.float32) * 0.99999994, (1, 4)), [0, 1, 0, 0, 1, 1])
+
+
+def test_a_mask_of_fractions_is_cut_at_half():
+    values = np.array([0, 0.2, 0.499, 0.51, 0.999, 1], np.float32)
+    np.testing.assert_array_equal(tumour_voxels(values), [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(tumour_voxels(values * 255), [0, 0, 0, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"must hold whole numbers. Received: 0, 0.2, "):
+        tumour_voxels(values, labels=(1,))
+
+
+def test_several_labels_are_refused(tmp_path):
+    case = make_case(tmp_path, mask=tumour(make_grid()) * np.arange(60, dtype=np.uint8))
+    message = refused(case, RAW, case.mask)
+    assert re.search(r"one label besides 0, .*`mask_labels`.*Received: the labels 2\d, .*, \.\.\.$", message)
+    with pytest.raises(ValueError, match=r"Received: the labels 1, 2, 4$"):
+        tumour_voxels(np.array([0.0, 1, 2, 4]))
+
+
+def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    message = refused(case, dataclasses.replace(RAW, mask_labels=(2, 4)), case.mask)
+    assert "must have a voxel with one of the labels 2, 4. Received: 1" in message
+    write(case.mask, make_grid(), np.zeros(make_grid().shape, np.uint8))
+    assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
+
+
+def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
+    mask_grid = make_grid(size=(100, 90, 30), spacing=(0.5, 0.5, 1.5), direction=oblique())
+    case = make_case(tmp_path, mask_grid=mask_grid)
+    result = preprocess_case(case, RAW)
+    (note,) = result.notes
+    assert re.match(r"mask: lies on another grid than t1, resampled by position: 1\.\d+ ml, now 1\.\d+ ml", note)
+    truth = tumour(result.grid)
+    assert result.mask.dtype == np.uint8
+    assert 2 * np.count_nonzero(truth & result.mask) / (truth.sum() + result.mask.sum()) > 0.9
+
+
+def test_a_mask_in_another_order_of_the_axes_is_not_another_grid(tmp_path):
+    case = make_case(tmp_path)
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(case.mask)), "RAS"), str(case.mask))
+    result = preprocess_case(case, RAW)
+    assert result.notes == ()
+    np.testing.assert_array_equal(result.mask, tumour(make_grid()))
+
+
+def test_a_mask_outside_the_field_of_view_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    write(case.mask, make_grid(middle=(1, -2, 300)), tumour(make_grid()))
+    assert "must mark a tumour within t1" in refused(case, RAW, case.mask)
+
+
+def test_a_patient_without_a_mask(tmp_path):
+    case = dataclasses.replace(make_case(tmp_path), mask=None)
+    assert preprocess_case(case, RAW).mask is None
+    assert preprocess_case(case, RAW, cache=tmp_path / "cache").mask is None
+
+
+# --- the cache
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+def assert_same(result, expected):
+    for field in ("name", "grid", "source", "centre", "notes", "shape", "spacing"):
+        assert getattr(result, field) == getattr(expected, field)
+    assert list(result.images) == list(expected.images)
+    arrays = zip([*result.images.values(), result.mask], [*expected.images.values(), expected.mask], strict=True)
+    for array, other in arrays:
+        assert array.dtype == other.dtype
+        np.testing.assert_array_equal(array, other)
+
+
+@pytest.fixture
+def no_preprocessing(monkeypatch):
+    """A function after whose call preprocessing fails, so that only the cache can answer."""
+
+    def forbid():
+        monkeypatch.setattr(preprocess, "_preprocess", lambda case, recipe: pytest.fail("not from the cache"))
+
+    return forbid
+
+
+def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
+    other = make_grid(spacing=(0.9, 0.9, 3.0))
+    case, cache, recipe = make_case(tmp_path / "a", other_grid=other, mask_grid=other), tmp_path / "cache", Recipe()
+    expected = preprocess_case(case, recipe)
+    assert expected.notes
+    assert_same(preprocess_case(case, recipe, cache), expected)
+    (entry,) = entries(cache)
+    assert sorted(os.listdir(cache / entry)) == [
+        "case.json",
+        "image_cet1.npy",
+        "image_t1.npy",
+        "image_t2.npy",
+        "mask.npy",
+    ]
+    no_preprocessing()
+    cached = preprocess_case(case, recipe, str(cache))
+    assert_same(cached, expected)
+    assert isinstance(cached.images["t1"], np.memmap)
+    assert not cached.images["t1"].flags.writeable
+    renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe, cache)
+    assert renamed.name == "bob"
+
+
+def test_the_cache_knows_content_and_recipe(tmp_path):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    preprocess_case(case, dataclasses.replace(RAW, seed=5, epochs=7, patch_shape=(16, 32, 32)), cache)
+    assert len(entries(cache)) == 1
+    preprocess_case(case, dataclasses.replace(RAW, spacing=1.5), cache)
+    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None), cache)
+    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None, clip={"t1": (-1, 1)}), cache)
+    preprocess_case(case, dataclasses.replace(RAW, mask_labels=(1,)), cache)
+    preprocess_case(only(case, "t1", "t2"), dataclasses.replace(RAW, modalities=("t1", "t2")), cache)
+    preprocess_case(dataclasses.replace(case, mask=None), RAW, cache)
+    assert len(entries(cache)) == 7
+    write(case.images["cet1"], make_grid(), head(make_grid(), seed=9))
+    changed = preprocess_case(case, RAW, cache)
+    assert len(entries(cache)) == 8
+    assert_same(changed, preprocess_case(case, RAW))
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_the_cache_sees_voxels_in_a_file_of_their_own(tmp_path, suffix):
+    case, cache = make_case(tmp_path / "a", suffix=suffix), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    header = case.images["t1"].read_bytes()
+    write(case.images["t1"], make_grid(), head(make_grid(), seed=9).astype(np.int16))
+    assert case.images["t1"].read_bytes() == header
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert len(entries(cache)) == 2
+
+
+def damage_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("image_t2.npy", damage_byte),
+        ("mask.npy", damage_byte),
+        ("image_t1.npy", lambda path: os.truncate(path, 1000)),
+        ("image_t1.npy", lambda path: os.truncate(path, 0)),
+        ("image_t1.npy", Path.unlink),
+        ("case.json", Path.unlink),
+        ("case.json", lambda path: os.truncate(path, 100)),
+        ("case.json", lambda path: path.write_text("{}")),
+        ("case.json", lambda path: path.write_text("[1]")),
+        ("case.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    ],
+)
+def test_a_damaged_entry_is_rebuilt(tmp_path, no_preprocessing, file, damage):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    (entry,) = entries(cache)
+    damage(cache / entry / file)
+    expected = preprocess_case(case, RAW)
+    assert_same(preprocess_case(case, RAW, cache), expected)
+    assert entries(cache) == [entry]
+    no_preprocessing()
+    assert_same(preprocess_case(case, RAW, cache), expected)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    save, saved = np.save, []
+
+    def interrupted(file, array):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(file)
+        save(file, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess_case(case, RAW, cache)
+    assert entries(cache) == []
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+
+
+def test_several_at_once_end_with_one_entry(tmp_path):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    expected = preprocess_case(case, RAW)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: preprocess_case(case, RAW, cache), range(8)))
+    for result in results:
+        assert_same(result, expected)
+    assert len(entries(cache)) == 1
+
+
+def test_an_entry_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    build = preprocess._preprocess
+
+    def slow(case, recipe):
+        monkeypatch.setattr(preprocess, "_preprocess", build)
+        preprocess_case(case, recipe, cache)
+        return build(case, recipe)
+
+    monkeypatch.setattr(preprocess, "_preprocess", slow)
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert len(entries(cache)) == 1
+
+
+# --- real images
+
+
+@pytest.fixture
+def brainix(test_data, tmp_path):
+    """One head of three sequences on three oblique grids, with a lesion marked on the FLAIR's."""
+    for series, name in (("T1", "t1"), ("T2", "t2"), ("FLAIR", "flair"), ("ROI", "mask")):
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(test_data / "brainix" / series))
+        sitk.WriteImage(sitk.ReadImage(files), str(tmp_path / f"{name}.nii"))
+    return read_case_folder(tmp_path, Recipe(modalities=("t1", "t2", "flair")))
+
+
+def test_brainix(brainix):
+    recipe = Recipe(modalities=("t1", "t2", "flair"), spacing=1.0)
+    result = preprocess_case(brainix, recipe)
+    assert result.shape == (22, 240, 240)
+    assert result.spacing == pytest.approx((6, 1, 1))
+    assert len(result.notes) == 1
+    assert result.notes[0].startswith("mask: ")
+    # The same head in every sequence: where one sees body, so do the others.
+    bodies = [result.images[m] > -1 for m in recipe.modalities]
+    for body in bodies[1:]:
+        assert 2 * np.count_nonzero(body & bodies[0]) / (body.sum() + bodies[0].sum()) > 0.85
+    # The lesion keeps its volume and place, and is bright on the FLAIR.
+    roi = sitk.ReadImage(str(brainix.mask))
+    volume = np.count_nonzero(sitk.GetArrayViewFromImage(roi)) * np.prod(roi.GetSpacing())
+    assert result.mask.sum() * np.prod(result.spacing) == pytest.approx(volume, rel=0.03)
+    where = np.argwhere(sitk.GetArrayViewFromImage(roi)).mean(axis=0)[::-1]
+    np.testing.assert_allclose(
+        result.grid.positions(np.argwhere(result.mask).mean(axis=0)[::-1]),
+        roi.TransformContinuousIndexToPhysicalPoint(where.tolist()),
+        atol=0.3,
+    )
+    assert result.images["flair"][result.mask == 1].mean() > 1
+    # There and back on the oblique grid.
+    drawn = result.source.resample(sitk.Cast(roi, sitk.sitkFloat32)) >= 0.5
+    truth = result.source.image(drawn.astype(np.uint8))
+    back = result.to_source(result.mask, threshold=0.5)
+    assert back.GetSize() == (512, 512, 22)
+    assert differs_only_at_rim(truth, back, [3, 3, 0])
+    assert dice(back, truth) > 0.97
+
+
+@pytest.mark.parametrize("patient", ["patient_1", "patient_2"])
+def test_npc_masks_come_onto_another_grid(test_data, tmp_path, patient):
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(test_data / "npc_masks" / patient / "T1.nii.gz"))
+    reader.ReadImageInformation()
+    # An image of the T1's field of view in fewer pixels is enough to bring the T2's mask onto.
+    own = Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    grid = in_plane_grid(own, 4.0)
+    image = write(tmp_path / "t1.nii.gz", grid, np.random.default_rng(0).random(grid.shape, dtype=np.float32))
+    mask = test_data / "npc_masks" / patient / "T2.nii.gz"
+    recipe = Recipe(modalities=("t1",), spacing=1.0, normalised_scale=1.0)
+    result = preprocess_case(Case(patient, {"t1": image}, mask), recipe)
+    assert result.notes[0].startswith("mask: ")
+    drawn = sitk.ReadImage(str(mask))
+    voxels = np.argwhere(sitk.GetArrayViewFromImage(drawn) == 255)
+    assert set(np.unique(result.mask)) == {0, 1}
+    assert result.mask.sum() * np.prod(result.spacing) == pytest.approx(
+        len(voxels) * np.prod(drawn.GetSpacing()), rel=0.05
+    )
+    np.testing.assert_allclose(
+        result.grid.positions(np.argwhere(result.mask).mean(axis=0)[::-1]),
+        drawn.TransformContinuousIndexToPhysicalPoint(voxels.mean(axis=0)[::-1].tolist()),
+        atol=0.3,
+    )
+
+
+def test_brats_tumour_core(test_data):
+    recipe = Recipe(modalities=("t1",), spacing=2.0, mask_labels=(1, 3, 4))
+    case = read_case_folder(test_data / "brats2013_patient", recipe)
+    result = preprocess_case(case, recipe)
+    assert result.shape == (155, 120, 120)
+    labels = sitk.ReadImage(str(case.mask))
+    values = sitk.GetArrayViewFromImage(labels)
+    truth = Grid.from_image(labels).image(np.isin(values, (1, 3, 4)).astype(np.uint8))
+    back = result.to_source(result.mask, threshold=0.5)
+    assert Grid.from_image(back) == Grid.from_image(labels)
+    assert differs_only_at_rim(truth, back, [4, 4, 0])
+    assert dice(back, truth) > 0.95
+    brain = sitk.GetArrayViewFromImage(sitk.ReadImage(str(case.images["t1"]))) > 0
+    expected = [(low + high) / 2 for low, high in bounding_box(brain)]
+    np.testing.assert_allclose(np.array(result.centre) * (1, 2, 2), expected, atol=8)
+    with pytest.raises(CaseError, match=r"brats2013_patient: .*mask.mha: .*the labels 1, 2, 3, 4$"):
+        preprocess_case(case, dataclasses.replace(recipe, mask_labels=None))
+
+
+def test_normalised_cubes_are_read_as_they_are(test_data):
+    folder = min((test_data / "tumour_core_cubes").iterdir())
+    case = read_case_folder(folder, Recipe())
+    result = preprocess_case(case, Recipe(spacing=None, normalised_scale=1000.0))
+    assert result.shape == (32, 32, 32)
+    for modality in MODALITIES:
+        raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images[modality])))
+        np.testing.assert_allclose(result.images[modality], raw / 1000, rtol=1e-6)
+    np.testing.assert_array_equal(result.mask, sitk.GetArrayFromImage(sitk.ReadImage(str(case.mask))))
+    np.testing.assert_allclose(result.centre, 16, atol=3)
