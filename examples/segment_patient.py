@@ -4,6 +4,7 @@ python examples/segment_patient.py --run runs/20260101-120000 --patient DIR --ou
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.inference import segment_case
+from keras_mmfnet.plots import plot_segmentation
 from keras_mmfnet.recipe import Recipe
 
 
@@ -21,20 +23,30 @@ def main():
     parser.add_argument("--run", type=Path, required=True, help="output folder of train_npc.py")
     parser.add_argument("--patient", type=Path, required=True, help="folder with the patient's images")
     parser.add_argument("--out", type=Path, required=True, help="file for the mask; must not exist")
+    parser.add_argument("--picture", type=Path, help="PNG file for a slice with the contours; must not exist")
     parser.add_argument("--fold", type=int, help="fold whose network is used (default: the first)")
     parsed = parser.parse_args()
     try:
-        if parsed.out.exists():
-            raise ValueError(f"--out: a file that does not exist is expected. Received: {parsed.out}")
+        for path in filter(None, (parsed.out, parsed.picture)):
+            if path.exists() or not path.parent.is_dir():
+                raise ValueError(f"a new file in a folder that exists is expected. Received: {path}")
         recipe = Recipe.load(parsed.run / "recipe.json")
         fold = "*" if parsed.fold is None else parsed.fold
         networks = sorted(parsed.run.glob(f"fold_{fold}/mmfnet.keras"))
         if not networks:
             raise ValueError(f"--run: a run with a trained fold is expected. Received: {parsed.run}, --fold {fold}")
-        case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
+        files = read_case_folder(parsed.patient, recipe, require_mask=False)
+        if not parsed.picture:
+            # A mask is of use for the picture only, and a bad one no reason to stop.
+            files = dataclasses.replace(files, mask=None)
+        case = preprocess_case(files, recipe)
         model = keras.models.load_model(networks[0], compile=False)
         mask, _ = segment_case(model, case, recipe)
         sitk.WriteImage(mask, str(parsed.out), useCompression=True)
+        if parsed.picture:
+            prediction = case.grid.resample(mask)
+            figure = plot_segmentation(case.images, prediction, case.mask, case.spacing, margin=40)
+            figure.savefig(parsed.picture, dpi=110)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     voxels = sitk.GetArrayViewFromImage(mask).sum()

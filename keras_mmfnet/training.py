@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -256,38 +257,49 @@ def _fit(model, training, validation, recipe, work, name, learning_rate, epochs)
 
     past = _read_history(live / "history.csv")
     losses = [row["val_loss"] for row in past]
-    model.compile(keras.optimizers.Adam(learning_rate), loss=DiceLoss(), metrics=[DiceScore(), AveragePrecision()])
     stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
     if len(past) >= epochs or stopped:
         model.load_weights(live / "backup" / "latest.weights.h5")
         return _Stage(name, learning_rate, past, best)
 
+    model.compile(keras.optimizers.Adam(learning_rate), loss=DiceLoss(), metrics=[DiceScore(), AveragePrecision()])
+    logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
+    callbacks = [
+        keras.callbacks.TerminateOnNaN(),
+        logger,
+        keras.callbacks.ModelCheckpoint(
+            str(best),
+            monitor="val_loss",
+            mode="min",
+            save_best_only=True,
+            save_weights_only=True,
+            initial_value_threshold=min(losses, default=None),
+        ),
+        _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.patience),
+        keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
+        _KeepState(live, work),
+    ]
     modalities = list(model.input)
-    model.fit(
-        patch_dataset(training, recipe, modalities, first_batch=len(past) * recipe.steps_per_epoch),
-        validation_data=patch_dataset(validation, recipe, modalities, training=False),
-        steps_per_epoch=recipe.steps_per_epoch,
-        epochs=epochs,
-        shuffle=False,  # the dataset does
-        callbacks=[
-            keras.callbacks.TerminateOnNaN(),
-            keras.callbacks.CSVLogger(live / "history.csv", append=True),
-            keras.callbacks.ModelCheckpoint(
-                str(best),
-                monitor="val_loss",
-                mode="min",
-                save_best_only=True,
-                save_weights_only=True,
-                initial_value_threshold=min(losses, default=None),
-            ),
-            _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.patience),
-            keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
-            _KeepState(live, work),
-        ],
-    )
-    if not best.exists():
-        raise FloatingPointError(f"the training diverged: no epoch has a finite validation loss. Received: {work}")
-    return _Stage(name, learning_rate, _read_history(live / "history.csv"), best)
+    try:
+        model.fit(
+            patch_dataset(training, recipe, modalities, first_batch=len(past) * recipe.steps_per_epoch),
+            validation_data=patch_dataset(validation, recipe, modalities, training=False),
+            steps_per_epoch=recipe.steps_per_epoch,
+            epochs=epochs,
+            shuffle=False,  # the dataset does
+            callbacks=callbacks,
+        )
+    finally:
+        # Closes its file, which it else leaves open when `fit` is interrupted.
+        logger.on_train_end()
+    history = _read_history(live / "history.csv")
+    last = history[-1]
+    if not (math.isfinite(last["loss"]) and math.isfinite(last["val_loss"])):
+        raise FloatingPointError(
+            f"the training diverged: the loss must be finite, which a lower learning rate may help. Received: {last} "
+            f"with a learning rate of {learning_rate}"
+        )
+    return _Stage(name, learning_rate, history, best)
 
 
 class _EarlyStopping(keras.callbacks.EarlyStopping):

@@ -45,7 +45,7 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
-    volume, windows = _pack(cases, recipe, modalities, recipe.max_offset if training else (0, 0, 0))
+    volume, windows = _pack(cases, recipe, modalities, training)
     # Tensors of their own, so that the pipeline refers to them and does not copy them into its graph.
     volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
 
@@ -64,7 +64,7 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
     return patches.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
 
 
-def _pack(cases, recipe, modalities, max_offset):
+def _pack(cases, recipe, modalities, training):
     """What the windows can reach of every patient, one under the other.
 
     Returns:
@@ -77,9 +77,10 @@ def _pack(cases, recipe, modalities, max_offset):
     _warn(cases, starts, recipe.patch_shape)
 
     depth, *plane = recipe.patch_shape
-    # Half of what a rotated patch's bounding box has more than the patch, and one pixel for the interpolation.
-    sine = math.sin(math.radians(recipe.max_rotation)) if any(max_offset) else 0.0
-    margin = np.ceil(sine / 2 * np.array(plane[::-1])).astype(int) + np.array(max_offset[1:]) + 1
+    # Half of what a turned patch's bounding box has more than the patch, the offset, and one pixel to interpolate with.
+    sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
+    margin = np.ceil(sine / 2 * np.array(plane[::-1])).astype(int) + np.array(recipe.max_offset[1:]) + 1
+    margin = margin if training else np.zeros(2, int)
     reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
     slices = [max(case.shape[0], depth) for case in cases]
 
@@ -138,13 +139,14 @@ def _apply(volume, window, offset, angle, mirrored, recipe, modalities):
     # Rows of the matrix that takes a pixel (x, y) of the patch to one of the packed slices.
     matrix = [a, b, column + x - a * x - b * y, c, d, row + y - c * x - d * y, 0.0, 0.0]
     patch = tf.raw_ops.ImageProjectiveTransformV3(
-        images=volume[top : top + depth],
+        # Faster than in float16, and more exact.
+        images=tf.cast(volume[top : top + depth], tf.float32),
         transforms=tf.stack(matrix)[None],
         output_shape=[height, width],
         fill_value=0.0,
         interpolation="BILINEAR",
         fill_mode="NEAREST",
     )
-    patch = tf.cast(tf.ensure_shape(patch, (depth, height, width, len(modalities) + 1)), tf.float32)
+    patch = tf.ensure_shape(patch, (depth, height, width, len(modalities) + 1))
     images = {name: patch[..., channel, None] for channel, name in enumerate(modalities)}
     return images, tf.cast(patch[..., -1:] >= 0.5, tf.uint8)

@@ -1,0 +1,185 @@
+import dataclasses
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.data import patch_dataset
+from keras_mmfnet.data.windows import window_starts
+from keras_mmfnet.recipe import Recipe
+
+RECIPE = Recipe(modalities=("t1", "t2"), patch_shape=(16, 16, 16), batch_size=3, offset_fraction=(0.25, 0.125, 0.125))
+
+
+def batches(dataset, count=None):
+    """Batches as NumPy arrays."""
+    return [
+        ({name: image.numpy() for name, image in images.items()}, mask.numpy())
+        for images, mask in itertools.islice(dataset, count)
+    ]
+
+
+def joined(dataset, count=None):
+    found = batches(dataset, count)
+    images = {name: np.concatenate([images[name] for images, _ in found]) for name in found[0][0]}
+    return images, np.concatenate([mask for _, mask in found])
+
+
+def test_batches_have_the_documented_shapes(make_case):
+    images, mask = batches(patch_dataset([make_case()], RECIPE), 1)[0]
+    assert list(images) == ["t1", "t2"]
+    assert {image.shape for image in images.values()} == {(3, 16, 16, 16, 1)} == {mask.shape}
+    assert {image.dtype for image in images.values()} == {np.dtype("float32")}
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) == {0, 1}
+
+
+def test_without_training_each_window_comes_once_as_it_is(make_case):
+    cases = [make_case("anna", (21, 24, 28), seed=1), make_case("bert", (16, 30, 20), seed=2)]
+    images, mask = joined(patch_dataset(cases, RECIPE, training=False))
+    windows = [
+        (case, tuple(slice(a, a + 16) for a in start))
+        for case in cases
+        for start in window_starts(case.shape, (16, 16, 16), RECIPE.window_stride, case.centre)
+    ]
+    assert len(mask) == len(windows) == 4
+    for name in ("t1", "t2"):
+        expected = np.stack([case.images[name][window] for case, window in windows])[..., None]
+        np.testing.assert_allclose(images[name], expected, atol=2e-3)  # kept in float16
+    np.testing.assert_array_equal(mask, np.stack([case.mask[window] for case, window in windows])[..., None])
+
+
+def test_chosen_modalities_only(make_case):
+    images, _ = batches(patch_dataset([make_case()], RECIPE, ["t2"]), 1)[0]
+    assert list(images) == ["t2"]
+
+
+def test_the_same_seed_gives_the_same_batches(make_case):
+    cases = [make_case(seed=seed) for seed in range(3)]
+    first, again = (joined(patch_dataset(cases, RECIPE), 4) for _ in range(2))
+    other = joined(patch_dataset(cases, dataclasses.replace(RECIPE, seed=1)), 4)
+    np.testing.assert_array_equal(first[0]["t1"], again[0]["t1"])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert not np.array_equal(first[0]["t1"], other[0]["t1"])
+
+
+def test_a_resumed_training_gets_the_batches_it_missed(make_case):
+    cases = [make_case(seed=seed) for seed in range(3)]
+    whole = batches(patch_dataset(cases, RECIPE), 5)
+    rest = batches(patch_dataset(cases, RECIPE, first_batch=3), 2)
+    for (images, mask), (expected_images, expected_mask) in zip(rest, whole[3:], strict=True):
+        np.testing.assert_array_equal(images["t2"], expected_images["t2"])
+        np.testing.assert_array_equal(mask, expected_mask)
+
+
+def test_every_pass_has_each_window_once_in_an_order_of_its_own(make_case):
+    still = dataclasses.replace(RECIPE, batch_size=1, offset_fraction=(0, 0, 0), max_rotation=0, flip_axis=None)
+    cases = [make_case(seed=seed, shape=(28, 16, 16)) for seed in range(3)]
+    windows = len(joined(patch_dataset(cases, still, training=False))[1])
+    images, _ = joined(patch_dataset(cases, still), 3 * windows)
+    passes = [[patch.tobytes() for patch in images["t1"][i : i + windows]] for i in range(0, 3 * windows, windows)]
+    assert all(len(set(one)) == windows for one in passes)
+    assert all(set(one) == set(passes[0]) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_modalities_and_mask_are_moved_together(make_case):
+    case = make_case(shape=(24, 40, 40))
+    case.images.update(t1=case.mask.astype(np.float32), t2=-case.mask.astype(np.float32))
+    images, mask = joined(patch_dataset([case], RECIPE), 10)
+    np.testing.assert_array_equal(images["t1"], -images["t2"])
+    np.testing.assert_array_equal(images["t1"] >= 0.5, mask == 1)
+    assert len({m.tobytes() for m in mask}) > 10  # they do move
+
+
+def test_offsets_reach_their_limits_and_no_further(make_case):
+    recipe = dataclasses.replace(RECIPE, max_rotation=0, flip_axis=None)
+    case = make_case(shape=(60, 40, 40), centre=(30, 20, 20))
+    z, y, x = np.indices(case.shape).astype(np.float32)
+    case.images.update(t1=y, t2=x)
+    images, _ = joined(patch_dataset([case], recipe), 100)
+    for name in ("t1", "t2"):
+        corners = images[name][:, 0, 0, 0, 0] - 12
+        assert set(corners) == set(range(-2, 3))
+    case.images.update(t1=z)
+    first = joined(patch_dataset([case], recipe, ["t1"]), 100)[0]["t1"][:, 0, 0, 0, 0]
+    assert set(first) <= set(range(45))
+    assert len({value % 4 for value in first}) == 4
+
+
+def test_patches_stay_within_the_patients_slices(make_case):
+    cases = [make_case(seed=seed, shape=(18, 20, 20)) for seed in (1, 2)]
+    for value, case in enumerate(cases):
+        case.images["t1"] = np.full(case.shape, value, np.float32)
+    images, _ = joined(patch_dataset(cases, RECIPE), 30)
+    assert all(len(np.unique(patch)) == 1 for patch in images["t1"])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_mirroring_is_along_the_axis_of_the_recipe(make_case, axis):
+    recipe = dataclasses.replace(RECIPE, offset_fraction=(0, 0, 0), max_rotation=0, flip_axis=axis)
+    case = make_case(shape=(16, 16, 16))
+    images, mask = joined(patch_dataset([case], recipe), 20)
+    plain = case.images["t1"].astype(np.float16).astype(np.float32)
+    mirrored = np.flip(plain, axis)
+    found = [np.array_equal(p[..., 0], plain) + 2 * np.array_equal(p[..., 0], mirrored) for p in images["t1"]]
+    assert set(found) == {1, 2}
+    assert 0.25 < np.mean(np.array(found) == 2) < 0.75
+    for kind, m in zip(found, mask, strict=True):
+        np.testing.assert_array_equal(m[..., 0], case.mask if kind == 1 else np.flip(case.mask, axis))
+
+
+def test_rotation_is_simpleitks(make_case):
+    recipe = dataclasses.replace(RECIPE, offset_fraction=(0, 0, 0), max_rotation=20, flip_axis=None)
+    case = make_case(shape=(16, 48, 48))
+    y, x = np.indices((48, 48)) / 6
+    case.images.update(t1=np.broadcast_to(np.sin(x) + np.cos(1.3 * y), case.shape).astype(np.float32))
+    images, _ = joined(patch_dataset([case], recipe, ["t1"]), 4)
+    image = sitk.GetImageFromArray(case.images["t1"][0])
+    angles = []
+    for patch in images["t1"]:
+        # The angle that fits best must fit to the rounding of float16.
+        errors = []
+        for degrees in np.arange(-20, 20.01, 0.1):
+            turn = sitk.Euler2DTransform((23.5, 23.5), np.radians(degrees))
+            turned = sitk.GetArrayFromImage(sitk.Resample(image, turn, sitk.sitkLinear))
+            errors.append(np.abs(turned[16:32, 16:32] - patch[0, ..., 0]).max())
+        assert min(errors) < 0.01
+        angles.append(np.argmin(errors) / 10 - 20)
+    assert np.ptp(angles) > 5
+
+
+def test_a_small_volume_is_padded_with_its_background_and_named(make_case):
+    case = make_case("carla", shape=(10, 12, 20))
+    with pytest.warns(UserWarning, match=r"smaller than the patch \(16, 16, 16\).*carla"):
+        images, mask = joined(patch_dataset([case], RECIPE, training=False))
+    patch = images["t1"][0, ..., 0]
+    np.testing.assert_allclose(patch[3:13, 2:14], case.images["t1"][:, :, 2:18], atol=2e-3)
+    outside = np.ones(patch.shape, bool)
+    outside[3:13, 2:14] = False
+    np.testing.assert_allclose(patch[outside], case.images["t1"].min(), atol=2e-3)
+    assert not mask[0, ..., 0][outside].any()
+
+
+def test_a_tumour_outside_the_windows_is_named(make_case):
+    case = make_case("doris", shape=(16, 60, 60), centre=(8, 52, 52))
+    with pytest.warns(UserWarning, match=r"outside all windows: doris \(100%\)"):
+        patch_dataset([case], RECIPE)
+
+
+def test_patients_without_a_mask_are_refused(make_case):
+    case = dataclasses.replace(make_case("emil"), mask=None)
+    with pytest.raises(ValueError, match=r"mask.*Received: .*emil"):
+        patch_dataset([case], RECIPE)
+    with pytest.raises(ValueError, match="at least one patient"):
+        patch_dataset([], RECIPE)
+
+
+def test_the_gpu_is_left_to_the_other_backends():
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow is the backend")
+    import tensorflow as tf
+
+    assert tf.config.get_visible_devices("GPU") == []

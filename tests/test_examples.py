@@ -1,0 +1,118 @@
+"""The examples as a user runs them: in processes of their own."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+ROOT = Path(__file__).parents[1]
+# Voxels of 4 mm and a few updates: the whole way, not a good network.
+QUICK = "--spacing 4 --patch-shape 16 32 32 --batch-size 1 --steps-per-epoch 2 --epochs 2 --seed 3".split()  # noqa: SIM905
+
+
+def command(example, *arguments):
+    return [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)]
+
+
+def run(example, *arguments, timeout=900):
+    done = subprocess.run(command(example, *arguments), capture_output=True, text=True, timeout=timeout, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def histories(folder):
+    return {path.name: path.read_text() for path in folder.glob("fold_*/*_history.csv")}
+
+
+def masks(folder):
+    return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in folder.glob("fold_*/masks/*")}
+
+
+def test_bad_arguments_are_named(cohort, tmp_path):
+    bad = {
+        ("--data", tmp_path / "nowhere"): "does not exist. Received: ",
+        ("--data", cohort, "--patch-shape", 16, 100, 64): "`patch_shape` must be (depth, height, width)",
+    }
+    for arguments, message in bad.items():
+        done = run("train_npc.py", *arguments, "--out", tmp_path / "run")
+        assert done.returncode != 0
+        assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
+    arguments = ("--data", cohort, *QUICK, "--out")
+    undisturbed = run("train_npc.py", *arguments, tmp_path / "undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    # Killed in the second epoch of the second network, and then while MMFNet is warming up.
+    folder = tmp_path / "killed"
+    for moment in ("fold_0/.t2/all/epoch-00001", "fold_0/.mmfnet"):
+        resume = ["--resume"] if folder.exists() else []
+        process = subprocess.Popen(
+            command("train_npc.py", *arguments, folder, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (folder / moment).exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    # The recipe is the run's, so that it need not be said again.
+    resumed = run("train_npc.py", "--data", cohort, "--out", folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    names = [
+        sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and "cache" not in path.parts)
+        for top in (folder, tmp_path / "undisturbed")
+    ]
+    assert names[0] == names[1]
+    for name, text in histories(folder).items():
+        expected = list(csv.reader(histories(tmp_path / "undisturbed")[name].splitlines()))
+        for row, other in zip(csv.reader(text.splitlines()), expected, strict=True):
+            for value, reference in zip(row, other, strict=True):
+                if reference[:1].isdigit():
+                    assert float(value) == pytest.approx(float(reference), rel=1e-3)
+                else:
+                    assert value == reference
+    for name, mask in masks(tmp_path / "undisturbed").items():
+        assert np.mean(masks(folder)[name] != mask) < 1e-4
+
+    # Another recipe is refused.
+    other = run("train_npc.py", "--data", cohort, "--out", folder, "--resume", "--epochs", 5)
+    assert other.returncode != 0
+    assert "another recipe. Received: epochs: 2 before, 5 now" in other.stderr
+    # So is a run that would overwrite this one.
+    again = run("train_npc.py", *arguments, folder)
+    assert again.returncode != 0
+    assert "must hold no run" in again.stderr
+
+    # The folder is enough to segment a patient.
+    patient = json.loads((folder / "metrics.json").read_text())["patients"][0]["patient"]
+    out, picture = tmp_path / "mask.nii.gz", tmp_path / "picture.png"
+    done = run("segment_patient.py", "--run", folder, "--patient", cohort / patient, "--out", out, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(out))), masks(folder)[f"{patient}.nii.gz"])
+    assert picture.stat().st_size > 1000
+    done = run("segment_patient.py", "--run", folder, "--patient", cohort / patient, "--out", out)
+    assert done.returncode != 0
+    assert f"Received: {out}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_the_demonstration_learns_to_segment(tmp_path):
+    start = time.monotonic()
+    done = run("train_npc.py", "--out", tmp_path / "run", timeout=1500)
+    print(done.stdout[-1500:], f"{time.monotonic() - start:.0f} s")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
+    assert summary["dsc"]["mean"] >= 0.75
+    assert "mean" in done.stdout

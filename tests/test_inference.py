@@ -1,0 +1,105 @@
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.data import preprocess_case, read_case_folder
+from keras_mmfnet.inference import predict_volume, segment_case
+from keras_mmfnet.models import MMFNet
+from keras_mmfnet.recipe import Recipe
+
+
+def mean_of_modalities(batch):
+    """A stand-in for a network: any callable will do."""
+    return np.mean(list(batch.values()), axis=0)
+
+
+def volumes(shape, count=2):
+    rng = np.random.default_rng(0)
+    return {f"m{i}": rng.uniform(size=shape).astype(np.float32) for i in range(count)}
+
+
+@pytest.mark.parametrize("shape", [(16, 20, 24), (21, 20, 24), (37, 20, 24)])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_overlapping_windows_give_back_what_a_pointwise_network_sees(shape, batch_size):
+    images = volumes(shape)
+    result = predict_volume(mean_of_modalities, images, (16, 16, 16), (4, 8, 8), batch_size=batch_size)
+    np.testing.assert_allclose(result, np.mean(list(images.values()), axis=0), atol=1e-6)
+    assert result.dtype == np.float32
+
+
+def test_overlapping_windows_are_averaged():
+    seen = []
+
+    def number(batch):
+        seen.extend(range(len(seen), len(seen) + len(batch["a"])))
+        return np.stack([np.full((4, 4, 4, 1), i, np.float32) for i in seen[-len(batch["a"]) :]])
+
+    result = predict_volume(number, {"a": np.zeros((6, 4, 4), np.float32)}, (4, 4, 4), (2, None, None), batch_size=1)
+    np.testing.assert_array_equal(result[:, 0, 0], [0, 0, 0.5, 0.5, 1, 1])
+
+
+def test_every_batch_has_the_same_size():
+    sizes = set()
+
+    def call(batch):
+        sizes.add(batch["m0"].shape)
+        return batch["m0"]
+
+    predict_volume(call, volumes((33, 16, 16)), (16, 16, 16), batch_size=4)
+    assert sizes == {(4, 16, 16, 16, 1)}
+
+
+def test_where_no_window_reaches_the_probability_is_0():
+    image = np.zeros((4, 9, 9), np.float32)
+    ones = predict_volume(lambda batch: np.ones_like(batch["a"]), {"a": image}, (4, 4, 4), centre=(2, 5, 4))
+    assert ones[:, 3:7, 2:6].min() == 1
+    assert ones.sum() == 4**3
+
+
+def test_a_small_volume_is_padded_with_its_background():
+    seen = []
+
+    def call(batch):
+        seen.append(batch["a"])
+        return batch["a"]
+
+    image = np.random.default_rng(0).normal(size=(10, 12, 20)).astype(np.float32)
+    result = predict_volume(call, {"a": image}, (16, 16, 16), centre=(5, 6, 10), batch_size=1)
+    np.testing.assert_array_equal(result[:, :, 2:18], image[:, :, 2:18])
+    assert seen[0][0, 0, 0, 0, 0] == image.min()
+
+
+def test_images_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"one shape\. Received: .*\(4, 4, 5\)"):
+        predict_volume(mean_of_modalities, {"a": np.zeros((4, 4, 4)), "b": np.zeros((4, 4, 5))}, (4, 4, 4))
+
+
+def test_a_model_and_its_call_agree():
+    keras.utils.set_random_seed(0)
+    model = MMFNet(("m0", "m1"), (8, 8, 8), filters=(2, 3))
+    images = volumes((8, 8, 8))
+    batch = {name: image[None, ..., None] for name, image in images.items()}
+    expected = keras.ops.convert_to_numpy(model(batch))[0, ..., 0]
+    np.testing.assert_allclose(predict_volume(model, images, (8, 8, 8)), expected, atol=1e-5)
+
+
+def test_the_mask_lands_on_the_patients_own_grid(cohort):
+    # The network is one that finds what is bright in cet1; each odd patient has a grid of its own per modality.
+    recipe = Recipe.small()
+    case = preprocess_case(read_case_folder(cohort / "patient_01", recipe), recipe)
+    low, high = recipe.clip["cet1"]
+
+    def bright(batch):
+        return np.clip((batch["cet1"] - low) / (high - low), 0, 1)
+
+    mask, probability = segment_case(bright, case, recipe)
+    own = sitk.ReadImage(str(cohort / "patient_01" / "t1.nii.gz"))
+    for image in (mask, probability):
+        assert image.GetSize() == own.GetSize()
+        for header in ("GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(getattr(image, header)(), getattr(own, header)())
+    assert (mask.GetPixelID(), probability.GetPixelID()) == (sitk.sitkUInt8, sitk.sitkFloat32)
+    mask, probability = (sitk.GetArrayFromImage(image) for image in (mask, probability))
+    np.testing.assert_array_equal(mask, probability >= 0.5)
+    assert mask.any()
