@@ -44,8 +44,9 @@ def main():
         mask, _ = segment_case(model, case, recipe)
         sitk.WriteImage(mask, str(parsed.out), useCompression=True)
         if parsed.picture:
-            prediction = case.grid.resample(mask)
-            figure = plot_segmentation(case.images, prediction, case.mask, case.spacing, margin=40)
+            # In pixels of the patient's own size.
+            fine = preprocess_case(files, dataclasses.replace(recipe, spacing=None))
+            figure = plot_segmentation(fine.images, fine.grid.resample(mask), fine.mask, fine.spacing, margin=40)
             figure.savefig(parsed.picture, dpi=110)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

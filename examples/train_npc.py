@@ -22,7 +22,7 @@ from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import cross_validate
 
 # The synthetic patients are easy enough to end the demonstration here.
-DEMONSTRATION = {"epochs": 5, "warmup_epochs": 1}
+DEMONSTRATION = {"steps_per_epoch": 40, "epochs": 4, "warmup_epochs": 1}
 
 
 def parse_arguments(arguments=None):
@@ -86,13 +86,17 @@ def main():
                 raise ValueError(f"the run is of patients of your own: --data is expected. Received: {out}")
             print(f"Making synthetic patients in {data}")
             make_phantom_cohort(data, seed=recipe.seed, modalities=recipe.modalities)
-        skip = (lambda error: print(f"Left out: {error}")) if parsed.skip_bad else None
+        left_out = []
+        skip = left_out.append if parsed.skip_bad else None
         cases = find_cases(data, recipe, on_error=skip)
         folds = None if parsed.fold == "all" else [int(parsed.fold)]
         rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{metrics_table(rows)}\n\nModels, masks and numbers are in {out}")
+    print(f"\n{metrics_table(rows)}\n")
+    for error in left_out:
+        print(f"Left out: {error}")
+    print(f"Models, masks and numbers are in {out}")
 
 
 if __name__ == "__main__":

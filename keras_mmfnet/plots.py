@@ -61,7 +61,8 @@ def plot_segmentation(images, prediction, truth=None, spacing=(1.0, 1.0, 1.0), d
         axes.set_title(name, color="white")
         axes.set_axis_off()
         for side, position in (("R", 0.02), ("L", 0.98)):
-            axes.text(position, 0.5, side, color="white", transform=axes.transAxes, ha="center", va="center")
+            box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
+            axes.text(position, 0.5, side, color="white", transform=axes.transAxes, ha="center", va="center", bbox=box)
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
         both = [np.count_nonzero(mask[depth]) for mask, _ in masks.values()]

@@ -165,9 +165,9 @@ class Recipe:
             "patch_shape": (16, 64, 64),
             "flip_axis": 2,
             "batch_size": 4,
-            "steps_per_epoch": 30,
-            "epochs": 4,
-            "warmup_epochs": 1,
+            "steps_per_epoch": 50,
+            "epochs": 40,
+            "warmup_epochs": 3,
             "learning_rate": 1e-3,
         }
         return cls(**(defaults | changes))

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -288,6 +289,8 @@ def _fit(model, training, validation, recipe, work, name, learning_rate, epochs)
             epochs=epochs,
             shuffle=False,  # the dataset does
             callbacks=callbacks,
+            # A bar with the time left for a person, a line per epoch for a log file.
+            verbose=1 if sys.stdout.isatty() else 2,
         )
     finally:
         # Closes its file, which it else leaves open when `fit` is interrupted.

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from keras_mmfnet.data import Grid, PreprocessedCase, make_phantom_cohort
 
@@ -21,6 +22,28 @@ def cohort(tmp_path_factory):
     """A folder of six synthetic patients."""
     folder = tmp_path_factory.mktemp("cohort")
     make_phantom_cohort(folder, patients=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory):
+    """A folder of six patients in files of a few kilobytes, t2 on a grid of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for number in range(6):
+        rng = np.random.default_rng(number)
+        patient = folder / f"patient_{number:02d}"
+        patient.mkdir()
+        for name, spacing in (("t1", 3.0), ("t2", 2.5), ("cet1", 3.0), ("mask", 3.0)):
+            count = round(96 / spacing)
+            grid = Grid(
+                (count, count, 20), (spacing, spacing, 4.0), (-48.0, -48.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+            )
+            x, y, z = np.moveaxis(grid.positions(np.stack(np.indices(grid.shape)[::-1], axis=-1)), -1, 0)
+            body = (x / 40) ** 2 + (y / 45) ** 2 < 1
+            tumour = (x - number) ** 2 + (y + number) ** 2 + (z - 36) ** 2 < 14**2
+            tissue = 300 * body * (1 + 0.5 * tumour) + rng.normal(20, 5, grid.shape)
+            array = tumour.astype(np.uint8) if name == "mask" else tissue.astype(np.int16)
+            sitk.WriteImage(grid.image(array), str(patient / f"{name}.nii.gz"))
     return folder
 
 

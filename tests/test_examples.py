@@ -1,6 +1,7 @@
 """The examples as a user runs them: in processes of their own."""
 
 import csv
+import importlib
 import json
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+from keras_mmfnet.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 # Voxels of 4 mm and a few updates: the whole way, not a good network.
@@ -36,19 +39,54 @@ def masks(folder):
     return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in folder.glob("fold_*/masks/*")}
 
 
-def test_bad_arguments_are_named(cohort, tmp_path):
-    bad = {
-        ("--data", tmp_path / "nowhere"): "does not exist. Received: ",
-        ("--data", cohort, "--patch-shape", 16, 100, 64): "`patch_shape` must be (depth, height, width)",
-    }
-    for arguments, message in bad.items():
-        done = run("train_npc.py", *arguments, "--out", tmp_path / "run")
-        assert done.returncode != 0
-        assert message in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "does not exist. Received: nowhere"),
+        (["--data", "{cohort}", "--patch-shape", "16", "100", "64"], "`patch_shape` must be (depth, height, width)"),
+        (["--modalities", "t1"], "two or more"),
+        (["--resume"], "is expected as --out"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_cohort, tmp_path, arguments, message):
+    arguments = [argument.format(cohort=tiny_cohort) for argument in arguments]
+    done = run("train_npc.py", *arguments, *([] if "--resume" in arguments else ["--out", tmp_path / "run"]))
+    assert done.returncode != 0
+    assert message in done.stderr
     assert not (tmp_path / "run").exists()
 
 
+def test_the_recipe_of_the_arguments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    train_npc = importlib.import_module("train_npc")
+
+    def recipe(*arguments):
+        parsed = train_npc.parse_arguments(list(arguments))
+        return train_npc.choose_recipe(parsed, Path("nowhere"))
+
+    assert recipe("--paper", "--data", "x") == Recipe()
+    assert recipe("--data", "x") == Recipe.small()
+    changed = recipe(
+        *"--data x --modalities a b --mask-name gtv --mask-labels 1 4 --epochs 3 --steps-per-epoch 5 --batch-size 2".split(),
+        *"--patch-shape 32 32 32 --seed 7 --mixed-precision bfloat16 --normalised 1000 --spacing keep".split(),
+    )
+    assert changed == Recipe.small(
+        modalities=("a", "b"),
+        mask="gtv",
+        mask_labels=(1, 4),
+        epochs=3,
+        steps_per_epoch=5,
+        batch_size=2,
+        patch_shape=(32, 32, 32),
+        seed=7,
+        mixed_precision="bfloat16",
+        normalised_scale=1000.0,
+        spacing=None,
+    )
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="compiles for too long on a CPU")
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     arguments = ("--data", cohort, *QUICK, "--out")
     undisturbed = run("train_npc.py", *arguments, tmp_path / "undisturbed")

@@ -3,9 +3,17 @@ import warnings
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_mmfnet.data.windows import cut, window_starts
+
+try:
+    import tensorflow as tf
+except ImportError as error:
+    backend = keras.backend.backend()
+    raise ImportError(
+        f"patches are made by tf.data, so training needs TensorFlow beside {backend}: "
+        f"pip install keras-mmfnet[{backend}]"
+    ) from error
 
 # The patches are made on the CPU; on another backend TensorFlow would else take the GPU's memory from it.
 if keras.backend.backend() != "tensorflow":

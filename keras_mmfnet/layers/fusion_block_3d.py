@@ -35,7 +35,7 @@ class FusionBlock3D(keras.layers.Layer):
         A tensor `(batch, depth, height, width, filters)`, or with the channels second.
 
     Raises:
-        ValueError: An argument is outside its range.
+        ValueError: An argument is outside its range, or the inputs do not fit together.
 
     Example:
     ```python
@@ -107,6 +107,9 @@ class FusionBlock3D(keras.layers.Layer):
             raise ValueError(f"each input must be a batch of volumes, with 5 axes. Received: shapes={shapes}")
         if any(shape[axis] is None for shape in shapes):
             raise ValueError(f"the numbers of channels must be known. Received: shapes={shapes}")
+        sizes = zip(*(_axes.with_channels(shape, None, self.data_format) for shape in shapes), strict=True)
+        if any(len(set(size) - {None}) > 1 for size in sizes):
+            raise ValueError(f"the inputs may differ in their channels only. Received: shapes={shapes}")
         return _axes.with_channels(shapes[0], sum(shape[axis] for shape in shapes), self.data_format)
 
     def get_config(self):

@@ -25,7 +25,7 @@ class ResidualFusion3D(keras.layers.Layer):
         A tensor `(batch, depth, height, width, filters)`, or with the channels second.
 
     Raises:
-        ValueError: An argument is outside its range.
+        ValueError: An argument is outside its range, or the number of channels is unknown.
 
     Example:
     ```python
@@ -38,6 +38,8 @@ class ResidualFusion3D(keras.layers.Layer):
 
     def __init__(self, filters, kernel_size=(1, 3, 3), data_format=None, **kwargs):
         super().__init__(**kwargs)
+        if not isinstance(filters, int) or filters < 1:
+            raise ValueError(f"`filters` must be a positive integer. Received: {filters!r}")
         self.filters = filters
         self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
         self.data_format = _axes.standardize(data_format)
@@ -67,6 +69,8 @@ class ResidualFusion3D(keras.layers.Layer):
         self.refine2 = conv(kernel_size, "refine2")
 
     def build(self, input_shape):
+        if input_shape[_axes.channel_axis(self.data_format)] is None:
+            raise ValueError(f"the number of channels must be known. Received: input_shape={input_shape}")
         self.reduce.build(input_shape)
         reduced = self.compute_output_shape(input_shape)
         for layer in (self.refine1, self.norm, self.refine2):

@@ -43,7 +43,7 @@ class EncoderDecoder(keras.Model):
         """
         names = [f"{modality}_block{level}_2_relu" for level in range(1, len(self.filters) + 1)]
         outputs = {layer.name: layer.output for layer in self.layers}
-        if not {*names, modality} <= set(outputs):
+        if modality not in self.input or not set(names) <= set(outputs):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")
         features = [outputs[name] for name in (*names, f"{modality}_bottom_relu")]
         return keras.Model(self.input[modality], features, name=f"{modality}_encoder")
