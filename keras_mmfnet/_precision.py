@@ -16,7 +16,7 @@ def dtype_policy(mixed_precision="auto"):
         `"float32"`, `"mixed_float16"` or `"mixed_bfloat16"`.
 
     Raises:
-        ValueError: The value is unknown, or TensorFlow cannot pool float16 on a CPU.
+        ValueError: The value is unknown, or TensorFlow cannot train in it on a CPU.
     """
     if mixed_precision not in ("auto", "off", "float16", "bfloat16"):
         raise ValueError(
@@ -29,10 +29,11 @@ def dtype_policy(mixed_precision="auto"):
         if capability is None:
             return "float32"
         return "mixed_bfloat16" if capability >= 8 else "mixed_float16"
-    if mixed_precision == "float16" and capability is None and keras.backend.backend() == "tensorflow":
+    if capability is None and keras.backend.backend() == "tensorflow":
         raise ValueError(
-            "`mixed_precision` must be 'bfloat16' or 'off' under TensorFlow without a GPU, where it has no 3D pooling "
-            "in float16. Received: 'float16'"
+            "`mixed_precision` must be 'auto' or 'off' under TensorFlow without a GPU, where it has no 3D pooling in "
+            "float16, and wrong gradients of 3D convolutions in bfloat16 unless XLA compiles them. Received: "
+            f"{mixed_precision!r}"
         )
     return f"mixed_{mixed_precision}"
 

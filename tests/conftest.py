@@ -7,6 +7,10 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import Grid, PreprocessedCase, make_phantom_cohort
 
+# The small networks of the tests are compiled often and run once: JAX spends most of its time on making them fast.
+if os.environ.get("KERAS_BACKEND") == "jax":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 
 @pytest.fixture(scope="session")
 def test_data():

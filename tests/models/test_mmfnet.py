@@ -1,0 +1,264 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+import torch
+from checks import POLICIES, check_model, count, fill, named_weights, random_volume, to_numpy
+from reference import inside, torch_conv, torch_fusion_block, torch_norm
+
+from keras_mmfnet import models
+from keras_mmfnet.losses import DiceLoss
+from keras_mmfnet.models import MMFNet, MultiEncoderUNet3D, SingleEncoderUNet3D, UNet2D, UNet3D
+
+PATCH = (4, 8, 8)
+FILTERS = (2, 3)
+# Per encoder: five 3x3x3 convolutions without bias, each with a scale and a shift for every channel.
+ENCODER = 27 * (1 * 2 + 2 * 2 + 2 * 3 + 3 * 3 + 3 * 3) + 2 * (2 + 2 + 3 + 3 + 3)
+ENCODER_MOVING = 2 * (2 + 2 + 3 + 3 + 3)
+DECODER_MOVING = 2 * (3 + 2)
+
+
+def decoder(skips, bottom):
+    """Weights of the decoder on `skips` and `bottom` channels, the head included."""
+    first = (8 * bottom * 3 + 3) + 27 * (3 + skips[1]) * 3 + 2 * 3
+    second = (8 * 3 * 2 + 2) + 27 * (2 + skips[0]) * 2 + 2 * 2
+    return first + second + (2 + 1)
+
+
+def fusion(channels, filters, channel_mlps, reduction, spatial):
+    """Weights of a fusion block of `channels` to `filters` channels."""
+    hidden = channels // reduction
+    attention = channel_mlps * (2 * channels * hidden + hidden + channels) + (27 * spatial + 1)
+    return attention + (channels * filters + filters) + (18 * filters**2 + filters) + 2 * filters
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("bottleneck", ["concat", "fusion"])
+def test_mmfnet(bottleneck, policy, tmp_path):
+    arguments = {
+        "modalities": ("flair", "dwi"),
+        "patch_shape": PATCH,
+        "filters": FILTERS,
+        "reduction": 2,
+        "channel_statistics": ("std", "max"),
+        "spatial_statistics": ("std", "avg"),
+        "shared_mlp": bottleneck == "concat",
+        "bottleneck": bottleneck,
+    }
+    mlps = 1 if arguments["shared_mlp"] else 2
+    blocks = [fusion(2 * filters, filters, mlps, 2, 2) for filters in FILTERS]
+    moving = 2 * ENCODER_MOVING + 2 * (2 + 3) + DECODER_MOVING
+    if bottleneck == "fusion":
+        blocks.append(blocks[-1])
+        moving += 2 * 3
+    trainable = 2 * ENCODER + sum(blocks) + decoder((2, 3), bottom=3 if bottleneck == "fusion" else 6)
+    check_model(MMFNet, arguments, policy, (trainable, moving), tmp_path)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_multi_encoder(policy, tmp_path):
+    arguments = {"modalities": ("flair", "dwi"), "patch_shape": PATCH, "filters": FILTERS}
+    weights = 2 * ENCODER + decoder((4, 6), bottom=6), 2 * ENCODER_MOVING + DECODER_MOVING
+    check_model(MultiEncoderUNet3D, arguments, policy, weights, tmp_path)
+
+
+def test_one_modality():
+    model = MultiEncoderUNet3D(("t1",), PATCH, FILTERS)
+    assert model.count_params() == UNet3D("t1", PATCH, FILTERS).count_params()
+    assert MMFNet(("t1",), PATCH, FILTERS)({"t1": random_volume(1, *PATCH, 1)}).shape == (1, *PATCH, 1)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "arguments", "trainable", "moving"),
+    [
+        (MMFNet, {}, 1_587_125, 2432),
+        (MMFNet, {"shared_mlp": True}, 1_587_125 - 2 * (122 + 436 + 1640 + 6352 + 6352), 2432),
+        (MultiEncoderUNet3D, {}, 1_700_313, 2064),
+    ],
+)
+def test_paper_size(model_class, arguments, trainable, moving):
+    model = model_class(**arguments)
+    assert (count(model.trainable_weights), count(model.non_trainable_weights)) == (trainable, moving)
+    assert list(model.input) == ["t1", "t2", "cet1"]
+    assert {tuple(x.shape) for x in model.input.values()} == {(None, 16, 256, 256, 1)}
+    assert tuple(model.output.shape) == (None, 16, 256, 256, 1)
+
+
+def torch_mmfnet(w, volumes, levels):
+    """MMFNet on PyTorch's own operations, from `{modality: (batch, 1, depth, height, width)}`."""
+
+    def block(x, name):
+        return torch.relu(torch_norm(w, f"{name}_norm", torch_conv(w, f"{name}_conv", x)))
+
+    by_level = [[] for _ in range(levels + 1)]
+    for modality, x in volumes.items():
+        for level in range(levels):
+            x = block(block(x, f"{modality}_block{level + 1}_1"), f"{modality}_block{level + 1}_2")
+            by_level[level].append(x)
+            x = torch.nn.functional.max_pool3d(x, 2)
+        by_level[levels].append(block(x, f"{modality}_bottom"))
+    names = [*(f"fusion{level + 1}" for level in range(levels)), "fusion_bottom"]
+    *skips, x = [torch_fusion_block(inside(w, name), f) for name, f in zip(names, by_level, strict=True)]
+    for level in reversed(range(levels)):
+        name = f"decoder_block{level + 1}"
+        # Keras keeps a transposed convolution's kernel as (depth, height, width, filters, inputs).
+        kernel, bias = w[f"{name}_up/kernel"].permute(4, 3, 0, 1, 2), w[f"{name}_up/bias"]
+        up = torch.nn.functional.conv_transpose3d(x, kernel, bias, stride=2)
+        x = block(torch.cat([up, skips[level]], dim=1), name)
+    return torch_conv(w, "probability", x).sigmoid()
+
+
+def test_same_as_plain_pytorch():
+    filters = (2, 3, 4, 5)
+    model = MMFNet(("t1", "t2", "cet1"), (16, 16, 32), filters, reduction=3)
+    fill(model)
+    inputs = {name: random_volume(2, 16, 16, 32, 1, seed=seed) for seed, name in enumerate(model.modalities)}
+    w = {path: torch.tensor(value) for path, value in named_weights(model).items()}
+    volumes = {name: torch.tensor(np.moveaxis(x, -1, 1).copy()) for name, x in inputs.items()}
+    expected = torch_mmfnet(w, volumes, levels=len(filters)).numpy()
+    assert np.ptp(expected) > 0.05
+    np.testing.assert_allclose(np.moveaxis(to_numpy(model(inputs)), -1, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_class", [MMFNet, MultiEncoderUNet3D])
+def test_encoders_are_apart(model_class):
+    model = model_class(("t1", "t2"), PATCH, FILTERS)
+    one, other = (model.encoder(name) for name in model.modalities)
+    assert not {id(w) for w in one.weights} & {id(w) for w in other.weights}
+    assert len(one.outputs) == len(FILTERS) + 1
+    with pytest.raises(ValueError, match=r"has no encoder for this modality alone. Received: 'cet1'$"):
+        model.encoder("cet1")
+
+
+def test_frozen_encoder_stays_through_a_fit():
+    model = MMFNet(("t1", "t2"), PATCH, FILTERS, reduction=2)
+    fill(model)
+    frozen = model.encoder("t1")
+    frozen.trainable = False
+    model.compile(keras.optimizers.Adam(1e-3), loss=DiceLoss())
+    kept = {id(weight) for weight in frozen.weights}
+    assert len(kept) == 5 * 5  # a kernel, a scale, a shift, a mean and a variance, in each of five blocks
+    before = model.get_weights()
+    inputs = {name: random_volume(4, *PATCH, 1, seed=seed) for seed, name in enumerate(model.modalities)}
+    model.fit(inputs, (inputs["t1"] + inputs["t2"] > 0).astype("uint8"), batch_size=2, epochs=2, verbose=0)
+    for weight, old, new in zip(model.weights, before, model.get_weights(), strict=True):
+        assert (old == new).all() == (id(weight) in kept), weight.path
+
+    frozen.trainable = True
+    assert len(model.trainable_weights) == len(model.weights) - len([w for w in model.weights if "moving" in w.path])
+
+
+@pytest.fixture
+def donors():
+    networks = {name: UNet3D(name, PATCH, FILTERS) for name in ("t1", "t2")}
+    for seed, network in enumerate(networks.values()):
+        fill(network, seed)
+    return networks
+
+
+@pytest.mark.parametrize("kind", ["models", "str", "Path"])
+def test_self_transfer(kind, donors, tmp_path):
+    sources = dict(donors)
+    if kind != "models":
+        for name, donor in donors.items():
+            donor.save(tmp_path / f"{name}.keras")
+            sources[name] = tmp_path / f"{name}.keras"
+    if kind == "str":
+        sources = {name: str(path) for name, path in sources.items()}
+    model = MMFNet.from_pretrained_encoders(sources, reduction=2, bottleneck="concat")
+    assert model.modalities == ("t1", "t2")
+    assert (model.patch_shape, model.filters, model.reduction, model.bottleneck) == (PATCH, FILTERS, 2, "concat")
+    for name, donor in donors.items():
+        x = random_volume(1, *PATCH, 1)
+        features = zip(model.encoder(name)(x), donor.encoder(name)(x), strict=True)
+        assert all((to_numpy(one) == to_numpy(other)).all() for one, other in features)
+        assert all(weight.trainable for weight in model.encoder(name).weights if "moving" not in weight.path)
+        # Copies: what happens to the network leaves the donor as it is.
+        kernel = model.encoder(name).weights[0]
+        kernel.assign(kernel + 1)
+        assert (to_numpy(donor.encoder(name).weights[0]) != to_numpy(kernel)).all()
+
+
+def test_self_transfer_settings(donors):
+    model = MMFNet.from_pretrained_encoders(
+        donors, modalities=("t2", "t1"), patch_shape=(8, 8, 8), dtype="mixed_bfloat16"
+    )
+    assert model.modalities == ("t2", "t1")
+    assert model.patch_shape == (8, 8, 8)
+    assert model.dtype_policy.name == "mixed_bfloat16"
+    for name, donor in donors.items():
+        pairs = zip(model.encoder(name).get_weights(), donor.encoder(name).get_weights(), strict=True)
+        assert all((one == other).all() for one, other in pairs)
+
+
+def test_self_transfer_from_a_network_of_several(donors):
+    source = MultiEncoderUNet3D(("t1", "t2"), PATCH, FILTERS)
+    model = MMFNet.from_pretrained_encoders({"t1": source, "t2": donors["t2"]})
+    pairs = zip(model.encoder("t1").get_weights(), source.encoder("t1").get_weights(), strict=True)
+    assert all((one == other).all() for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (
+            {},
+            {"modalities": ("t1", "t2", "cet1")},
+            "each of the modalities ('t1', 't2', 'cet1'). Received: ('t1', 't2')",
+        ),
+        ({}, {"modalities": ("t1",)}, "each of the modalities ('t1',). Received: ('t1', 't2')"),
+        ({}, {"filters": (2, 4)}, "for 't1' must have the filters (2, 4), .* Received: (2, 3)"),
+        ({"t2": lambda: UNet3D("t2", PATCH, (2, 4))}, {}, "for 't2' must have the filters (2, 3), .* Received: (2, 4)"),
+        ({"t2": lambda: UNet3D("t2", (8, 8, 8), (2,))}, {}, "for 't2' must have the filters (2, 3), .* Received: (2,)"),
+        ({"t2": lambda: UNet2D("t2", (8, 8), (2, 3))}, {}, "for 't2' must be 3D. Received: patch_shape=(8, 8)"),
+        ({"t1": lambda: UNet2D("t1", (8, 8), (2, 3))}, {}, "for 't1' must be 3D. Received: patch_shape=(8, 8)"),
+        ({"t2": lambda: UNet3D("flair", PATCH, (2, 3))}, {}, "for 't2' has no encoder for it. Received: <UNet3D .*"),
+        ({"t2": lambda: SingleEncoderUNet3D(("t1", "t2"), PATCH, (2, 3))}, {}, "for 't2' has no encoder for it. .*"),
+        ({"t2": lambda: keras.Sequential()}, {}, "for 't2' must be a UNet3D, or the path of one. Received: <Seq.*"),
+        ({"t2": lambda: None}, {}, "for 't2' must be a UNet3D, or the path of one. Received: None"),
+    ],
+)
+def test_wrong_encoders(change, arguments, message, donors):
+    expected = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(ValueError, match=f"{expected}$"):
+        MMFNet.from_pretrained_encoders({**donors, **{name: make() for name, make in change.items()}}, **arguments)
+
+
+def test_no_encoders():
+    with pytest.raises(ValueError, match=r"^`encoders` must have one network for each .* Received: \(\)$"):
+        MMFNet.from_pretrained_encoders({})
+
+
+def test_a_file_that_holds_another_model(tmp_path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "other.keras")
+    with pytest.raises(ValueError, match=r"for 't1' must be a UNet3D, .* Received: .*other.keras"):
+        MMFNet.from_pretrained_encoders({"t1": tmp_path / "other.keras"})
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing.keras"):
+        MMFNet.from_pretrained_encoders({"t1": tmp_path / "nothing.keras"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bottleneck": "add"}, "`bottleneck` must be 'fusion' or 'concat'. Received: 'add'"),
+        ({"modalities": ("t1", "t1")}, "distinct names, at least one. Received: ('t1', 't1')"),
+        ({"patch_shape": (4, 8, 6)}, "2 times. Received: (4, 8, 6)"),
+        ({"filters": (2, -3)}, "positive integers. Received: (2, -3)"),
+        ({"reduction": 0}, "`reduction` must be a positive integer. Received: 0"),
+        ({"channel_statistics": ("mean",)}, "each once. Received: ('mean',)"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        MMFNet(**{"modalities": ("t1", "t2"), "patch_shape": PATCH, "filters": FILTERS, **arguments})
+
+
+def test_every_public_model_is_registered():
+    public = [getattr(models, name) for name in models.__all__]
+    assert {keras.saving.get_registered_name(model) for model in public} == {
+        f"keras_mmfnet>{name}" for name in models.__all__
+    }
