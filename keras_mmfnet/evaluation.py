@@ -5,21 +5,20 @@ import math
 
 import numpy as np
 
-METRICS = ("dsc", "ap", "dice_loss")
 
-
-def evaluate_case(probability, truth, threshold=0.5):
-    """The paper's numbers of one patient, over all voxels of the volume (section IV-B).
+def evaluate_case(probability, truth, spacing, threshold=0.5):
+    """The numbers of one patient, over all voxels of the volume (section IV-B), and the distances of the surfaces.
 
     Args:
-        probability: Probabilities from 0 to 1, any shape.
+        probability: Probabilities `(depth, height, width)` from 0 to 1.
         truth: The expert's mask of 0 and 1, of the same shape.
+        spacing: Size of a voxel in mm, `(z, y, x)`.
         threshold: A voxel counts as tumour from this probability on.
 
     Returns:
         A dict of floats: `dsc`, the Dice similarity coefficient (eq. 14), 1 where truth and prediction are both
-        empty; `ap`, the average precision (eq. 15-17) as scikit-learn computes it, NaN for an empty truth; and
-        `dice_loss`, `1 - (2 I + 1) / (P + G + 1)` (eq. 1).
+        empty; `ap`, the average precision (eq. 15-17) as scikit-learn computes it, NaN for an empty truth;
+        `dice_loss`, `1 - (2 I + 1) / (P + G + 1)` (eq. 1); and `hd95` and `assd` in mm, see `surface_distances`.
 
     Raises:
         ValueError: The shapes differ.
@@ -38,6 +37,49 @@ def evaluate_case(probability, truth, threshold=0.5):
         "dsc": float(2 * (predicted & truth).sum() / size) if size else 1.0,
         "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
         "dice_loss": float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1)),
+        **surface_distances(predicted, truth, spacing),
+    }
+
+
+def surface_distances(one, other, spacing):
+    """How far apart the surfaces of two masks are.
+
+    A mask's surface is its voxels that touch, by a face, one that is not of it; the volume's outside is not of it. The
+    distances are those from each surface voxel's centre to the nearest one's of the other surface.
+
+    Args:
+        one: Mask `(depth, height, width)`.
+        other: Mask of the same shape.
+        spacing: Size of a voxel in mm, `(z, y, x)`.
+
+    Returns:
+        `hd95`, the larger of the two directions' 95th percentiles, and `assd`, the mean over all voxels of both
+        surfaces, in mm. Both are 0 where both masks are empty and, where only one is, the length of the volume's
+        diagonal, than which no distance is larger.
+    """
+    import SimpleITK as sitk
+
+    one, other = np.asarray(one) > 0, np.asarray(other) > 0
+    found = np.nonzero(one | other)
+    if not len(found[0]):
+        return {"hd95": 0.0, "assd": 0.0}
+    if not (one.any() and other.any()):
+        diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing)))
+        return {"hd95": diagonal, "assd": diagonal}
+    # Only the part with both masks, and a voxel of rim.
+    box = tuple(slice(index.min(), index.max() + 1) for index in found)
+    maps, surfaces = [], []
+    for mask in (one, other):
+        image = sitk.GetImageFromArray(np.pad(mask[box], 1).astype(np.uint8))
+        image.SetSpacing([float(size) for size in spacing[::-1]])
+        surface = sitk.BinaryContour(image, fullyConnected=False)
+        distance = sitk.SignedMaurerDistanceMap(surface, squaredDistance=False, useImageSpacing=True)
+        surfaces.append(sitk.GetArrayFromImage(surface) > 0)
+        maps.append(np.abs(sitk.GetArrayFromImage(distance)))
+    there, back = maps[1][surfaces[0]], maps[0][surfaces[1]]
+    return {
+        "hd95": float(max(np.percentile(there, 95), np.percentile(back, 95))),
+        "assd": float((there.sum(dtype=float) + back.sum(dtype=float)) / (there.size + back.size)),
     }
 
 
@@ -79,8 +121,8 @@ def metrics_csv(rows):
 def metrics_table(rows):
     """The numbers of each patient and their mean as a plain-text table."""
     summary = summarise(rows)
-    header = ["patient", "fold", "DSC", "AP", "Dice loss", "seconds"]
-    keys = ("dsc", "ap", "dice_loss", "seconds")
+    header = ["patient", "fold", "DSC", "AP", "Dice loss", "HD95 mm", "ASSD mm", "seconds"]
+    keys = ("dsc", "ap", "dice_loss", "hd95", "assd", "seconds")
     lines = [[row["patient"], str(row["fold"]), *(_number(row[key]) for key in keys)] for row in rows]
     lines.append(["mean", "", *(_number(summary[key]["mean"]) for key in keys)])
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]

@@ -15,13 +15,13 @@ def _as_float(y_true, y_pred, sample_weight):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class DiceScore(keras.metrics.Metric):
-    """Dice similarity coefficient of the voxels above a threshold, over all batches of an epoch (eq. 14).
+    """Dice similarity coefficient of the voxels from a threshold on, over all batches of an epoch (eq. 14).
 
     `2 |P and G| / (|P| + |G|)`, with the voxels of all batches taken together; 1 where both are empty. Computed in
     float32 under every dtype policy.
 
     Args:
-        threshold: A voxel whose probability is above it counts as tumour.
+        threshold: A voxel counts as tumour from this probability on.
         name: Name of the metric.
         **kwargs: As for every metric.
 
@@ -43,7 +43,7 @@ class DiceScore(keras.metrics.Metric):
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch of masks of 0 and 1 and of probabilities, both of the same shape."""
         y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight)
-        predicted = ops.cast(y_pred > self.threshold, "float32")
+        predicted = ops.cast(y_pred >= self.threshold, "float32")
         self.intersection.assign_add(ops.sum(y_true * predicted * weights))
         self.total.assign_add(ops.sum(y_true * weights) + ops.sum(predicted * weights))
 

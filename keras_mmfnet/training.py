@@ -180,7 +180,7 @@ def _test(model, patient, case, recipe, folder, fold):
     os.replace(partial, path)
     seconds = time.perf_counter() - start
     truth = read_tumour(case, recipe, patient.source)
-    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth)
+    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
     return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
 
 

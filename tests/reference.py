@@ -1,4 +1,4 @@
-"""The paper's equations in NumPy and plain PyTorch, written without Keras: what layers and networks are held against.
+"""The paper's equations in NumPy and plain PyTorch, without Keras: what layers and networks must equal.
 
 Volumes are `(batch, depth, height, width, channels)`, or `(batch, channels, depth, height, width)` in PyTorch. `w` has
 Keras' weights by their path inside the layer or network.

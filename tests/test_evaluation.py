@@ -7,14 +7,30 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json, metrics_table, summarise
+from keras_mmfnet.evaluation import (
+    evaluate_case,
+    metrics_csv,
+    metrics_json,
+    metrics_table,
+    summarise,
+    surface_distances,
+)
 
 # Four voxels of truth.
 TRUTH = np.array([1, 1, 1, 1, 0, 0, 0, 0]).reshape(2, 2, 2)
 NOTHING = np.zeros_like(TRUTH)
 ROWS = [
-    {"patient": "anna", "fold": 0, "dsc": 0.5, "ap": 0.25, "dice_loss": 0.5, "seconds": 1.0},
-    {"patient": "bert", "fold": 1, "dsc": 1.0, "ap": math.nan, "dice_loss": 0.0, "seconds": 3.0},
+    {"patient": "anna", "fold": 0, "dsc": 0.5, "ap": 0.25, "dice_loss": 0.5, "hd95": 4.0, "assd": 2.0, "seconds": 1.0},
+    {
+        "patient": "bert",
+        "fold": 1,
+        "dsc": 1.0,
+        "ap": math.nan,
+        "dice_loss": 0.0,
+        "hd95": 0.0,
+        "assd": 0.0,
+        "seconds": 3.0,
+    },
 ]
 
 
@@ -33,7 +49,9 @@ ROWS = [
     ],
 )
 def test_by_hand(probability, truth, dsc, ap, dice_loss):
-    numbers = evaluate_case(probability.astype(np.float32), truth)
+    numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
+    distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
+    assert {name: numbers.pop(name) for name in ("hd95", "assd")} == distances
     assert numbers == pytest.approx({"dsc": dsc, "ap": ap, "dice_loss": dice_loss}, nan_ok=True)
 
 
@@ -42,17 +60,17 @@ def test_average_precision_is_scikit_learns():
     truth = rng.random((4, 20, 20)) < 0.1
     probability = np.clip(0.3 * truth + 0.7 * rng.random(truth.shape), 0, 1).astype(np.float32)
     expected = average_precision_score(truth.ravel(), probability.ravel())
-    assert evaluate_case(probability, truth)["ap"] == pytest.approx(expected, abs=1e-6)
+    assert evaluate_case(probability, truth, (1, 1, 1))["ap"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"one shape\. Received: \(2, 2\) and \(2, 2, 2\)"):
-        evaluate_case(np.zeros((2, 2)), TRUTH)
+        evaluate_case(np.zeros((2, 2)), TRUTH, (1, 1, 1))
 
 
 def test_the_summary_is_over_the_patients_for_whom_a_number_is_defined():
     summary = summarise(ROWS)
-    assert list(summary) == ["dsc", "ap", "dice_loss", "seconds"]
+    assert list(summary) == ["dsc", "ap", "dice_loss", "hd95", "assd", "seconds"]
     assert summary["dsc"] == {"mean": 0.75, "std": 0.25, "patients": 2}
     assert summary["ap"] == {"mean": 0.25, "std": 0.0, "patients": 1}
     assert summarise(ROWS[1:])["ap"] == {"mean": None, "std": None, "patients": 0}
@@ -77,7 +95,80 @@ def test_csv_has_a_row_per_patient():
 
 def test_the_table_ends_with_the_mean():
     lines = metrics_table(ROWS).splitlines()
-    assert lines[0].split() == ["patient", "fold", "DSC", "AP", "Dice", "loss", "seconds"]
-    assert lines[2].split() == ["bert", "1", "1.0000", "-", "0.0000", "3.0000"]
-    assert lines[-1].split() == ["mean", "0.7500", "0.2500", "0.2500", "2.0000"]
+    assert lines[0].split() == "patient fold DSC AP Dice loss HD95 mm ASSD mm seconds".split()
+    assert lines[2].split() == ["bert", "1", "1.0000", "-", "0.0000", "0.0000", "0.0000", "3.0000"]
+    assert lines[-1].split() == ["mean", "0.7500", "0.2500", "0.2500", "2.0000", "1.0000", "2.0000"]
     assert len({len(line) for line in lines}) == 1
+
+
+# --- surfaces
+
+
+def ball(radius, centre, shape=(20, 60, 60), spacing=(2.0, 0.5, 0.5)):
+    """A ball in mm."""
+    points = np.moveaxis(np.indices(shape), 0, -1) * spacing
+    return np.linalg.norm(points - centre, axis=-1) <= radius
+
+
+def test_equal_masks_are_0_apart():
+    mask = ball(8, (20, 15, 15))
+    assert surface_distances(mask, mask, (2, 0.5, 0.5)) == {"hd95": 0, "assd": 0}
+
+
+@pytest.mark.parametrize(("axis", "step"), [(0, 2.0), (1, 0.5), (2, 0.5)])
+def test_a_shifted_plate_is_as_far_as_the_shift_in_mm(axis, step):
+    one, other = np.zeros((2, 40, 40, 40), bool)
+    index = [slice(None)] * 3
+    index[axis] = 10
+    one[tuple(index)] = True
+    index[axis] = 17
+    other[tuple(index)] = True
+    assert surface_distances(one, other, (2.0, 0.5, 0.5)) == pytest.approx({"hd95": 7 * step, "assd": 7 * step})
+
+
+def test_one_ball_in_another():
+    inner, outer = (ball(radius, (20, 15, 15)) for radius in (6, 10))
+    found = surface_distances(inner, outer, (2.0, 0.5, 0.5))
+    # 4 mm, but for the size of a voxel.
+    assert found["hd95"] == pytest.approx(4, abs=1.0)
+    assert found["assd"] == pytest.approx(4, abs=0.5)
+
+
+def test_a_far_speck_counts_in_its_direction():
+    one = np.zeros((3, 3, 100), bool)
+    one[1, 1, :4] = True
+    other = one.copy()
+    other[1, 1, 50] = True
+    found = surface_distances(one, other, (1, 1, 1))
+    # From `other`: four times 0 and once 47; from `one`: four times 0.
+    assert found["hd95"] == pytest.approx(np.percentile([0, 0, 0, 0, 47], 95))
+    assert found["assd"] == pytest.approx(47 / 9)
+    assert surface_distances(other, one, (1, 1, 1)) == pytest.approx(found)
+
+
+def test_against_every_pair_of_surface_voxels():
+    rng = np.random.default_rng(0)
+    one, other = rng.random((2, 6, 8, 10)) < 0.3
+    spacing = np.array([3.0, 1.0, 0.7])
+
+    def surface(mask):
+        padded = np.pad(mask, 1)
+        inner = np.all([np.roll(padded, step, axis) for axis in range(3) for step in (-1, 1)], axis=0)
+        return np.argwhere(padded & ~inner) * spacing
+
+    distances = np.linalg.norm(surface(one)[:, None] - surface(other)[None], axis=-1)
+    there, back = distances.min(axis=1), distances.min(axis=0)
+    expected = {
+        "hd95": max(np.percentile(there, 95), np.percentile(back, 95)),
+        "assd": np.concatenate([there, back]).mean(),
+    }
+    assert surface_distances(one, other, spacing) == pytest.approx(expected, rel=1e-5)
+
+
+def test_empty_masks():
+    mask = ball(8, (20, 15, 15))
+    diagonal = np.linalg.norm([40, 30, 30])
+    expected = {"hd95": diagonal, "assd": diagonal}
+    assert surface_distances(mask, 0 * mask, (2, 0.5, 0.5)) == pytest.approx(expected)
+    assert surface_distances(0 * mask, mask, (2, 0.5, 0.5)) == pytest.approx(expected)
+    assert surface_distances(0 * mask, 0 * mask, (2, 0.5, 0.5)) == {"hd95": 0, "assd": 0}

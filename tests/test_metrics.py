@@ -19,8 +19,8 @@ TABLE = {
     "half": ([1, 1, 0, 0], [0, 1, 1, 0], 1 / 2, 1 / 2 * 1 / 2 + 1 / 2 * 2 / 4),
     "apart": ([1, 1, 0, 0], [0, 0, 1, 1], 0, 2 / 4),
     "ranked": ([1, 0, 1, 0], [0.875, 0.75, 0.625, 0.125], 2 * 2 / 5, 1 / 2 * 1 + 1 / 2 * 2 / 3),
-    # One half is not above the threshold.
-    "unsure": ([1, 1, 0, 0], [0.75, 0.5, 0.5, 0.25], 2 * 1 / 3, 1 / 2 * 1 + 1 / 2 * 2 / 3),
+    # One half counts.
+    "unsure": ([1, 1, 0, 0], [0.75, 0.5, 0.5, 0.25], 2 * 2 / 5, 1 / 2 * 1 + 1 / 2 * 2 / 3),
 }
 METRICS = {"dice": DiceScore, "ap": AveragePrecision}
 
@@ -47,7 +47,7 @@ def test_by_hand(case, dtype):
 def test_threshold():
     metric = DiceScore(threshold=0.25)
     metric.update_state(np.array([1, 1, 0, 0]), np.array([0.3, 0.25, 0.3, 0.2]))
-    assert value(metric) == pytest.approx(2 / 4, abs=1e-6)
+    assert value(metric) == pytest.approx(2 * 2 / 5, abs=1e-6)
 
 
 @pytest.mark.parametrize("bins", [2, 128, 200])

@@ -127,7 +127,7 @@ def test_training_learns(patients, tmp_path):
     paths = pretrain_encoders(*patients, recipe, tmp_path)
     case = patients[1][0]
     _, probability = segment_case(keras.models.load_model(paths["t1"]), case, recipe)
-    assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask)["dsc"] > 0.8
+    assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["dsc"] > 0.8
 
 
 @pytest.mark.slow

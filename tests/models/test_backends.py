@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import fill, random_volume, to_numpy
 
-from keras_mmfnet.models import MMFNet, MultiEncoderUNet3D, SingleEncoderUNet3D, UNet2D, UNet3D
+from keras_mmfnet.models import MMFNet, SingleEncoderUNet3D, UNet2D
 
 BACKEND = keras.backend.backend()
 OTHERS = [name for name in ("tensorflow", "torch", "jax") if name != BACKEND]
@@ -28,15 +28,12 @@ def run(script, *arguments, backend=BACKEND):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with every network as `.keras` and with inputs for it, and the outputs here."""
+    """A folder with networks as `.keras` and inputs for them, and the outputs here."""
     folder = tmp_path_factory.mktemp("saved")
     names, size = ("t1", "t2"), {"patch_shape": (4, 8, 8), "filters": (2, 3)}
     networks = {
         "mmfnet": MMFNet(names, **size, reduction=2),
-        "ablated": MMFNet(names, **size, channel_statistics=("max", "std"), shared_mlp=True, bottleneck="concat"),
-        "multi": MultiEncoderUNet3D(names, **size),
         "single": SingleEncoderUNet3D(names, **size),
-        "unet3d": UNet3D("t1", **size),
         "unet2d": UNet2D("t1", (8, 8), (2, 3)),
     }
     inputs, outputs = {}, {}
