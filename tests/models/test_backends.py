@@ -55,8 +55,8 @@ folder, outputs = pathlib.Path(sys.argv[1]), {}
 inputs = numpy.load(folder / "inputs.npz")
 for path in folder.glob("*.keras"):
     network = keras.saving.load_model(path)
-    found = network({name: inputs[f"{path.stem}/{name}"] for name in network.input})
-    outputs[path.stem] = keras.ops.convert_to_numpy(found)
+    found = network.predict_on_batch({name: inputs[f"{path.stem}/{name}"] for name in network.input})
+    outputs[path.stem] = found
 numpy.savez(sys.argv[2], **outputs)
 print(keras.backend.backend())
 """
