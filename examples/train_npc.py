@@ -18,7 +18,7 @@ from pathlib import Path
 
 from keras_mmfnet.data import find_cases, make_phantom_cohort
 from keras_mmfnet.evaluation import metrics_table
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 from keras_mmfnet.training import cross_validate
 
 # The synthetic patients are easy enough to end the demonstration here.
@@ -34,28 +34,12 @@ def parse_arguments(arguments=None):
     add("--skip-bad", action="store_true", help="leave out patients that cannot be used, and list them")
     add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
     add("--fold", default="0", metavar="N|all", help="fold of the cross-validation to run (default: 0)")
-    group = parser.add_argument_group("what differs from the recipe (see keras_mmfnet.recipe.Recipe)")
-
-    def change(flag, **options):
-        group.add_argument(flag, default=argparse.SUPPRESS, **options)
-
-    change("--modalities", nargs="+", metavar="NAME", help="file names of the modalities, two or more")
-    change("--mask-name", dest="mask", metavar="NAME", help="file name of the mask")
-    change("--mask-labels", nargs="+", type=int, metavar="LABEL", help="values of the mask that count as tumour")
-    change("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
-           help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
-    change("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",
-           help="in-plane pixel size, or keep the images' own")  # fmt: skip
-    change("--patch-shape", nargs=3, type=int, metavar=("D", "H", "W"), help="voxels of a patch")
-    change("--epochs", type=int, metavar="N", help="most epochs of each training")
-    change("--steps-per-epoch", type=int, metavar="N", help="updates per epoch")
-    change("--batch-size", type=int, metavar="N", help="patches per update")
-    change("--seed", type=int, metavar="N", help="seed of everything random")
-    change("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
+    add("--modalities", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
+        help="file names of the modalities, two or more")  # fmt: skip
+    add_recipe_arguments(parser)
 
     parsed = parser.parse_args(arguments)
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    parsed.changes = {name: value for name, value in vars(parsed).items() if name in fields}
+    parsed.changes = recipe_changes(parsed)
     if len(parsed.changes.get("modalities", "12")) < 2:
         parser.error(f"--modalities: two or more are expected. Received: {parsed.modalities}")
     if parsed.resume and not parsed.out:

@@ -103,6 +103,44 @@ def summarise(rows):
     return summary
 
 
+def paired_difference(values, baseline, samples=10_000, seed=0):
+    """How much one method differs from another on the same patients.
+
+    Args:
+        values: A number for each patient.
+        baseline: The other method's numbers for the same patients, in the same order.
+        samples: Bootstrap samples of the patients.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        A dict: `mean`, the mean of `values - baseline`; `low` and `high`, its 95% interval by the percentile
+        bootstrap over patients; `p`, of the two-sided Wilcoxon signed-rank test (1 where no patient differs); and
+        `patients`, how many there are. Patients without a number in either are left out.
+
+    Raises:
+        ValueError: The lengths differ, or no patient has both numbers.
+    """
+    from scipy.stats import wilcoxon
+
+    values, baseline = np.asarray(values, float), np.asarray(baseline, float)
+    if values.shape != baseline.shape or values.ndim != 1:
+        raise ValueError(
+            f"`values` and `baseline` must have one number per patient. Received: {values.shape} and {baseline.shape}"
+        )
+    differences = (values - baseline)[np.isfinite(values - baseline)]
+    if not len(differences):
+        raise ValueError("at least one patient must have both numbers. Received: none")
+    chosen = np.random.default_rng(seed).integers(len(differences), size=(samples, len(differences)))
+    low, high = np.percentile(differences[chosen].mean(axis=1), [2.5, 97.5])
+    return {
+        "mean": float(differences.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
+        "patients": len(differences),
+    }
+
+
 def metrics_json(rows):
     """The numbers of each patient and their summary as JSON text; a number that is not defined is `null`."""
     patients = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]

@@ -72,3 +72,75 @@ def plot_segmentation(images, prediction, truth=None, spacing=(1.0, 1.0, 1.0), d
     lines = [figure.axes[0].plot([], [], color=colour, label=name)[0] for name, (_, colour) in masks.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, labelcolor="white")
     return figure
+
+
+def plot_methods(scores, label="DSC"):
+    """Compares methods: each one's mean over patients with its 95% interval, beside the paper's number.
+
+    Args:
+        scores: `{title: (a number for each patient, the paper's mean or None)}`.
+        label: Name of the number.
+
+    Returns:
+        A Matplotlib figure, one line per method in the order given.
+
+    Raises:
+        ValueError: There is no method, or one without patients.
+    """
+    from matplotlib.figure import Figure
+
+    empty = [title for title, (values, _) in scores.items() if not len(values)]
+    if not scores or empty:
+        raise ValueError(f"`scores` must hold methods with patients. Received: {empty or 'no method'}")
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for line, (values, paper) in enumerate(scores.values()):
+        values = np.asarray(values, float)
+        means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        axes.plot([low, high], [line, line], color=PREDICTION_COLOUR, linewidth=3, solid_capstyle="butt")
+        axes.plot(values.mean(), line, "o", color="#0072B2")
+        if paper is not None:
+            axes.plot(paper, line, "D", markerfacecolor="none", color=TRUTH_COLOUR)
+    axes.plot([], [], "o-", color="#0072B2", label="here: mean over patients, 95% interval")
+    axes.plot([], [], "D", markerfacecolor="none", color=TRUTH_COLOUR, label="paper, on its own patients")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def plot_learning_curves(charts):
+    """Validation loss against updates, several curves in each of several panels.
+
+    Args:
+        charts: `{title of a panel: {label of a curve: (updates, losses)}}`; the labels have one colour in all panels.
+
+    Returns:
+        A Matplotlib figure.
+
+    Raises:
+        ValueError: There is no panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not charts:
+        raise ValueError(f"`charts` must hold at least one panel. Received: {charts}")
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    labels = list(dict.fromkeys(label for curves in charts.values() for label in curves))
+    figure = Figure(figsize=(4.2 * len(charts), 3.6), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
+    ):
+        for label, (updates, losses) in curves.items():
+            axes.plot(updates, losses, "o-", markersize=3, color=colours[labels.index(label) % len(colours)])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("updates")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation Dice loss")
+    lines = [figure.axes[0].plot([], [], "o-", color=colours[i % len(colours)])[0] for i in range(len(labels))]
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure

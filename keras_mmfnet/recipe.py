@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 import os
@@ -46,6 +47,8 @@ class Recipe:
             without self-transfer.
         warmup_learning_rate: The same while the encoders are frozen.
         learning_rate: The same afterwards.
+        schedule: How the learning rate goes on in the last stage of each training: `"constant"` as in the paper, or
+            `"cosine"`, falling to 0 at the last epoch, for trainings of few epochs.
         patience: Epochs without a better validation loss before a training ends.
         folds: Folds of the cross-validation, by patient.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
@@ -90,6 +93,7 @@ class Recipe:
     pretrain_learning_rate: float = 1e-3
     warmup_learning_rate: float = 1e-3
     learning_rate: float = 1e-4
+    schedule: str = "constant"
     patience: int = 10
     folds: int = 5
     validation_fraction: float = 0.25
@@ -145,6 +149,7 @@ class Recipe:
         check("warmup_epochs", counts([self.warmup_epochs], smallest=0), "0 or a positive count")
         for name in ("pretrain_learning_rate", "warmup_learning_rate", "learning_rate"):
             check(name, getattr(self, name) > 0, "positive")
+        check("schedule", self.schedule in ("constant", "cosine"), "'constant' or 'cosine'")
         check("folds", counts([self.folds], smallest=2), "2 or more")
         check("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
         check("mixed_precision", self.mixed_precision in ("auto", "off", "float16", "bfloat16"), "a known policy")
@@ -206,3 +211,34 @@ class Recipe:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def add_recipe_arguments(parser):
+    """Adds to a command line what often differs from a recipe.
+
+    Args:
+        parser: An `argparse.ArgumentParser`.
+    """
+    group = parser.add_argument_group("what differs from the recipe (see keras_mmfnet.recipe.Recipe)")
+
+    def add(flag, **options):
+        group.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+    add("--mask-name", dest="mask", metavar="NAME", help="file name of the mask")
+    add("--mask-labels", nargs="+", type=int, metavar="LABEL", help="values of the mask that count as tumour")
+    add("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
+        help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
+    add("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",
+        help="in-plane pixel size, or keep the images' own")  # fmt: skip
+    add("--patch-shape", nargs=3, type=int, metavar=("D", "H", "W"), help="voxels of a patch")
+    add("--epochs", type=int, metavar="N", help="most epochs of each training")
+    add("--steps-per-epoch", type=int, metavar="N", help="updates per epoch")
+    add("--batch-size", type=int, metavar="N", help="patches per update")
+    add("--seed", type=int, metavar="N", help="seed of everything random")
+    add("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
+
+
+def recipe_changes(parsed):
+    """The fields of a recipe among parsed arguments, by name."""
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    return {name: value for name, value in vars(parsed).items() if name in fields}

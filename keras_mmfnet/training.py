@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -12,16 +13,18 @@ from pathlib import Path
 import keras
 import SimpleITK as sitk
 
+from keras_mmfnet._files import write, write_once
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.folds import five_folds
-from keras_mmfnet.data.patches import patch_dataset
+from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.data.preprocess import preprocess_case, read_tumour
 from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.losses import DiceLoss
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
-from keras_mmfnet.models import MMFNet, UNet3D
+from keras_mmfnet.models import METHODS, UNet3D
+from keras_mmfnet.models.methods import build_mmfnet
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +45,10 @@ def pretrain_encoders(training, validation, recipe, directory):
     directory = Path(directory)
     paths = {modality: directory / f"{modality}.keras" for modality in recipe.modalities}
     for modality, path in paths.items():
-        if path.exists():
-            continue
-        keras.utils.set_random_seed(recipe.seed)
-        model = UNet3D(modality, recipe.patch_shape, recipe.filters, dtype=dtype_policy(recipe.mixed_precision))
-        work = directory / f".{modality}"
-        _log.info("Training the network for %s alone", modality)
-        stage = _fit(model, training, validation, recipe, work, "all", recipe.pretrain_learning_rate, recipe.epochs)
-        _finish(model, path, [stage], work)
+        if not path.exists():
+            _log.info("Training the network for %s alone", modality)
+            build = functools.partial(UNet3D, modality, recipe.patch_shape, recipe.filters)
+            _train(build, training, validation, recipe, path)
     return paths
 
 
@@ -67,42 +66,39 @@ def train_mmfnet(training, validation, recipe, directory, encoders=None):
     Returns:
         The `MMFNet` with the weights of its best epoch.
     """
-    directory = Path(directory)
-    path, work = directory / "mmfnet.keras", directory / ".mmfnet"
+    path = Path(directory) / "mmfnet.keras"
     if path.exists():
         return keras.models.load_model(path, compile=False)
+    _log.info("Training MMFNet")
+    build = functools.partial(build_mmfnet, recipe, encoders=encoders)
+    return _train(build, training, validation, recipe, path, frozen=recipe.modalities if encoders else ())
 
-    def build():
-        keras.utils.set_random_seed(recipe.seed)
-        settings = {
-            "modalities": recipe.modalities,
-            "patch_shape": recipe.patch_shape,
-            "filters": recipe.filters,
-            "reduction": recipe.reduction,
-            "channel_statistics": recipe.channel_statistics,
-            "spatial_statistics": recipe.spatial_statistics,
-            "shared_mlp": recipe.shared_mlp,
-            "bottleneck": recipe.bottleneck,
-            "dtype": dtype_policy(recipe.mixed_precision),
-        }
-        return MMFNet.from_pretrained_encoders(encoders, **settings) if encoders else MMFNet(**settings)
 
-    model, stages = build(), []
-    if encoders and recipe.warmup_epochs:
-        for modality in recipe.modalities:
-            model.encoder(modality).trainable = False
-        epochs, rate = min(recipe.warmup_epochs, recipe.epochs), recipe.warmup_learning_rate
-        _log.info("Training MMFNet with frozen encoders")
-        stages.append(_fit(model, training, validation, recipe, work, "encoders frozen", rate, epochs))
-        # A new model, since `fit` would start at the epoch at which it resumed the last one.
-        model, warm = build(), model
-        model.set_weights(warm.get_weights())
-    epochs = recipe.epochs - sum(len(stage.history) for stage in stages)
-    if epochs > 0:
-        rate = recipe.learning_rate if encoders else recipe.pretrain_learning_rate
-        _log.info("Training MMFNet")
-        stages.append(_fit(model, training, validation, recipe, work, "all", rate, epochs))
-    return _finish(model, path, stages, work)
+def train_method(method, training, validation, recipe, directory):
+    """Trains the network of one of the tables' methods, and before it those that lend it their encoders.
+
+    Args:
+        method: A `Method`, such as `METHODS["multi_encoder"]`.
+        training: `PreprocessedCase`s to learn from.
+        validation: `PreprocessedCase`s that choose the best epoch.
+        recipe: The `Recipe`, of which the method changes what makes it this method.
+        directory: Folder for `<method>.keras` and `<method>_history.csv`, shared by all methods of a fold. A network
+            that is there already is only loaded, and a training that was interrupted goes on after its last whole
+            epoch.
+
+    Returns:
+        The network with the weights of its best epoch.
+    """
+    recipe, path = method.adapt(recipe), Path(directory) / f"{method.name}.keras"
+    if path.exists():
+        return keras.models.load_model(path, compile=False)
+    encoders = {
+        modality: train_method(METHODS[name], training, validation, recipe, directory)
+        for modality, name in method.encoders.items()
+    }
+    _log.info("Training %s", method.title)
+    build = functools.partial(method.build, recipe, encoders=encoders)
+    return _train(build, training, validation, recipe, path, tuple(encoders), method.samples)
 
 
 def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=None):
@@ -134,14 +130,14 @@ def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=
     directory = Path(directory)
     _claim(directory, recipe, resume)
     _log.info("Computing in %s", dtype_policy(recipe.mixed_precision))
-    patients, skipped = _preprocess_all(cases, recipe, directory / "cache", on_error)
+    patients, skipped = preprocess_cases(cases, recipe, directory / "cache", on_error)
     splits = five_folds(list(patients), recipe.folds, recipe.validation_fraction, recipe.seed)
     cohort = {
         "patients": {name: list(patient.notes) for name, patient in patients.items()},
         "skipped": skipped,
         "folds": [dataclasses.asdict(split) for split in splits],
     }
-    _write_once(directory / "cohort.json", json.dumps(cohort, indent=2) + "\n", "other patients")
+    write_once(directory / "cohort.json", json.dumps(cohort, indent=2) + "\n", "other patients")
     folds = range(len(splits)) if folds is None else folds
     unknown = [fold for fold in folds if fold not in range(len(splits))]
     if unknown:
@@ -160,13 +156,43 @@ def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=
         encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.self_transfer else None
         model = train_mmfnet(training, validation, recipe, folder, encoders)
         rows = [_test(model, patient, files[patient.name], recipe, folder, fold) for patient in test]
-        _write(folder / "metrics.json", metrics_json(rows))
+        write(folder / "metrics.json", metrics_json(rows))
 
     done = sorted(directory.glob("fold_*/metrics.json"), key=lambda path: int(path.parent.name.removeprefix("fold_")))
     rows = [row for path in done for row in json.loads(path.read_text(encoding="utf-8"))["patients"]]
-    _write(directory / "metrics.json", metrics_json(rows))
-    _write(directory / "metrics.csv", metrics_csv(rows))
+    write(directory / "metrics.json", metrics_json(rows))
+    write(directory / "metrics.csv", metrics_csv(rows))
     return rows
+
+
+def preprocess_cases(cases, recipe, cache, on_error=None):
+    """Preprocesses all patients of a run.
+
+    Args:
+        cases: `Case`s.
+        recipe: The `Recipe`.
+        cache: Folder that keeps them for the next time.
+        on_error: As for `cross_validate`.
+
+    Returns:
+        `({name: PreprocessedCase}, {name: why it was left out})`.
+
+    Raises:
+        CaseError: A patient cannot be used, and there is no `on_error`.
+    """
+    patients, skipped = {}, {}
+    for number, case in enumerate(cases, start=1):
+        try:
+            patient = preprocess_case(case, recipe, cache)
+        except CaseError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            skipped[case.name] = str(error)
+            continue
+        _log.info("Preprocessed patient %d of %d: %s", number, len(cases), "; ".join([case.name, *patient.notes]))
+        patients[case.name] = patient
+    return patients, skipped
 
 
 def _test(model, patient, case, recipe, folder, fold):
@@ -184,23 +210,6 @@ def _test(model, patient, case, recipe, folder, fold):
     return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
 
 
-def _preprocess_all(cases, recipe, cache, on_error):
-    """The preprocessed patients by name, and why others were left out, by name."""
-    patients, skipped = {}, {}
-    for number, case in enumerate(cases, start=1):
-        try:
-            patient = preprocess_case(case, recipe, cache)
-        except CaseError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            skipped[case.name] = str(error)
-            continue
-        _log.info("Preprocessed patient %d of %d: %s", number, len(cases), "; ".join([case.name, *patient.notes]))
-        patients[case.name] = patient
-    return patients, skipped
-
-
 def _claim(directory, recipe, resume):
     """Makes the directory this run's, or refuses it."""
     ours = ("recipe.json", "cohort.json", "metrics.json", "metrics.csv", "cache", "fold_*")
@@ -211,25 +220,32 @@ def _claim(directory, recipe, resume):
             f"{', '.join(found)}"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    _write_once(directory / "recipe.json", recipe.to_json(), "another recipe")
+    write_once(directory / "recipe.json", recipe.to_json(), "another recipe")
 
 
-def _write_once(path, text, other):
-    """Writes a file that a resumed run must find with the same values."""
-    if not path.exists():
-        return _write(path, text)
-    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-    differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    if differing:
-        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in differing.items())
-        raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")
+def _train(build, training, validation, recipe, path, frozen=(), samples="volumes"):
+    """Trains a network and writes it and its history: first, if any are `frozen`, with these encoders as they are."""
+    work = path.with_name(f".{path.stem}")
 
+    def start():
+        keras.utils.set_random_seed(recipe.seed)
+        return build(dtype=dtype_policy(recipe.mixed_precision))
 
-def _write(path, text):
-    """Writes a text file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    fit = functools.partial(_fit, training=training, validation=validation, recipe=recipe, work=work, samples=samples)
+    model, stages = start(), []
+    if frozen and recipe.warmup_epochs:
+        for modality in frozen:
+            model.encoder(modality).trainable = False
+        epochs = min(recipe.warmup_epochs, recipe.epochs)
+        stages.append(fit(model, name="encoders frozen", learning_rate=recipe.warmup_learning_rate, epochs=epochs))
+        # A new model, since `fit` would start at the epoch at which it resumed the last one.
+        model, warm = start(), model
+        model.set_weights(warm.get_weights())
+    epochs = recipe.epochs - sum(len(stage.history) for stage in stages)
+    if epochs > 0:
+        rate = recipe.learning_rate if frozen else recipe.pretrain_learning_rate
+        stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=recipe.schedule))
+    return _finish(model, path, stages, work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +258,7 @@ class _Stage:
     best_weights: Path
 
 
-def _fit(model, training, validation, recipe, work, name, learning_rate, epochs):
+def _fit(model, training, validation, recipe, work, samples, name, learning_rate, epochs, schedule="constant"):
     """`model.fit`, going on after the last whole epoch in `work`; the model has the last epoch's weights then.
 
     After each epoch everything that the next one depends on is copied into a folder of its own, which appears at once
@@ -263,10 +279,15 @@ def _fit(model, training, validation, recipe, work, name, learning_rate, epochs)
         model.load_weights(live / "backup" / "latest.weights.h5")
         return _Stage(name, learning_rate, past, best)
 
-    model.compile(keras.optimizers.Adam(learning_rate), loss=DiceLoss(), metrics=[DiceScore(), AveragePrecision()])
+    rate = learning_rate
+    if schedule == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.steps_per_epoch)
+    loss = keras.losses.BinaryCrossentropy() if samples == "centres" else DiceLoss()
+    model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=[DiceScore(), AveragePrecision()])
     logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
     callbacks = [
         keras.callbacks.TerminateOnNaN(),
+        _Seconds(),
         logger,
         keras.callbacks.ModelCheckpoint(
             str(best),
@@ -280,11 +301,17 @@ def _fit(model, training, validation, recipe, work, name, learning_rate, epochs)
         keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
         _KeepState(live, work),
     ]
-    modalities = list(model.input)
+    modalities, first_batch = list(model.input), len(past) * recipe.steps_per_epoch
+    training = patch_dataset(training, recipe, modalities, first_batch=first_batch)
+    validation = patch_dataset(validation, recipe, modalities, training=False)
+    if samples == "centres":
+        shape = model.patch_shape
+        training = centre_patches(training, shape, seed=recipe.seed, first_batch=first_batch)
+        validation = centre_patches(validation, shape, seed=recipe.seed)
     try:
         model.fit(
-            patch_dataset(training, recipe, modalities, first_batch=len(past) * recipe.steps_per_epoch),
-            validation_data=patch_dataset(validation, recipe, modalities, training=False),
+            training,
+            validation_data=validation,
             steps_per_epoch=recipe.steps_per_epoch,
             epochs=epochs,
             shuffle=False,  # the dataset does
@@ -303,6 +330,16 @@ def _fit(model, training, validation, recipe, work, name, learning_rate, epochs)
             f"with a learning rate of {learning_rate}"
         )
     return _Stage(name, learning_rate, history, best)
+
+
+class _Seconds(keras.callbacks.Callback):
+    """Adds to an epoch's numbers how many seconds it took."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["seconds"] = time.perf_counter() - self.start
 
 
 class _EarlyStopping(keras.callbacks.EarlyStopping):
@@ -358,7 +395,7 @@ def _finish(model, path, stages, work):
             extra = {"epoch": epoch, "stage": stage.name, "learning_rate": stage.learning_rate}
             rows.append({**row, **extra})
             epoch += 1
-    _write(path.with_name(f"{path.stem}_history.csv"), metrics_csv(rows))
+    write(path.with_name(f"{path.stem}_history.csv"), metrics_csv(rows))
     partial = path.with_name(f".{path.name}")
     model.save(partial)
     os.replace(partial, path)

@@ -72,6 +72,50 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
     return patches.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
 
 
+def centre_patches(dataset, patch_shape, count=16, seed=0, first_batch=0):
+    """2D patches and the class of their centres, from batches of 3D patches (section IV-D).
+
+    Of each 3D patch, half of the centres are random voxels of the tumour and half of the rest; where one of the two has
+    too few, the other fills up. Patches that stick out are padded with 0, the mean of a normalised image.
+
+    Args:
+        dataset: Batches from `patch_dataset`.
+        patch_shape: `(height, width)` of a 2D patch, about its pixel `(height // 2, width // 2)`.
+        count: 2D patches from each 3D patch.
+        seed: Seed of the choice, which is a function of it and the number of the batch alone.
+        first_batch: Number of the dataset's first batch.
+
+    Returns:
+        A dataset of `({modality: float32 (batch * count, height, width, 1)}, uint8 (batch * count, 1, 1, 1))`.
+    """
+    height, width = patch_shape
+    # The pixel of the padded slice at which a centre's patch begins is the centre itself.
+    pads = [(0, 0), (0, 0), (height // 2, height - 1 - height // 2), (width // 2, width - 1 - width // 2)]
+
+    def choose(number, batch):
+        images, mask = batch
+        mask = mask[..., 0]
+        shape = tf.shape(mask)
+        tumour = tf.reshape(mask > 0, (shape[0], -1))
+        # The largest random numbers, of the tumour and of the rest.
+        noise = tf.random.stateless_uniform(tf.shape(tumour), tf.stack([seed, number]))
+        inside = tf.math.top_k(tf.where(tumour, noise, noise - 1), count // 2).indices
+        outside = tf.math.top_k(tf.where(tumour, noise - 1, noise), count - count // 2).indices
+        chosen = tf.reshape(tf.concat([inside, outside], axis=1), [-1])
+        z, y, x = tf.unstack(tf.unravel_index(chosen, shape[1:]))
+        centres = tf.stack([tf.repeat(tf.range(shape[0]), count), z, y, x], axis=-1)
+        # The centres' neighbours, (patches, height, width, 4).
+        steps = tf.stack(tf.meshgrid(0, 0, tf.range(height), tf.range(width), indexing="ij"), axis=-1)[0, 0]
+        index = centres[:, None, None] + steps
+        patches = {
+            name: tf.ensure_shape(tf.gather_nd(tf.pad(image[..., 0], pads), index), (None, height, width))[..., None]
+            for name, image in images.items()
+        }
+        return patches, tf.gather_nd(mask, centres)[:, None, None, None]
+
+    return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
 def _pack(cases, recipe, modalities, training):
     """What the windows can reach of every patient, one under the other.
 

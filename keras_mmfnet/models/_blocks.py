@@ -18,13 +18,14 @@ class Blocks:
         layer = getattr(keras.layers, kind.format(f"{self.rank}D"))
         return functools.partial(layer, data_format=self.data_format)
 
-    def conv(self, x, filters, name):
-        """A convolution of kernel 3, batch normalization and ReLU."""
+    def conv(self, x, filters, name, kernel_size=3, padding="same", dilation=1):
+        """A convolution, batch normalization and ReLU."""
         # Without a bias: the normalization that follows takes away whatever it would add.
         x = self._layer("Conv{}")(
             filters,
-            3,
-            padding="same",
+            kernel_size,
+            padding=padding,
+            dilation_rate=dilation,
             use_bias=False,
             kernel_initializer="he_normal",
             dtype=self.dtype,
@@ -52,6 +53,10 @@ class Blocks:
             count, name = filters[level - 1], f"decoder_block{level}"
             up = self._layer("Conv{}Transpose")(count, 2, strides=2, dtype=self.dtype, name=f"{name}_up")(x)
             x = self.conv(self.join([up, skips[level - 1]], f"{name}_join"), count, name)
+        return self.head(x)
+
+    def head(self, x):
+        """Probabilities of each voxel, from its features."""
         # Always float32: in float16 a sigmoid cannot tell probabilities near 1 apart. Tumour is rare: a network that
         # starts from a probability of 5% (logit -3) need not first learn that most voxels are none.
         return self._layer("Conv{}")(

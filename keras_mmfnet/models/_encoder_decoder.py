@@ -1,9 +1,9 @@
 import keras
 
-from keras_mmfnet.models._blocks import Blocks
+from keras_mmfnet.models._network import Network
 
 
-class EncoderDecoder(keras.Model):
+class EncoderDecoder(Network):
     """A network of one or more encoders and one decoder, over volumes or slices.
 
     The graph is flat: no encoder is a model inside the model, so that freezing, copying and Grad-CAM see its layers.
@@ -19,11 +19,7 @@ class EncoderDecoder(keras.Model):
     """
 
     def __init__(self, inputs, features, blocks, filters, settings, **kwargs):
-        super().__init__(inputs=inputs, outputs=blocks.decode(features, filters), **kwargs)
-        self.dtype_policy = blocks.dtype
-        self._setting_names = tuple(settings)
-        for name, value in settings.items():
-            setattr(self, name, value)
+        super().__init__(inputs, blocks.decode(features, filters), blocks.dtype, settings, **kwargs)
 
     def encoder(self, modality):
         """One modality's encoder, as a model over the same layers.
@@ -47,32 +43,3 @@ class EncoderDecoder(keras.Model):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")
         features = [outputs[name] for name in (*names, f"{modality}_bottom_relu")]
         return keras.Model(self.input[modality], features, name=f"{modality}_encoder")
-
-    def get_config(self):
-        settings = {name: getattr(self, name) for name in self._setting_names}
-        return {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name, **settings}
-
-
-def make_inputs(modalities, patch_shape, filters, rank=3):
-    """Symbolic inputs by modality, each one patch of one channel; checks the arguments every network has.
-
-    Raises:
-        ValueError: Names repeat, or the sizes do not fit a network with these filters.
-    """
-    if not modalities or len(set(modalities)) != len(modalities):
-        raise ValueError(f"`modalities` must be distinct names, at least one. Received: {modalities!r}")
-    if not filters or any(not isinstance(count, int) or count < 1 for count in filters):
-        raise ValueError(f"`filters` must be one or more positive integers. Received: {filters!r}")
-    factor = 2 ** len(filters)
-    if len(patch_shape) != rank or any(size is not None and (size < 1 or size % factor) for size in patch_shape):
-        raise ValueError(
-            f"`patch_shape` must have {rank} sizes, each None or a positive multiple of {factor}, since the network "
-            f"halves them {len(filters)} times. Received: {patch_shape!r}"
-        )
-    return {name: keras.Input((*patch_shape, 1), name=name) for name in modalities}
-
-
-def make_blocks(dtype, rank=3):
-    """The blocks for a dtype policy, `None` for Keras' own."""
-    policy = keras.dtype_policies.get(dtype if dtype is not None else keras.config.dtype_policy())
-    return Blocks(rank=rank, dtype=policy)

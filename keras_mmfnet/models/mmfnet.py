@@ -3,7 +3,8 @@ import os
 import keras
 
 from keras_mmfnet.layers import FusionBlock3D
-from keras_mmfnet.models._encoder_decoder import EncoderDecoder, make_blocks, make_inputs
+from keras_mmfnet.models._encoder_decoder import EncoderDecoder
+from keras_mmfnet.models._network import make_blocks, make_inputs
 
 
 def _encode_each(inputs, filters, blocks):

@@ -1,6 +1,7 @@
 import keras
 
-from keras_mmfnet.models._encoder_decoder import EncoderDecoder, make_blocks, make_inputs
+from keras_mmfnet.models._encoder_decoder import EncoderDecoder
+from keras_mmfnet.models._network import make_blocks, make_inputs
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")

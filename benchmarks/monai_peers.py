@@ -1,0 +1,139 @@
+"""MONAI's networks on the stacked modalities, trained as this package's: same patches, loss, optimiser and updates.
+
+Needs `pip install monai`. Each has about as many parameters as MMFNet (1.6 million).
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from monai.networks.nets import BasicUNet, DynUNet, SegResNet
+
+from keras_mmfnet.data.patches import patch_dataset
+
+
+def _dyn_unet(channels):
+    strides = [1, 2, 2, 2, 2]
+    return DynUNet(
+        3,
+        channels,
+        1,
+        [3] * 5,
+        strides,
+        strides[1:],
+        filters=[16, 32, 48, 64, 96],
+        norm_name="INSTANCE",
+        res_block=False,
+    )
+
+
+def _seg_res_net(channels):
+    # Its usual 8 groups do not divide 9 filters.
+    return SegResNet(3, init_filters=9, in_channels=channels, out_channels=1, norm=("GROUP", {"num_groups": 3}))
+
+
+def _basic_unet(channels):
+    return BasicUNet(3, channels, 1, features=(16, 16, 32, 64, 132, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A network of MONAI as one more row of the tables: the fields of a `Method` that a row has."""
+
+    name: str
+    title: str
+    build: Callable
+    paper: dict = dataclasses.field(default_factory=dict)
+
+    def adapt(self, recipe):
+        return recipe
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("monai_dynunet", "MONAI DynUNet", _dyn_unet),
+        Peer("monai_segresnet", "MONAI SegResNet", _seg_res_net),
+        Peer("monai_basicunet", "MONAI BasicUNet", _basic_unet),
+    )
+}
+
+
+class Probability(torch.nn.Module):
+    """A network's logits as probabilities; it starts from 5% tumour, as the networks of this package do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return torch.sigmoid(self.network(x) - 3.0)
+
+
+def stacked(images):
+    """A batch `{modality: (batch, depth, height, width, 1)}` as a torch tensor `(batch, modalities, ...)`."""
+    return torch.from_numpy(np.concatenate([np.asarray(image) for image in images.values()], axis=-1)).movedim(-1, 1)
+
+
+def dice_loss(prediction, truth):
+    """The package's `DiceLoss` in torch."""
+    intersection = (prediction * truth).sum()
+    return 1 - (2 * intersection + 1) / (prediction.sum() + truth.sum() + 1)
+
+
+def train_peer(peer, training, validation, recipe, directory):
+    """Trains a peer as `keras_mmfnet.training.train_method` trains a network; goes on after the last whole epoch.
+
+    Returns:
+        `(predict, parameters, history)`: a callable for `predict_volume`, the number of weights, and a list with the
+        numbers of each epoch.
+    """
+    path = directory / f"{peer.name}.pt"
+    torch.manual_seed(recipe.seed)
+    model = Probability(peer.build(len(recipe.modalities)))
+    optimiser = torch.optim.Adam(model.parameters(), recipe.pretrain_learning_rate, eps=1e-7)
+    state = torch.load(path) if path.exists() else {"history": [], "best": None}
+    if state["history"]:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    history, best, steps = state["history"], state["best"], recipe.steps_per_epoch
+    batches = iter(patch_dataset(training, recipe, first_batch=len(history) * steps))
+    held_back = patch_dataset(validation, recipe, training=False)
+    for epoch in range(len(history), recipe.epochs):
+        start, losses = time.perf_counter(), []
+        model.train()
+        for step in range(steps):
+            if recipe.schedule == "cosine":
+                done = (epoch * steps + step) / (recipe.epochs * steps)
+                optimiser.param_groups[0]["lr"] = recipe.pretrain_learning_rate * (1 + math.cos(math.pi * done)) / 2
+            images, truth = next(batches)
+            optimiser.zero_grad()
+            loss = dice_loss(model(stacked(images)), stacked({"mask": truth}).float())
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            # As Keras averages a loss over the batches of an epoch: by their patches.
+            pairs = [(len(t), dice_loss(model(stacked(x)), stacked({"mask": t}).float()).item()) for x, t in held_back]
+        val_loss = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
+        row = {"epoch": epoch, "loss": float(np.mean(losses)), "val_loss": val_loss}
+        history.append({**row, "seconds": time.perf_counter() - start})
+        if val_loss == min(row["val_loss"] for row in history):
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+        print(f"{peer.name}: epoch {epoch + 1} of {recipe.epochs}, loss {row['loss']:.4f}, val_loss {val_loss:.4f}")
+        kept = {"history": history, "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        torch.save(kept, path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)
+    model.load_state_dict(best)
+    model.eval()
+
+    def predict(images):
+        with torch.no_grad():
+            return model(stacked(images)).movedim(1, -1).numpy()
+
+    return predict, sum(weight.numel() for weight in model.parameters()), history

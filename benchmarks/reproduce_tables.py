@@ -1,0 +1,204 @@
+"""Trains and compares the methods of the paper's Tables I and II, and MONAI's networks, on a folder of patients.
+
+    python benchmarks/reproduce_tables.py --data DIR --out DIR
+    python benchmarks/reproduce_tables.py --data DIR --out DIR --methods multi_encoder mmfnet_mlp_std --fold 0 1
+
+Every method sees the same folds, patches and number of updates. Started again with the same --out, it goes on where it
+was stopped; started twice at the same time, the two share the work. A method of your own takes part through
+--import my_methods.py, a file that calls keras_mmfnet.models.register_method.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
+import SimpleITK as sitk
+from tables import write_tables
+
+from keras_mmfnet._files import write, write_once
+from keras_mmfnet.data import find_cases, five_folds
+from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.models import METHODS
+from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
+from keras_mmfnet.training import preprocess_cases, train_method
+
+try:
+    from monai_peers import PEERS, train_peer
+except ImportError:
+    PEERS = {}
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of patients")
+    add("--out", type=Path, required=True, help="folder for the results; a run that is there goes on")
+    add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, 'all' or 'list' (default: all)")
+    add("--import", dest="module", type=Path, metavar="FILE", help="Python file that registers methods of your own")
+    add("--folds", type=int, default=argparse.SUPPRESS, metavar="K", help="folds of the cross-validation (5)")
+    add("--fold", nargs="+", type=int, metavar="N", help="numbers of the folds to run, from 0 (default: all)")
+    add("--baseline", default="multi_encoder", metavar="NAME", help="method that the others are compared with")
+    add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
+    add("--learning-rate", dest="rate", type=float, default=1e-3, metavar="X", help="Adam's (0.001)")
+    add_recipe_arguments(parser)
+    parsed = parser.parse_args(arguments)
+
+    if parsed.module:
+        import_file(parsed.module)
+    known = {**METHODS, **PEERS}
+    if parsed.methods == ["list"]:
+        print("\n".join(f"{name:26}{method.title}" for name, method in known.items()))
+        sys.exit()
+    unknown = sorted(set(parsed.methods) - {"all"} - set(known))
+    if unknown:
+        parser.error(
+            f"--methods: names from the list ('--methods list') are expected; MONAI's need 'pip install monai'. "
+            f"Received: {', '.join(unknown)}"
+        )
+    parsed.methods = list(known.values()) if "all" in parsed.methods else [known[name] for name in parsed.methods]
+    return parsed
+
+
+def import_file(path):
+    """Runs a Python file that registers methods."""
+    if not path.is_file():
+        raise ValueError(f"--import: a Python file is expected. Received: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def choose_recipe(parsed):
+    """The recipe of all methods; nobody stops early, so that all make the same number of updates."""
+    changes = recipe_changes(parsed)
+    if parsed.paper:
+        return Recipe(**changes)
+    rates = {"learning_rate": parsed.rate, "pretrain_learning_rate": parsed.rate, "warmup_learning_rate": parsed.rate}
+    recipe = Recipe.small(**{"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
+    return dataclasses.replace(recipe, patience=recipe.epochs)
+
+
+@contextlib.contextmanager
+def claim(path, wait):
+    """Holds a method of a fold for this process, until its end at the latest; yields whether it could."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run_method(method, fold, parts, cases, recipe, folder):
+    """Trains one method on one fold, segments its test patients and returns the numbers."""
+    training, validation, test = parts
+    for name in getattr(method, "encoders", {}).values():
+        # Once, in whichever process comes first.
+        with claim(folder / f".{name}.lock", wait=True):
+            train_method(METHODS[name], training, validation, recipe, folder)
+    adapted = method.adapt(recipe)
+    if method.name in PEERS:
+        predict, parameters, history = train_peer(method, training, validation, adapted, folder)
+    else:
+        network = train_method(method, training, validation, recipe, folder)
+        predict, parameters = method.over_volumes(network, adapted), network.count_params()
+        history = read_history(folder / f"{method.name}_history.csv")
+    rows = []
+    for patient in test:
+        start = time.perf_counter()
+        _, probability = segment_case(predict, patient, adapted)
+        seconds = time.perf_counter() - start
+        truth = read_tumour(cases[patient.name], adapted, patient.source)
+        numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
+        rows.append({"patient": patient.name, **numbers, "seconds": seconds})
+    return {
+        "method": method.name,
+        "title": method.title,
+        "paper": dict(method.paper),
+        "fold": fold,
+        "parameters": parameters,
+        "updates": recipe.epochs * recipe.steps_per_epoch,
+        "training_seconds": sum(row["seconds"] for row in history),
+        "machine": machine(),
+        "history": history,
+        "patients": rows,
+    }
+
+
+def read_history(path):
+    """Epochs, losses, learning rates and stages that a training has written."""
+    wanted = ("loss", "val_loss", "learning_rate", "seconds")
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {"epoch": int(row["epoch"]), "stage": row["stage"], **{name: float(row[name]) for name in wanted}}
+            for row in csv.DictReader(file)
+        ]
+
+
+def machine():
+    """What the numbers were taken on."""
+    packages = {name: importlib.metadata.version(name) for name in ("keras", "keras-mmfnet", "numpy")}
+    backend = keras.backend.backend()
+    return {
+        "backend": f"{backend} {importlib.metadata.version(backend)}",
+        "system": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        **packages,
+    }
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    try:
+        parsed = parse_arguments()
+        recipe = choose_recipe(parsed)
+        cases = {case.name: case for case in find_cases(parsed.data, recipe)}
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        write_once(parsed.out / "recipe.json", recipe.to_json(), "another recipe")
+        splits = five_folds(list(cases), recipe.folds, recipe.validation_fraction, recipe.seed)
+        folds = range(len(splits)) if parsed.fold is None else parsed.fold
+        if not set(folds) <= set(range(len(splits))):
+            raise ValueError(f"--fold: numbers from 0 to {len(splits) - 1} are expected. Received: {parsed.fold}")
+        division = {"folds": [dataclasses.asdict(split) for split in splits]}
+        write_once(parsed.out / "cohort.json", json.dumps(division, indent=2) + "\n", "other patients")
+        patients, _ = preprocess_cases(list(cases.values()), recipe, parsed.out / "cache")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+    tasks = [(fold, method) for fold in folds for method in parsed.methods]
+    # What another process is at is left to it; in the end this one waits for what is still missing.
+    for wait in (False, True):
+        for number, (fold, method) in enumerate(tasks, start=1):
+            folder = parsed.out / f"fold_{fold}"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{method.name}.json"
+            with claim(folder / f".{method.name}.lock", wait) as free:
+                if not free or path.exists():
+                    continue
+                logging.info("%d of %d: fold %d, %s", number, len(tasks), fold, method.title)
+                parts = [[patients[name] for name in names] for names in dataclasses.astuple(splits[fold])]
+                result = run_method(method, fold, parts, cases, recipe, folder)
+                write(path, json.dumps(result, indent=1) + "\n")
+            keras.utils.clear_session()
+    write_tables(parsed.out, parsed.out, parsed.baseline)
+    print((parsed.out / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

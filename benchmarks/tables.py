@@ -1,0 +1,141 @@
+"""Makes the table and the charts of reproduce_tables.py from the numbers it has written.
+
+python benchmarks/tables.py DIR
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from keras_mmfnet._files import write
+from keras_mmfnet.evaluation import metrics_csv, paired_difference, summarise
+from keras_mmfnet.models import METHODS
+from keras_mmfnet.plots import plot_learning_curves, plot_methods
+
+NUMBERS = ("dsc", "ap", "dice_loss", "hd95", "assd")
+# Which method is trained without and which with self-transfer, for the learning curves.
+TRANSFER = {
+    "mmfnet_base": "mmfnet_base_transfer",
+    "mmfnet_mlp": "mmfnet_mlp_transfer",
+    "mmfnet_mlp_std": "mmfnet_mlp_std_transfer",
+}
+
+
+def read_results(folder):
+    """The numbers of each method, in the order of the registry: `{name: [result of a fold, ...]}`."""
+    results = {}
+    for path in sorted(folder.glob("fold_*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        results.setdefault(result["method"], []).append(result)
+    order = [*METHODS, *sorted(set(results) - set(METHODS))]
+    return {name: results[name] for name in order if name in results}
+
+
+def by_patient(folds):
+    """`{patient: numbers}` over the folds of a method."""
+    return {row["patient"]: row for result in folds for row in result["patients"]}
+
+
+def make_rows(results, baseline):
+    """One dict for each method: what the table shows."""
+    reference = by_patient(results.get(baseline, []))
+    rows = []
+    for name, folds in results.items():
+        patients = by_patient(folds)
+        summary = summarise([{key: row[key] for key in NUMBERS} for row in patients.values()])
+        row = {"method": name, "title": folds[0]["title"], "folds": len(folds), "patients": len(patients)}
+        for key in NUMBERS:
+            if key in NUMBERS[:3]:
+                row[f"paper_{key}"] = folds[0]["paper"].get(key)
+            row[key], row[f"{key}_std"] = summary[key]["mean"], summary[key]["std"]
+        common = [patient for patient in patients if patient in reference]
+        same = name == baseline or not common
+        difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
+        row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
+        row["parameters"] = folds[0]["parameters"]
+        row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
+        row["patient_seconds"] = float(np.mean([patient["seconds"] for patient in patients.values()]))
+        rows.append(row)
+    return rows
+
+
+def markdown(rows, baseline):
+    """The table as Markdown."""
+    header = (
+        "Method | DSC paper | DSC | AP paper | AP | Dice loss paper | Dice loss | HD95 mm | ASSD mm | "
+        "DSC less the baseline's [95%] | p | Folds | Patients | Parameters | Training s | Patient s"
+    )
+    lines = [f"| {header} |", "|---|" + "---:|" * header.count("|")]
+    for row in rows:
+        cells = [f"**{row['title']}**" if row["method"] == baseline else row["title"]]
+        for key in NUMBERS:
+            if key in NUMBERS[:3]:
+                cells.append(f"{row[f'paper_{key}']:.4f}" if row[f"paper_{key}"] is not None else "")
+            digits = 4 if key in NUMBERS[:3] else 2
+            defined = row[key] is not None
+            cells.append(f"{row[key]:.{digits}f} ± {row[f'{key}_std']:.{digits}f}" if defined else "")
+        if row["difference_mean"] is None:
+            cells += ["baseline" if row["method"] == baseline else "", ""]
+        else:
+            low, high, p = row["difference_low"], row["difference_high"], row["difference_p"]
+            cells += [f"{row['difference_mean']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
+        cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
+        cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(results):
+    """Validation loss against updates, without and with self-transfer, by chart and curve."""
+    charts = {}
+    for without, with_transfer in TRANSFER.items():
+        pair = {"from random weights": results.get(without), "with self-transfer": results.get(with_transfer)}
+        if not all(pair.values()):
+            continue
+        folds = set.intersection(*[{result["fold"] for result in found} for found in pair.values()])
+        losses = {
+            label: [[epoch["val_loss"] for epoch in result["history"]] for result in found if result["fold"] in folds]
+            for label, found in pair.items()
+        }
+        result = pair["from random weights"][0]
+        updates = result["updates"] / len(result["history"]) * np.arange(1, len(result["history"]) + 1)
+        charts[result["title"]] = {label: (updates, np.mean(lines, axis=0)) for label, lines in losses.items() if lines}
+    return {title: lines for title, lines in charts.items() if len(lines) == 2}
+
+
+def write_tables(folder, out, baseline="multi_encoder"):
+    """Writes `table.md`, `table.csv`, `methods.png` and, with results of both kinds, `self_transfer.png`.
+
+    Args:
+        folder: Folder with the results, `fold_<number>/<method>.json`.
+        out: Folder for the table and the charts.
+        baseline: Method that the others are compared with.
+
+    Raises:
+        ValueError: There are no results.
+    """
+    results = read_results(folder)
+    if not results:
+        raise ValueError(f"a folder with results of reproduce_tables.py is expected. Received: {folder}")
+    rows = make_rows(results, baseline)
+    write(out / "table.md", markdown(rows, baseline))
+    write(out / "table.csv", metrics_csv(rows))
+    scores = {
+        folds[0]["title"]: ([row["dsc"] for row in by_patient(folds).values()], folds[0]["paper"].get("dsc"))
+        for folds in results.values()
+    }
+    plot_methods(scores).savefig(out / "methods.png", dpi=110)
+    charts = curves(results)
+    if charts:
+        plot_learning_curves(charts).savefig(out / "self_transfer.png", dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with results, or --out of reproduce_tables.py")
+    parser.add_argument("--out", type=Path, help="folder for the table and the charts (default: the same)")
+    parser.add_argument("--baseline", default="multi_encoder", help="method that the others are compared with")
+    parsed = parser.parse_args()
+    write_tables(parsed.folder, parsed.out or parsed.folder, parsed.baseline)

@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all."""
+
+import json
+import os
+
+
+def write(path, text):
+    """Writes a text file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_once(path, text, other):
+    """Writes a JSON file that a resumed run must find with the same values.
+
+    Args:
+        path: The file's path.
+        text: A JSON object.
+        other: What a file with other values is of, for the message.
+
+    Raises:
+        ValueError: The file is there with other values, which the message lists.
+    """
+    if not path.exists():
+        return write(path, text)
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    if differing:
+        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in differing.items())
+        raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")

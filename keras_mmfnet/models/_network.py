@@ -1,0 +1,56 @@
+import keras
+
+from keras_mmfnet.models._blocks import Blocks
+
+
+class Network(keras.Model):
+    """A network over a dict of inputs by modality, which keeps its arguments as attributes and in its config.
+
+    Args:
+        inputs: Symbolic inputs by modality, from `make_inputs`.
+        outputs: Symbolic probabilities.
+        dtype: Dtype policy of the layers.
+        settings: The arguments of the subclass.
+        **kwargs: `name` and `trainable`, as for every model.
+    """
+
+    def __init__(self, inputs, outputs, dtype, settings, **kwargs):
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self.dtype_policy = dtype
+        self._setting_names = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def get_config(self):
+        settings = {name: getattr(self, name) for name in self._setting_names}
+        return {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name, **settings}
+
+
+def make_inputs(modalities, patch_shape, filters, rank=3):
+    """Symbolic inputs by modality, each one patch of one channel; checks the arguments every network has.
+
+    Raises:
+        ValueError: Names repeat, or the sizes do not fit a network with these filters.
+    """
+    factor = 2 ** len(filters)
+    check_names(modalities, filters)
+    if len(patch_shape) != rank or any(size is not None and (size < 1 or size % factor) for size in patch_shape):
+        raise ValueError(
+            f"`patch_shape` must have {rank} sizes, each None or a positive multiple of {factor}, since the network "
+            f"halves them {len(filters)} times. Received: {patch_shape!r}"
+        )
+    return {name: keras.Input((*patch_shape, 1), name=name) for name in modalities}
+
+
+def check_names(modalities, filters):
+    """Raises `ValueError` unless the modalities are distinct and the filters positive."""
+    if not modalities or len(set(modalities)) != len(modalities):
+        raise ValueError(f"`modalities` must be distinct names, at least one. Received: {modalities!r}")
+    if not filters or any(not isinstance(count, int) or count < 1 for count in filters):
+        raise ValueError(f"`filters` must be one or more positive integers. Received: {filters!r}")
+
+
+def make_blocks(dtype, rank=3):
+    """The blocks for a dtype policy, `None` for Keras' own."""
+    policy = keras.dtype_policies.get(dtype if dtype is not None else keras.config.dtype_policy())
+    return Blocks(rank=rank, dtype=policy)

@@ -1,0 +1,106 @@
+import keras
+from keras import ops
+
+from keras_mmfnet.models._network import Network, check_names, make_blocks
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class PatchCNN(Network):
+    """A classifier of the centre pixel of 2D patches, applied to all patches of a slice in one pass (section IV-D).
+
+    Each block has two 3x3 convolutions without padding and a 2x2 max-pooling; a fully connected layer over what is left
+    of the patch, and the probability follow. The network is fully convolutional: instead of skipping pixels, each
+    pooling spreads the kernels after it, so that a slice costs one pass and every patch gets the probability that it
+    gets by itself.
+
+    Args:
+        modality: Name of the modality.
+        patch_shape: `(height, width)` of the patch in pixels, about its pixel `(height // 2, width // 2)`. It shrinks
+            by 4 pixels and then to half in each block, which must leave a whole number.
+        filters: Filters of each block and, last, units of the fully connected layer.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`, at least of `patch_shape`.
+
+    Returns:
+        Float32 probabilities of the tumour, one for each patch in the input:
+        `(batch, height - patch height + 1, width - patch width + 1, 1)`.
+
+    Raises:
+        ValueError: `patch_shape` or `filters` does not fit.
+
+    Reference: the single-modality patch-based CNN of Chen et al., MMFNet, section IV-D.
+    """
+
+    def __init__(self, modality="t1", patch_shape=(32, 32), filters=(16, 32, 64), dtype=None, **kwargs):
+        patch_shape, filters = tuple(patch_shape), tuple(filters)
+        settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
+        super().__init__(*_classifier((modality,), patch_shape, filters, dtype), settings, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class SiamesePatchCNN(Network):
+    """A `PatchCNN` over several modalities: branches of one architecture, joined in the fully connected layer.
+
+    The branches have weights of their own, since the modalities show the same tissue in different grey values.
+
+    Args:
+        modalities: Names of the modalities.
+        patch_shape: As for `PatchCNN`.
+        filters: As for `PatchCNN`, for each branch.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, height, width, 1)`, at least of `patch_shape`.
+
+    Returns:
+        Float32 probabilities of the tumour, as from `PatchCNN`.
+
+    Raises:
+        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+
+    Reference: the multi-modality patch-based CNN of Chen et al., MMFNet, section IV-D.
+    """
+
+    def __init__(
+        self, modalities=("t1", "t2", "cet1"), patch_shape=(32, 32), filters=(16, 32, 64), dtype=None, **kwargs
+    ):
+        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
+        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
+        super().__init__(*_classifier(modalities, patch_shape, filters, dtype), settings, **kwargs)
+
+
+def _classifier(modalities, patch_shape, filters, dtype):
+    """Inputs, probabilities and dtype policy of a patch classifier."""
+    check_names(modalities, filters)
+    remaining = patch_shape
+    for _ in filters[:-1]:
+        remaining = tuple((size - 4) / 2 for size in remaining)
+    if len(patch_shape) != 2 or any(size < 1 or size != int(size) for size in remaining):
+        raise ValueError(
+            f"`patch_shape` must have two sizes that {len(filters) - 1} times less 4 and halved leave a whole number, "
+            f"such as 32 with two blocks. Received: {patch_shape!r}"
+        )
+    blocks = make_blocks(dtype, rank=2)
+    inputs = {name: keras.Input((None, None, 1), name=name) for name in modalities}
+    spread = 2 ** (len(filters) - 1)
+    branches = []
+    for name, x in inputs.items():
+        for level, count in enumerate(filters[:-1]):
+            for step in (1, 2):
+                x = blocks.conv(x, count, f"{name}_block{level + 1}_{step}", padding="valid", dilation=2**level)
+            x = _max_of_neighbours(x, 2**level)
+        branches.append(x)
+    x = blocks.join(branches, "joined") if len(branches) > 1 else branches[0]
+    kernel = tuple(int(size) for size in remaining)
+    x = blocks.conv(x, filters[-1], "dense", kernel_size=kernel, padding="valid", dilation=spread)
+    return inputs, blocks.head(x), blocks.dtype
+
+
+def _max_of_neighbours(x, distance):
+    """2x2 max-pooling at every pixel, of pixels that far apart."""
+    x = ops.maximum(x[:, :-distance], x[:, distance:])
+    return ops.maximum(x[:, :, :-distance], x[:, :, distance:])

@@ -1,0 +1,57 @@
+import keras
+from keras import ops
+
+from keras_mmfnet.models._network import Network
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class SliceWise3D(Network):
+    """A 2D network over each slice of a volume: it trains and predicts as a 3D network does.
+
+    Args:
+        network: A 2D network over a dict of slices by modality, such as `UNet2D` or `PatchCNN`. Where it gives fewer
+            pixels than it takes, the slices are padded with 0, the mean of a normalised image.
+        patch_shape: `(depth, height, width)` of the volumes in voxels.
+        **kwargs: `name` and `trainable`, as for every model.
+
+    Call arguments:
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
+
+    Returns:
+        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+
+    Raises:
+        ValueError: `patch_shape` does not have three known sizes.
+
+    Example:
+
+    ```python
+    model = SliceWise3D(UNet2D("t1", (64, 64)), patch_shape=(16, 64, 64))
+    ```
+    """
+
+    def __init__(self, network, patch_shape, dtype=None, **kwargs):
+        patch_shape = tuple(patch_shape)
+        if len(patch_shape) != 3 or None in patch_shape:
+            raise ValueError(f"`patch_shape` must have three known sizes. Received: {patch_shape!r}")
+        _, height, width = patch_shape
+        taken = {name: (None, height, width, 1) for name in network.input}
+        given = network.compute_output_shape(taken)[1:3]
+        # The pixel of a patch at half its size is its centre.
+        pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip((height, width), given, strict=True)]
+        inputs = {name: keras.Input((*patch_shape, 1), name=name) for name in network.input}
+        slices = {}
+        for name, x in inputs.items():
+            x = ops.reshape(x, (-1, height, width, 1))
+            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if given != (height, width) else x
+        outputs = ops.reshape(network(slices), (-1, *patch_shape, 1))
+        policy = network.dtype_policy
+        super().__init__(inputs, outputs, policy, {"network": network, "patch_shape": patch_shape}, **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "network": keras.saving.serialize_keras_object(self.network)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        network = keras.saving.deserialize_keras_object(config["network"], custom_objects)
+        return cls(**{**config, "network": network})
