@@ -284,6 +284,8 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
         rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.steps_per_epoch)
     loss = keras.losses.BinaryCrossentropy() if samples == "centres" else DiceLoss()
     model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=[DiceScore(), AveragePrecision()])
+    # Else `fit` makes its variables, for which TensorFlow traces the step twice.
+    model.optimizer.build(model.trainable_variables)
     logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
     callbacks = [
         keras.callbacks.TerminateOnNaN(),

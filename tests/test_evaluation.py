@@ -12,6 +12,7 @@ from keras_mmfnet.evaluation import (
     metrics_csv,
     metrics_json,
     metrics_table,
+    paired_difference,
     summarise,
     surface_distances,
 )
@@ -172,3 +173,34 @@ def test_empty_masks():
     assert surface_distances(mask, 0 * mask, (2, 0.5, 0.5)) == pytest.approx(expected)
     assert surface_distances(0 * mask, mask, (2, 0.5, 0.5)) == pytest.approx(expected)
     assert surface_distances(0 * mask, 0 * mask, (2, 0.5, 0.5)) == {"hd95": 0, "assd": 0}
+
+
+def test_paired_difference():
+    ours, baseline = np.array([0.5, 0.7, 0.9, 0.8, 0.6, np.nan]), np.array([0.4, 0.5, 0.6, 0.4, 0.1, 0.3])
+    found = paired_difference(ours, baseline)
+    assert found["patients"] == 5
+    np.testing.assert_allclose(found["mean"], 0.3)
+    # All five differ in one direction: the exact two-sided p is 2 / 2**5.
+    np.testing.assert_allclose(found["p"], 0.0625)
+    # Of differences from 0.1 to 0.5 no mean is outside them; the interval is about 0.3 and symmetric.
+    assert 0.1 < found["low"] < 0.3 < found["high"] < 0.5
+    np.testing.assert_allclose(found["high"] - 0.3, 0.3 - found["low"], atol=0.03)
+    assert paired_difference(baseline, ours)["mean"] == -found["mean"]
+    assert paired_difference(ours, baseline) == found
+
+
+def test_paired_interval_covers_the_mean_of_a_normal_sample():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(0.02, 0.1, 400)
+    found = paired_difference(differences, np.zeros(400))
+    error = differences.std() / 20
+    np.testing.assert_allclose((found["high"] - found["low"]) / 2, 1.96 * error, rtol=0.05)
+
+
+def test_paired_difference_of_equal_methods():
+    same = paired_difference([0.1, 0.2], [0.1, 0.2])
+    assert same == {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "patients": 2}
+    with pytest.raises(ValueError, match=r"one number per patient.*Received: \(2,\) and \(3,\)"):
+        paired_difference([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="at least one patient"):
+        paired_difference([np.nan], [1])

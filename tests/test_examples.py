@@ -116,7 +116,9 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     for name, text in histories(folder).items():
         expected = list(csv.reader(histories(tmp_path / "undisturbed")[name].splitlines()))
         for row, other in zip(csv.reader(text.splitlines()), expected, strict=True):
-            for value, reference in zip(row, other, strict=True):
+            for column, value, reference in zip(expected[0], row, other, strict=True):
+                if column == "seconds":
+                    continue
                 if reference[:1].isdigit():
                     assert float(value) == pytest.approx(float(reference), rel=1e-3)
                 else:

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
-from keras_mmfnet.plots import PREDICTION_COLOUR, TRUTH_COLOUR, plot_segmentation
+from keras_mmfnet.plots import (
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
+    plot_learning_curves,
+    plot_methods,
+    plot_segmentation,
+)
 
 
 def patient():
@@ -59,3 +65,29 @@ def test_other_shapes_are_refused():
     images, prediction, _ = patient()
     with pytest.raises(ValueError, match=r"one shape\. Received: "):
         plot_segmentation(images, prediction[1:])
+
+
+def test_methods_beside_the_paper():
+    figure = plot_methods({"mine": ([0.2, 0.4, 0.6], None), "theirs": ([0.5, 0.5], 0.7)}, "AP")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mine", "theirs"]
+    assert axes.get_xlabel() == "AP"
+    points = [tuple(map(float, line.get_xydata()[0])) for line in axes.lines if len(line.get_xydata()) == 1]
+    np.testing.assert_allclose(points, [(0.4, 0), (0.5, 1), (0.7, 1)])
+    intervals = [line.get_xdata() for line in axes.lines if len(line.get_xydata()) == 2]
+    assert 0.2 <= intervals[0][0] < 0.4 < intervals[0][1] <= 0.6
+    np.testing.assert_allclose(intervals[1], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"Received: \['empty'\]"):
+        plot_methods({"empty": ([], 0.7)})
+
+
+def test_learning_curves():
+    charts = {"base": {"without": ([1, 2], [0.9, 0.5]), "with": ([1, 2], [0.7, 0.4])}, "full": {"with": ([1], [0.6])}}
+    figure = plot_learning_curves(charts)
+    assert [axes.get_title() for axes in figure.axes] == ["base", "full"]
+    drawn = [[line.get_ydata() for line in axes.lines if len(line.get_ydata())] for axes in figure.axes]
+    assert [[list(y) for y in lines] for lines in drawn] == [[[0.9, 0.5], [0.7, 0.4]], [[0.6]]]
+    # A curve has its colour in every panel.
+    assert figure.axes[0].lines[1].get_color() == figure.axes[1].lines[0].get_color()
+    with pytest.raises(ValueError, match="at least one panel"):
+        plot_learning_curves({})

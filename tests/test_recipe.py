@@ -1,8 +1,9 @@
+import argparse
 import dataclasses
 
 import pytest
 
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 
 
 def test_the_defaults_are_the_papers():
@@ -72,6 +73,7 @@ def test_json_and_back(recipe, tmp_path):
         ("pretrain_learning_rate", 0),
         ("warmup_learning_rate", 0),
         ("learning_rate", -1e-4),
+        ("schedule", "linear"),
         ("patience", 0),
         ("folds", 1),
         ("validation_fraction", 1.0),
@@ -102,3 +104,13 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"recipe\.json: .*{message}"):
         Recipe.load(path)
+
+
+def test_command_line():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data")
+    add_recipe_arguments(parser)
+    assert recipe_changes(parser.parse_args(["--data", "x"])) == {}
+    text = "--mask-name gtv --mask-labels 1 4 --normalised --spacing 0.7 --epochs 3 --mixed-precision off"
+    changes = {"mask": "gtv", "mask_labels": [1, 4], "normalised_scale": 1.0, "spacing": 0.7, "epochs": 3}
+    assert recipe_changes(parser.parse_args(text.split())) == {**changes, "mixed_precision": "off"}

@@ -13,7 +13,7 @@ from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, find_cases, preprocess_case, read_case_folder
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.models import MMFNet, UNet3D
+from keras_mmfnet.models import METHODS, MMFNet, PatchCNN, UNet3D
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import cross_validate, pretrain_encoders, train_mmfnet
 
@@ -130,6 +130,95 @@ def test_training_learns(patients, tmp_path):
     assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["dsc"] > 0.8
 
 
+def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
+    rates = []
+
+    def watch(self, epoch, logs=None):
+        rates.append(float(self.model.optimizer.learning_rate))
+
+    monkeypatch.setattr(training._Seconds, "on_epoch_begin", watch, raising=True)
+    monkeypatch.setattr(training._Seconds, "on_epoch_end", lambda self, epoch, logs: logs.update(seconds=1.0))
+    train_mmfnet(*patients, dataclasses.replace(TINY, schedule="cosine"), tmp_path, donors())
+    # Two epochs frozen at a constant rate; then two epochs, of which the second starts half way down.
+    expected = [TINY.warmup_learning_rate] * 2 + [TINY.learning_rate, TINY.learning_rate / 2]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+THREE = dataclasses.replace(TINY, modalities=("t1", "t2", "cet1"))
+
+
+@pytest.fixture
+def three(make_case):
+    """Patients with three modalities."""
+    cases = some_patients(make_case)
+    return [
+        [dataclasses.replace(case, images={**case.images, "cet1": case.images["t1"]}) for case in part]
+        for part in cases
+    ]
+
+
+def test_a_method_lends_its_encoder_to_another(three, tmp_path, monkeypatch):
+    donor = training.train_method(METHODS["unet3d_t1"], *three, THREE, tmp_path)
+    fitted = []
+    fit = training._fit
+
+    def watch(model, **kwargs):
+        fitted.append((type(model).__name__, *model.input))
+        if isinstance(model, MMFNet) and kwargs["name"] == "encoders frozen":
+            for one, other in zip(weights(model.encoder("t1")), weights(donor.encoder("t1")), strict=True):
+                np.testing.assert_array_equal(one, other)
+        return fit(model, **kwargs)
+
+    monkeypatch.setattr(training, "_fit", watch)
+    network = training.train_method(METHODS["mmfnet_t1_t2"], *three, THREE, tmp_path)
+    assert fitted == [("UNet3D", "t2"), ("MMFNet", "t1", "t2"), ("MMFNet", "t1", "t2")]
+    assert network.modalities == ("t1", "t2")
+    names = {
+        f"{name}{end}" for name in ("unet3d_t1", "unet3d_t2", "mmfnet_t1_t2") for end in (".keras", "_history.csv")
+    }
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    "name", ["patch_cnn_t2", "siamese_patch_cnn", "unet2d_cet1", "single_encoder", "multi_encoder"]
+)
+def test_the_other_methods_train(name, three, tmp_path, no_second_training):
+    method = METHODS[name]
+    network = training.train_method(method, *three, THREE, tmp_path)
+    history = rows(tmp_path / f"{name}_history.csv")
+    assert len(history) == THREE.epochs
+    assert all(np.isfinite(float(row["val_loss"])) for row in history)
+    again = training.train_method(method, *three, THREE, tmp_path)
+    for one, other in zip(weights(network), weights(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture
+def no_second_training(monkeypatch):
+    fit, calls = training._fit, []
+
+    def once(*args, **kwargs):
+        calls.append(1)
+        assert len(calls) == 1
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(training, "_fit", once)
+
+
+def test_a_patch_classifier_learns(patients, tmp_path):
+    """On patients whose tumour is bright."""
+    recipe = dataclasses.replace(
+        TINY, modalities=("t1",), epochs=3, steps_per_epoch=30, batch_size=4, pretrain_learning_rate=0.01
+    )
+    method = dataclasses.replace(
+        METHODS["patch_cnn_t1"], build=lambda recipe, dtype, encoders=None: PatchCNN("t1", (6, 6), (8, 16), dtype)
+    )
+    network = training.train_method(method, *patients, recipe, tmp_path)
+    case = patients[1][0]
+    _, probability = segment_case(method.over_volumes(network, recipe), case, recipe)
+    assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["ap"] > 0.8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "kept"), [(1, False), (3, True)])
 def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, monkeypatch, stop, kept):
@@ -154,6 +243,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, m
     history, expected = (rows(path / "mmfnet_history.csv") for path in (tmp_path, folder))
     for row, other in zip(history, expected, strict=True):
         assert row.pop("stage") == other.pop("stage")
+        assert float(row.pop("seconds")) > 0 < float(other.pop("seconds"))
         assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-4)
     for one, other in zip(weights(resumed), weights(undisturbed), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
@@ -193,7 +283,7 @@ def test_a_training_that_diverges_says_so(patients, tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("the training started"))
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
 
 
 # --- from files to files

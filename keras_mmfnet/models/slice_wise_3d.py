@@ -35,15 +35,15 @@ class SliceWise3D(Network):
         if len(patch_shape) != 3 or None in patch_shape:
             raise ValueError(f"`patch_shape` must have three known sizes. Received: {patch_shape!r}")
         _, height, width = patch_shape
-        taken = {name: (None, height, width, 1) for name in network.input}
-        given = network.compute_output_shape(taken)[1:3]
+        taken = network.patch_shape
+        given = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:3]
         # The pixel of a patch at half its size is its centre.
-        pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip((height, width), given, strict=True)]
+        pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip(taken, given, strict=True)]
         inputs = {name: keras.Input((*patch_shape, 1), name=name) for name in network.input}
         slices = {}
         for name, x in inputs.items():
             x = ops.reshape(x, (-1, height, width, 1))
-            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if given != (height, width) else x
+            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if given != taken else x
         outputs = ops.reshape(network(slices), (-1, *patch_shape, 1))
         policy = network.dtype_policy
         super().__init__(inputs, outputs, policy, {"network": network, "patch_shape": patch_shape}, **kwargs)

@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk
 
 from keras_mmfnet.data import patch_dataset
+from keras_mmfnet.data.patches import centre_patches
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import Recipe
 
@@ -183,3 +184,51 @@ def test_the_gpu_is_left_to_the_other_backends():
     import tensorflow as tf
 
     assert tf.config.get_visible_devices("GPU") == []
+
+
+def test_centre_patches_are_cut_about_their_centres(make_case):
+    volumes = patch_dataset([make_case(seed=seed) for seed in range(3)], RECIPE)
+    shape, count = (7, 4), 6
+    (images, mask), (patches, labels) = (
+        batches(dataset, 1)[0] for dataset in (volumes, centre_patches(volumes, shape, count))
+    )
+    assert {patch.shape for patch in patches.values()} == {(3 * count, 7, 4, 1)}
+    assert labels.shape == (3 * count, 1, 1, 1)
+    assert labels.dtype == np.uint8
+    for sample in range(3):
+        # Every patch is found in its volume, padded with 0, at a voxel of its class, in both modalities.
+        padded = {name: np.pad(image[sample, ..., 0], ((0, 0), (3, 3), (2, 1))) for name, image in images.items()}
+        for patch in range(sample * count, (sample + 1) * count):
+            there = [
+                (z, y, x)
+                for z, y, x in np.ndindex(16, 16, 16)
+                if padded["t1"][z, y + 3, x + 2] == patches["t1"][patch, 3, 2, 0]
+                and np.array_equal(padded["t1"][z, y : y + 7, x : x + 4], patches["t1"][patch, ..., 0])
+            ]
+            assert len(there) == 1
+            z, y, x = there[0]
+            np.testing.assert_array_equal(padded["t2"][z, y : y + 7, x : x + 4], patches["t2"][patch, ..., 0])
+            assert labels[patch].item() == mask[sample, z, y, x, 0]
+        assert mask[sample].sum() >= 3
+        assert labels[sample * count : (sample + 1) * count].sum() == 3
+
+
+def test_centre_patches_are_a_function_of_seed_and_number(make_case):
+    cases = [make_case(seed=seed) for seed in range(3)]
+
+    def labels(first=0, seed=0):
+        volumes = patch_dataset(cases, RECIPE, first_batch=first)
+        return [images["t1"] for images, _ in batches(centre_patches(volumes, (5, 5), 4, seed, first), 3)]
+
+    np.testing.assert_array_equal(labels(), labels())
+    np.testing.assert_array_equal(labels()[1:], labels(first=1)[:2])
+    assert not np.array_equal(labels(), labels(seed=1))
+
+
+def test_centre_patches_without_a_tumour(make_case):
+    case = make_case()
+    empty = dataclasses.replace(case, mask=np.zeros_like(case.mask))
+    volumes = patch_dataset([empty], RECIPE, training=False)
+    (_, labels) = batches(centre_patches(volumes, (5, 5), 4), 1)[0]
+    assert len(labels) >= 4
+    assert not labels.any()

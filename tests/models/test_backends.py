@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import fill, random_volume, to_numpy
 
-from keras_mmfnet.models import MMFNet, SingleEncoderUNet3D, UNet2D
+from keras_mmfnet.models import MMFNet, SiamesePatchCNN, SingleEncoderUNet3D, SliceWise3D, UNet2D
 
 BACKEND = keras.backend.backend()
 OTHERS = [name for name in ("tensorflow", "torch", "jax") if name != BACKEND]
@@ -35,6 +35,7 @@ def saved(tmp_path_factory):
         "mmfnet": MMFNet(names, **size, reduction=2),
         "single": SingleEncoderUNet3D(names, **size),
         "unet2d": UNet2D("t1", (8, 8), (2, 3)),
+        "patch_cnn": SliceWise3D(SiamesePatchCNN(names, (6, 6), (2, 3)), (4, 8, 8)),
     }
     inputs, outputs = {}, {}
     for name, network in networks.items():
