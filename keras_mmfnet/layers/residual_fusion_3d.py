@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_mmfnet import _axes
+from keras_mmfnet.layers._batch_normalization import BatchNormalization
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -59,7 +60,7 @@ class ResidualFusion3D(keras.layers.Layer):
 
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
-        self.norm = keras.layers.BatchNormalization(
+        self.norm = BatchNormalization(
             axis=_axes.channel_axis(self.data_format),
             momentum=0.9,
             epsilon=1e-5,

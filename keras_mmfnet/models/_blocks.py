@@ -4,6 +4,7 @@ import functools
 import keras
 
 from keras_mmfnet import _axes
+from keras_mmfnet.layers._batch_normalization import BatchNormalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Blocks:
             dtype=self.dtype,
             name=f"{name}_conv",
         )(x)
-        x = keras.layers.BatchNormalization(
+        x = BatchNormalization(
             axis=_axes.channel_axis(self.data_format), momentum=0.9, epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm"
         )(x)
         return keras.layers.Activation("relu", dtype=self.dtype, name=f"{name}_relu")(x)

@@ -1,0 +1,52 @@
+import keras
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Keras' batch normalization, in training with the backend's one operation for it.
+
+    The values are the same. Keras composes them of elementwise operations, each of which goes through the whole
+    tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself; TensorFlow's
+    operation wants the channels last.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        normalise = _OPERATIONS.get(keras.backend.backend())
+        channels_last = self.axis in (-1, len(inputs.shape) - 1)
+        if not (training and self.trainable and normalise and (channels_last or normalise is _torch)):
+            return super().call(inputs, training=training, mask=mask)
+        outputs, mean, variance = normalise(inputs, self.gamma.value, self.beta.value, self.epsilon, channels_last)
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        return outputs
+
+
+def _tensorflow(x, gamma, beta, epsilon, channels_last):
+    """The normalised values, and the batch's mean and population variance."""
+    import tensorflow as tf
+
+    shape, channels = tf.shape(x), x.shape[-1]
+    # The operation wants four axes; which of the others come together is of no account.
+    flat = tf.reshape(x, tf.stack([-1, shape[-3], shape[-2], channels]))
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=flat, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, data_format="NHWC", is_training=True
+    )
+    y = tf.reshape(y, shape)
+    y.set_shape(x.shape)
+    # It gives the sample's variance; Keras keeps the population's.
+    count = tf.cast(tf.size(x) // channels, tf.float32)
+    variance = variance * (count - 1) / count
+    return y, tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+def _torch(x, gamma, beta, epsilon, channels_last):
+    """The normalised values, and the batch's mean and population variance."""
+    import torch
+
+    x = x.movedim(-1, 1) if channels_last else x
+    y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
+    y = y.movedim(1, -1) if channels_last else y
+    return y, mean.detach(), inverse.detach() ** -2 - epsilon
+
+
+_OPERATIONS = {"tensorflow": _tensorflow, "torch": _torch}
