@@ -142,7 +142,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         "parameters": parameters,
         "updates": recipe.epochs * recipe.steps_per_epoch,
         "training_seconds": sum(row["seconds"] for row in history),
-        "machine": machine(),
+        "machine": machine("torch" if method.name in PEERS else keras.backend.backend()),
         "history": history,
         "patients": rows,
     }
@@ -158,10 +158,9 @@ def read_history(path):
         ]
 
 
-def machine():
+def machine(backend):
     """What the numbers were taken on."""
     packages = {name: importlib.metadata.version(name) for name in ("keras", "keras-mmfnet", "numpy")}
-    backend = keras.backend.backend()
     return {
         "backend": f"{backend} {importlib.metadata.version(backend)}",
         "system": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -200,7 +199,7 @@ def main():
                 logging.info("%d of %d: fold %d, %s", number, len(tasks), fold, method.title)
                 parts = [[patients[name] for name in names] for names in dataclasses.astuple(splits[fold])]
                 result = run_method(method, fold, parts, cases, recipe, folder)
-                write(path, json.dumps(result, indent=1) + "\n")
+                write(path, json.dumps(result) + "\n")
             keras.utils.clear_session()
     write_tables(parsed.out, parsed.out, parsed.baseline)
     print((parsed.out / "table.md").read_text(encoding="utf-8"))

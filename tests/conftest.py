@@ -1,6 +1,9 @@
 import os
 from pathlib import Path
 
+# As the examples do: TensorFlow leaves it off on some processors.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
