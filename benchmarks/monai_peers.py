@@ -47,6 +47,7 @@ class Peer:
     name: str
     title: str
     build: Callable
+    encoders: dict = dataclasses.field(default_factory=dict)
     paper: dict = dataclasses.field(default_factory=dict)
 
     def adapt(self, recipe):

@@ -115,7 +115,7 @@ def claim(path, wait):
 def run_method(method, fold, parts, cases, recipe, folder):
     """Trains one method on one fold, segments its test patients and returns the numbers."""
     training, validation, test = parts
-    for name in getattr(method, "encoders", {}).values():
+    for name in method.encoders.values():
         # Once, in whichever process comes first.
         with claim(folder / f".{name}.lock", wait=True):
             train_method(METHODS[name], training, validation, recipe, folder)

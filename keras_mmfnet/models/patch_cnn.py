@@ -76,10 +76,10 @@ class SiamesePatchCNN(Network):
 def _classifier(modalities, patch_shape, filters, dtype):
     """Inputs, probabilities and dtype policy of a patch classifier."""
     check_names(modalities, filters)
-    remaining = patch_shape
+    remaining = patch_shape if all(isinstance(size, int) for size in patch_shape) else ()
     for _ in filters[:-1]:
         remaining = tuple((size - 4) / 2 for size in remaining)
-    if len(patch_shape) != 2 or any(size < 1 or size != int(size) for size in remaining):
+    if len(remaining) != 2 or any(size < 1 or size != int(size) for size in remaining):
         raise ValueError(
             f"`patch_shape` must have two sizes that {len(filters) - 1} times less 4 and halved leave a whole number, "
             f"such as 32 with two blocks. Received: {patch_shape!r}"

@@ -96,15 +96,14 @@ def test_equals_a_classifier_that_pools():
     np.testing.assert_allclose(to_numpy(model({"t1": patch})).ravel(), expected.numpy().ravel(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(32,), (30, 32), (8, 8), (32, None)])
+@pytest.mark.parametrize("shape", [(32,), (32, 32, 32), (30, 32), (8, 8), (32, None)])
 def test_patch_shape_must_fit(shape):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match=r"patch_shape.*Received: \(") as error:
         PatchCNN("t1", shape)
+    assert str(error.value).endswith(str(shape))
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"patch_shape.*Received: \(31, 32\)"):
-        PatchCNN("t1", (31, 32))
     with pytest.raises(ValueError, match=r"filters.*Received"):
         PatchCNN("t1", (32, 32), ())
     with pytest.raises(ValueError, match=r"modalities.*Received"):
