@@ -48,15 +48,15 @@ except ImportError:
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of patients")
-    add("--out", type=Path, required=True, help="folder for the results; a run that is there goes on")
+    add("--data", type=Path, help="folder of patients")
+    add("--out", type=Path, help="folder for the results; a run that is there goes on")
     add("--methods", nargs="+", default=["all"], metavar="NAME", help="methods, 'all' or 'list' (default: all)")
     add("--import", dest="module", type=Path, metavar="FILE", help="Python file that registers methods of your own")
     add("--folds", type=int, default=argparse.SUPPRESS, metavar="K", help="folds of the cross-validation (5)")
     add("--fold", nargs="+", type=int, metavar="N", help="numbers of the folds to run, from 0 (default: all)")
     add("--baseline", default="multi_encoder", metavar="NAME", help="method that the others are compared with")
     add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
-    add("--learning-rate", dest="rate", type=float, default=1e-2, metavar="X",
+    add("--learning-rate", dest="rate", type=float, metavar="X",
         help="Adam's at the start; a tenth of it after self-transfer (0.01)")  # fmt: skip
     add_recipe_arguments(parser)
     parsed = parser.parse_args(arguments)
@@ -67,10 +67,14 @@ def parse_arguments(arguments=None):
     if parsed.methods == ["list"]:
         print("\n".join(f"{name:26}{method.title}" for name, method in known.items()))
         sys.exit()
-    unknown = sorted(set(parsed.methods) - {"all"} - set(known))
+    if not (parsed.data and parsed.out):
+        parser.error(f"--data and --out are expected. Received: --data {parsed.data}, --out {parsed.out}")
+    if parsed.paper and parsed.rate:
+        parser.error(f"--learning-rate: --paper has rates of its own. Received: {parsed.rate}")
+    unknown = sorted({*parsed.methods, parsed.baseline} - {"all"} - set(known))
     if unknown:
         parser.error(
-            f"--methods: names from the list ('--methods list') are expected; MONAI's need 'pip install monai'. "
+            "--methods, --baseline: names from '--methods list' are expected; MONAI's need 'pip install monai'. "
             f"Received: {', '.join(unknown)}"
         )
     parsed.methods = list(known.values()) if "all" in parsed.methods else [known[name] for name in parsed.methods]
@@ -86,16 +90,13 @@ def import_file(path):
 
 
 def choose_recipe(parsed):
-    """The recipe of all methods; nobody stops early, so that all make the same number of updates."""
+    """The recipe of all methods. But for the paper's, none stops early: all make the same number of updates."""
     changes = recipe_changes(parsed)
     if parsed.paper:
         return Recipe(**changes)
     # In the paper's proportions, but faster: there are fewer updates.
-    rates = {
-        "learning_rate": parsed.rate / 10,
-        "pretrain_learning_rate": parsed.rate,
-        "warmup_learning_rate": parsed.rate,
-    }
+    rate = parsed.rate or 1e-2
+    rates = {"learning_rate": rate / 10, "pretrain_learning_rate": rate, "warmup_learning_rate": rate}
     recipe = Recipe.small(**{"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
     return dataclasses.replace(recipe, patience=recipe.epochs)
 
@@ -140,7 +141,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         "paper": dict(method.paper),
         "fold": fold,
         "parameters": parameters,
-        "updates": recipe.epochs * recipe.steps_per_epoch,
+        "updates": len(history) * recipe.steps_per_epoch,
         "training_seconds": sum(row["seconds"] for row in history),
         "machine": machine("torch" if method.name in PEERS else keras.backend.backend()),
         "history": history,

@@ -104,10 +104,20 @@ def test_every_update_is_made_and_none_stops_early(benchmarks):
     assert [method.name for method in parsed.methods][:23] == list(METHODS)
 
 
+def test_list_of_the_methods(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(script, monkeypatch, "--methods", "list")
+    assert not end.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*METHODS, *script.PEERS]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "unet3d_t1", "unet4d"], "--methods: .*Received: unet4d"),
+        (["--methods", "unet3d_t1", "unet4d"], "--methods, .*Received: unet4d"),
+        (["--baseline", "unet4d"], "--baseline: .*Received: unet4d"),
+        (["--paper", "--learning-rate", "0.1"], "--learning-rate: .*Received: 0.1"),
         (["--import", "nowhere.py"], "--import: .*Received: nowhere.py"),
         (["--folds", "3", "--fold", "3"], "--fold: numbers from 0 to 2 .*Received: .3."),
     ],
