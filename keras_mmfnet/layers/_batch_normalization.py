@@ -3,7 +3,7 @@ import keras
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras' batch normalization, in training with the backend's one operation for it.
+    """Keras' batch normalization, with the backend's one operation for it.
 
     The values are the same. Keras composes them of elementwise operations, each of which goes through the whole
     tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself; TensorFlow's
@@ -13,23 +13,35 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs, training=None, mask=None):
         normalise = _OPERATIONS.get(keras.backend.backend())
         channels_last = self.axis in (-1, len(inputs.shape) - 1)
-        if not (training and self.trainable and normalise and (channels_last or normalise is _torch)):
+        if not normalise or not (channels_last or normalise is _torch):
             return super().call(inputs, training=training, mask=mask)
-        outputs, mean, variance = normalise(inputs, self.gamma.value, self.beta.value, self.epsilon, channels_last)
+        affine = self.gamma.value, self.beta.value
+        if not (training and self.trainable):
+            moments = self.moving_mean.value, self.moving_variance.value
+            return normalise(inputs, affine, moments, self.epsilon, channels_last)[0]
+        outputs, mean, variance = normalise(inputs, affine, None, self.epsilon, channels_last)
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
 
 
-def _tensorflow(x, gamma, beta, epsilon, channels_last):
-    """The normalised values, and the batch's mean and population variance."""
+def _tensorflow(x, affine, moments, epsilon, channels_last):
+    """The normalised values, and the mean and population variance used: `moments`, or the batch's for `None`."""
     import tensorflow as tf
 
     shape, channels = tf.shape(x), x.shape[-1]
     # The operation wants four axes; which of the others come together is of no account.
     flat = tf.reshape(x, tf.stack([-1, shape[-3], shape[-2], channels]))
+    mean, variance = moments or ([], [])
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=flat, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, data_format="NHWC", is_training=True
+        x=flat,
+        scale=affine[0],
+        offset=affine[1],
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        data_format="NHWC",
+        is_training=moments is None,
     )
     y = tf.reshape(y, shape)
     y.set_shape(x.shape)
@@ -39,12 +51,12 @@ def _tensorflow(x, gamma, beta, epsilon, channels_last):
     return y, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
-def _torch(x, gamma, beta, epsilon, channels_last):
-    """The normalised values, and the batch's mean and population variance."""
+def _torch(x, affine, moments, epsilon, channels_last):
+    """The normalised values, and the mean and population variance used: `moments`, or the batch's for `None`."""
     import torch
 
     x = x.movedim(-1, 1) if channels_last else x
-    y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
+    y, mean, inverse = torch.native_batch_norm(x, *affine, *(moments or (None, None)), moments is None, 0.0, epsilon)
     y = y.movedim(1, -1) if channels_last else y
     return y, mean.detach(), inverse.detach() ** -2 - epsilon
 

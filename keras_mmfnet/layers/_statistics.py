@@ -1,5 +1,7 @@
 """Average, maximum and standard deviation over any axes: what both attentions look at."""
 
+import math
+
 from keras import ops
 
 STATISTICS = ("avg", "max", "std")
@@ -18,19 +20,57 @@ def check_statistics(statistics):
 def statistics_over(x, statistics, axis):
     """Statistics of `x` over the axes `axis`, which stay with length 1, in float32 whatever the dtype of `x`.
 
-    The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)` (eq. 10).
+    The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)` (eq. 10). Where several values
+    are the largest, the gradient of the maximum is shared among them.
 
     Returns:
         A list with one float32 tensor for each name in `statistics`.
     """
+    axes = (axis,) if isinstance(axis, int) else axis
+
+    @ops.custom_gradient
+    def compute(x):
+        values = _values(x, statistics, axes)
+
+        def gradient(*args, upstream=None):
+            # PyTorch hands it over by this name, the others as the one argument.
+            by_name = zip(statistics, ops.unstack(args[0] if upstream is None else upstream), strict=True)
+            return _gradient(x, values, dict(by_name), axes)
+
+        return ops.stack([values[name] for name in statistics]), gradient
+
+    return ops.unstack(compute(x), len(statistics))
+
+
+def _values(x, statistics, axes):
+    """The statistics by name, and the average where the standard deviation needs it."""
     # A maximum is exact in any dtype, so it needs no copy of the input in float32.
     values = {}
     if "max" in statistics:
-        values["max"] = ops.cast(ops.max(x, axis=axis, keepdims=True), "float32")
+        values["max"] = ops.cast(ops.max(x, axis=axes, keepdims=True), "float32")
     if "avg" in statistics or "std" in statistics:
         x = ops.cast(x, "float32")
-        values["avg"] = ops.mean(x, axis=axis, keepdims=True)
+        values["avg"] = ops.mean(x, axis=axes, keepdims=True)
     if "std" in statistics:
-        variance = ops.mean(ops.square(x - values["avg"]), axis=axis, keepdims=True)
+        variance = ops.mean(ops.square(x - values["avg"]), axis=axes, keepdims=True)
         values["std"] = ops.sqrt(variance + EPSILON)
-    return [values[name] for name in statistics]
+    return values
+
+
+def _gradient(x, values, upstream, axes):
+    """The gradient by `x` of the statistics, from that by each of them.
+
+    The backends would go through the whole tensor a dozen times for it, which takes longer than the convolutions
+    beside it, and keep the differences from the average until then. By hand it is a scale and a shift.
+    """
+    dtype, x = x.dtype, ops.cast(x, "float32")
+    shape = ops.shape(x)
+    count = ops.cast(math.prod(shape[axis] for axis in axes), "float32")
+    gradient = upstream["avg"] / count if "avg" in upstream else 0.0
+    if "std" in upstream:
+        scale = upstream["std"] / (count * values["std"])
+        gradient = x * scale + (gradient - values["avg"] * scale)
+    if "max" in upstream:
+        largest = ops.cast(ops.equal(x, values["max"]), "float32")
+        gradient = gradient + largest * (upstream["max"] / ops.sum(largest, axis=axes, keepdims=True))
+    return ops.cast(ops.broadcast_to(gradient, shape), dtype)

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers._batch_normalization import BatchNormalization
+from keras_mmfnet.layers._volumes import Conv3D
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -47,7 +48,7 @@ class ResidualFusion3D(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=5)
 
         def conv(kernel, name, **options):
-            return keras.layers.Conv3D(
+            return Conv3D(
                 filters,
                 kernel,
                 padding="same",

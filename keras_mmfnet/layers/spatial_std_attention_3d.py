@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers._statistics import check_statistics, statistics_over
+from keras_mmfnet.layers._volumes import Conv3D
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -43,7 +44,7 @@ class SpatialStdAttention3D(keras.layers.Layer):
         self.statistics = check_statistics(statistics)
         self.data_format = _axes.standardize(data_format)
         self.input_spec = keras.layers.InputSpec(ndim=5)
-        self.conv = keras.layers.Conv3D(
+        self.conv = Conv3D(
             1,
             kernel_size,
             padding="same",

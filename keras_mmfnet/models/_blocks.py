@@ -4,6 +4,7 @@ import functools
 import keras
 
 from keras_mmfnet import _axes
+from keras_mmfnet.layers import _volumes
 from keras_mmfnet.layers._batch_normalization import BatchNormalization
 
 
@@ -16,7 +17,7 @@ class Blocks:
     data_format: str = "channels_last"
 
     def _layer(self, kind):
-        layer = getattr(keras.layers, kind.format(f"{self.rank}D"))
+        layer = getattr(_volumes if self.rank == 3 else keras.layers, kind.format(f"{self.rank}D"))
         return functools.partial(layer, data_format=self.data_format)
 
     def conv(self, x, filters, name, kernel_size=3, padding="same", dilation=1):
@@ -63,6 +64,7 @@ class Blocks:
         return self._layer("Conv{}")(
             1,
             1,
+            padding="same",
             activation="sigmoid",
             bias_initializer=keras.initializers.Constant(-3.0),
             dtype="float32",

@@ -1,6 +1,8 @@
+import keras
 import numpy as np
 import pytest
-from checks import dtype_of, random_volume, to_numpy
+import torch
+from checks import dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
 from keras_mmfnet.layers._statistics import EPSILON, STATISTICS, check_statistics, statistics_over
@@ -52,3 +54,42 @@ def test_wrong_names(given):
     with pytest.raises(ValueError, match="`statistics` must be one or more of") as error:
         check_statistics(given)
     assert str(error.value).endswith(f"Received: {given!r}")
+
+
+def gradient_of(x, statistics, axis):
+    """Gradient by `x` of a weighted sum of the statistics: by the layer's formula, and by PyTorch's own."""
+    shape = x.mean(axis, keepdims=True).shape
+    weights = [random_volume(*shape, seed=seed) for seed in range(len(statistics))]
+
+    class Weighted(keras.layers.Layer):
+        def call(self, x):
+            values = statistics_over(x, statistics, axis)
+            return sum(
+                ops.sum(value * ops.convert_to_tensor(weight)) for value, weight in zip(values, weights, strict=True)
+            )
+
+    [found] = gradient_function(Weighted())(x)
+    tensor = torch.tensor(x, requires_grad=True)
+    by_name = {
+        "avg": lambda: tensor.mean(axis, keepdim=True),
+        "max": lambda: tensor.amax(axis, keepdim=True),
+        "std": lambda: (tensor.var(axis, correction=0, keepdim=True) + EPSILON).sqrt(),
+    }
+    total = sum((by_name[name]() * torch.tensor(w)).sum() for name, w in zip(statistics, weights, strict=True))
+    return found, torch.autograd.grad(total, tensor)[0].numpy()
+
+
+@pytest.mark.parametrize("axis", [-1, 1, (1, 2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("statistics", [STATISTICS, ("max", "avg"), ("std",), ("avg",), ("max",)])
+def test_gradient(statistics, axis):
+    found, expected = gradient_of(random_volume(2, 3, 4, 5, 6), statistics, axis)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_where_values_are_equal():
+    # Rectified features: many are 0, and of some voxels all.
+    x = np.maximum(random_volume(2, 3, 4, 5, 6), 0)
+    x[:, 0] = 0
+    found, expected = gradient_of(x, STATISTICS, -1)
+    assert (x.max(-1) == 0).any()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,11 +1,8 @@
 import re
 
 import keras
-import numpy as np
 import pytest
-import torch
-from checks import POLICIES, check_model, count, fill, named_weights, random_volume, to_numpy
-from reference import inside, torch_conv, torch_fusion_block, torch_norm
+from checks import POLICIES, check_model, count, fill, random_volume, to_numpy
 
 from keras_mmfnet import models
 from keras_mmfnet.losses import DiceLoss
@@ -84,42 +81,6 @@ def test_paper_size(model_class, arguments, trainable, moving):
     assert list(model.input) == ["t1", "t2", "cet1"]
     assert {tuple(x.shape) for x in model.input.values()} == {(None, 16, 256, 256, 1)}
     assert tuple(model.output.shape) == (None, 16, 256, 256, 1)
-
-
-def torch_mmfnet(w, volumes, levels):
-    """MMFNet on PyTorch's own operations, from `{modality: (batch, 1, depth, height, width)}`."""
-
-    def block(x, name):
-        return torch.relu(torch_norm(w, f"{name}_norm", torch_conv(w, f"{name}_conv", x)))
-
-    by_level = [[] for _ in range(levels + 1)]
-    for modality, x in volumes.items():
-        for level in range(levels):
-            x = block(block(x, f"{modality}_block{level + 1}_1"), f"{modality}_block{level + 1}_2")
-            by_level[level].append(x)
-            x = torch.nn.functional.max_pool3d(x, 2)
-        by_level[levels].append(block(x, f"{modality}_bottom"))
-    names = [*(f"fusion{level + 1}" for level in range(levels)), "fusion_bottom"]
-    *skips, x = [torch_fusion_block(inside(w, name), f) for name, f in zip(names, by_level, strict=True)]
-    for level in reversed(range(levels)):
-        name = f"decoder_block{level + 1}"
-        # Keras keeps a transposed convolution's kernel as (depth, height, width, filters, inputs).
-        kernel, bias = w[f"{name}_up/kernel"].permute(4, 3, 0, 1, 2), w[f"{name}_up/bias"]
-        up = torch.nn.functional.conv_transpose3d(x, kernel, bias, stride=2)
-        x = block(torch.cat([up, skips[level]], dim=1), name)
-    return torch_conv(w, "probability", x).sigmoid()
-
-
-def test_same_as_plain_pytorch():
-    filters = (2, 3, 4, 5)
-    model = MMFNet(("t1", "t2", "cet1"), (16, 16, 32), filters, reduction=3)
-    fill(model)
-    inputs = {name: random_volume(2, 16, 16, 32, 1, seed=seed) for seed, name in enumerate(model.modalities)}
-    w = {path: torch.tensor(value) for path, value in named_weights(model).items()}
-    volumes = {name: torch.tensor(np.moveaxis(x, -1, 1).copy()) for name, x in inputs.items()}
-    expected = torch_mmfnet(w, volumes, levels=len(filters)).numpy()
-    assert np.ptp(expected) > 0.05
-    np.testing.assert_allclose(np.moveaxis(to_numpy(model(inputs)), -1, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_class", [MMFNet, MultiEncoderUNet3D])

@@ -1,0 +1,80 @@
+"""Seconds from one patient's files to the mask as a file, the model being loaded, and what part of it is the network's.
+
+    python benchmarks/patient.py
+
+Three images of 512x512x40 voxels, the paper's recipe: pixels of 0.5 mm, windows of 16x256x256 every four slices. The
+network has random weights, which take as long as any.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
+import SimpleITK as sitk
+from machine import machine
+from preprocessing import write_patient
+
+from keras_mmfnet.data import preprocess_case
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.models import MMFNet
+from keras_mmfnet.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results" / "patient.json"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5, help="patients that count (5)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
+    parsed = parser.parse_args()
+    recipe = Recipe()
+    model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters)
+    network, windows = [], []
+
+    def predict(batch):
+        start = time.perf_counter()
+        probabilities = model.predict_on_batch(batch)
+        network.append(time.perf_counter() - start)
+        windows.append(len(probabilities))
+        return probabilities
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_patient(Path(folder), slices=40)
+        for _ in range(parsed.turns + 1):
+            network.clear(), windows.clear()
+            start = time.perf_counter()
+            case = preprocess_case(files, recipe)
+            preprocessed = time.perf_counter()
+            mask, _ = segment_case(predict, case, recipe)
+            sitk.WriteImage(mask, str(Path(folder) / "segmentation.nii.gz"), useCompression=True)
+            end = time.perf_counter()
+            rows.append(
+                {
+                    "all": end - start,
+                    "preprocessing": preprocessed - start,
+                    "network": sum(network),
+                    "windows, resampling, writing": end - preprocessed - sum(network),
+                }
+            )
+    first, *rows = rows  # the first is when the network is compiled
+    result = {
+        "machine": machine("keras", keras.backend.backend(), "SimpleITK"),
+        "windows": sum(windows),
+        "first_patient_seconds": round(first["all"], 2),
+        "seconds": {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]},
+    }
+    print(json.dumps(result, indent=2))
+    parsed.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Patches per second of the training data: this package's tf.data pipeline against MONAI's transforms.
+
+    python benchmarks/pipeline.py
+
+Three modalities and a mask in patches of 16x256x256, each moved, mirrored and rotated at random; the patients lie in
+memory. MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import machine
+
+from keras_mmfnet.data import Grid, PreprocessedCase
+from keras_mmfnet.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results" / "pipeline.json"
+SHAPE = (40, 400, 400)
+
+
+def make_cases(count):
+    """Patients with a body, a tumour and noise."""
+    cases = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[15:25, 180:220, 170:230] = 1
+        images = {name: rng.normal(mask, 0.3).astype(np.float32) for name in ("t1", "t2", "cet1")}
+        grid = Grid(SHAPE[::-1], (0.5, 0.5, 4.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+        cases.append(PreprocessedCase(f"patient {number}", images, mask, grid, grid, tuple(n // 2 for n in SHAPE)))
+    return cases
+
+
+def ours(cases, recipe):
+    """Endless batches of this package."""
+    from keras_mmfnet.data import patch_dataset
+
+    return iter(patch_dataset(cases, recipe))
+
+
+def monai(cases, recipe, affine):
+    """Endless batches of MONAI: cropped first, which is the faster order, then mirrored and rotated."""
+    from monai.data import DataLoader, Dataset
+    from monai.transforms import Compose, RandAffined, RandFlipd, RandRotated, RandSpatialCropd
+
+    names = [*recipe.modalities, "mask"]
+    modes = ["bilinear"] * len(recipe.modalities) + ["nearest"]
+    angle = np.radians(recipe.max_rotation)
+    if affine:
+        turn = RandAffined(names, prob=1, rotate_range=(angle, 0, 0), mode=modes, padding_mode="border")
+    else:
+        turn = RandRotated(names, prob=1, range_x=angle, mode=modes, padding_mode="border")
+    transform = Compose(
+        [
+            RandSpatialCropd(names, recipe.patch_shape, random_size=False),
+            RandFlipd(names, prob=0.5, spatial_axis=1),
+            turn,
+        ]
+    )
+    patients = [
+        {**{name: image[None] for name, image in case.images.items()}, "mask": case.mask[None]} for case in cases
+    ]
+    # Long enough that the workers are not started again.
+    loader = DataLoader(
+        Dataset(patients * 1000, transform),
+        batch_size=recipe.batch_size,
+        shuffle=True,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    return iter(loader)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=8, help="turns that count (8)")
+    parser.add_argument("--seconds", type=float, default=4, help="length of a turn (4)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
+    parsed = parser.parse_args()
+    cases, recipe = make_cases(4), Recipe(batch_size=2)
+    # MONAI's processes first: they are forked, which TensorFlow's threads would not survive.
+    contenders = {f"monai, {'RandAffined' if affine else 'RandRotated'}": affine for affine in (False, True)}
+    contenders = {name: monai(cases, recipe, affine) for name, affine in contenders.items()}
+    for batches in contenders.values():
+        next(batches)
+    contenders["keras-mmfnet"] = ours(cases, recipe)
+    next(contenders["keras-mmfnet"])
+    rates = {name: [] for name in contenders}
+    for _ in range(parsed.turns + 1):
+        for name, batches in contenders.items():
+            for _ in range(6):  # what was made ahead while the others had their turn
+                next(batches)
+            start, patches = time.perf_counter(), 0
+            while time.perf_counter() - start < parsed.seconds:
+                next(batches)
+                patches += recipe.batch_size
+            rates[name].append(patches / (time.perf_counter() - start))
+    rates = {name: values[1:] for name, values in rates.items()}  # the first turn is to warm up
+    medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    best = max((name for name in medians if name.startswith("monai")), key=medians.get)
+    ratio = statistics.median(a / b for a, b in zip(rates["keras-mmfnet"], rates[best], strict=True))
+    result = {
+        "machine": machine("tensorflow", "torch", "monai"),
+        "patches_per_second": medians,
+        "ratios": {f"keras-mmfnet / {best}": round(ratio, 2)},
+    }
+    print(json.dumps(result, indent=2))
+    parsed.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

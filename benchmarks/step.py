@@ -1,0 +1,273 @@
+"""Times a training step and a prediction of MMFNet on each backend, against plain PyTorch and without attention.
+
+    python benchmarks/step.py                                   # two CPU cores: TensorFlow and PyTorch
+    python benchmarks/step.py --check                           # fails where a ratio is 20% worse than the one kept
+    python benchmarks/step.py --backends torch jax --name a100 --shape 8 16 256 256 --policy mixed_bfloat16     # a GPU
+
+Every contender lives in a process of its own, and they take turns, so that whatever else the machine does falls on all
+of them. What is compared is the ratio within a turn; its median over the turns is printed and written.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "step"
+WORSE = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One implementation: `backend` is Keras', or `None` for plain PyTorch."""
+
+    name: str
+    backend: str | None = None
+    attention: bool = True
+    policy: str = "float32"
+    channels_last: bool = False
+    compiled: bool = False
+
+
+def choose_contenders(backends, policy, gpu):
+    """The contenders of one run: plain PyTorch in its variants, and each backend with and without attention."""
+    plain = [Contender("plain", policy=policy), Contender("plain, channels last", policy=policy, channels_last=True)]
+    if gpu:
+        plain.append(Contender("plain, compiled", policy=policy, compiled=True))
+    ours = []
+    for backend in backends:
+        ours.append(Contender(backend, backend, policy=policy))
+        ours.append(Contender(f"{backend} without attention", backend, attention=False, policy=policy))
+        if policy != "float32":
+            ours.append(Contender(f"{backend} in float32", backend))
+    return plain + ours
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--backends", nargs="+", default=["tensorflow", "torch"], choices=("tensorflow", "torch", "jax"), metavar="NAME"
+    )
+    add("--shape", nargs=4, type=int, default=(2, 16, 128, 128), metavar="N", help="batch, depth, height, width")
+    add("--policy", default="float32", help="dtype policy: float32, mixed_float16 or mixed_bfloat16")
+    add("--turns", type=int, default=10, help="steps of each contender that count (10)")
+    add("--name", default="cpu", help="name of the machine, for the file of results (cpu)")
+    add("--check", action="store_true", help="compare with the results of that name that are kept")
+    add("--out", type=Path, help=f"JSON file for the results (default: {RESULTS}/<name>.json, not with --check)")
+    parsed = parser.parse_args()
+    kept = RESULTS / f"{parsed.name}.json"
+    if parsed.check and not kept.is_file():
+        parser.error(f"--check: results to compare with are expected. Received: {kept}, which is not there")
+
+    result = measure(parsed)
+    print(json.dumps(result["ratios"], indent=2))
+    if parsed.check:
+        before = json.loads(kept.read_text(encoding="utf-8"))["ratios"]
+        worse = {name: ratio for name, ratio in result["ratios"].items() if ratio > WORSE * before.get(name, ratio)}
+        for name, ratio in worse.items():
+            print(f"worse: {name} is {ratio:.2f}, and was {before[name]:.2f}")
+        sys.exit(1 if worse else 0)
+    out = parsed.out or kept
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(parsed):
+    """Starts the contenders, lets them take turns, and compares them."""
+    import torch
+    from machine import machine
+
+    gpu = torch.cuda.is_available()
+    context = multiprocessing.get_context("spawn")
+    contenders = choose_contenders(parsed.backends, parsed.policy, gpu)
+    results, seconds = {}, {}
+    # On a GPU one at a time: its memory is not for all of them.
+    groups = [[contender] for contender in contenders] if gpu else [contenders]
+    for group in groups:
+        workers = {}
+        for contender in group:
+            here, there = context.Pipe()
+            os.environ["KERAS_BACKEND"] = contender.backend or "torch"
+            process = context.Process(target=work, args=(there, contender, tuple(parsed.shape)), daemon=True)
+            process.start()
+            workers[contender.name] = here
+            results[contender.name] = here.recv()
+            print(f"{contender.name}: {results[contender.name]}", flush=True)
+        for what in ("train", "predict"):
+            for _ in range(parsed.turns):
+                for name, connection in workers.items():
+                    connection.send(what)
+                    seconds.setdefault((name, what), []).append(connection.recv())
+        for name, connection in workers.items():
+            connection.send("memory")
+            results[name]["peak_mib"] = connection.recv()
+            for what in ("train", "predict"):
+                results[name][f"{what}_seconds"] = round(statistics.median(seconds[name, what]), 4)
+            print(f"{name}: {results[name]}", flush=True)
+            connection.send("end")
+    return {
+        "machine": machine("keras", "torch", *({"tensorflow", "jax"} & set(parsed.backends))),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "shape": parsed.shape,
+        "policy": parsed.policy,
+        "turns": parsed.turns,
+        "contenders": results,
+        "ratios": compare(results, seconds, parsed.backends),
+    }
+
+
+def compare(results, seconds, backends):
+    """The ratios that count, each the median over the turns."""
+    plain = [name for name in results if name.startswith("plain")]
+
+    def ratio(one, other, what):
+        pairs = zip(seconds[one, what], seconds[other, what], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 3)
+
+    def best(what):
+        return min(plain, key=lambda name: results[name][f"{what}_seconds"])
+
+    leanest = min(plain, key=lambda name: results[name]["peak_mib"])
+    ratios = {}
+    for backend in backends:
+        for what in ("train", "predict"):
+            ratios[f"{backend}, {what} / {best(what)}"] = ratio(backend, best(what), what)
+        ratios[f"{backend}, memory / {leanest}"] = round(results[backend]["peak_mib"] / results[leanest]["peak_mib"], 3)
+        ratios[f"{backend}, train with / without attention"] = ratio(backend, f"{backend} without attention", "train")
+        if f"{backend} in float32" in results:
+            ratios[f"{backend}, train / in float32"] = ratio(backend, f"{backend} in float32", "train")
+    return ratios
+
+
+def work(connection, contender, shape):
+    """One contender's process: makes its step, and runs it whenever it is told to."""
+    start = time.perf_counter()
+    train, predict, memory = (make_keras if contender.backend else make_plain)(contender, shape)
+    built = time.perf_counter()
+    train()
+    first = time.perf_counter()
+    predict()
+    for _ in range(2):
+        train(), predict()
+    connection.send({"build_seconds": round(built - start, 1), "first_step_seconds": round(first - built, 1)})
+    run = {"train": train, "predict": predict}
+    while (what := connection.recv()) != "end":
+        if what == "memory":
+            connection.send(memory())
+            continue
+        start = time.perf_counter()
+        run[what]()
+        connection.send(time.perf_counter() - start)
+
+
+def make_arrays(shape):
+    """Three modalities and a mask."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    images = {name: rng.normal(size=(*shape, 1)).astype("float32") for name in ("t1", "t2", "cet1")}
+    return images, (images["t1"] > 1).astype("uint8")
+
+
+def make_keras(contender, shape):
+    """A training step, a prediction and the peak memory of this package's MMFNet."""
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    import keras
+
+    from keras_mmfnet.losses import DiceLoss
+    from keras_mmfnet.models import MMFNet, mmfnet
+
+    images, mask = make_arrays(shape)
+    memory = memory_since_now(contender.backend)
+    if not contender.attention:
+        mmfnet.FusionBlock3D = fusion_without_attention
+    model = MMFNet(patch_shape=shape[1:], dtype=contender.policy)
+    model.compile(keras.optimizers.Adam(1e-4), DiceLoss())
+    model.optimizer.build(model.trainable_variables)
+    images = {name: keras.ops.convert_to_tensor(image) for name, image in images.items()}
+    mask = keras.ops.convert_to_tensor(mask)
+    return lambda: float(model.train_on_batch(images, mask)), lambda: model.predict_on_batch(images), memory
+
+
+def fusion_without_attention(filters, data_format, dtype, name, **attention):
+    """In place of a fusion block: the features side by side, then residual fusion alone."""
+    import keras
+
+    from keras_mmfnet.layers import ResidualFusion3D
+
+    def fuse(features):
+        merged = keras.layers.Concatenate(axis=-1 if data_format == "channels_last" else 1, dtype=dtype)(features)
+        return ResidualFusion3D(filters, data_format=data_format, dtype=dtype, name=name)(merged)
+
+    return fuse
+
+
+def make_plain(contender, shape):
+    """A training step, a prediction and the peak memory of plain PyTorch's MMFNet."""
+    import numpy as np
+    import torch
+    from reference_torch import MMFNet, dice_loss
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, mask = make_arrays(shape)
+    memory = memory_since_now("torch")
+    layout = torch.channels_last_3d if contender.channels_last else torch.contiguous_format
+    network = MMFNet(attention=contender.attention).to(device, memory_format=layout)
+    forward = torch.compile(network) if contender.compiled else network
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    images = [
+        torch.tensor(np.moveaxis(x, -1, 1).copy(), device=device).to(memory_format=layout) for x in images.values()
+    ]
+    mask = torch.tensor(np.moveaxis(mask, -1, 1).copy(), device=device).float()
+    mixed = contender.policy.removeprefix("mixed_")
+    autocast = torch.autocast(device, getattr(torch, mixed), enabled=mixed != "float32", cache_enabled=False)
+    scaler = torch.amp.GradScaler(device, enabled=mixed == "float16")
+
+    def train():
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            loss = dice_loss(mask, forward(images))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    def predict():
+        network.eval()
+        with torch.inference_mode(), autocast:
+            return forward(images).cpu().numpy()
+
+    return train, predict, memory
+
+
+def memory_since_now(backend):
+    """A function that gives the peak of the memory taken from here on, in MiB: the GPU's where there is one."""
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return lambda: round(torch.cuda.max_memory_allocated() / 2**20)
+    if backend == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform != "cpu":
+            return lambda: round(device.memory_stats()["peak_bytes_in_use"] / 2**20)
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
+
+    before = status("VmRSS")
+    return lambda: status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    main()
