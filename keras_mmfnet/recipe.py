@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,12 @@ class Recipe:
     Args:
         modalities: Names of the image sequences; the first one's grid is the patient's grid.
         mask: Name of the mask's file.
+        series: Regular expressions by modality for what its DICOM series or its channel of a dataset is called,
+            where the usual names do not fit; searched in any case in the series' folder and description.
         mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, and that
             counts.
+        mask_from: Which mask counts where each modality has one of its own: a modality's, `"union"` or
+            `"intersection"`; `None` for the first modality's.
         align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation.
         spacing: In-plane pixel size in mm after resampling; `None` keeps the first modality's. The distance between
             slices is always kept.
@@ -63,7 +68,9 @@ class Recipe:
 
     modalities: tuple[str, ...] = ("t1", "t2", "cet1")
     mask: str = "mask"
+    series: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mask_labels: tuple[int, ...] | None = None
+    mask_from: str | None = None
 
     align: str = "header"
     spacing: float | None = 0.5
@@ -116,6 +123,10 @@ class Recipe:
 
         check("modalities", self.modalities and len(set(self.modalities)) == len(self.modalities), "distinct names")
         check("mask", self.mask and self.mask not in self.modalities, "a name that is no modality's")
+        for pattern in self.series.values():
+            check("series", _is_pattern(pattern), "regular expressions by modality")
+        sources = (None, "union", "intersection", *self.modalities)
+        check("mask_from", self.mask_from in sources, "'union', 'intersection' or a modality")
         check("mask_labels", self.mask_labels is None or self.mask_labels, "None or one or more label values")
         check("align", self.align in ("header",), "'header'")
         check("spacing", self.spacing is None or self.spacing > 0, "positive, in mm, or None")
@@ -213,6 +224,14 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from error
 
 
+def _is_pattern(text):
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
 def add_recipe_arguments(parser):
     """Adds to a command line what often differs from a recipe.
 
@@ -226,6 +245,9 @@ def add_recipe_arguments(parser):
 
     add("--mask-name", dest="mask", metavar="NAME", help="file name of the mask")
     add("--mask-labels", nargs="+", type=int, metavar="LABEL", help="values of the mask that count as tumour")
+    add("--mask-from", metavar="MODALITY|union|intersection", help="which mask counts where each sequence has one")
+    add("--series", nargs="+", action=_Pairs, metavar="MODALITY=PATTERN",
+        help="regular expressions for the names of DICOM series")  # fmt: skip
     add("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
         help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
     add("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",
@@ -236,6 +258,16 @@ def add_recipe_arguments(parser):
     add("--batch-size", type=int, metavar="N", help="patches per update")
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
+
+
+class _Pairs(argparse.Action):
+    """Texts such as `t1=PATTERN` as a dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(value.split("=", 1) for value in values if "=" in value)
+        if len(pairs) != len(values):
+            parser.error(f"{option_string}: MODALITY=PATTERN is expected. Received: {' '.join(values)}")
+        setattr(namespace, self.dest, pairs)
 
 
 def recipe_changes(parsed):

@@ -34,6 +34,7 @@ def test_the_small_recipe_has_the_papers_field_of_view():
         Recipe(),
         Recipe.small(),
         Recipe(modalities=("a", "b"), mask_labels=(1, 4), spacing=None, normalised_scale=1000.0),
+        Recipe(series={"t1": "t1.*ax"}, mask_from="union"),
     ],
 )
 def test_json_and_back(recipe, tmp_path):
@@ -49,6 +50,8 @@ def test_json_and_back(recipe, tmp_path):
         ("modalities", ("t1", "t1")),
         ("mask", "t1"),
         ("mask_labels", ()),
+        ("series", {"t1": "("}),
+        ("mask_from", "flair"),
         ("align", "rigid"),
         ("spacing", 0),
         ("normalised_scale", -1),
@@ -114,3 +117,14 @@ def test_command_line():
     text = "--mask-name gtv --mask-labels 1 4 --normalised --spacing 0.7 --epochs 3 --mixed-precision off"
     changes = {"mask": "gtv", "mask_labels": [1, 4], "normalised_scale": 1.0, "spacing": 0.7, "epochs": 3}
     assert recipe_changes(parser.parse_args(text.split())) == {**changes, "mixed_precision": "off"}
+    text = "--mask-from union --series t1=t1.*tra t2=a=b"
+    changes = {"mask_from": "union", "series": {"t1": "t1.*tra", "t2": "a=b"}}
+    assert recipe_changes(parser.parse_args(text.split())) == changes
+
+
+def test_a_pattern_without_a_modality_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--series", "t1"])
+    assert "--series: MODALITY=PATTERN is expected. Received: t1" in capsys.readouterr().err

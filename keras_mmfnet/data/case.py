@@ -19,17 +19,24 @@ class Case:
 
     Args:
         name: The patient's name.
-        images: Path of the image file by modality.
-        mask: Path of the tumour mask, or `None` for a patient without one.
+        images: By modality, the path of the image file; or a DICOM series, or a volume of a file.
+        mask: The same for the tumour mask, or a dict of it by the modality it was drawn on; `None` for a patient
+            without one.
     """
 
     name: str
-    images: Mapping[str, Path]
-    mask: Path | None = None
+    images: Mapping[str, object]
+    mask: object = None
 
     def __post_init__(self):
-        object.__setattr__(self, "images", {modality: Path(path) for modality, path in self.images.items()})
-        object.__setattr__(self, "mask", None if self.mask is None else Path(self.mask))
+        object.__setattr__(self, "images", {modality: _path(source) for modality, source in self.images.items()})
+        several = isinstance(self.mask, Mapping)
+        mask = {modality: _path(source) for modality, source in self.mask.items()} if several else _path(self.mask)
+        object.__setattr__(self, "mask", mask)
+
+
+def _path(source):
+    return Path(source) if isinstance(source, str) else source
 
 
 @dataclasses.dataclass(frozen=True)

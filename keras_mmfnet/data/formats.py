@@ -1,34 +1,42 @@
-import gzip
-import math
-import struct
-import zlib
+import json
+import logging
+import re
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import SimpleITK as sitk
-
 from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.dicom import find_series, is_dicom
+from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, image_suffix
 
-# The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
-# brought together.
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc")
+_CONTRAST = r"((?<![a-z])(ce|gd|gad[a-z]*|contrast|post|km|c\+)|\+ ?c)(?![a-z])"
+_FLAIR = r"flair|dark.?fluid"
+_CET1 = rf"t1.*({_CONTRAST})|({_CONTRAST}).*t1|t1[ _-]?(ce|c|gd)(?![a-z])|cet1"
+# What a series or a channel is called, by modality; searched in lower case.
+_PATTERNS = {
+    "cet1": _CET1,
+    "t1": rf"^(?!.*({_CET1})).*t1",
+    "t2": rf"^(?!.*({_FLAIR})).*t2",
+    "flair": _FLAIR,
+}
+# What BraTS calls its files after the patient's name, in 2020 and from 2023.
+_BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
+_BRATS_MASK = ("seg",)
 
 
 def find_cases(directory, recipe, require_mask=True, on_error=None):
-    """Finds the patients in a folder; no image is read.
+    """Finds the patients in a folder, in any of these layouts; no voxel is read.
 
-    There is one folder per patient, and in it one file per modality and one for the mask, named as the recipe's
-    `modalities` and `mask` say, in any of the formats NIfTI, MetaImage, NRRD and MINC:
+    | layout | what is there |
+    |---|---|
+    | plain | a folder per patient with one file per modality and one for the mask, named as the recipe says |
+    | BraTS | a folder per patient with `<patient>_t1.nii.gz` ... `_seg.nii.gz` (2020) or `-t1n` ... `-seg` (2023) |
+    | DICOM | a folder per patient with a folder per series, or with all series in one |
+    | nnU-Net, Decathlon | `dataset.json`, `imagesTr` and `labelsTr`, with a file per channel or one of four axes |
 
-    ```
-    directory/
-      patient_1/
-        t1.nii.gz  t2.nii.gz  cet1.nii.gz  mask.nii.gz
-      patient_2/
-        t1.mha  t2.mha  cet1.mha  mask.nrrd
-    ```
-
-    Other files, and those whose name starts with a dot, are passed over.
+    Image files are NIfTI, MetaImage, NRRD or MINC. A patient of DICOM series may have the mask as such a file or as a
+    series; masks of several sequences are called by their modality, such as `mask_t1.nii.gz` or `ROI-T1WI.nii`. What
+    a series is, follows from the names of its folder and of the series; `recipe.series` says it where they do not.
+    Other files, and those whose name starts with a dot, are passed over. Which layouts were found is logged.
 
     Args:
         directory: The folder.
@@ -41,33 +49,40 @@ def find_cases(directory, recipe, require_mask=True, on_error=None):
         A list of `Case`, sorted by name.
 
     Raises:
-        CaseError: A patient lacks a file, or has two for the same name.
+        CaseError: A patient lacks a modality, or two files or series could be the same one.
         ValueError: The directory is missing, or there is no patient in it.
     """
     directory = Path(directory)
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
         raise ValueError(f"the patients' directory {problem}. Received: {directory}")
+    if (directory / "dataset.json").is_file():
+        return _find_dataset(directory, recipe, require_mask, on_error)
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    cases = []
+    cases, layouts = [], Counter()
     for folder in folders:
         try:
-            cases.append(read_case_folder(folder, recipe, require_mask))
+            layout, case = _read_folder(folder.absolute(), recipe, require_mask)
         except CaseError as error:
             if on_error is None:
                 raise
             on_error(error)
+        else:
+            cases.append(case)
+            layouts[layout] += 1
     if not cases:
         files = ", ".join([*recipe.modalities, *([recipe.mask] if require_mask else [])])
         raise ValueError(
             f"the patients' directory must hold one folder per patient with the files {files} "
-            f"({', '.join(IMAGE_SUFFIXES)}). Received: {directory}, with {len(folders)} folders and no such patient"
+            f"({', '.join(IMAGE_SUFFIXES)}) or with DICOM series, or a dataset.json. "
+            f"Received: {directory}, with {len(folders)} folders and no such patient"
         )
+    _log(layouts)
     return cases
 
 
 def read_case_folder(folder, recipe, require_mask=True):
-    """Finds the files of the one patient in a folder; no image is read.
+    """Finds the files of the one patient in a folder, as `find_cases` does; no voxel is read.
 
     Args:
         folder: The patient's folder; its name is the patient's name.
@@ -78,119 +93,186 @@ def read_case_folder(folder, recipe, require_mask=True):
         A `Case`.
 
     Raises:
-        CaseError: The folder, an image or a required mask is missing, or there are two files for the same name.
+        CaseError: The folder, an image or a required mask is missing, or two files or series could be the same one.
     """
-    folder = Path(folder).absolute()
+    return _read_folder(Path(folder).absolute(), recipe, require_mask)[1]
+
+
+def _log(layouts):
+    for layout, count in sorted(layouts.items()):
+        logging.getLogger(__name__).info("%s: %d patient%s", layout, count, "" if count == 1 else "s")
+
+
+def _read_folder(folder, recipe, require_mask):
+    """The name of the layout, and the `Case`."""
     if not folder.is_dir():
         raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    images, layout = {}, "plain"
+    for modality in recipe.modalities:
+        images[modality] = _find_file(folder, names, [modality])
+        if not images[modality]:
+            images[modality] = _find_file(folder, names, _brats_stems(folder, _BRATS.get(modality, (modality,))))
+            layout = "BraTS" if images[modality] else layout
+    if not any(images.values()) and _holds_dicom(folder):
+        return "DICOM", _read_dicom(folder, recipe, require_mask)
+    for modality, path in images.items():
+        if not path:
+            raise _missing(folder, names, modality)
+    return layout, Case(folder.name, images, _find_mask(folder, names, recipe, require_mask))
 
-    def find(stem, required=True):
-        found = sorted(n for n in names if n.startswith(stem) and n[len(stem) :].lower() in IMAGE_SUFFIXES)
+
+def _find_file(folder, names, stems):
+    """The one image file with one of these names before its ending, or `None`."""
+    found = [name for name in names if (suffix := image_suffix(name)) and name[: -len(suffix)] in stems]
+    if len(found) > 1:
+        raise CaseError(f"{folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}")
+    return folder / found[0] if found else None
+
+
+def _brats_stems(folder, endings):
+    return [f"{folder.name}{separator}{ending}" for separator in "_-" for ending in endings]
+
+
+def _missing(folder, names, stem):
+    return CaseError(
+        f"{folder.name}: {folder / stem}: is missing; a file of that name with one of the endings "
+        f"{', '.join(IMAGE_SUFFIXES)} is expected. Received: {', '.join(names) or 'an empty folder'}"
+    )
+
+
+def _find_mask(folder, names, recipe, required):
+    """The path of the mask, or of the mask drawn on each modality, or `None`."""
+    mask = _find_file(folder, names, [recipe.mask, *_brats_stems(folder, _BRATS_MASK)])
+    if mask:
+        return mask
+    masks = {m: _find_file(folder, names, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
+    masks = {modality: path for modality, path in masks.items() if path}
+    if required and not masks:
+        raise _missing(folder, names, recipe.mask)
+    return masks or None
+
+
+# --- DICOM
+
+
+def _holds_dicom(folder):
+    return any(is_dicom(path) or path.suffix.lower() == ".dcm" for path in folder.rglob("*") if path.is_file())
+
+
+def _pattern(modality, recipe):
+    return recipe.series.get(modality) or _PATTERNS.get(modality) or rf"(?<![a-z0-9]){re.escape(modality)}(?![a-z0-9])"
+
+
+def _read_dicom(folder, recipe, require_mask):
+    """The `Case` of one patient's DICOM series and the masks beside them."""
+    mask_pattern = recipe.series.get(recipe.mask) or rf"(?<![a-z])({re.escape(recipe.mask.lower())}|roi|seg|gtv)"
+    images, masks = {}, {}
+    for one in find_series(folder, folder.name):
+        name = f"{one.folder.relative_to(folder)} {one.description}".lower()
+        (masks if re.search(mask_pattern, name) else images)[one] = name
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder)).lower()
+        if image_suffix(path) and not path.name.startswith(".") and re.search(mask_pattern, path.name.lower()):
+            masks[path] = name
+    return Case(
+        folder.name,
+        {modality: _choose(folder, images, modality, recipe) for modality in recipe.modalities},
+        _choose_masks(folder, masks, recipe, require_mask),
+    )
+
+
+def _choose(folder, named, modality, recipe):
+    """The one series whose names are a modality's."""
+    pattern = _pattern(modality, recipe)
+    found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]
+    if len(found) == 1:
+        return found[0]
+    listed = "; ".join(str(source) for source in found or named) or "no series"
+    names = f"matches {pattern!r}" if modality in recipe.series else "names it"
+    raise CaseError(
+        f"{folder.name}: {folder}: must hold one series of {modality}, one whose folder or description {names}; the "
+        f"recipe's `series` may say another pattern. Received: {listed}"
+    )
+
+
+def _choose_masks(folder, named, recipe, required):
+    """The one mask, or the one of each modality, or `None`."""
+    if len(named) == 1:
+        return next(iter(named))
+    masks = {}
+    for modality in recipe.modalities:
+        pattern = _pattern(modality, recipe)
+        found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]
         if len(found) > 1:
-            raise CaseError(f"{folder.name}: {folder / stem}: must be one file. Received: {', '.join(found)}")
+            listed = "; ".join(map(str, found))
+            raise CaseError(f"{folder.name}: {folder}: must hold one mask of {modality}. Received: {listed}")
         if found:
-            return folder / found[0]
-        if required:
-            raise CaseError(
-                f"{folder.name}: {folder / stem}: is missing; a file of that name with one of the endings "
-                f"{', '.join(IMAGE_SUFFIXES)} is expected. Received: {', '.join(sorted(names)) or 'an empty folder'}"
-            )
-        return None
-
-    images = {modality: find(modality) for modality in recipe.modalities}
-    return Case(folder.name, images, find(recipe.mask, require_mask))
+            masks[modality] = found[0]
+    if not masks and (named or required):
+        listed = "; ".join(map(str, named)) or "none"
+        raise CaseError(
+            f"{folder.name}: {folder}: must hold one mask, named {recipe.mask!r} or ROI, or one for each of "
+            f"{', '.join(recipe.modalities)}. Received: {listed}"
+        )
+    return masks or None
 
 
-def read_image(path, patient, pixel_type=sitk.sitkUnknown):
-    """Reads one 3D image and refuses what is damaged or cannot be worked with.
+# --- datasets of nnU-Net and the Medical Segmentation Decathlon
 
-    Args:
-        path: The file.
-        patient: The patient's name, for messages.
-        pixel_type: SimpleITK's pixel type of the result; the default keeps the file's.
 
-    Returns:
-        A 3D SimpleITK image of finite numbers. An image of four dimensions with one volume comes as that volume.
-
-    Raises:
-        CaseError: The file is unreadable, truncated or damaged; is not one 3D volume of one number per voxel; has a
-            spacing that is not positive; or holds NaN or infinity.
-    """
-    path = Path(path)
-
-    def refuse(expected, received):
-        return CaseError(f"{patient}: {path}: must be {expected}. Received: {received}")
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+def _find_dataset(directory, recipe, require_mask, on_error):
+    """The patients that a `dataset.json` describes."""
+    path = directory / "dataset.json"
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise refuse("an undamaged image file", _reason(error)) from error
-    components, size, spacing = reader.GetNumberOfComponents(), reader.GetSize(), reader.GetSpacing()
-    if components != 1:
-        raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
-    if len(size) < 3 or math.prod(size[3:]) != 1:
-        raise refuse("a 3D image", f"an image of {' x '.join(map(str, size))} voxels")
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
-        try:
-            lacking, not_finite, spacing = _inspect_nifti(path, reader)
-        except (OSError, EOFError, zlib.error) as error:
-            raise refuse("a whole, undamaged file", f"a file that breaks off or is damaged ({error})") from error
-        if lacking > 0:
-            raise refuse("a whole file", f"a truncated file, {lacking} bytes too short")
-        if not_finite:
-            raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
-    if not all(0 < step < math.inf for step in spacing[:3]):
-        raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing[:3])} mm")
-    reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
-    reader.SetOutputPixelType(pixel_type)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise refuse("a whole, undamaged image file", _reason(error)) from error
-    values = sitk.GetArrayViewFromImage(image)
-    # NaN and infinity spread to the minimum or the maximum, which needs no array of its own as isfinite does.
-    if not (np.isfinite(values.min()) and np.isfinite(values.max())):
-        not_finite = np.count_nonzero(~np.isfinite(values))
-        raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
-    return image
+        described = json.loads(path.read_text(encoding="utf-8"))
+        channels = described.get("channel_names") or described["modality"]
+        channels = {int(number): str(name).lower() for number, name in channels.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path}: must name the channels of the images. Received: {error!r}") from error
+    numbers = {}
+    for modality in recipe.modalities:
+        found = [number for number, name in channels.items() if name == modality.lower()] or [
+            number for number, name in channels.items() if re.search(_pattern(modality, recipe), name, re.IGNORECASE)
+        ]
+        if len(found) != 1:
+            raise ValueError(f"{path}: must name one channel of {modality}. Received: {', '.join(channels.values())}")
+        numbers[modality] = found[0]
+
+    cases, layout = [], "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon"
+    for folder, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
+        files = sorted(file for file in (directory / folder).glob("*") if image_suffix(file) and file.name[0] != ".")
+        stems = {file.name[: -len(image_suffix(file))]: file for file in files}
+        names = dict.fromkeys(re.sub(r"_\d{4}$", "", stem) for stem in stems)
+        for name in names:
+            mask = _find_file(directory / labels, _names(directory / labels), [name])
+            if not mask and require_mask and folder == "imagesTs":
+                continue
+            try:
+                images = {modality: _channel(stems, name, number) for modality, number in numbers.items()}
+                if not all(images.values()) or (require_mask and not mask):
+                    wanted = [f"{name}_{number:04d}" for number in numbers.values()]
+                    raise CaseError(
+                        f"{name}: {directory / folder}: must hold {', '.join(wanted)} or {name}, and {labels} {name}. "
+                        f"Received: {', '.join(stem for stem in stems if stem.startswith(name))}, "
+                        f"{'a' if mask else 'no'} label"
+                    )
+                cases.append(Case(name, images, mask))
+            except CaseError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+    if not cases:
+        raise ValueError(f"{path}: must lie beside imagesTr with images. Received: no patient in {directory}")
+    _log({layout: len(cases)})
+    return sorted(cases, key=lambda case: case.name)
 
 
-def _inspect_nifti(path, reader):
-    """What SimpleITK does not say about a NIfTI file, from one pass over its content, decompressed to its very end.
-
-    Args:
-        path: The file.
-        reader: SimpleITK's reader, which has read the header.
-
-    Returns:
-        How many bytes the content lacks, how many voxels are NaN or infinite, and the spacing (x, y, z) in mm.
-    """
-    header_length = max(int(float(reader.GetMetaData("vox_offset"))), 348)
-    dimensions = [int(reader.GetMetaData(f"dim[{i + 1}]")) for i in range(int(reader.GetMetaData("dim[0]")))]
-    lacking = math.prod(dimensions) * int(reader.GetMetaData("bitpix")) // 8
-    not_finite = 0
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if gzipped else open)(path, "rb") as file:
-        header = file.read(header_length)
-        order = ">" if header[0] == 0 else "<"
-        number = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(int(reader.GetMetaData("datatype")))
-        while chunk := file.read(1 << 20):
-            voxels = chunk[: max(lacking, 0)]
-            lacking -= len(chunk)
-            if number:
-                values = np.frombuffer(voxels, number, len(voxels) // number.itemsize)
-                not_finite += np.count_nonzero(~np.isfinite(values))
-    # NIfTI-1 and NIfTI-2 are told apart by the length of their header.
-    version_1 = struct.unpack_from(f"{order}i", header)[0] == 348
-    spacing = struct.unpack_from(f"{order}3f" if version_1 else f"{order}3d", header, 80 if version_1 else 112)
-    return lacking, not_finite, spacing
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _reason(error):
-    """The last line of SimpleITK's message, which says what went wrong."""
-    return str(error).strip().splitlines()[-1]
+def _channel(stems, name, number):
+    """Where one channel of a patient is: a file of its own, or a volume of the patient's."""
+    file = stems.get(f"{name}_{number:04d}")
+    return file or (Volume(stems[name], number) if name in stems else None)

@@ -6,13 +6,15 @@ import os
 import shutil
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
-from keras_mmfnet.data.formats import read_image
+from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.images import Volume, read_image
 
 _BINS = 1024
 _CLOSING_MM = 3.0
@@ -21,7 +23,7 @@ _HALF = 0.5 - 1e-4
 
 # A cache entry depends on these fields of the recipe, on the files' contents and on this number, which goes up when
 # preprocessing or the layout of an entry changes.
-_CACHED_FIELDS = ("modalities", "mask_labels", "align", "spacing", "normalised_scale", "clip")
+_CACHED_FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
 _CACHE_VERSION = 1
 
 
@@ -318,29 +320,50 @@ def read_tumour(case, recipe, grid):
 
 
 def _tumour_on(case, recipe, grid):
-    """The tumour on `grid`, its file's grid in the order of the patient's axes, and its volume in that file in ml."""
-    image = read_image(case.mask, case.name)
+    """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
+
+    Of masks drawn on several modalities the one that counts, or what is in any or in all of them.
+    """
+    sources = [case.mask]
+    if isinstance(case.mask, Mapping):
+        several = recipe.mask_from in ("union", "intersection")
+        wanted = recipe.mask_from or recipe.modalities[0]
+        if not several and wanted not in case.mask:
+            raise CaseError(
+                f"{case.name}: a mask drawn on {wanted} is expected, or another `mask_from`. "
+                f"Received: masks of {', '.join(case.mask)}"
+            )
+        sources = list(case.mask.values()) if several else [case.mask[wanted]]
+    tumours, grids, volumes = zip(*(_one_tumour_on(source, case, recipe, grid) for source in sources), strict=True)
+    combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
+    return combine.reduce(tumours).astype(np.uint8), grids, sum(volumes) / len(volumes)
+
+
+def _one_tumour_on(source, case, recipe, grid):
+    """The same for one file: whether each voxel of `grid` is tumour, the file's grid, and the volume."""
+    image = read_image(source, case.name)
     own = Grid.from_image(image)
     try:
         tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels)
     except ValueError as error:
-        raise CaseError(f"{case.name}: {case.mask}: {error}") from error
+        raise CaseError(f"{case.name}: {source}: {error}") from error
     near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
     image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
-    mask = (resample(image_near, grid, background=0.0) >= _HALF).astype(np.uint8)
-    return mask, Grid.from_image(sitk.DICOMOrient(image, "LPS")), _millilitres(tumour, own)
+    inside = resample(image_near, grid, background=0.0) >= _HALF
+    return inside, Grid.from_image(sitk.DICOMOrient(image, "LPS")), _millilitres(tumour, own)
 
 
 def _read_mask(case, recipe, grid, upright):
     """The mask on `grid` and notes on it; `upright` is the first modality's own grid in the order of `grid`."""
-    mask, own, volume = _tumour_on(case, recipe, grid)
+    mask, grids, volume = _tumour_on(case, recipe, grid)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
+    where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))
     if not kept:
         raise CaseError(
-            f"{case.name}: {case.mask}: must mark a tumour within {first} and no smaller than a voxel. "
+            f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    if upright.matches(own):
+    if all(upright.matches(own) for own in grids):
         return mask, []
     return mask, [f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"]
 
@@ -364,20 +387,28 @@ def _surroundings(mask, margin):
 
 def _cache_key(case, recipe):
     """A name for the result: a hash of what preprocessing depends on, but for the patient's name."""
-    paths = [*(case.images[modality] for modality in recipe.modalities), *([case.mask] if case.mask else [])]
+    masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
+    sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
     settings = {name: getattr(recipe, name) for name in _CACHED_FIELDS}
-    content = json.dumps([_CACHE_VERSION, settings, [_digest(path, case.name) for path in paths]], sort_keys=True)
+    content = json.dumps(
+        [_CACHE_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
+        sort_keys=True,
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _digest(path, patient):
-    """A hash of a file's content, with the voxels where they lie in a file of their own."""
+def _digest(source, patient):
+    """A hash of the content of an image's file or files, with the voxels where they lie in a file of their own."""
+    if isinstance(source, Series):
+        return [_digest(path, patient) for path in source.files]
+    if isinstance(source, Volume):
+        return [_digest(source.path, patient), source.index]
     try:
-        with open(path, "rb") as file:
+        with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CaseError(f"{patient}: {path}: must be a readable file. Received: {error.strerror}") from error
-    return digest + sitk.Hash(read_image(path, patient)) if path.suffix.lower() in (".mhd", ".nhdr") else digest
+        raise CaseError(f"{patient}: {source}: must be a readable file. Received: {error.strerror}") from error
+    return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
 
 
 def _store(preprocessed, entry):

@@ -1,12 +1,15 @@
 import gzip
+import json
 import struct
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.formats import IMAGE_SUFFIXES, find_cases, read_case_folder, read_image
+from keras_mmfnet.data.formats import find_cases, read_case_folder
+from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, read_image
 from keras_mmfnet.recipe import Recipe
 
 RECIPE = Recipe()
@@ -126,6 +129,153 @@ def test_bad_patients_can_be_left_out(tmp_path):
 def test_a_missing_patient_folder_is_refused(tmp_path):
     with pytest.raises(CaseError, match=r"^nobody: .*Received: .*nobody$"):
         read_case_folder(tmp_path / "nobody", RECIPE)
+
+
+# --- other layouts
+
+
+@pytest.mark.parametrize(
+    ("endings", "mask"), [(("_t1", "_t2", "_t1ce"), "_seg"), (("-t1n", "-t2w", "-t1c"), "-seg")], ids=["2020", "2023"]
+)
+def test_brats(endings, mask, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("BraTS-1", "BraTS-2"):
+        make_patient(tmp_path / name, [f"{name}{ending}.nii.gz" for ending in (*endings, mask, "_flair", "-t2f")])
+    cases = find_cases(tmp_path, RECIPE)
+    assert [case.name for case in cases] == ["BraTS-1", "BraTS-2"]
+    assert [path.name for path in cases[0].images.values()] == [f"BraTS-1{ending}.nii.gz" for ending in endings]
+    assert cases[0].mask.name == f"BraTS-1{mask}.nii.gz"
+    assert caplog.messages == ["BraTS: 2 patients"]
+
+
+def test_a_mask_of_each_modality(tmp_path):
+    make_patient(tmp_path / "a", (*FILES[:3], "mask_t1.nii.gz", "t2_mask.nii.gz"))
+    [case] = find_cases(tmp_path, RECIPE)
+    assert {modality: path.name for modality, path in case.mask.items()} == {
+        "t1": "mask_t1.nii.gz",
+        "t2": "t2_mask.nii.gz",
+    }
+
+
+def make_dataset(folder, described, images, labels):
+    (folder / "dataset.json").write_text(json.dumps(described))
+    for name, image in images.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write(folder / name, image)
+    for name in labels:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write(folder / name, make_image(dtype=np.uint8))
+
+
+def test_nnunet(tmp_path, caplog):
+    caplog.set_level("INFO")
+    described = {"channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1Gd", "3": "T2w"}, "labels": {}}
+    images = {f"imagesTr/{name}_{n:04d}.nii.gz": make_image(n) for name in ("x_01", "x_02") for n in range(4)}
+    images |= {f"imagesTs/x_03_{n:04d}.nii.gz": make_image(n) for n in range(4)}
+    make_dataset(tmp_path, described, images, ["labelsTr/x_01.nii.gz", "labelsTr/x_02.nii.gz"])
+    cases = find_cases(tmp_path, RECIPE)
+    assert [case.name for case in cases] == ["x_01", "x_02"]
+    assert {modality: path.name for modality, path in cases[1].images.items()} == {
+        "t1": "x_02_0001.nii.gz",
+        "t2": "x_02_0003.nii.gz",
+        "cet1": "x_02_0002.nii.gz",
+    }
+    assert cases[1].mask == tmp_path / "labelsTr" / "x_02.nii.gz"
+    assert caplog.messages == ["nnU-Net: 2 patients"]
+    assert [case.name for case in find_cases(tmp_path, RECIPE, require_mask=False)] == ["x_01", "x_02", "x_03"]
+    (tmp_path / "imagesTr" / "x_01_0002.nii.gz").unlink()
+    with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label$"):
+        find_cases(tmp_path, RECIPE)
+
+
+def test_decathlon(tmp_path):
+    described = {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}, "labels": {}}
+    volumes = [make_image(n) for n in range(4)]
+    make_dataset(tmp_path, described, {"imagesTr/x_1.nii.gz": sitk.JoinSeries(volumes)}, ["labelsTr/x_1.nii.gz"])
+    [case] = find_cases(tmp_path, RECIPE)
+    for modality, number in (("t1", 1), ("t2", 3), ("cet1", 2)):
+        image = read_image(case.images[modality], case.name)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(volumes[number]))
+        np.testing.assert_allclose(image.GetSpacing(), volumes[number].GetSpacing())
+    with pytest.raises(CaseError, match=r"x_1.nii.gz \(volume 4\): must be an image of 5 or more volumes. Received: "):
+        read_image(Volume(tmp_path / "imagesTr" / "x_1.nii.gz", 4), "x_1")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must name the channels of the images. Received: "),
+        ("[]", "must name the channels of the images. Received: "),
+        ('{"modality": {"0": "T1", "1": "T2"}}', "must name one channel of cet1. Received: t1, t2"),
+        ('{"modality": {"0": "t1", "1": "t2", "2": "cet1"}}', "beside imagesTr with images. Received: no patient"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used(content, message, tmp_path):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"dataset.json: .*{message}"):
+        find_cases(tmp_path, RECIPE)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        {"T1WI": "", "T2WI": "", "CE-T1WI": ""},
+        {"1": "t1_tse_tra", "2": "t2_tse_tra", "3": "t1_tse_tra+C"},
+        {"": "ax T1|ax T2|ax T1 post"},
+        {"a": "T1|FLAIR|T1 Gd", "b": "T2"},
+    ],
+)
+def test_dicom_series_find_their_modality(folders, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for folder, descriptions in folders.items():
+        for number, description in enumerate(descriptions.split("|")):
+            write_series(tmp_path / "a" / folder, description=description, prefix=f"s{number}")
+    [case] = find_cases(tmp_path, RECIPE, require_mask=False)
+    assert caplog.messages == ["DICOM: 1 patient"]
+    names = {m: f"{series.folder.relative_to(tmp_path)} {series.description}" for m, series in case.images.items()}
+    assert "T1" in names["t1"].upper()
+    assert "T2" in names["t2"].upper()
+    assert len(set(names.values())) == 3
+    assert any(word in names["cet1"] for word in ("CE-T1WI", "+C", "post", "Gd"))
+    assert case.mask is None
+
+
+def test_masks_of_dicom_series(tmp_path):
+    for folder in ("T1WI", "T2WI", "CE-T1WI"):
+        write_series(tmp_path / "a" / folder, description=folder)
+    for name in ("ROI-T1WI.nii", "ROI-CE-T1WI.nii", "ROI-T2WI.nii"):
+        write(tmp_path / "a" / name, make_image(dtype=np.uint8))
+    [case] = find_cases(tmp_path, RECIPE)
+    assert {modality: path.name for modality, path in case.mask.items()} == {
+        "t1": "ROI-T1WI.nii",
+        "t2": "ROI-T2WI.nii",
+        "cet1": "ROI-CE-T1WI.nii",
+    }
+    for name in ("ROI-CE-T1WI.nii", "ROI-T2WI.nii"):
+        (tmp_path / "a" / name).unlink()
+    assert find_cases(tmp_path, RECIPE)[0].mask.name == "ROI-T1WI.nii"
+    (tmp_path / "a" / "ROI-T1WI.nii").unlink()
+    with pytest.raises(CaseError, match=r"^a: .*must hold one mask, named 'mask' or ROI, .*Received: none$"):
+        find_cases(tmp_path, RECIPE)
+
+
+def test_series_that_could_be_the_same_are_listed_and_refused(tmp_path):
+    for description in ("T1 ax", "T1 cor", "T2", "T1 Gd"):
+        write_series(tmp_path / "a", description=description, prefix=description)
+    with pytest.raises(CaseError, match=r"^a: .*one series of t1, .*Received: .*'T1 ax', 5 files.*; .*'T1 cor', 5"):
+        find_cases(tmp_path, RECIPE, require_mask=False)
+    recipe = Recipe(series={"t1": "t1 AX"})
+    assert find_cases(tmp_path, recipe, require_mask=False)[0].images["t1"].description == "T1 ax"
+    recipe = Recipe(series={"t1": "t1 ax", "t2": "pd"})
+    with pytest.raises(CaseError, match=r"matches 'pd'; .*Received: .*T1 Gd"):
+        find_cases(tmp_path, recipe, require_mask=False)
+
+
+def test_a_real_dicom_patient(test_data):
+    recipe = Recipe(modalities=("t1", "t2", "flair"), mask="roi")
+    case = read_case_folder(test_data / "brainix", recipe)
+    assert {m: series.folder.name for m, series in case.images.items()} == {"t1": "T1", "t2": "T2", "flair": "FLAIR"}
+    assert case.mask.folder.name == "ROI"
 
 
 # --- reading a file

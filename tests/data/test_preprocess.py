@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_series
 
 from keras_mmfnet.data import preprocess
 from keras_mmfnet.data.case import Case, CaseError, Grid
@@ -459,6 +460,55 @@ def test_a_mask_in_another_order_of_the_axes_is_not_another_grid(tmp_path):
     result = preprocess_case(case, RAW)
     assert result.notes == ()
     np.testing.assert_array_equal(result.mask, tumour(make_grid()))
+
+
+def test_masks_of_several_modalities(tmp_path):
+    case = make_case(tmp_path)
+    whole = tumour(make_grid())
+    half = whole.copy()
+    half[: np.argwhere(whole)[:, 0].mean().astype(int)] = 0
+    masks = {"t1": whole - half, "cet1": half}
+    # On a grid of its own, as the one drawn on another sequence.
+    fine = make_grid(spacing=(1.0, 1.0, 1.5))
+    masks = {name: write(tmp_path / f"mask_{name}.nii.gz", make_grid(), array) for name, array in masks.items()}
+    masks["t2"] = write(tmp_path / "mask_t2.nii.gz", fine, tumour(fine))
+    case = dataclasses.replace(case, mask=masks)
+
+    def found(**changes):
+        return preprocess_case(case, dataclasses.replace(RAW, **changes), cache=tmp_path / "cache").mask
+
+    np.testing.assert_array_equal(found(), whole - half)
+    np.testing.assert_array_equal(found(mask_from="cet1"), half)
+    assert np.count_nonzero(found(mask_from="union") != whole) < 0.3 * whole.sum()
+    assert not (whole & ~found(mask_from="union")).any()
+    with pytest.raises(CaseError, match="none of which is left"):
+        found(mask_from="intersection")
+    case = dataclasses.replace(case, mask={"t1": masks["t1"], "t2": masks["t2"]})
+    both = found(mask_from="intersection")
+    assert both.any()
+    assert not (both & ~(whole - half)).any()
+    case = dataclasses.replace(case, mask={"t2": masks["t2"]})
+    with pytest.raises(
+        CaseError, match=r"a mask drawn on t1 is expected, or another `mask_from`. Received: masks of t2"
+    ):
+        found()
+
+
+def test_a_dicom_patient(tmp_path):
+    """Series in one folder, on grids of their own, with masks beside them: what NIfTI files of the same give."""
+    case = make_case(tmp_path, other_grid=make_grid(spacing=(1.5, 1.5, 5.0), direction=oblique()))
+    for name, path in case.images.items():
+        image = sitk.ReadImage(str(path))
+        array = sitk.GetArrayFromImage(image) + 100
+        write_series(tmp_path / "dicom", Grid.from_image(image), name, prefix=name, array=array, order=-1)
+        sitk.WriteImage(Grid.from_image(image).image(array), str(path))
+    sitk.WriteImage(sitk.ReadImage(str(case.mask)), str(tmp_path / "dicom" / "mask.nii.gz"))
+    found = preprocess_case(read_case_folder(tmp_path / "dicom", Recipe()), Recipe(), cache=tmp_path / "cache")
+    expected = preprocess_case(case, Recipe())
+    assert found.grid.matches(expected.grid)
+    for name, image in expected.images.items():
+        np.testing.assert_allclose(found.images[name], image, atol=1e-3)
+    np.testing.assert_array_equal(found.mask, expected.mask)
 
 
 def test_a_mask_outside_the_field_of_view_is_refused(tmp_path):

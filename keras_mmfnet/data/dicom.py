@@ -1,0 +1,189 @@
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data.case import CaseError, Grid
+
+_UID, _DESCRIPTION, _PATIENT = "0020|000e", "0008|103e", "0010|0020"
+# What kind of object a file holds: structure sets, segmentations, reports, presentations and directories are no images.
+_NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.(5\.1\.4\.1\.1\.(481|66|88|11|104)\.|1\.3\.10)")
+# Of the distance between two slices; scanners round their positions.
+_UNEVEN = 0.05
+# Of a pixel: how far slices may lie beside each other.
+_ASIDE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """The DICOM files of one image, in no particular order.
+
+    Args:
+        folder: The folder they lie in, or the one above where they lie in several.
+        files: Their paths.
+        description: What the scanner calls the series.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    description: str = ""
+
+    def __str__(self):
+        return f"{self.folder} (DICOM series {self.description!r}, {len(self.files)} files)"
+
+
+def find_series(folder, patient):
+    """Finds the DICOM series in a folder and the folders in it; no voxel is read.
+
+    DICOM files without an image are passed over, and other files, but for those that end in `.dcm`.
+
+    Args:
+        folder: The folder of one patient.
+        patient: The patient's name, for messages.
+
+    Returns:
+        A list of `Series`, sorted by folder and description.
+
+    Raises:
+        CaseError: A file that ends in `.dcm` is none, or the files are those of several patients.
+    """
+    folder = Path(folder)
+    found, patients = {}, set()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)):
+        if not is_dicom(path):
+            if path.suffix.lower() == ".dcm":
+                raise CaseError(f"{patient}: {path}: must be a DICOM file. Received: {path.stat().st_size} other bytes")
+            continue
+        with open(path, "rb") as file:
+            if _NO_IMAGE.search(file.read(1000)):
+                continue
+        tags = _tags(path, patient)
+        patients.add(tags.get(_PATIENT, ""))
+        found.setdefault(tags.get(_UID), (tags.get(_DESCRIPTION, ""), []))[1].append(path)
+    if len(patients) > 1:
+        raise CaseError(
+            f"{patient}: {folder}: must hold the DICOM files of one patient. "
+            f"Received: {len(patients)} different PatientIDs"
+        )
+    series = [Series(_common_folder(files), tuple(files), description) for description, files in found.values()]
+    return sorted(series, key=lambda one: (str(one.folder), one.description))
+
+
+def is_dicom(path):
+    """Whether a file starts as DICOM files do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def read_series(series, patient, pixel_type=sitk.sitkUnknown):
+    """Reads the slices of a series as one 3D image, and refuses what is not one stack of slices.
+
+    Args:
+        series: A `Series`.
+        patient: The patient's name, for messages.
+        pixel_type: SimpleITK's pixel type of the result; the default keeps the file's.
+
+    Returns:
+        A 3D SimpleITK image; its slices are in the order of their positions.
+
+    Raises:
+        CaseError: A file is damaged; the slices differ in size, spacing or orientation; two are at the same place, one
+            is missing between others, or they do not lie one behind the other.
+    """
+
+    def refuse(expected, received):
+        return CaseError(f"{patient}: {series}: must be {expected}. Received: {received}")
+
+    slices = []
+    for path in series.files:
+        reader = _reader(path, patient)
+        slices.append((Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()), path))
+    first = slices[0][0]
+    if len(first.size) != 3 or (len(slices) > 1 and first.size[2] != 1):
+        raise refuse("slices of one image", f"images of {' x '.join(map(str, first.size))} voxels")
+    if len(slices) == 1:
+        return _read([slices[0][1]], patient, series, pixel_type)
+    for grid, path in slices:
+        if grid.size != first.size:
+            raise refuse("slices of one size", f"{first.size[:2]} and {grid.size[:2]} pixels ({path.name})")
+        if not np.allclose(grid.direction, first.direction, atol=1e-3):
+            raise refuse("slices of one orientation", f"another one in {path.name}")
+        if not np.allclose(grid.spacing[:2], first.spacing[:2], rtol=1e-3):
+            raise refuse("slices of one pixel size", f"{first.spacing[:2]} and {grid.spacing[:2]} mm ({path.name})")
+
+    normal = np.reshape(first.direction, (3, 3))[:, 2]
+    origins = np.array([grid.origin for grid, _ in slices])
+    order = np.argsort(origins @ normal, kind="stable")
+    origins, paths = origins[order], [slices[index][1] for index in order]
+    steps = np.diff(origins @ normal)
+    step = float(np.median(steps))
+    twice = int(np.argmin(steps))
+    if steps[twice] < 1e-3 or steps[twice] < _UNEVEN * step:
+        raise refuse("one slice at each place", f"{paths[twice].name} and {paths[twice + 1].name} at the same place")
+    if not np.allclose(steps, step, rtol=_UNEVEN, atol=1e-3):
+        odd = int(np.argmax(np.abs(steps - step)))
+        raise refuse(
+            "a stack without a gap",
+            f"{steps[odd]:.3g} mm from {paths[odd].name} to {paths[odd + 1].name}, and {step:.3g} mm between others",
+        )
+    line = origins[0] + np.outer(origins @ normal - origins[0] @ normal, normal)
+    aside = float(np.linalg.norm(origins - line, axis=1).max())
+    if aside > _ASIDE * min(first.spacing[:2]):
+        raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
+
+    image = _read(paths, patient, series, pixel_type)
+    # From the headers, whatever the reader makes of slices whose numbers run against their positions.
+    image.SetOrigin(tuple(origins[0].tolist()))
+    image.SetSpacing((*first.spacing[:2], float(steps.mean())))
+    image.SetDirection(first.direction)
+    return image
+
+
+def _read(paths, patient, series, pixel_type):
+    try:
+        image = sitk.ReadImage([str(path) for path in paths], pixel_type)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CaseError(f"{patient}: {series}: must be undamaged DICOM files. Received: {reason}") from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise CaseError(
+            f"{patient}: {series}: must have one number per voxel. Received: {image.GetNumberOfComponentsPerPixel()}"
+        )
+    return image
+
+
+def _reader(path, patient):
+    """SimpleITK's reader after it has read the header."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CaseError(f"{patient}: {path}: must be an undamaged DICOM file. Received: {reason}") from error
+    if not all(0 < step < math.inf for step in reader.GetSpacing()):
+        raise CaseError(f"{patient}: {path}: must have a positive pixel size. Received: {reader.GetSpacing()} mm")
+    return reader
+
+
+def _tags(path, patient):
+    reader = _reader(path, patient)
+    return {
+        key: reader.GetMetaData(key).strip() for key in (_UID, _DESCRIPTION, _PATIENT) if reader.HasMetaDataKey(key)
+    }
+
+
+def _hidden(path, folder):
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _common_folder(files):
+    parents = {path.parent for path in files}
+    return parents.pop() if len(parents) == 1 else files[0].parent.parent

@@ -1,0 +1,142 @@
+import dataclasses
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.dicom import Series, read_series
+
+# The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
+# brought together.
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """One 3D volume of a file with four axes.
+
+    Args:
+        path: The file.
+        index: Number of the volume, from 0.
+    """
+
+    path: Path
+    index: int
+
+    def __str__(self):
+        return f"{self.path} (volume {self.index})"
+
+
+def image_suffix(path):
+    """The ending of an image file's name in one of the formats that can be read, or `None`."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def read_image(source, patient, pixel_type=sitk.sitkUnknown):
+    """Reads one 3D image and refuses what is damaged or cannot be worked with.
+
+    Args:
+        source: The file's path, a `Volume` of a file, or a DICOM `Series`.
+        patient: The patient's name, for messages.
+        pixel_type: SimpleITK's pixel type of the result; the default keeps the file's.
+
+    Returns:
+        A 3D SimpleITK image of finite numbers. An image of four dimensions with one volume comes as that volume.
+
+    Raises:
+        CaseError: The file is unreadable, truncated or damaged; is not one 3D volume of one number per voxel; has a
+            spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
+    """
+
+    def refuse(expected, received):
+        return CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
+
+    if isinstance(source, Series):
+        image = read_series(source, patient, pixel_type)
+    else:
+        image = _read_file(source, refuse, pixel_type)
+    values = sitk.GetArrayViewFromImage(image)
+    # NaN and infinity spread to the minimum or the maximum, which needs no array of its own as isfinite does.
+    if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        not_finite = np.count_nonzero(~np.isfinite(values))
+        raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
+    return image
+
+
+def _read_file(source, refuse, pixel_type):
+    path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise refuse("an undamaged image file", _reason(error)) from error
+    components, size, spacing = reader.GetNumberOfComponents(), reader.GetSize(), reader.GetSpacing()
+    if components != 1:
+        raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
+    if len(size) < 3 or (math.prod(size[3:]) != 1 if index is None else len(size) != 4 or index >= size[3]):
+        expected = "a 3D image" if index is None else f"an image of {index + 1} or more volumes"
+        raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
+        try:
+            lacking, not_finite, spacing = _inspect_nifti(path, reader)
+        except (OSError, EOFError, zlib.error) as error:
+            raise refuse("a whole, undamaged file", f"a file that breaks off or is damaged ({error})") from error
+        if lacking > 0:
+            raise refuse("a whole file", f"a truncated file, {lacking} bytes too short")
+        if not_finite:
+            raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
+    if not all(0 < step < math.inf for step in spacing[:3]):
+        raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing[:3])} mm")
+    reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
+    reader.SetExtractIndex([0] * 3 + [index or 0] * (len(size) - 3))
+    reader.SetOutputPixelType(pixel_type)
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise refuse("a whole, undamaged image file", _reason(error)) from error
+
+
+def _inspect_nifti(path, reader):
+    """What SimpleITK does not say about a NIfTI file, from one pass over its content, decompressed to its very end.
+
+    Args:
+        path: The file.
+        reader: SimpleITK's reader, which has read the header.
+
+    Returns:
+        How many bytes the content lacks, how many voxels are NaN or infinite, and the spacing (x, y, z) in mm.
+    """
+    header_length = max(int(float(reader.GetMetaData("vox_offset"))), 348)
+    dimensions = [int(reader.GetMetaData(f"dim[{i + 1}]")) for i in range(int(reader.GetMetaData("dim[0]")))]
+    lacking = math.prod(dimensions) * int(reader.GetMetaData("bitpix")) // 8
+    not_finite = 0
+    with open(path, "rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if gzipped else open)(path, "rb") as file:
+        header = file.read(header_length)
+        order = ">" if header[0] == 0 else "<"
+        number = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(int(reader.GetMetaData("datatype")))
+        while chunk := file.read(1 << 20):
+            voxels = chunk[: max(lacking, 0)]
+            lacking -= len(chunk)
+            if number:
+                values = np.frombuffer(voxels, number, len(voxels) // number.itemsize)
+                not_finite += np.count_nonzero(~np.isfinite(values))
+    # NIfTI-1 and NIfTI-2 are told apart by the length of their header.
+    version_1 = struct.unpack_from(f"{order}i", header)[0] == 348
+    spacing = struct.unpack_from(f"{order}3f" if version_1 else f"{order}3d", header, 80 if version_1 else 112)
+    return lacking, not_finite, spacing
+
+
+def _reason(error):
+    """The last line of SimpleITK's message, which says what went wrong."""
+    return str(error).strip().splitlines()[-1]
