@@ -132,7 +132,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         start = time.perf_counter()
         _, probability = segment_case(predict, patient, adapted)
         seconds = time.perf_counter() - start
-        truth = read_tumour(cases[patient.name], adapted, patient.source)
+        truth = read_tumour(cases[patient.name], adapted, patient)
         numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
         rows.append({"patient": patient.name, **numbers, "seconds": seconds})
     return {

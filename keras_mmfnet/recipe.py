@@ -25,7 +25,8 @@ class Recipe:
             counts.
         mask_from: Which mask counts where each modality has one of its own: a modality's, `"union"` or
             `"intersection"`; `None` for the first modality's.
-        align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation.
+        align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation, or
+            `"rigid"`, by the rigid motion from there that fits best, for patients who moved between the sequences.
         spacing: In-plane pixel size in mm after resampling; `None` keeps the first modality's. The distance between
             slices is always kept.
         normalised_scale: `None`: each image is z-scored inside the body and clipped. A number: the images hold
@@ -128,7 +129,7 @@ class Recipe:
         sources = (None, "union", "intersection", *self.modalities)
         check("mask_from", self.mask_from in sources, "'union', 'intersection' or a modality")
         check("mask_labels", self.mask_labels is None or self.mask_labels, "None or one or more label values")
-        check("align", self.align in ("header",), "'header'")
+        check("align", self.align in ("header", "rigid"), "'header' or 'rigid'")
         check("spacing", self.spacing is None or self.spacing > 0, "positive, in mm, or None")
         check("normalised_scale", self.normalised_scale is None or self.normalised_scale > 0, "positive or None")
         check("clip", all(len(c) == 2 and c[0] < c[1] for c in self.clip.values()), "(lowest, highest) by modality")
@@ -248,6 +249,7 @@ def add_recipe_arguments(parser):
     add("--mask-from", metavar="MODALITY|union|intersection", help="which mask counts where each sequence has one")
     add("--series", nargs="+", action=_Pairs, metavar="MODALITY=PATTERN",
         help="regular expressions for the names of DICOM series")  # fmt: skip
+    add("--align", choices=("header", "rigid"), help="trust the positions in the headers, or register from there")
     add("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
         help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
     add("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",

@@ -205,7 +205,7 @@ def _test(model, patient, case, recipe, folder, fold):
     sitk.WriteImage(mask, str(partial), useCompression=True)
     os.replace(partial, path)
     seconds = time.perf_counter() - start
-    truth = read_tumour(case, recipe, patient.source)
+    truth = read_tumour(case, recipe, patient)
     numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
     return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
 

@@ -34,7 +34,7 @@ def test_the_small_recipe_has_the_papers_field_of_view():
         Recipe(),
         Recipe.small(),
         Recipe(modalities=("a", "b"), mask_labels=(1, 4), spacing=None, normalised_scale=1000.0),
-        Recipe(series={"t1": "t1.*ax"}, mask_from="union"),
+        Recipe(series={"t1": "t1.*ax"}, mask_from="union", align="rigid"),
     ],
 )
 def test_json_and_back(recipe, tmp_path):
@@ -52,7 +52,7 @@ def test_json_and_back(recipe, tmp_path):
         ("mask_labels", ()),
         ("series", {"t1": "("}),
         ("mask_from", "flair"),
-        ("align", "rigid"),
+        ("align", "affine"),
         ("spacing", 0),
         ("normalised_scale", -1),
         ("clip", {"t1": (1, -2)}),

@@ -161,6 +161,7 @@ class PreprocessedCase:
         source: The first modality's own grid.
         centre: Voxel indices `(z, y, x)` of the centre of the body's bounding box.
         notes: What was done that the user may want to know, one sentence each.
+        motions: By modality, the rigid motion by which it was aligned with the first one.
     """
 
     name: str
@@ -170,6 +171,7 @@ class PreprocessedCase:
     source: Grid
     centre: tuple[int, int, int]
     notes: tuple[str, ...] = ()
+    motions: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self):

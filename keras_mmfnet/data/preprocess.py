@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.images import Volume, read_image
+from keras_mmfnet.data.registration import Motion, moved, register_rigid
 
 _BINS = 1024
 _CLOSING_MM = 3.0
@@ -24,7 +26,7 @@ _HALF = 0.5 - 1e-4
 # A cache entry depends on these fields of the recipe, on the files' contents and on this number, which goes up when
 # preprocessing or the layout of an entry changes.
 _CACHED_FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def preprocess_case(case, recipe, cache=None):
@@ -32,7 +34,8 @@ def preprocess_case(case, recipe, cache=None):
 
     The first modality's axes are put into the order and direction of the patient's (left, posterior, superior), its
     pixels resampled to `recipe.spacing` in plane, its slices kept. The other modalities and the mask are brought onto
-    that grid by the positions in their headers, by one linear interpolation each. Every image is then z-scored inside
+    that grid by the positions in their headers, or with `recipe.align="rigid"` by what fits best, by one linear
+    interpolation each. Every image is then z-scored inside
     the body and clipped, or divided by `recipe.normalised_scale`.
 
     Args:
@@ -68,12 +71,12 @@ def preprocess_case(case, recipe, cache=None):
 
 def _preprocess(case, recipe):
     first = recipe.modalities[0]
-    notes, images = [], {}
+    notes, images, motions = [], {}, {}
     for modality in recipe.modalities:
         where = f"{case.name}: {case.images[modality]}"
         image = read_image(case.images[modality], case.name, sitk.sitkFloat32)
         if modality == first:
-            source, upright = Grid.from_image(image), Grid.from_image(sitk.DICOMOrient(image, "LPS"))
+            fixed, source, upright = image, Grid.from_image(image), Grid.from_image(sitk.DICOMOrient(image, "LPS"))
             grid = in_plane_grid(upright, recipe.spacing)
             if recipe.spacing is not None and max(upright.spacing[:2]) > 2 * upright.spacing[2]:
                 notes.append(f"{first}: the slices are not axial, so resampling in the axial plane crosses them")
@@ -83,6 +86,10 @@ def _preprocess(case, recipe):
                 raise CaseError(f"{where}: must overlap the field of view of {first}. Received: no overlap")
             if coverage < 0.5:
                 notes.append(f"{modality}: covers {coverage:.0%} of the field of view of {first}; the rest is filled")
+            if recipe.align == "rigid":
+                motions[modality], note = _find_motion(fixed, image, recipe.seed, f"{case.name}: {modality}", where)
+                image = moved(image, motions[modality])
+                notes.append(f"{modality}: {note}")
         lowest = _require_contrast(sitk.GetArrayViewFromImage(image), where)
         volume = resample(image, grid, background=lowest)
         _require_contrast(volume, where, f" in the field of view of {first}")
@@ -91,9 +98,21 @@ def _preprocess(case, recipe):
         images[modality] = _normalise(volume, grid, recipe, modality, where)
     mask = None
     if case.mask is not None:
-        mask, mask_notes = _read_mask(case, recipe, grid, upright)
+        mask, mask_notes = _read_mask(case, recipe, grid, upright, motions)
         notes += mask_notes
-    return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes))
+    return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), motions)
+
+
+def _find_motion(fixed, image, seed, name, where):
+    """The rigid motion that brings an image onto the first modality's, and a note on it."""
+    try:
+        motion, gain = register_rigid(fixed, image, seed, name)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CaseError(f"{where}: must be an image that can be aligned. Received: {reason}") from error
+    if not gain:
+        return motion, "stays where its header puts it: the motion that was found would have made the fit worse"
+    return motion, f"aligned by {motion.shift:.1f} mm and {motion.turn:.1f} degrees"
 
 
 def _require_contrast(values, where, place=""):
@@ -302,13 +321,14 @@ def _listed(values):
     return ", ".join(f"{value:g}" for value in values[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def read_tumour(case, recipe, grid):
-    """The expert's tumour of a patient on any grid, by position.
+def read_tumour(case, recipe, preprocessed):
+    """The expert's tumour of a patient on the first modality's own grid, by position.
 
     Args:
         case: A `Case` with a mask.
-        recipe: The `Recipe`, whose `mask_labels` count as tumour.
-        grid: The `Grid` wanted, such as the `source` of the preprocessed case.
+        recipe: The `Recipe`, whose `mask_labels` and `mask_from` choose what counts as tumour.
+        preprocessed: The `PreprocessedCase` of the same patient: its `source` is the grid, its `motions` bring masks
+            drawn on other modalities there.
 
     Returns:
         A uint8 array {0, 1} of the grid's shape.
@@ -316,15 +336,15 @@ def read_tumour(case, recipe, grid):
     Raises:
         CaseError: The file is damaged, or has no voxel of the labels wanted.
     """
-    return _tumour_on(case, recipe, grid)[0]
+    return _tumour_on(case, recipe, preprocessed.source, preprocessed.motions)[0]
 
 
-def _tumour_on(case, recipe, grid):
+def _tumour_on(case, recipe, grid, motions):
     """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
 
     Of masks drawn on several modalities the one that counts, or what is in any or in all of them.
     """
-    sources = [case.mask]
+    sources = {recipe.modalities[0]: case.mask}
     if isinstance(case.mask, Mapping):
         several = recipe.mask_from in ("union", "intersection")
         wanted = recipe.mask_from or recipe.modalities[0]
@@ -333,15 +353,17 @@ def _tumour_on(case, recipe, grid):
                 f"{case.name}: a mask drawn on {wanted} is expected, or another `mask_from`. "
                 f"Received: masks of {', '.join(case.mask)}"
             )
-        sources = list(case.mask.values()) if several else [case.mask[wanted]]
-    tumours, grids, volumes = zip(*(_one_tumour_on(source, case, recipe, grid) for source in sources), strict=True)
+        sources = case.mask if several else {wanted: case.mask[wanted]}
+    found = (_one_tumour_on(case, source, recipe, grid, motions.get(modality)) for modality, source in sources.items())
+    tumours, grids, volumes = zip(*found, strict=True)
     combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
     return combine.reduce(tumours).astype(np.uint8), grids, sum(volumes) / len(volumes)
 
 
-def _one_tumour_on(source, case, recipe, grid):
+def _one_tumour_on(case, source, recipe, grid, motion):
     """The same for one file: whether each voxel of `grid` is tumour, the file's grid, and the volume."""
     image = read_image(source, case.name)
+    image = moved(image, motion) if motion else image
     own = Grid.from_image(image)
     try:
         tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels)
@@ -353,9 +375,9 @@ def _one_tumour_on(source, case, recipe, grid):
     return inside, Grid.from_image(sitk.DICOMOrient(image, "LPS")), _millilitres(tumour, own)
 
 
-def _read_mask(case, recipe, grid, upright):
+def _read_mask(case, recipe, grid, upright, motions):
     """The mask on `grid` and notes on it; `upright` is the first modality's own grid in the order of `grid`."""
-    mask, grids, volume = _tumour_on(case, recipe, grid)
+    mask, grids, volume = _tumour_on(case, recipe, grid, motions)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
     where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))
     if not kept:
@@ -428,6 +450,7 @@ def _store(preprocessed, entry):
             "source": preprocessed.source.to_dict(),
             "centre": preprocessed.centre,
             "notes": preprocessed.notes,
+            "motions": {modality: dataclasses.astuple(motion) for modality, motion in preprocessed.motions.items()},
             "checksums": {file: _checksum(temporary / file) for file in arrays},
         }
         (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -461,6 +484,7 @@ def _load(entry, name):
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),
             notes=tuple(description["notes"]),
+            motions={modality: Motion(*map(tuple, numbers)) for modality, numbers in description["motions"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
