@@ -4,10 +4,10 @@ import json
 import os
 
 
-def write(path, text):
-    """Writes a text file so that it is there whole or not at all."""
+def write(path, content):
+    """Writes text or bytes so that the file is there whole or not at all."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

@@ -19,7 +19,7 @@ def write_series(
         The voxels, uint16 `(depth, height, width)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    uid = uid or f"1.2.826.0.1.3680043.2.1125.{uuid.uuid4().int}"[:60]
+    uid = uid or f"1.2.826.0.1.3680043.2.1125.{uuid.uuid4().int}"[:56]
     array = np.random.default_rng(seed).integers(0, 1000, grid.shape) if array is None else array
     array = array.astype(np.uint16)
     direction = np.reshape(grid.direction, (3, 3))
@@ -30,6 +30,8 @@ def write_series(
         image.SetSpacing(grid.spacing)
         position = grid.positions(np.array([0, 0, number]))
         for tag, value in {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.4",
+            "0008|0018": f"{uid}.{number + 1}",
             "0008|0060": "MR",
             "0008|103e": description,
             "0010|0020": patient,

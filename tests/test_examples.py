@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,14 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from checks import fill
+from dicom_files import write_series
 
+from keras_mmfnet.data import Grid
+from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +90,62 @@ def test_the_recipe_of_the_arguments(monkeypatch):
         normalised_scale=1000.0,
         spacing=None,
     )
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a run with two folds, as far as segmenting needs it."""
+    recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
+    folder = tmp_path / "run"
+    for fold in range(2):
+        model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, reduction=2)
+        fill(model, seed=fold)
+        (folder / f"fold_{fold}").mkdir(parents=True)
+        model.save(folder / f"fold_{fold}" / "mmfnet.keras")
+    (folder / "recipe.json").write_text(recipe.to_json())
+    return folder
+
+
+def segment(monkeypatch, *arguments):
+    """Runs the example in this process."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["segment_patient.py", *map(str, arguments)])
+    importlib.import_module("segment_patient").main()
+
+
+def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
+    grid = Grid((24, 20, 6), (2.0, 2.0, 4.0), (-20.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+    patient = tmp_path / "Zoë"
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(patient, grid, name, prefix=name, seed=seed, patient="Secret^Name")
+    names = ("out.nii.gz", "rs.dcm", "seg.dcm", "probability.nii.gz", "disagreement.nii.gz")
+    outputs = [tmp_path / name for name in names]
+    flags = zip(("--out", "--rtstruct", "--seg", "--probability", "--disagreement"), outputs, strict=True)
+    arguments = ("--run", trained, "--patient", patient, *(part for pair in flags for part in pair))
+    segment(monkeypatch, *arguments, "--mirror", "--gaussian")
+    assert re.search(r"out.nii.gz: [1-9]\d* voxels of tumour, \d+\.\d ml", capsys.readouterr().out)
+
+    mask, probability, disagreement = (sitk.ReadImage(str(outputs[index])) for index in (0, 3, 4))
+    assert Grid.from_image(mask).matches(grid)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(probability) >= 0.5, sitk.GetArrayFromImage(mask) > 0)
+    assert sitk.GetArrayFromImage(disagreement).max() > 0.01
+    assert [pydicom.dcmread(outputs[index]).Modality for index in (1, 2)] == ["RTSTRUCT", "SEG"]
+    assert not any("Secret" in path.name for path in tmp_path.rglob("*"))
+
+    # Nothing is overwritten, and what cannot be done is said before any work.
+    with pytest.raises(SystemExit, match=r"a new file in a folder that exists is expected. Received: .*out.nii.gz"):
+        segment(monkeypatch, *arguments)
+    elsewhere = ("--run", trained, "--patient", patient, "--out", tmp_path / "other.nii.gz")
+    with pytest.raises(SystemExit, match=r"a run with trained folds is expected. Received: .*--fold \[7\]"):
+        segment(monkeypatch, *elsewhere, "--fold", 7)
+    segment(monkeypatch, *elsewhere, "--fold", 1)
+    for seed, name in enumerate(("t1", "t2", "cet1")):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        array = np.random.default_rng(seed).random(grid.shape)
+        sitk.WriteImage(grid.image(array), str(tmp_path / "plain" / f"{name}.nii.gz"))
+    plain = ("--run", trained, "--patient", tmp_path / "plain", "--out", tmp_path / "plain.nii.gz")
+    with pytest.raises(SystemExit, match=r"DICOM series are expected as the patient. Received: .*t1.nii.gz"):
+        segment(monkeypatch, *plain, "--rtstruct", tmp_path / "no.dcm")
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ import pytest
 import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.inference import predict_volume, segment_case
+from keras_mmfnet.data.windows import gaussian_weights
+from keras_mmfnet.inference import predict_volume, segment_case, segment_ensemble
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
 
@@ -68,6 +69,65 @@ def test_a_small_volume_is_padded_with_its_background():
     result = predict_volume(call, {"a": image}, (16, 16, 16), centre=(5, 6, 10), batch_size=1)
     np.testing.assert_array_equal(result[:, :, 2:18], image[:, :, 2:18])
     assert seen[0][0, 0, 0, 0, 0] == image.min()
+
+
+def test_windows_are_weighted():
+    weights = np.linspace(1, 4, 4, dtype=np.float32)[:, None, None] * np.ones((4, 4, 4), np.float32)
+    numbers = iter([0, 1])
+
+    def number(batch):
+        return np.full((1, 4, 4, 4, 1), next(numbers), np.float32)
+
+    result = predict_volume(
+        number, {"a": np.zeros((6, 4, 4), np.float32)}, (4, 4, 4), (2, None, None), batch_size=1, weights=weights
+    )
+    # Where the two overlap, the first counts 3 and 4, the second 1 and 2.
+    np.testing.assert_allclose(result[:, 0, 0], [0, 0, 1 / 4, 2 / 6, 1, 1])
+
+
+def test_gaussian_weights():
+    weights = gaussian_weights((16, 8, 8))
+    assert weights.shape == (16, 8, 8)
+    assert weights.dtype == np.float32
+    assert weights.max() == 1
+    assert weights.min() >= 1e-3
+    np.testing.assert_array_equal(weights, weights[::-1, ::-1, ::-1])
+    line = weights[:, 4, 4] / weights[8, 4, 4]
+    np.testing.assert_allclose(line[9] / line[8], np.exp((0.5**2 - 1.5**2) / 2 / 2**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_mirrored_prediction(axis):
+    """A network that sees one side only says the same of both sides, when its mirror image is averaged in."""
+    half = np.zeros((8, 8, 8), np.float32)
+    half[tuple(slice(0, 4) if i == axis else slice(None) for i in range(3))] = 1
+
+    def one_sided(batch):
+        return batch["a"] * half[None, ..., None]
+
+    image = {"a": np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32)}
+    result = predict_volume(one_sided, image, (8, 8, 8), mirror_axis=axis, batch_size=1)
+    np.testing.assert_allclose(result, image["a"] / 2, rtol=1e-6)
+
+
+def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
+    case, recipe = make_case(), Recipe(modalities=("t1", "t2"), patch_shape=(16, 16, 16), flip_axis=None)
+
+    def constant(value):
+        return lambda batch: np.full_like(batch["t1"], value)
+
+    mask, probability, disagreement = segment_ensemble([constant(0.2), constant(0.9)], case, recipe, gaussian=True)
+    arrays = [sitk.GetArrayFromImage(image) for image in (mask, probability, disagreement)]
+    there = arrays[1] > 0
+    assert there.any()
+    np.testing.assert_allclose(arrays[1][there], 0.55, rtol=1e-5)
+    np.testing.assert_allclose(arrays[2][there], 0.35, rtol=1e-4)
+    np.testing.assert_array_equal(arrays[0], there)
+    assert not sitk.GetArrayFromImage(segment_ensemble([constant(0.9)], case, recipe)[2]).any()
+    with pytest.raises(ValueError, match=r"trained on mirrored patches. Received: flip_axis=None"):
+        segment_case(constant(0.2), case, recipe, mirror=True)
+    with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
+        segment_ensemble([], case, recipe)
 
 
 def test_images_of_different_shapes_are_refused():

@@ -33,6 +33,22 @@ def window_starts(shape, patch_shape, stride, centre):
     return list(itertools.product(*axes))
 
 
+def gaussian_weights(patch_shape):
+    """How much each voxel of a window counts where windows overlap: most in the middle, where the network sees most.
+
+    Args:
+        patch_shape: `(depth, height, width)` of a window in voxels.
+
+    Returns:
+        Float32 `(depth, height, width)`: a Gaussian about the centre with a standard deviation of an eighth of the
+        window (as nnU-Net has it), 1 at the most and 0.001 at least.
+    """
+    squares = [((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2 for n in patch_shape]
+    total = sum(square.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, square in enumerate(squares))
+    weights = np.exp(-total / 2).astype(np.float32)
+    return np.maximum(weights / weights.max(), np.float32(1e-3))
+
+
 def cut(volume, start, shape, fill):
     """The part of `volume` of the given shape from the voxel `start` on, with `fill` outside the volume."""
     inside, target = [], []
