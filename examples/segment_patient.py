@@ -73,7 +73,7 @@ def main():
         if not parsed.picture:
             # A mask is of use for the picture only, and a bad one no reason to stop.
             files = dataclasses.replace(files, mask=None)
-        series = files.images[recipe.modalities[0]]
+        series = next(iter(files.images.values()))
         if (parsed.rtstruct or parsed.seg) and not isinstance(series, Series):
             raise ValueError(f"--rtstruct, --seg: DICOM series are expected as the patient. Received: {series}")
         case = preprocess_case(files, recipe)

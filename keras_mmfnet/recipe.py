@@ -44,6 +44,8 @@ class Recipe:
         spatial_statistics: The same for the spatial attention.
         shared_mlp: One MLP for all statistics (CBAM) in place of one each.
         bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
+        modality_dropout: Probability with which each modality of a training patch is blanked, at least one excepted; a
+            network trained so segments patients of whom some are missing.
         self_transfer: Train one network per modality first and start from their encoders.
         batch_size: Patches per update.
         steps_per_epoch: Updates per epoch.
@@ -92,6 +94,7 @@ class Recipe:
     spatial_statistics: tuple[str, ...] = _STATISTICS
     shared_mlp: bool = False
     bottleneck: str = "fusion"
+    modality_dropout: float = 0.0
     self_transfer: bool = True
 
     batch_size: int = 8
@@ -156,6 +159,7 @@ class Recipe:
         for name in ("channel_statistics", "spatial_statistics"):
             check(name, getattr(self, name) and set(getattr(self, name)) <= set(_STATISTICS), f"of {_STATISTICS}")
         check("bottleneck", self.bottleneck in ("fusion", "concat"), "'fusion' or 'concat'")
+        check("modality_dropout", 0 <= self.modality_dropout < 1, "from 0 up to, but not, 1")
         for name in ("reduction", "batch_size", "steps_per_epoch", "epochs", "patience"):
             check(name, counts([getattr(self, name)]), "a positive count")
         check("warmup_epochs", counts([self.warmup_epochs], smallest=0), "0 or a positive count")
@@ -258,6 +262,8 @@ def add_recipe_arguments(parser):
     add("--epochs", type=int, metavar="N", help="most epochs of each training")
     add("--steps-per-epoch", type=int, metavar="N", help="updates per epoch")
     add("--batch-size", type=int, metavar="N", help="patches per update")
+    add("--modality-dropout", type=float, metavar="P",
+        help="train for patients of whom sequences are missing: blank each with probability P")  # fmt: skip
     add("--seed", type=int, metavar="N", help="seed of everything random")
     add("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
 

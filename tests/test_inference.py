@@ -1,9 +1,12 @@
+import dataclasses
+import shutil
+
 import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import preprocess_case, read_case_folder
+from keras_mmfnet.data import CaseError, Grid, preprocess_case, read_case_folder
 from keras_mmfnet.data.windows import gaussian_weights
 from keras_mmfnet.inference import predict_volume, segment_case, segment_ensemble
 from keras_mmfnet.models import MMFNet
@@ -163,3 +166,39 @@ def test_the_mask_lands_on_the_patients_own_grid(cohort):
     mask, probability = (sitk.GetArrayFromImage(image) for image in (mask, probability))
     np.testing.assert_array_equal(mask, probability >= 0.5)
     assert mask.any()
+
+
+def test_a_patient_without_some_modalities(tiny_cohort, tmp_path):
+    """Read, preprocessed and segmented where the network was trained for it, refused with the reason where not."""
+    folder = tmp_path / "ann"
+    shutil.copytree(tiny_cohort / "patient_00", folder)
+    (folder / "t1.nii.gz").unlink()
+    (folder / "mask.nii.gz").unlink()
+    recipe = Recipe.small(spacing=None, patch_shape=(16, 16, 16))
+    with pytest.raises(CaseError, match=r"t1: is missing"):
+        read_case_folder(folder, recipe, require_mask=False)
+    able = dataclasses.replace(recipe, modality_dropout=0.3)
+    with pytest.raises(CaseError, match=r"t1: is missing"):  # in training all are needed
+        read_case_folder(folder, able)
+    files = read_case_folder(folder, able, require_mask=False)
+    assert list(files.images) == ["t2", "cet1"]
+    with pytest.raises(
+        CaseError, match=r"an image of t1 is expected: .*not trained for its absence.*Received: t2, cet1"
+    ):
+        preprocess_case(files, recipe)
+
+    case = preprocess_case(files, able, cache=tmp_path / "cache")
+    assert case.source.matches(Grid.from_image(sitk.ReadImage(str(folder / "t2.nii.gz"))))
+    seen = []
+
+    def network(batch):
+        seen.append({name: np.abs(image).max() for name, image in batch.items()})
+        return np.full_like(batch["t2"], 0.7)
+
+    mask, _ = segment_case(network, case, able)
+    assert sitk.GetArrayFromImage(mask).any()
+    assert all(batch["t1"] == 0 < min(batch["t2"], batch["cet1"]) for batch in seen)
+    for name in ("t2", "cet1"):
+        (folder / f"{name}.nii.gz").unlink()
+    with pytest.raises(CaseError, match="t1: is missing"):
+        read_case_folder(folder, able, require_mask=False)

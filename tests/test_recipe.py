@@ -69,6 +69,7 @@ def test_json_and_back(recipe, tmp_path):
         ("channel_statistics", ("mean",)),
         ("spatial_statistics", ()),
         ("bottleneck", "none"),
+        ("modality_dropout", 1.0),
         ("batch_size", 0),
         ("steps_per_epoch", 2.5),
         ("epochs", 0),

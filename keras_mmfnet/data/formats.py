@@ -41,7 +41,8 @@ def find_cases(directory, recipe, require_mask=True, on_error=None):
     Args:
         directory: The folder.
         recipe: A `Recipe`.
-        require_mask: Whether a patient without a mask is an error.
+        require_mask: Whether a patient without a mask is an error. If not, one without some of the modalities is none
+            either, where the recipe has a `modality_dropout`.
         on_error: Called with the `CaseError` of each patient that lacks something; that patient is then left out.
             `None`: the first such error is raised.
 
@@ -87,7 +88,8 @@ def read_case_folder(folder, recipe, require_mask=True):
     Args:
         folder: The patient's folder; its name is the patient's name.
         recipe: A `Recipe`, which says what the files are called.
-        require_mask: Whether a missing mask is an error.
+        require_mask: Whether a missing mask is an error; if not, neither are missing modalities, where the recipe has a
+            `modality_dropout`.
 
     Returns:
         A `Case`.
@@ -117,9 +119,15 @@ def _read_folder(folder, recipe, require_mask):
     if not any(images.values()) and _holds_dicom(folder):
         return "DICOM", _read_dicom(folder, recipe, require_mask)
     for modality, path in images.items():
-        if not path:
+        if not path and not (_may_be_missing(recipe, require_mask) and any(images.values())):
             raise _missing(folder, names, modality)
+    images = {modality: path for modality, path in images.items() if path}
     return layout, Case(folder.name, images, _find_mask(folder, names, recipe, require_mask))
+
+
+def _may_be_missing(recipe, require_mask):
+    """Whether a patient may lack modalities: one to be segmented, by a network that was trained for it."""
+    return recipe.modality_dropout > 0 and not require_mask
 
 
 def _find_file(folder, names, stems):
@@ -175,19 +183,23 @@ def _read_dicom(folder, recipe, require_mask):
         name = str(path.relative_to(folder)).lower()
         if image_suffix(path) and not path.name.startswith(".") and re.search(mask_pattern, path.name.lower()):
             masks[path] = name
+    optional = _may_be_missing(recipe, require_mask)
+    chosen = {modality: _choose(folder, images, modality, recipe, optional) for modality in recipe.modalities}
     return Case(
         folder.name,
-        {modality: _choose(folder, images, modality, recipe) for modality in recipe.modalities},
+        {modality: series for modality, series in chosen.items() if series},
         _choose_masks(folder, masks, recipe, require_mask),
     )
 
 
-def _choose(folder, named, modality, recipe):
-    """The one series whose names are a modality's."""
+def _choose(folder, named, modality, recipe, optional):
+    """The one series whose names are a modality's, or `None` if it is `optional` and there is none."""
     pattern = _pattern(modality, recipe)
     found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]
     if len(found) == 1:
         return found[0]
+    if optional and not found:
+        return None
     listed = "; ".join(str(source) for source in found or named) or "no series"
     names = f"matches {pattern!r}" if modality in recipe.series else "names it"
     raise CaseError(

@@ -32,11 +32,11 @@ _CACHE_VERSION = 2
 def preprocess_case(case, recipe, cache=None):
     """Reads one patient and brings the images onto one grid and to one scale of intensity.
 
-    The first modality's axes are put into the order and direction of the patient's (left, posterior, superior), its
-    pixels resampled to `recipe.spacing` in plane, its slices kept. The other modalities and the mask are brought onto
-    that grid by the positions in their headers, or with `recipe.align="rigid"` by what fits best, by one linear
-    interpolation each. Every image is then z-scored inside
-    the body and clipped, or divided by `recipe.normalised_scale`.
+    The first modality's axes (of those that are there) are put into the order and direction of the patient's (left,
+    posterior, superior), its pixels resampled to `recipe.spacing` in plane, its slices kept. The other modalities and
+    the mask are brought onto that grid by the positions in their headers, or with `recipe.align="rigid"` by what fits
+    best, by one linear interpolation each. Every image is then z-scored inside the body and clipped, or divided by
+    `recipe.normalised_scale`.
 
     Args:
         case: A `Case`.
@@ -48,15 +48,23 @@ def preprocess_case(case, recipe, cache=None):
         A `PreprocessedCase`: float32 images and a uint8 mask {0, 1}, each `(depth, height, width)`.
 
     Raises:
-        CaseError: A file is damaged or not a 3D image of finite numbers; an image is constant, in all or inside the
-            body; an image lies outside the first one's field of view; the mask has several labels and
-            `recipe.mask_labels` does not choose, or no voxel of the labels wanted.
+        CaseError: A modality is missing, and the recipe has no `modality_dropout`; a file is damaged or not a 3D image
+            of finite numbers; an image is constant, in all or inside the body; an image lies outside the first one's
+            field of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of the
+            labels wanted.
 
     Reference: Chen et al., MMFNet, section IV-A.
     """
-    missing = [modality for modality in recipe.modalities if modality not in case.images]
-    if missing:
-        raise CaseError(f"{case.name}: an image of {', '.join(missing)} is expected. Received: {sorted(case.images)}")
+    present = tuple(modality for modality in recipe.modalities if modality in case.images)
+    if present != recipe.modalities:
+        missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
+        if not (present and recipe.modality_dropout):
+            raise CaseError(
+                f"{case.name}: an image of {missing} is expected: the network was not trained for its absence "
+                f"(`modality_dropout` is {recipe.modality_dropout:g}). Received: {', '.join(case.images) or 'no image'}"
+            )
+        mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
+        recipe = dataclasses.replace(recipe, modalities=present, mask_from=mask_from)
     if cache is None:
         return _preprocess(case, recipe)
     entry = Path(cache) / _cache_key(case, recipe)

@@ -94,6 +94,7 @@ def build_mmfnet(recipe, dtype, encoders=None):
         "spatial_statistics": recipe.spatial_statistics,
         "shared_mlp": recipe.shared_mlp,
         "bottleneck": recipe.bottleneck,
+        "modality_dropout": recipe.modality_dropout,
         "dtype": dtype,
     }
     return MMFNet.from_pretrained_encoders(encoders, **settings) if encoders else MMFNet(**settings)

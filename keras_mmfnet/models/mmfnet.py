@@ -1,6 +1,7 @@
 import os
 
 import keras
+from keras import ops
 
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.models._encoder_decoder import EncoderDecoder
@@ -70,6 +71,8 @@ class MMFNet(EncoderDecoder):
         shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
         bottleneck: How the encoders' last features are joined, on which the paper is silent: `"fusion"` by a fusion
             block as on the other levels, or `"concat"` side by side.
+        modality_dropout: Probability with which each modality of each patch in training is replaced by zeros, the
+            mean of a normalised image; at least one stays.
         dtype: Dtype policy of the layers, or `None` for Keras' own.
         **kwargs: `name` and `trainable`, as for every model.
 
@@ -103,11 +106,14 @@ class MMFNet(EncoderDecoder):
         spatial_statistics=("avg", "max", "std"),
         shared_mlp=False,
         bottleneck="fusion",
+        modality_dropout=0.0,
         dtype=None,
         **kwargs,
     ):
         if bottleneck not in ("fusion", "concat"):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
+        if not 0 <= modality_dropout < 1:
+            raise ValueError(f"`modality_dropout` must be from 0 up to, but not, 1. Received: {modality_dropout!r}")
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
         attention = {
@@ -129,7 +135,26 @@ class MMFNet(EncoderDecoder):
         else:
             features.append(blocks.join(bottom, "join_bottom"))
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters, **attention}
-        super().__init__(inputs, features, blocks, filters, {**settings, "bottleneck": bottleneck}, **kwargs)
+        settings |= {"bottleneck": bottleneck, "modality_dropout": modality_dropout}
+        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
+        if modality_dropout:
+            self.seed_generator = keras.random.SeedGenerator()
+
+    def call(self, inputs, training=None, mask=None):
+        if training and self.modality_dropout:
+            inputs = self._drop(inputs)
+        return super().call(inputs, training=training, mask=mask)
+
+    def _drop(self, inputs):
+        """The inputs with modalities of each patch at zero, at random."""
+        shape = (ops.shape(inputs[self.modalities[0]])[0], len(self.modalities))
+        numbers = keras.random.uniform(shape, seed=self.seed_generator)
+        # The modality with the largest number always stays.
+        stays = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
+        return {
+            name: inputs[name] * ops.reshape(ops.cast(stays[:, index], inputs[name].dtype), (-1, 1, 1, 1, 1))
+            for index, name in enumerate(self.modalities)
+        }
 
     @classmethod
     def from_pretrained_encoders(cls, encoders, **kwargs):

@@ -1,6 +1,7 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 from checks import POLICIES, check_model, count, fill, random_volume, to_numpy
 
@@ -91,6 +92,34 @@ def test_encoders_are_apart(model_class):
     assert len(one.outputs) == len(FILTERS) + 1
     with pytest.raises(ValueError, match=r"has no encoder for this modality alone. Received: 'cet1'$"):
         model.encoder("cet1")
+
+
+def test_modality_dropout():
+    arguments = {"modalities": ("t1", "t2"), "patch_shape": PATCH, "filters": FILTERS, "reduction": 2}
+    model = MMFNet(**arguments, modality_dropout=0.5)
+    plain = MMFNet(**arguments)
+    fill(plain)
+    model.set_weights([*plain.get_weights(), *model.get_weights()[len(plain.weights) :]])
+    inputs = {name: random_volume(64, *PATCH, 1, seed=seed) for seed, name in enumerate(model.modalities)}
+    np.testing.assert_array_equal(to_numpy(model(inputs)), to_numpy(plain(inputs)))
+
+    dropped = {name: to_numpy(x) for name, x in model._drop(inputs).items()}
+    stays = {name: x.any(axis=(1, 2, 3, 4)) for name, x in dropped.items()}
+    for name, x in dropped.items():
+        np.testing.assert_array_equal(x[stays[name]], inputs[name][stays[name]])
+        assert 0.5 < stays[name].mean() < 0.95  # three quarters: of two, one stays when both numbers are low
+    assert (stays["t1"] | stays["t2"]).all()
+    again = {name: to_numpy(x).any(axis=(1, 2, 3, 4)) for name, x in model._drop(inputs).items()}
+    assert any((again[name] != stays[name]).any() for name in stays)
+
+    model.compile(keras.optimizers.Adam(1e-3), DiceLoss())
+    few = {name: x[:4] for name, x in inputs.items()}
+    assert np.isfinite(model.fit(few, (few["t1"] > 0).astype("uint8"), batch_size=2, verbose=0).history["loss"]).all()
+    config = model.get_config()
+    assert config["modality_dropout"] == 0.5
+    assert MMFNet.from_config(config).modality_dropout == 0.5
+    with pytest.raises(ValueError, match=r"`modality_dropout` must be from 0 up to, but not, 1. Received: 1"):
+        MMFNet(**arguments, modality_dropout=1)
 
 
 def test_frozen_encoder_stays_through_a_fit():
