@@ -17,14 +17,14 @@ def check_statistics(statistics):
     return names
 
 
-def statistics_over(x, statistics, axis):
+def statistics_over(x, statistics, axis, channel_axis=-1):
     """Statistics of `x` over the axes `axis`, which stay with length 1, in float32 whatever the dtype of `x`.
 
     The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)` (eq. 10). Where several values
     are the largest, the gradient of the maximum is shared among them.
 
     Returns:
-        A list with one float32 tensor for each name in `statistics`.
+        A float32 tensor with the statistics side by side along `channel_axis`, in the order of their names.
     """
     axes = (axis,) if isinstance(axis, int) else axis
 
@@ -34,12 +34,13 @@ def statistics_over(x, statistics, axis):
 
         def gradient(*args, upstream=None):
             # PyTorch hands it over by this name, the others as the one argument.
-            by_name = zip(statistics, ops.unstack(args[0] if upstream is None else upstream), strict=True)
-            return _gradient(x, values, dict(by_name), axes)
+            upstream = args[0] if upstream is None else upstream
+            parts = ops.split(upstream, len(statistics), axis=channel_axis)
+            return _gradient(x, values, dict(zip(statistics, parts, strict=True)), axes)
 
-        return ops.stack([values[name] for name in statistics]), gradient
+        return ops.concatenate([values[name] for name in statistics], axis=channel_axis), gradient
 
-    return ops.unstack(compute(x), len(statistics))
+    return compute(x)
 
 
 def _values(x, statistics, axes):

@@ -68,14 +68,17 @@ class ChannelStdAttention3D(keras.layers.Layer):
 
     def scores(self, inputs):
         """The weights `W_c`, of shape `(batch, 1, 1, 1, channels)` or with the channels second."""
-        values = statistics_over(inputs, self.statistics, _axes.spatial_axes(self.data_format))
-        shape = ops.shape(values[0])
-        channels = self.input_spec.axes[_axes.channel_axis(self.data_format)]
+        channel_axis = _axes.channel_axis(self.data_format)
+        values = statistics_over(inputs, self.statistics, _axes.spatial_axes(self.data_format), channel_axis)
+        channels = self.input_spec.axes[channel_axis]
+        values = ops.reshape(values, (-1, len(self.statistics), channels))
         logits = 0
-        for index, value in enumerate(values):
+        for index in range(len(self.statistics)):
             mlp = 0 if self.shared_mlp else index
-            hidden = self.hidden_layers[mlp](ops.reshape(value, (-1, channels)))
+            hidden = self.hidden_layers[mlp](values[:, index])
             logits = logits + self.score_layers[mlp](hidden)
+        shape = [-1, 1, 1, 1, 1]
+        shape[channel_axis] = channels
         return ops.reshape(ops.sigmoid(logits), shape)
 
     def call(self, inputs, return_attention_scores=False):

@@ -1,5 +1,4 @@
 import keras
-from keras import ops
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers._statistics import check_statistics, statistics_over
@@ -60,8 +59,7 @@ class SpatialStdAttention3D(keras.layers.Layer):
     def scores(self, inputs):
         """The weights `W_s`, of the inputs' shape with 1 channel."""
         axis = _axes.channel_axis(self.data_format)
-        values = statistics_over(inputs, self.statistics, axis)
-        return self.conv(ops.concatenate(values, axis=axis))
+        return self.conv(statistics_over(inputs, self.statistics, axis, axis))
 
     def call(self, inputs, return_attention_scores=False):
         weights = self.scores(inputs)

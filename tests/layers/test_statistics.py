@@ -8,10 +8,16 @@ from keras import ops
 from keras_mmfnet.layers._statistics import EPSILON, STATISTICS, check_statistics, statistics_over
 
 
+def statistics_apart(x, statistics, axis):
+    """The statistics as a list; with the channels second where they are not among the axes at the end."""
+    channel_axis = 1 if axis in (1, (2, 3, 4)) else -1
+    return ops.split(statistics_over(x, statistics, axis, channel_axis), len(statistics), axis=channel_axis)
+
+
 @pytest.mark.parametrize("axis", [-1, 1, (1, 2, 3), (2, 3, 4)])
 def test_values(axis):
     x = random_volume(2, 3, 4, 5, 6)
-    average, largest, deviation = statistics_over(ops.convert_to_tensor(x), STATISTICS, axis)
+    average, largest, deviation = statistics_apart(ops.convert_to_tensor(x), STATISTICS, axis)
     np.testing.assert_allclose(to_numpy(average), x.mean(axis, keepdims=True), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(to_numpy(largest), x.max(axis, keepdims=True))
     np.testing.assert_allclose(to_numpy(deviation), np.sqrt(x.var(axis, keepdims=True) + EPSILON), rtol=1e-5)
@@ -20,7 +26,7 @@ def test_values(axis):
 def test_order_follows_the_names():
     x = ops.convert_to_tensor(np.array([[1.0, 5.0]], "float32"))
     for names, expected in [(("std", "avg"), [2, 3]), (("max", "std"), [5, 2]), (("max", "avg"), [5, 3])]:
-        values = [to_numpy(value).item() for value in statistics_over(x, names, 1)]
+        values = [to_numpy(value).item() for value in statistics_apart(x, names, 1)]
         assert values == pytest.approx(expected, rel=1e-5)
 
 
@@ -28,7 +34,7 @@ def test_order_follows_the_names():
 def test_half_precision_is_raised(dtype):
     # Squares of these overflow in float16, and their mean lies between two numbers of either dtype.
     x = np.array([[320.0, -384.0, 324.0]], "float32")
-    values = statistics_over(ops.cast(ops.convert_to_tensor(x), dtype), STATISTICS, 1)
+    values = statistics_apart(ops.cast(ops.convert_to_tensor(x), dtype), STATISTICS, 1)
     assert [dtype_of(value) for value in values] == ["float32"] * 3
     found = [to_numpy(value).item() for value in values]
     assert found == pytest.approx([x.mean(), 324, x.std()], rel=1e-5)
@@ -37,7 +43,7 @@ def test_half_precision_is_raised(dtype):
 @pytest.mark.parametrize("value", [0.0, 7.0, -300.0])
 def test_constant(value):
     x = ops.convert_to_tensor(np.full((1, 2, 2, 2, 3), value, "float32"))
-    found = [to_numpy(statistic) for statistic in statistics_over(x, STATISTICS, (1, 2, 3))]
+    found = [to_numpy(statistic) for statistic in statistics_apart(x, STATISTICS, (1, 2, 3))]
     for statistic, expected in zip(found, (value, value, EPSILON**0.5), strict=True):
         np.testing.assert_allclose(statistic, np.full((1, 1, 1, 1, 3), expected), rtol=1e-5)
 
@@ -63,7 +69,7 @@ def gradient_of(x, statistics, axis):
 
     class Weighted(keras.layers.Layer):
         def call(self, x):
-            values = statistics_over(x, statistics, axis)
+            values = statistics_apart(x, statistics, axis)
             return sum(
                 ops.sum(value * ops.convert_to_tensor(weight)) for value, weight in zip(values, weights, strict=True)
             )
