@@ -106,11 +106,11 @@ def trained(tmp_path):
     return folder
 
 
-def segment(monkeypatch, *arguments):
-    """Runs the example in this process."""
+def run_example(monkeypatch, name, *arguments):
+    """Runs an example in this process."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setattr(sys, "argv", ["segment_patient.py", *map(str, arguments)])
-    importlib.import_module("segment_patient").main()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    importlib.import_module(name).main()
 
 
 def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
     outputs = [tmp_path / name for name in names]
     flags = zip(("--out", "--rtstruct", "--seg", "--probability", "--disagreement"), outputs, strict=True)
     arguments = ("--run", trained, "--patient", patient, *(part for pair in flags for part in pair))
-    segment(monkeypatch, *arguments, "--mirror", "--gaussian")
+    run_example(monkeypatch, "segment_patient", *arguments, "--mirror", "--gaussian")
     assert re.search(r"out.nii.gz: [1-9]\d* voxels of tumour, \d+\.\d ml", capsys.readouterr().out)
 
     mask, probability, disagreement = (sitk.ReadImage(str(outputs[index])) for index in (0, 3, 4))
@@ -134,18 +134,45 @@ def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
 
     # Nothing is overwritten, and what cannot be done is said before any work.
     with pytest.raises(SystemExit, match=r"a new file in a folder that exists is expected. Received: .*out.nii.gz"):
-        segment(monkeypatch, *arguments)
+        run_example(monkeypatch, "segment_patient", *arguments)
     elsewhere = ("--run", trained, "--patient", patient, "--out", tmp_path / "other.nii.gz")
     with pytest.raises(SystemExit, match=r"a run with trained folds is expected. Received: .*--fold \[7\]"):
-        segment(monkeypatch, *elsewhere, "--fold", 7)
-    segment(monkeypatch, *elsewhere, "--fold", 1)
+        run_example(monkeypatch, "segment_patient", *elsewhere, "--fold", 7)
+    run_example(monkeypatch, "segment_patient", *elsewhere, "--fold", 1)
     for seed, name in enumerate(("t1", "t2", "cet1")):
         (tmp_path / "plain").mkdir(exist_ok=True)
         array = np.random.default_rng(seed).random(grid.shape)
         sitk.WriteImage(grid.image(array), str(tmp_path / "plain" / f"{name}.nii.gz"))
     plain = ("--run", trained, "--patient", tmp_path / "plain", "--out", tmp_path / "plain.nii.gz")
     with pytest.raises(SystemExit, match=r"DICOM series are expected as the patient. Received: .*t1.nii.gz"):
-        segment(monkeypatch, *plain, "--rtstruct", tmp_path / "no.dcm")
+        run_example(monkeypatch, "segment_patient", *plain, "--rtstruct", tmp_path / "no.dcm")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the backend that exports to ONNX")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_patient_is_served_by_onnxruntime(trained, tiny_cohort, tmp_path, monkeypatch):
+    run_example(
+        monkeypatch,
+        "segment_patient",
+        "--run",
+        trained,
+        "--patient",
+        tiny_cohort / "patient_00",
+        "--out",
+        tmp_path / "a.nii",
+        "--fold",
+        0,
+    )
+    network = keras.models.load_model(trained / "fold_0" / "mmfnet.keras", compile=False)
+    network.export(tmp_path / "network.onnx", format="onnx", verbose=False)
+    arguments = ["--network", tmp_path / "network.onnx", "--recipe", trained / "recipe.json"]
+    arguments += ["--patient", tiny_cohort / "patient_00", "--out", tmp_path / "b.nii"]
+    run_example(monkeypatch, "serve_onnx", *arguments)
+    one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name))) for name in ("a.nii", "b.nii"))
+    assert np.count_nonzero(one) > 0
+    assert np.mean(one != other) < 1e-3
+    with pytest.raises(SystemExit, match=r"a new file in a folder that exists is expected. Received: .*b.nii"):
+        run_example(monkeypatch, "serve_onnx", *arguments)
 
 
 @pytest.mark.slow

@@ -21,6 +21,16 @@ class Network(keras.Model):
         for name, value in settings.items():
             setattr(self, name, value)
 
+    def export(self, filepath, **kwargs):
+        """Writes the network for use without Keras, as every Keras model does; also one that was only just loaded.
+
+        Args:
+            filepath: The file or folder.
+            **kwargs: As for `keras.Model.export`, such as `format="onnx"`, `"openvino"` or `"tf_saved_model"`.
+        """
+        self(self.input)  # Keras exports a model that was called
+        super().export(str(filepath), **kwargs)
+
     def get_config(self):
         settings = {name: getattr(self, name) for name in self._setting_names}
         return {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name, **settings}

@@ -1,0 +1,48 @@
+"""Segments a patient with onnxruntime alone: neither TensorFlow nor any other backend takes part in the prediction.
+
+Export a network of a run once, on the TensorFlow backend:
+
+    python -c "import keras, keras_mmfnet.models as m; keras.models.load_model('run/fold_0/mmfnet.keras', \
+        compile=False).export('network.onnx', format='onnx')"
+
+Then, wherever onnxruntime is:
+
+    python examples/serve_onnx.py --network network.onnx --recipe run/recipe.json --patient DIR --out mask.nii.gz
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import onnxruntime
+import SimpleITK as sitk
+
+from keras_mmfnet.data import preprocess_case, read_case_folder
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.recipe import Recipe
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", type=Path, required=True, help="network exported as ONNX")
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe.json of its run")
+    parser.add_argument("--patient", type=Path, required=True, help="folder with the patient's images")
+    parser.add_argument("--out", type=Path, required=True, help="file for the mask; must not exist")
+    parsed = parser.parse_args()
+    try:
+        if parsed.out.exists() or not parsed.out.parent.is_dir():
+            raise ValueError(f"--out: a new file in a folder that exists is expected. Received: {parsed.out}")
+        if not parsed.network.is_file():
+            raise ValueError(f"--network: a network exported as ONNX is expected. Received: {parsed.network}")
+        recipe = Recipe.load(parsed.recipe)
+        session = onnxruntime.InferenceSession(parsed.network)
+        case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
+        mask, _ = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
+        sitk.WriteImage(mask, str(parsed.out), useCompression=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{parsed.out}: {sitk.GetArrayViewFromImage(mask).sum()} voxels of tumour")
+
+
+if __name__ == "__main__":
+    main()
