@@ -68,11 +68,9 @@ def main():
     result = measure(parsed)
     print(json.dumps(result["ratios"], indent=2))
     if parsed.check:
-        before = json.loads(kept.read_text(encoding="utf-8"))["ratios"]
-        worse = {name: ratio for name, ratio in result["ratios"].items() if ratio > WORSE * before.get(name, ratio)}
-        for name, ratio in worse.items():
-            print(f"worse: {name} is {ratio:.2f}, and was {before[name]:.2f}")
-        sys.exit(1 if worse else 0)
+        messages = worse(result["ratios"], json.loads(kept.read_text(encoding="utf-8"))["ratios"])
+        print("\n".join(messages))
+        sys.exit(1 if messages else 0)
     out = parsed.out or kept
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +109,11 @@ def measure(parsed):
                 results[name][f"{what}_seconds"] = round(statistics.median(seconds[name, what]), 4)
             print(f"{name}: {results[name]}", flush=True)
             connection.send("end")
+    bandwidth, traffic = memory_bandwidth(gpu), least_traffic(tuple(parsed.shape))
+    for result in results.values():
+        result["share_of_bandwidth"] = round(traffic / result["train_seconds"] / bandwidth, 3)
     return {
+        "bandwidth_gb_per_second": round(bandwidth / 1e9, 1),
         "machine": machine("keras", "torch", *({"tensorflow", "jax"} & set(parsed.backends))),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "shape": parsed.shape,
@@ -120,6 +122,15 @@ def measure(parsed):
         "contenders": results,
         "ratios": compare(results, seconds, parsed.backends),
     }
+
+
+def worse(now, before):
+    """What to say of each ratio that is more than a fifth worse than it was."""
+    return [
+        f"worse: {name} is {ratio:.2f}, and was {before[name]:.2f}"
+        for name, ratio in now.items()
+        if name in before and ratio > WORSE * before[name]
+    ]
 
 
 def compare(results, seconds, backends):
@@ -245,6 +256,40 @@ def make_plain(contender, shape):
             return forward(images).cpu().numpy()
 
     return train, predict, memory
+
+
+def memory_bandwidth(gpu):
+    """Bytes per second that a copy of a large tensor reads and writes."""
+    import torch
+
+    source = torch.ones(2**28 if gpu else 2**26, device="cuda" if gpu else "cpu")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(seconds)
+
+
+def least_traffic(shape):
+    """Bytes that a training step in float32 must move at the least.
+
+    Each layer's output is written once and read once, and so is its gradient.
+    """
+    import torch
+    from reference_torch import MMFNet
+
+    sizes = []
+    with torch.device("meta"):
+        network, images = MMFNet(), [torch.empty((shape[0], 1, *shape[1:])) for _ in range(3)]
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, inputs, output: sizes.append(4 * output.numel()))
+    network(images)
+    return 4 * sum(sizes)
 
 
 def memory_since_now(backend):

@@ -1,0 +1,40 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_mmfnet.data import preprocess_case
+from keras_mmfnet.recipe import Recipe
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the same on every backend; this one is fast"
+)
+
+
+@pytest.fixture
+def monai_preprocessing(benchmarks):
+    pytest.importorskip("monai")
+    import preprocessing
+
+    return preprocessing
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_both_ways_of_preprocessing_see_the_same_patient(monai_preprocessing, tmp_path):
+    recipe = Recipe(spacing=1.0)
+    files = monai_preprocessing.write_patient(tmp_path, slices=6)
+    ours = preprocess_case(files, recipe)
+    theirs = monai_preprocessing.monai_transform(recipe)(files)
+    for name, image in ours.images.items():
+        other = np.asarray(theirs[name])[0].T
+        assert abs(np.subtract(other.shape, image.shape)).max() <= 1
+        inner = tuple(slice(min(4, n // 4), n - min(4, n // 4)) for n in np.minimum(other.shape, image.shape))
+        assert np.corrcoef(image[inner].ravel(), other[inner].ravel())[0, 1] > 0.9, name
+
+
+def test_our_batches(benchmarks):
+    import pipeline
+
+    recipe = Recipe(batch_size=2)
+    images, mask = next(pipeline.ours(pipeline.make_cases(1), recipe))
+    assert mask.shape == (2, 16, 256, 256, 1)
+    assert set(images) == {"t1", "t2", "cet1"}

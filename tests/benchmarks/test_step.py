@@ -1,0 +1,80 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_mmfnet.models import mmfnet
+
+SHAPE = (2, 16, 16, 16)
+
+
+@pytest.fixture
+def step(benchmarks):
+    import step
+
+    return step
+
+
+def test_the_contenders(step):
+    names = [contender.name for contender in step.choose_contenders(["torch"], "mixed_float16", gpu=True)]
+    assert names == [
+        "plain",
+        "plain, channels last",
+        "plain, compiled",
+        "torch",
+        "torch without attention",
+        "torch in float32",
+    ]
+    assert all(contender.policy == "float32" for contender in step.choose_contenders(["jax"], "float32", gpu=False))
+
+
+def test_the_ratios_are_medians_over_the_turns(step):
+    seconds = {
+        ("plain", "train"): [2.0, 4.0, 2.0],
+        ("plain, channels last", "train"): [4.0, 4.0, 4.0],
+        ("jax", "train"): [1.0, 2.0, 3.0],
+        ("jax without attention", "train"): [0.8, 1.6, 2.4],
+    }
+    seconds |= {(name, "predict"): [1.0, 1.0, 1.0] for name, _ in list(seconds)}
+    results = {
+        name: {"train_seconds": np.median(values), "predict_seconds": 1.0, "peak_mib": 100 if "plain" in name else 70}
+        for (name, what), values in seconds.items()
+        if what == "train"
+    }
+    assert step.compare(results, seconds, ["jax"]) == {
+        "jax, train / plain": 0.5,
+        "jax, predict / plain": 1.0,
+        "jax, memory / plain": 0.7,
+        "jax, train with / without attention": 1.25,
+    }
+
+
+def test_a_ratio_that_is_worse_is_named(step):
+    before = {"a": 0.5, "b": 1.0}
+    assert step.worse({"a": 0.59, "b": 1.1, "new": 9.0}, before) == []
+    assert step.worse({"a": 0.61, "b": 1.1}, before) == ["worse: a is 0.61, and was 0.50"]
+
+
+@pytest.mark.parametrize("name", ["plain", "keras", "keras without attention"])
+def test_a_contender_trains_and_predicts(step, name, monkeypatch):
+    monkeypatch.setattr(mmfnet, "FusionBlock3D", mmfnet.FusionBlock3D)  # given back afterwards
+    if name == "plain":
+        made = step.make_plain(step.Contender(name, channels_last=True), SHAPE)
+    else:
+        attention = name == "keras"
+        made = step.make_keras(step.Contender(name, keras.backend.backend(), attention), SHAPE)
+    train, predict, memory = made
+    losses = [train() for _ in range(3)]
+    assert losses[2] < losses[0] <= 1
+    assert predict().size == np.prod(SHAPE)
+    assert memory() >= 0
+
+
+def test_the_least_traffic(step):
+    one = step.least_traffic((2, 16, 16, 16))
+    assert step.least_traffic((4, 16, 16, 32)) == pytest.approx(4 * one, rel=0.01)  # but for the MLPs
+    # The first level alone: three encoders with two blocks of convolution, normalization and ReLU inside, 8 channels.
+    assert one > 3 * 2 * 2 * 8 * 2 * 16**3 * 4 * 4
+
+
+def test_the_bandwidth(step):
+    assert step.memory_bandwidth(gpu=False) > 1e8
