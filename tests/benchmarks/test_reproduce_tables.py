@@ -136,7 +136,7 @@ def hold(path, held, done):
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         held.set()
-        done.wait(20)
+        done.wait(120)
 
 
 def test_a_method_is_claimed_by_one_process(script, tmp_path):
@@ -144,7 +144,7 @@ def test_a_method_is_claimed_by_one_process(script, tmp_path):
     held, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path / "lock", held, done))
     other.start()
-    assert held.wait(20)
+    assert held.wait(120)
     with script.claim(tmp_path / "lock", wait=False) as free:
         assert not free
     other.kill()  # a process that dies gives its claim up
