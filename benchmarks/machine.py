@@ -1,6 +1,7 @@
-"""What numbers were taken on."""
+"""What numbers were taken on, and writing them down."""
 
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
@@ -18,3 +19,14 @@ def machine(*packages):
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def report(result, path):
+    """Prints a result, and writes it as a JSON file."""
+    # Here, since it brings in Keras, which the processes of step.py each start with a backend of their own.
+    from keras_mmfnet._files import write
+
+    text = json.dumps(result, indent=2)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, text + "\n")

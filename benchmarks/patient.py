@@ -7,7 +7,6 @@ network has random weights, which take as long as any.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
 import SimpleITK as sitk
-from machine import machine
+from machine import machine, report
 from preprocessing import write_patient
 
 from keras_mmfnet.data import preprocess_case
@@ -72,8 +71,7 @@ def main():
         "first_patient_seconds": round(first["all"], 2),
         "seconds": {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]},
     }
-    print(json.dumps(result, indent=2))
-    parsed.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(result, parsed.out)
 
 
 if __name__ == "__main__":

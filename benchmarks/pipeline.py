@@ -7,13 +7,12 @@ memory. MONAI's transforms run in a PyTorch DataLoader with two workers. The two
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, report
 
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.recipe import Recipe
@@ -108,8 +107,7 @@ def main():
         "patches_per_second": medians,
         "ratios": {f"keras-mmfnet / {best}": round(ratio, 2)},
     }
-    print(json.dumps(result, indent=2))
-    parsed.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(result, parsed.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ stand for the body, which is less work. The two take turns.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from machine import machine
+from machine import machine, report
 
 from keras_mmfnet.data import Case, Grid, preprocess_case
 from keras_mmfnet.recipe import Recipe
@@ -83,8 +82,7 @@ def main():
         "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
         "ratios": {"keras-mmfnet / monai": round(ratio, 3)},
     }
-    print(json.dumps(result, indent=2))
-    parsed.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(result, parsed.out)
 
 
 if __name__ == "__main__":

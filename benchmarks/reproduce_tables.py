@@ -13,12 +13,10 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
 import SimpleITK as sitk
+from machine import machine
 from tables import write_tables
 
 from keras_mmfnet._files import write, write_once
@@ -143,7 +142,9 @@ def run_method(method, fold, parts, cases, recipe, folder):
         "parameters": parameters,
         "updates": len(history) * recipe.steps_per_epoch,
         "training_seconds": sum(row["seconds"] for row in history),
-        "machine": machine("torch" if method.name in PEERS else keras.backend.backend()),
+        "machine": machine(
+            "keras", "keras-mmfnet", "numpy", "torch" if method.name in PEERS else keras.backend.backend()
+        ),
         "history": history,
         "patients": rows,
     }
@@ -157,16 +158,6 @@ def read_history(path):
             {"epoch": int(row["epoch"]), "stage": row["stage"], **{name: float(row[name]) for name in wanted}}
             for row in csv.DictReader(file)
         ]
-
-
-def machine(backend):
-    """What the numbers were taken on."""
-    packages = {name: importlib.metadata.version(name) for name in ("keras", "keras-mmfnet", "numpy")}
-    return {
-        "backend": f"{backend} {importlib.metadata.version(backend)}",
-        "system": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        **packages,
-    }
 
 
 def main():

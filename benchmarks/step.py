@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from machine import machine, report
+
 RESULTS = Path(__file__).parent / "results" / "step"
 WORSE = 1.2
 
@@ -66,20 +68,16 @@ def main():
         parser.error(f"--check: results to compare with are expected. Received: {kept}, which is not there")
 
     result = measure(parsed)
-    print(json.dumps(result["ratios"], indent=2))
     if parsed.check:
+        print(json.dumps(result["ratios"], indent=2))
         messages = worse(result["ratios"], json.loads(kept.read_text(encoding="utf-8"))["ratios"])
-        print("\n".join(messages))
-        sys.exit(1 if messages else 0)
-    out = parsed.out or kept
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        sys.exit("\n".join(messages) if messages else 0)
+    report(result, parsed.out or kept)
 
 
 def measure(parsed):
     """Starts the contenders, lets them take turns, and compares them."""
     import torch
-    from machine import machine
 
     gpu = torch.cuda.is_available()
     context = multiprocessing.get_context("spawn")

@@ -77,7 +77,8 @@ def main():
         if (parsed.rtstruct or parsed.seg) and not isinstance(series, Series):
             raise ValueError(f"--rtstruct, --seg: DICOM series are expected as the patient. Received: {series}")
         case = preprocess_case(files, recipe)
-        print("\n".join(case.notes))
+        for note in case.notes:
+            print(note)
         networks = [keras.models.load_model(path, compile=False) for path in paths]
         mask, probability, disagreement = segment_ensemble(
             networks, case, recipe, mirror=parsed.mirror, gaussian=parsed.gaussian

@@ -93,24 +93,23 @@ def write_segmentation(mask, series, path, name="tumour"):
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
     )
-    options = dict(
-        source_images=images,
-        pixel_array=array.astype(np.uint8),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[segment],
-        series_instance_uid=highdicom.UID(),
-        series_number=900,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="keras-mmfnet",
-        manufacturer_model_name="MMFNet",
-        software_versions=__version__,
-        device_serial_number="0",
-    )
     with warnings.catch_warnings():
         # Its warnings on what the images say of the patient would name the patient.
         warnings.simplefilter("ignore")
-        segmentation = highdicom.seg.Segmentation(**options)
+        segmentation = highdicom.seg.Segmentation(
+            source_images=images,
+            pixel_array=array.astype(np.uint8),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=[segment],
+            series_instance_uid=highdicom.UID(),
+            series_number=900,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="keras-mmfnet",
+            manufacturer_model_name="MMFNet",
+            software_versions=__version__,
+            device_serial_number="0",
+        )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "segmentation.dcm")
         segmentation.save_as(target)

@@ -1,32 +1,20 @@
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import shutil
-import uuid
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data import _cache
 from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
-from keras_mmfnet.data.dicom import Series
-from keras_mmfnet.data.images import Volume, read_image
-from keras_mmfnet.data.registration import Motion, moved, register_rigid
+from keras_mmfnet.data.images import read_image
+from keras_mmfnet.data.registration import moved, register_rigid
 
 _BINS = 1024
 _CLOSING_MM = 3.0
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
 _HALF = 0.5 - 1e-4
-
-# A cache entry depends on these fields of the recipe, on the files' contents and on this number, which goes up when
-# preprocessing or the layout of an entry changes.
-_CACHED_FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
-_CACHE_VERSION = 2
 
 
 def preprocess_case(case, recipe, cache=None):
@@ -67,13 +55,13 @@ def preprocess_case(case, recipe, cache=None):
         recipe = dataclasses.replace(recipe, modalities=present, mask_from=mask_from)
     if cache is None:
         return _preprocess(case, recipe)
-    entry = Path(cache) / _cache_key(case, recipe)
-    cached = _load(entry, case.name)
+    entry = Path(cache) / _cache.key(case, recipe)
+    cached = _cache.load(entry, case.name)
     if cached is None:
         built = _preprocess(case, recipe)
-        _store(built, entry)
+        _cache.store(built, entry)
         # Another process may be putting its own, equal entry in place at this moment.
-        cached = _load(entry, case.name) or built
+        cached = _cache.load(entry, case.name) or built
     return cached
 
 
@@ -410,93 +398,3 @@ def _surroundings(mask, margin):
     low, high = np.transpose(bounding_box(mask, share=0))
     margin = np.ceil(margin).astype(int) + 1
     return np.maximum(low - margin, 0), np.minimum(high + margin, mask.shape)
-
-
-# --- the cache
-
-
-def _cache_key(case, recipe):
-    """A name for the result: a hash of what preprocessing depends on, but for the patient's name."""
-    masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
-    sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
-    settings = {name: getattr(recipe, name) for name in _CACHED_FIELDS}
-    content = json.dumps(
-        [_CACHE_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
-        sort_keys=True,
-    )
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _digest(source, patient):
-    """A hash of the content of an image's file or files, with the voxels where they lie in a file of their own."""
-    if isinstance(source, Series):
-        return [_digest(path, patient) for path in source.files]
-    if isinstance(source, Volume):
-        return [_digest(source.path, patient), source.index]
-    try:
-        with open(source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CaseError(f"{patient}: {source}: must be a readable file. Received: {error.strerror}") from error
-    return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
-
-
-def _store(preprocessed, entry):
-    """Writes a case into a folder that appears at once and whole."""
-    temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    arrays = {f"image_{modality}.npy": image for modality, image in preprocessed.images.items()}
-    if preprocessed.mask is not None:
-        arrays["mask.npy"] = preprocessed.mask
-    try:
-        temporary.mkdir(parents=True)
-        for file, array in arrays.items():
-            np.save(temporary / file, array)
-        description = {
-            "modalities": list(preprocessed.images),
-            "grid": preprocessed.grid.to_dict(),
-            "source": preprocessed.source.to_dict(),
-            "centre": preprocessed.centre,
-            "notes": preprocessed.notes,
-            "motions": {modality: dataclasses.astuple(motion) for modality, motion in preprocessed.motions.items()},
-            "checksums": {file: _checksum(temporary / file) for file in arrays},
-        }
-        (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
-        try:
-            os.rename(temporary, entry)
-        except OSError:
-            # There is an entry: another process's, as good as ours, or a damaged one, which makes way.
-            if _load(entry, preprocessed.name) is None:
-                with contextlib.suppress(OSError):
-                    os.rename(entry, replaced)
-                    os.rename(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _load(entry, name):
-    """The case stored in a folder, its arrays mapped from the files, or `None` if it is not there or damaged."""
-    try:
-        description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
-        checksums = description["checksums"]
-        if any(_checksum(entry / file) != checksum for file, checksum in checksums.items()):
-            return None
-        images = {m: np.load(entry / f"image_{m}.npy", mmap_mode="r") for m in description["modalities"]}
-        mask = np.load(entry / "mask.npy", mmap_mode="r") if "mask.npy" in checksums else None
-        return PreprocessedCase(
-            name=name,
-            images=images,
-            mask=mask,
-            grid=Grid.from_dict(description["grid"]),
-            source=Grid.from_dict(description["source"]),
-            centre=tuple(description["centre"]),
-            notes=tuple(description["notes"]),
-            motions={modality: Motion(*map(tuple, numbers)) for modality, numbers in description["motions"].items()},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _checksum(path):
-    return zlib.crc32(path.read_bytes())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import preprocess_case, read_case_folder
+from keras_mmfnet.data import _cache, preprocess_case, read_case_folder
 from keras_mmfnet.data.case import Grid
 from keras_mmfnet.data.images import read_image
 from keras_mmfnet.data.preprocess import read_tumour
@@ -111,6 +111,17 @@ def test_a_patient_who_moved(tmp_path):
     again = preprocess_case(files, recipe, cache=tmp_path / "cache")
     assert again.motions == case.motions
     assert again.motions["t2"].shift > 6
+
+
+def test_the_cache_knows_the_seed_of_the_alignment(tiny_cohort):
+    files = read_case_folder(tiny_cohort / "patient_00", Recipe())
+    keys = {
+        (align, seed): _cache.key(files, Recipe(align=align, seed=seed))
+        for align in ("header", "rigid")
+        for seed in (0, 1)
+    }
+    assert keys["header", 0] == keys["header", 1]
+    assert len({keys["header", 0], keys["rigid", 0], keys["rigid", 1]}) == 3
 
 
 @pytest.mark.parametrize(("patient", "modality"), [("brats2013_patient", "cet1"), ("brainix", "t2")])

@@ -1,0 +1,113 @@
+"""Preprocessed patients on disk, each in a folder of its own that is there whole or not at all."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.images import Volume, read_image
+from keras_mmfnet.data.registration import Motion
+
+# A cache entry depends on these fields of the recipe, on the files' contents and on this number, which goes up when
+# preprocessing or the layout of an entry changes.
+_FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
+_VERSION = 3
+
+
+def key(case, recipe):
+    """A name for the result: a hash of what preprocessing depends on, but for the patient's name."""
+    masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
+    sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
+    settings = {name: getattr(recipe, name) for name in _FIELDS}
+    # Registration alone draws at random.
+    settings["seed"] = recipe.seed if recipe.align == "rigid" else None
+    content = json.dumps(
+        [_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
+        sort_keys=True,
+    )
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _digest(source, patient):
+    """A hash of the content of an image's file or files, with the voxels where they lie in a file of their own."""
+    if isinstance(source, Series):
+        return [_digest(path, patient) for path in source.files]
+    if isinstance(source, Volume):
+        return [_digest(source.path, patient), source.index]
+    try:
+        with open(source, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CaseError(f"{patient}: {source}: must be a readable file. Received: {error.strerror}") from error
+    return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
+
+
+def store(preprocessed, entry):
+    """Writes a case into a folder that appears at once and whole."""
+    temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
+    arrays = {f"image_{modality}.npy": image for modality, image in preprocessed.images.items()}
+    if preprocessed.mask is not None:
+        arrays["mask.npy"] = preprocessed.mask
+    try:
+        temporary.mkdir(parents=True)
+        for file, array in arrays.items():
+            np.save(temporary / file, array)
+        description = {
+            "modalities": list(preprocessed.images),
+            "grid": preprocessed.grid.to_dict(),
+            "source": preprocessed.source.to_dict(),
+            "centre": preprocessed.centre,
+            "notes": preprocessed.notes,
+            "motions": {modality: dataclasses.astuple(motion) for modality, motion in preprocessed.motions.items()},
+            "checksums": {file: _checksum(temporary / file) for file in arrays},
+        }
+        (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+        try:
+            os.rename(temporary, entry)
+        except OSError:
+            # There is an entry: another process's, as good as ours, or a damaged one, which makes way.
+            if load(entry, preprocessed.name) is None:
+                with contextlib.suppress(OSError):
+                    os.rename(entry, replaced)
+                    os.rename(temporary, entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def load(entry, name):
+    """The case stored in a folder, its arrays mapped from the files, or `None` if it is not there or damaged."""
+    try:
+        description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
+        checksums = description["checksums"]
+        if any(_checksum(entry / file) != checksum for file, checksum in checksums.items()):
+            return None
+        images = {m: np.load(entry / f"image_{m}.npy", mmap_mode="r") for m in description["modalities"]}
+        mask = np.load(entry / "mask.npy", mmap_mode="r") if "mask.npy" in checksums else None
+        return PreprocessedCase(
+            name=name,
+            images=images,
+            mask=mask,
+            grid=Grid.from_dict(description["grid"]),
+            source=Grid.from_dict(description["source"]),
+            centre=tuple(description["centre"]),
+            notes=tuple(description["notes"]),
+            motions={modality: Motion(*map(tuple, numbers)) for modality, numbers in description["motions"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _checksum(path):
+    return zlib.crc32(path.read_bytes())
