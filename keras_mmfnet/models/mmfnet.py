@@ -152,7 +152,7 @@ class MMFNet(EncoderDecoder):
         # The modality with the largest number always stays.
         stays = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
         return {
-            name: inputs[name] * ops.reshape(ops.cast(stays[:, index], inputs[name].dtype), (-1, 1, 1, 1, 1))
+            name: ops.where(ops.reshape(stays[:, index], (-1, 1, 1, 1, 1)), inputs[name], 0)
             for index, name in enumerate(self.modalities)
         }
 
