@@ -1,0 +1,120 @@
+"""Asks whether MMFNet's attention looks at the patient: the same network with the weights that it has on average.
+
+    python benchmarks/fixed_attention.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
+
+OUT is a run of reproduce_tables.py. In the trained network each channel weight is replaced by its mean over the
+validation patients, each block's spatial weights by their one mean, or both; what the test patients' DSC loses is what
+the attention has found in them.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
+import numpy as np
+from machine import machine, report
+
+from keras_mmfnet.data import find_cases
+from keras_mmfnet.evaluation import evaluate_case, paired_difference
+from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.layers import FusionBlock3D
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.training import preprocess_cases
+
+RESULTS = Path(__file__).parent / "results" / "fixed_attention"
+KINDS = {"channel": ("channel",), "spatial": ("spatial",), "both": ("channel", "spatial")}
+
+
+def attentions(model, kind):
+    """The channel or spatial attention of each fusion block."""
+    return [getattr(layer, f"{kind}_attention") for layer in model.layers if isinstance(layer, FusionBlock3D)]
+
+
+def scores(predict, patients, recipe):
+    """The DSC of each patient."""
+    found = []
+    for case in patients:
+        volume = predict_volume(predict, case.images, recipe.patch_shape, recipe.window_stride, case.centre)
+        found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
+    return found
+
+
+def mean_weights(model, patients, recipe):
+    """By kind, each block's channel weights on average over the patients, and its spatial weights' one mean."""
+    seen = {}
+    for kind, axes in (("channel", 0), ("spatial", None)):
+        seen[kind] = [record(layer, axes) for layer in attentions(model, kind)]
+
+    def call(batch):
+        # Eagerly: there is nothing to record in a graph.
+        return keras.ops.convert_to_numpy(model(batch))
+
+    for case in patients:
+        predict_volume(call, case.images, recipe.patch_shape, recipe.window_stride, case.centre)
+    return {kind: [np.mean(weights, axis=0) for weights in blocks] for kind, blocks in seen.items()}
+
+
+def record(layer, axes):
+    """A list to which the attention adds the mean of its weights at every call."""
+    compute, weights = layer.scores, []
+
+    def scores(inputs):
+        values = compute(inputs)
+        weights.append(keras.ops.convert_to_numpy(values).mean(axis=axes, keepdims=True))
+        return values
+
+    layer.scores = scores
+    return weights
+
+
+def fix(model, kind, means):
+    """Puts these weights in the place of those that the inputs would give."""
+    for layer, mean in zip(attentions(model, kind), means, strict=True):
+        layer.scores = lambda inputs, mean=mean: keras.ops.cast(mean, inputs.dtype)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="OUT", help="output folder of reproduce_tables.py")
+    add("--data", type=Path, required=True, help="its folder of patients")
+    add("--method", default="mmfnet_mlp_std", metavar="NAME", help="one of its MMFNets (mmfnet_mlp_std)")
+    add("--fold", type=int, default=0, metavar="N", help="one of its folds (0)")
+    parsed = parser.parse_args()
+    path = parsed.run / f"fold_{parsed.fold}" / f"{parsed.method}.keras"
+    if not path.is_file():
+        sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
+    recipe = Recipe.load(parsed.run / "recipe.json")
+    patients, _ = preprocess_cases(find_cases(parsed.data, recipe), recipe, parsed.run / "cache")
+    split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
+    validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
+
+    def load():
+        return keras.models.load_model(path, compile=False)
+
+    means = mean_weights(load(), validation, recipe)
+    own = scores(load(), test, recipe)
+    result = {
+        "machine": machine("keras", keras.backend.backend()),
+        "method": parsed.method,
+        "fold": parsed.fold,
+        "patients": len(test),
+        "dsc": float(np.mean(own)),
+        "less_the_network's_own": {},
+    }
+    for name, kinds in KINDS.items():
+        model = load()
+        for kind in kinds:
+            fix(model, kind, means[kind])
+        result["less_the_network's_own"][name] = paired_difference(scores(model, test, recipe), own)
+    report(result, RESULTS / f"{parsed.method}.json")
+
+
+if __name__ == "__main__":
+    main()
