@@ -5,10 +5,18 @@ from matplotlib import colors
 from keras_mmfnet.plots import (
     PREDICTION_COLOUR,
     TRUTH_COLOUR,
+    plot_boxes,
+    plot_errors,
     plot_learning_curves,
     plot_methods,
+    plot_montage,
+    plot_reliability,
     plot_segmentation,
+    plot_surfaces,
+    plot_training,
 )
+from keras_mmfnet.plots._colours import ERROR_COLOURS
+from keras_mmfnet.plots.surfaces import voxel_faces
 
 
 def patient():
@@ -91,3 +99,123 @@ def test_learning_curves():
     assert figure.axes[0].lines[1].get_color() == figure.axes[1].lines[0].get_color()
     with pytest.raises(ValueError, match="at least one panel"):
         plot_learning_curves({})
+
+
+def test_errors_of_methods_side_by_side():
+    images, prediction, truth = patient()
+    figure = plot_errors(images, {"half": prediction, "all": truth}, truth, spacing=(4.0, 1.0, 2.0))
+    assert [axes.get_title() for axes in figure.axes] == ["half\nDSC 0.500", "all\nDSC 1.000", "", ""]
+    assert figure.get_suptitle() == "slice 4 of 6"
+    layers = [image.get_array() for image in figure.axes[2].images[1:]]
+    right = [truth[3] & prediction[3], ~truth[3] & prediction[3], truth[3] & ~prediction[3]]
+    for layer, voxels, colour in zip(layers, right, ERROR_COLOURS.values(), strict=True):
+        np.testing.assert_array_equal(layer[..., 3] > 0, voxels > 0)
+        np.testing.assert_allclose(layer[voxels > 0], [colors.to_rgba(colour, 0.75)] * 50)
+    assert not figure.axes[3].images[2].get_array().any()
+    extents = {tuple(image.get_extent()) for axes in figure.axes for image in axes.images}
+    assert extents == {(-1.0, 59.0, 39.5, -0.5)}
+    assert [text.get_text() for text in figure.axes[0].texts] == ["R", "L", "t1"]
+    with pytest.raises(ValueError, match=r"at least one method\. Received: \{\}"):
+        plot_errors(images, {}, truth)
+    with pytest.raises(ValueError, match=r"one shape\. Received: .*'the expert': \(5,"):
+        plot_errors(images, {"all": truth}, truth[1:])
+
+
+def test_a_montage_shows_every_slice():
+    images, prediction, truth = patient()
+    figure = plot_montage(images["t1"], prediction, truth, spacing=(4.0, 0.5, 0.5), margin=1)
+    assert len(figure.axes) == 6
+    assert [axes.texts[-1].get_text() for axes in figure.axes] == list("123456")
+    assert [len(axes.collections) for axes in figure.axes] == [0, 0, 0, 2, 0, 0]
+    for number, axes in enumerate(figure.axes):
+        np.testing.assert_array_equal(axes.images[0].get_array(), images["t1"][number])
+        # All show the same part.
+        np.testing.assert_allclose(axes.get_xlim(), (3 / 2 - 0.25, 21 / 2 + 0.25))
+    with pytest.raises(ValueError, match="one shape"):
+        plot_montage(images["t1"], prediction[1:])
+
+
+def test_the_faces_of_voxels_enclose_their_volume():
+    mask = np.random.default_rng(0).random((4, 5, 6)) < 0.5
+    corners = voxel_faces(mask, (4.0, 0.5, 2.0))
+    padded = np.pad(mask, 1).astype(int)
+    assert len(corners) == sum(np.abs(np.diff(padded, axis=axis)).sum() for axis in range(3))
+    # By the divergence theorem, in x, y, z; a face that turned the other way would count as negative.
+    corners = corners[..., ::-1]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    volume = np.einsum("ij,ij->", corners.mean(axis=1), normals) / 3
+    assert volume == pytest.approx(mask.sum() * 4.0)
+
+
+def test_surfaces_in_space(tmp_path):
+    _, prediction, truth = patient()
+    figure = plot_surfaces(prediction, truth, spacing=(4.0, 0.5, 2.0))
+    assert [axes.get_title() for axes in figure.axes] == ["expert", "prediction"]
+    for axes in figure.axes:
+        np.testing.assert_allclose([*axes.get_xlim(), *axes.get_ylim(), *axes.get_zlim()], [9, 39, 4.75, 9.75, 10, 14])
+        assert len(axes.collections) == 1
+    figure.savefig(tmp_path / "surfaces.png")
+    assert [len(axes.collections) for axes in plot_surfaces(0 * prediction, truth).axes] == [1, 0]
+    with pytest.raises(ValueError, match=r"not be empty\. Received: prediction of zeros"):
+        plot_surfaces(0 * prediction)
+    with pytest.raises(ValueError, match="one shape"):
+        plot_surfaces(prediction, truth[1:])
+
+
+def test_the_curves_of_a_training():
+    history = [
+        {"epoch": "0", "loss": "0.9", "val_loss": "0.8", "dice_score": "0.1", "val_dice_score": "0.2"},
+        {"epoch": "1", "loss": "0.5", "val_loss": "0.4", "dice_score": "0.5", "val_dice_score": "0.6"},
+        {"epoch": "2", "loss": "0.4", "val_loss": "0.5", "dice_score": "0.6", "val_dice_score": "0.5"},
+    ]
+    stages = [("encoders frozen", "0.001"), ("all", "0.0001"), ("all", "0.0001")]
+    rows = [row | {"stage": s, "learning_rate": r} for row, (s, r) in zip(history, stages, strict=True)]
+    loss, dice, rate = plot_training(rows).axes
+    assert [axes.get_title() for axes in (loss, dice, rate)] == ["Dice loss", "DSC", "learning rate"]
+    training, validation, best, end = loss.lines
+    np.testing.assert_array_equal(training.get_xydata(), [(1, 0.9), (2, 0.5), (3, 0.4)])
+    np.testing.assert_array_equal(validation.get_ydata(), [0.8, 0.4, 0.5])
+    assert (best.get_xdata(), best.get_ydata()) == ([2], [0.4])
+    assert list(end.get_xdata()) == [1.5, 1.5]
+    np.testing.assert_array_equal(dice.lines[1].get_ydata(), [0.2, 0.6, 0.5])
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), [1e-3, 1e-4, 1e-4])
+    # Without a warm-up there is no end of it.
+    assert len(plot_training(rows[1:]).axes[0].lines) == 3
+    with pytest.raises(ValueError, match=r"at least one epoch\. Received: \[\]"):
+        plot_training([])
+
+
+def test_boxes_over_patients():
+    (axes,) = plot_boxes({"mine": [0.1, 0.2, 0.6, None], "theirs": [0.5, float("nan")]}, "AP").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mine (3)", "theirs (1)"]
+    medians = [line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 2]
+    assert medians == [0.2, 0.5]
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [[0.1, 0.2, 0.6], [0.5]]
+    assert axes.get_xlabel() == "AP"
+    with pytest.raises(ValueError, match=r"Received: \['empty'\]"):
+        plot_boxes({"empty": [None]})
+
+
+def test_the_reliability_of_probabilities():
+    rng = np.random.default_rng(0)
+    probability = rng.random((3, 10, 10)) ** 2
+    probability[0, 0, :2] = 0, 1
+    truth = rng.random(probability.shape) < probability**1.5
+    curves, counts = plot_reliability({"network": (probability, truth)}, bins=4).axes
+    expected, points, voxels = 0, [], []
+    for low in (0, 0.25, 0.5, 0.75):
+        inside = (probability >= low) & ((probability < low + 0.25) | (low == 0.75))
+        points.append((probability[inside].mean(), truth[inside].mean()))
+        voxels.append(inside.sum())
+        expected += inside.sum() / truth.size * abs(probability[inside].mean() - truth[inside].mean())
+    np.testing.assert_allclose(curves.lines[1].get_xydata(), points)
+    np.testing.assert_array_equal(counts.patches[0].get_data().values, voxels)
+    assert curves.get_legend().get_texts()[0].get_text() == f"network, ECE {expected:.4f}"
+    # A bin without voxels has no point and no part in the error.
+    (curves, _) = plot_reliability({"sure": (np.array([0.0, 1.0, 1.0]), np.array([0, 1, 0]))}).axes
+    assert curves.get_legend().get_texts()[0].get_text() == "sure, ECE 0.3333"
+    with pytest.raises(ValueError, match=r"one shape\. Received: \(3,\) and \(2,\)"):
+        plot_reliability({"network": (np.zeros(3), np.zeros(2))})
+    with pytest.raises(ValueError, match="at least one title"):
+        plot_reliability({})

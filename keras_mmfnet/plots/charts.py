@@ -1,0 +1,242 @@
+"""Charts of numbers: of methods, of patients, of a training."""
+
+import itertools
+
+import numpy as np
+
+from keras_mmfnet.plots._colours import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
+
+
+def plot_methods(scores, label="DSC"):
+    """Compares methods: each one's mean over patients with its 95% interval, beside the paper's number.
+
+    Args:
+        scores: `{title: (a number for each patient, the paper's mean or None)}`.
+        label: Name of the number.
+
+    Returns:
+        A Matplotlib figure, one line per method in the order given.
+
+    Raises:
+        ValueError: There is no method, or one without patients.
+    """
+    from matplotlib.figure import Figure
+
+    empty = [title for title, (values, _) in scores.items() if not len(values)]
+    if not scores or empty:
+        raise ValueError(f"`scores` must hold methods with patients. Received: {empty or 'no method'}")
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for line, (values, paper) in enumerate(scores.values()):
+        values = np.asarray(values, float)
+        means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        axes.plot([low, high], [line, line], color=PREDICTION_COLOUR, linewidth=3, solid_capstyle="butt")
+        axes.plot(values.mean(), line, "o", color=LINE_COLOURS[0])
+        if paper is not None:
+            axes.plot(paper, line, "D", markerfacecolor="none", color=TRUTH_COLOUR)
+    axes.plot([], [], "o-", color=LINE_COLOURS[0], label="here: mean over patients, 95% interval")
+    axes.plot([], [], "D", markerfacecolor="none", color=TRUTH_COLOUR, label="paper, on its own patients")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def plot_learning_curves(charts):
+    """Validation loss against updates, several curves in each of several panels.
+
+    Args:
+        charts: `{title of a panel: {label of a curve: (updates, losses)}}`; the labels have one colour in all panels.
+
+    Returns:
+        A Matplotlib figure.
+
+    Raises:
+        ValueError: There is no panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not charts:
+        raise ValueError(f"`charts` must hold at least one panel. Received: {charts}")
+    labels = list(dict.fromkeys(label for curves in charts.values() for label in curves))
+    figure = Figure(figsize=(4.2 * len(charts), 3.6), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
+    ):
+        for label, (updates, losses) in curves.items():
+            axes.plot(updates, losses, "o-", markersize=3, color=_colour(labels.index(label)))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("updates")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation Dice loss")
+    lines = [figure.axes[0].plot([], [], "o-", color=_colour(i))[0] for i in range(len(labels))]
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def plot_training(history):
+    """One training: its losses, Dice scores and learning rate by epoch, and where the warm-up ended.
+
+    Args:
+        history: Rows of a `<network>_history.csv`, as dicts by column: numbers, or texts of them.
+
+    Returns:
+        A Matplotlib figure of three panels, the best epoch (of the lowest validation loss) marked in the first two.
+
+    Raises:
+        ValueError: There is no epoch.
+    """
+    from matplotlib.figure import Figure
+
+    if not history:
+        raise ValueError(f"`history` must hold at least one epoch. Received: {history}")
+    stages = [row["stage"] for row in history]
+    epochs = np.array([int(row["epoch"]) for row in history]) + 1
+    best = int(np.argmin([float(row["val_loss"]) for row in history]))
+    panels = {"Dice loss": "loss", "DSC": "dice_score", "learning rate": "learning_rate"}
+    figure = Figure(figsize=(10.5, 3.0), layout="constrained")
+    for axes, (title, name) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        columns = {
+            label: key for label, key in (("training", name), ("validation", f"val_{name}")) if key in history[0]
+        }
+        for colour, (label, column) in zip(LINE_COLOURS, columns.items(), strict=False):
+            values = [float(row[column]) for row in history]
+            axes.plot(epochs, values, ".-", color=colour, label=label)
+            if label == "validation":
+                axes.plot(epochs[best], values[best], "o", color=colour, markerfacecolor="none", label="best epoch")
+        for end in np.flatnonzero([one != other for one, other in itertools.pairwise(stages)]):
+            axes.axvline(epochs[end] + 0.5, color="0.4", linestyle=":", label="end of the warm-up")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def plot_boxes(scores, label="DSC"):
+    """How a number spreads over patients, one box per method: quartiles, whiskers and a dot for each patient.
+
+    Args:
+        scores: `{title: a number for each patient}`; `None` or NaN where it is not defined.
+        label: Name of the number.
+
+    Returns:
+        A Matplotlib figure, one line per method in the order given. The whiskers reach the last patients within 1.5
+        times the distance of the quartiles.
+
+    Raises:
+        ValueError: There is no method, or one without numbers.
+    """
+    from matplotlib.figure import Figure
+
+    values = {title: np.array(numbers, float) for title, numbers in scores.items()}
+    values = {title: numbers[np.isfinite(numbers)] for title, numbers in values.items()}
+    empty = [title for title, numbers in values.items() if not len(numbers)]
+    if not scores or empty:
+        raise ValueError(f"`scores` must hold methods with numbers. Received: {empty or 'no method'}")
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=(9, 1.0 + 0.45 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    axes.boxplot(
+        list(values.values()),
+        positions=range(len(values)),
+        widths=0.6,
+        orientation="horizontal",
+        showfliers=False,
+        medianprops={"color": LINE_COLOURS[1], "linewidth": 2},
+    )
+    for line, numbers in enumerate(values.values()):
+        apart = line + rng.uniform(-0.2, 0.2, len(numbers))
+        axes.plot(numbers, apart, "o", color=LINE_COLOURS[0], markersize=3, alpha=0.5)
+    axes.set_yticks(range(len(values)), [f"{title} ({len(numbers)})" for title, numbers in values.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def plot_reliability(probabilities, bins=10):
+    """Whether probabilities mean what they say: how often there is tumour where the network gives which probability.
+
+    Args:
+        probabilities: `{title: (probabilities from 0 to 1, the expert's mask of the same shape)}`; of several patients,
+            give all voxels in one array.
+        bins: Bins of equal width.
+
+    Returns:
+        A Matplotlib figure: above, the share of tumour against the mean probability of each bin, with the expected
+        calibration error of each title; below, how many voxels lie in each bin.
+
+    Raises:
+        ValueError: Nothing is given, or the shapes differ.
+    """
+    from matplotlib.figure import Figure
+
+    if not probabilities:
+        raise ValueError(f"`probabilities` must hold at least one title. Received: {probabilities}")
+    figure = Figure(figsize=(4.6, 6.2), layout="constrained")
+    curves, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    curves.plot([0, 1], [0, 1], ":", color="0.4")
+    for number, (title, (probability, truth)) in enumerate(probabilities.items()):
+        mean, share, voxels = calibration(probability, truth, bins)
+        error = calibration_error(mean, share, voxels)
+        curves.plot(mean, share, "o-", markersize=4, color=_colour(number), label=f"{title}, ECE {error:.4f}")
+        counts.stairs(voxels, np.linspace(0, 1, bins + 1), color=_colour(number), baseline=None)
+    curves.set(ylabel="share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    curves.legend(frameon=False, fontsize=9)
+    counts.set(xlabel="probability of tumour", ylabel="voxels", yscale="symlog")
+    counts.set_ylim(bottom=0)
+    for axes in (curves, counts):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def calibration(probability, truth, bins=10):
+    """Mean probability, share of tumour and number of voxels of each bin of probabilities.
+
+    Args:
+        probability: Probabilities from 0 to 1.
+        truth: The expert's mask of 0 and 1, of the same shape.
+        bins: Bins of equal width; each holds its lower end, the last one both.
+
+    Returns:
+        Three arrays `(bins,)`; the first two are NaN where there is no voxel.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    probability, truth = np.asarray(probability, float), np.asarray(truth) > 0
+    if probability.shape != truth.shape:
+        raise ValueError(
+            f"`probability` and `truth` must have one shape. Received: {probability.shape} and {truth.shape}"
+        )
+    number = np.minimum((probability * bins).astype(int), bins - 1).ravel()
+    voxels = np.bincount(number, minlength=bins)
+    sums = (np.bincount(number, values.ravel(), bins) for values in (probability, truth))
+    mean, share = (np.divide(total, voxels, out=np.full(bins, np.nan), where=voxels > 0) for total in sums)
+    return mean, share, voxels
+
+
+def calibration_error(mean, share, voxels):
+    """The expected calibration error: |mean probability - share of tumour|, averaged over all voxels' bins.
+
+    Args:
+        mean: Mean probability of each bin, as `calibration` gives it.
+        share: Share of tumour of each bin.
+        voxels: Number of voxels of each bin.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    some = voxels > 0
+    return float(np.average(np.abs(mean - share)[some], weights=voxels[some]))
+
+
+def _colour(number):
+    return LINE_COLOURS[number % len(LINE_COLOURS)]

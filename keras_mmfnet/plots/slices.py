@@ -1,0 +1,217 @@
+"""Slices of a patient with masks over them.
+
+All arrays are on axes of (superior, posterior, left), as preprocessing makes them, and a slice is shown as radiologists
+see it, from below: the patient's right is on the left.
+"""
+
+import math
+
+import numpy as np
+
+from keras_mmfnet.plots._colours import ERROR_COLOURS
+from keras_mmfnet.plots._masks import expert_and_prediction, union
+
+
+def plot_segmentation(images, prediction, truth=None, spacing=(1.0, 1.0, 1.0), depth=None, margin=None):
+    """One slice of each modality with the contours of the prediction and of the expert (as the paper's Figure 7).
+
+    The patient's right is on the left.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left), as preprocessing makes
+            them.
+        prediction: Mask of 0 and 1, of the images' shape.
+        truth: The expert's mask, of the same shape, or `None`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        depth: Number of the slice; `None` for the one with the largest contour.
+        margin: Show only the contours' surroundings, up to this many mm from them; `None` for the whole slice.
+
+    Returns:
+        A Matplotlib figure, one panel per modality. The title gives the slice and, with a truth, its Dice similarity
+        coefficient.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    masks = expert_and_prediction(truth, prediction)
+    either = union(images, masks)
+    depth = _largest(either) if depth is None else depth
+    view = _view(either[depth], spacing, margin)
+
+    figure = _dark_figure(3.4 * len(images), 3.9)
+    for axes, (name, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
+        _show(axes, image[depth], view, spacing)
+        _outline(axes, masks, depth, spacing)
+        axes.set_title(name, color="white")
+    title = f"slice {depth + 1} of {len(either)}"
+    if truth is not None:
+        title += f", DSC {_dice(*(mask[depth] for mask, _ in masks.values())):.3f}"
+    figure.suptitle(title, color="white")
+    _legend(figure, {name: colour for name, (_, colour) in masks.items()})
+    return figure
+
+
+def plot_errors(images, predictions, truth, spacing=(1.0, 1.0, 1.0), depth=None, margin=None):
+    """One slice with what each method gets right, adds and misses, methods side by side (as the paper's Figure 9).
+
+    The patient's right is on the left.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
+        predictions: `{method: mask of 0 and 1}`, of the images' shape.
+        truth: The expert's mask, of the same shape.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        depth: Number of the slice; `None` for the one with the expert's largest contour.
+        margin: Show only the masks' surroundings, up to this many mm from them; `None` for the whole slice.
+
+    Returns:
+        A Matplotlib figure, a row of panels per modality and a column per method, titled with the Dice similarity
+        coefficient of the slice.
+
+    Raises:
+        ValueError: The shapes differ, or there is no method.
+    """
+    from matplotlib.colors import to_rgba
+
+    if not predictions:
+        raise ValueError(f"`predictions` must hold at least one method. Received: {predictions}")
+    masks = {name: (np.asarray(mask) > 0, None) for name, mask in {**predictions, "the expert": truth}.items()}
+    either, truth = union(images, masks), masks.pop("the expert")[0]
+    depth = _largest(truth) if depth is None else depth
+    view = _view(either[depth], spacing, margin)
+
+    figure = _dark_figure(2.6 * len(masks) + 0.2, 2.6 * len(images) + 0.9)
+    panels = figure.subplots(len(images), len(masks), squeeze=False)
+    for row, (modality, image) in zip(panels, images.items(), strict=True):
+        for axes, (method, (mask, _)) in zip(row, masks.items(), strict=True):
+            _show(axes, image[depth], view, spacing)
+            kinds = (mask & truth, mask & ~truth, truth & ~mask)
+            for kind, colour in zip(kinds, ERROR_COLOURS.values(), strict=True):
+                layer = kind[depth][..., None] * np.array(to_rgba(colour, 0.75))
+                axes.imshow(layer, extent=_extent(layer.shape, spacing), interpolation="nearest")
+            if axes in panels[0]:
+                axes.set_title(f"{method}\nDSC {_dice(mask[depth], truth[depth]):.3f}", color="white", fontsize=10)
+        _write(row[0], 0.5, 0.02, modality, ha="center", va="bottom")
+    figure.suptitle(f"slice {depth + 1} of {len(either)}", color="white", fontsize=10)
+    _legend(figure, ERROR_COLOURS, filled=True)
+    return figure
+
+
+def plot_montage(image, prediction, truth=None, spacing=(1.0, 1.0, 1.0), margin=None):
+    """All slices of a patient with the contours of the prediction and of the expert.
+
+    The patient's right is on the left; the lowest slice comes first.
+
+    Args:
+        image: Image `(depth, height, width)`, on axes of (superior, posterior, left).
+        prediction: Mask of 0 and 1, of the image's shape.
+        truth: The expert's mask, of the same shape, or `None`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        margin: Show only the contours' surroundings, up to this many mm from them; `None` for whole slices.
+
+    Returns:
+        A Matplotlib figure, one panel per slice, with the slice's number.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    masks = expert_and_prediction(truth, prediction)
+    either = union({"image": image}, masks)
+    view = _view(either.any(axis=0), spacing, margin)
+    columns = math.ceil(math.sqrt(1.4 * len(either)))
+    rows = math.ceil(len(either) / columns)
+
+    figure = _dark_figure(1.7 * columns, 1.7 * rows + 0.4)
+    figure.get_layout_engine().set(wspace=0, hspace=0)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    limits = _grey_limits(image[:, view[0], view[1]])
+    for depth, axes in enumerate(panels[: len(either)]):
+        _show(axes, image[depth], view, spacing, limits)
+        _outline(axes, masks, depth, spacing)
+        _write(axes, 0.02, 0.98, depth + 1, ha="left", va="top")
+    for axes in panels[len(either) :]:
+        axes.remove()
+    _legend(figure, {name: colour for name, (_, colour) in masks.items()})
+    return figure
+
+
+def _largest(mask):
+    """Number of the slice with most of a mask."""
+    return int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
+
+
+def _dice(one, other):
+    size = np.count_nonzero(one) + np.count_nonzero(other)
+    return 2 * np.count_nonzero(one & other) / size if size else 1.0
+
+
+def _view(mask, spacing, margin):
+    """The rows and the columns to show, as two slices: all, or up to `margin` mm from the mask."""
+    if margin is None or not mask.any():
+        return tuple(slice(0, size) for size in mask.shape)
+    reach = [round(margin / size) for size in spacing[1:]]
+    return tuple(
+        slice(max(index.min() - r, 0), min(index.max() + r + 1, size))
+        for index, r, size in zip(np.nonzero(mask), reach, mask.shape, strict=True)
+    )
+
+
+def _extent(shape, spacing):
+    """Edges of a slice in mm, so that pixels that are not square are not shown so."""
+    return [
+        -0.5 * spacing[2],
+        (shape[1] - 0.5) * spacing[2],
+        (shape[0] - 0.5) * spacing[1],
+        -0.5 * spacing[1],
+    ]
+
+
+def _grey_limits(values):
+    low, high = np.percentile(values, (1, 99.5))
+    return low, max(high, low + 1e-6)
+
+
+def _dark_figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="black")
+
+
+def _show(axes, image, view, spacing, limits=None):
+    """A slice in grey, with the patient's sides."""
+    low, high = limits or _grey_limits(image[view])
+    axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=_extent(image.shape, spacing))
+    rows, columns = view
+    axes.set_xlim((columns.start - 0.5) * spacing[2], (columns.stop - 0.5) * spacing[2])
+    axes.set_ylim((rows.stop - 0.5) * spacing[1], (rows.start - 0.5) * spacing[1])
+    axes.set_axis_off()
+    _write(axes, 0.02, 0.5, "R", ha="left", va="center")
+    _write(axes, 0.98, 0.5, "L", ha="right", va="center")
+
+
+def _write(axes, x, y, text, **alignment):
+    """A short text on a panel, readable on any image."""
+    box = {"facecolor": "black", "edgecolor": "none", "pad": 1.0, "alpha": 0.7}
+    axes.text(x, y, text, color="white", fontsize=8, bbox=box, transform=axes.transAxes, **alignment)
+
+
+def _outline(axes, masks, depth, spacing):
+    """The contours of masks on a slice."""
+    for mask, colour in masks.values():
+        if mask[depth].any():
+            x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing[:0:-1], strict=True))
+            axes.contour(x, y, mask[depth], levels=[0.5], colors=[colour], linewidths=1.6)
+
+
+def _legend(figure, colours, filled=False):
+    """Names and their colours below all panels."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=colour, label=name) if filled else Line2D([], [], color=colour, label=name)
+        for name, colour in colours.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, labelcolor="white", fontsize=9
+    )

@@ -1,0 +1,82 @@
+"""Masks in three dimensions."""
+
+import numpy as np
+
+from keras_mmfnet.plots._masks import expert_and_prediction, union
+
+# Corners of a voxel's face at its upper end along z, y and x, in steps of half a voxel from its centre; in an order
+# in which they turn about the outward direction.
+_FACES = (
+    ((1, -1, -1), (1, -1, 1), (1, 1, 1), (1, 1, -1)),
+    ((-1, 1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1)),
+    ((-1, -1, 1), (-1, 1, 1), (1, 1, 1), (1, -1, 1)),
+)
+
+
+def plot_surfaces(prediction, truth=None, spacing=(1.0, 1.0, 1.0)):
+    """The surfaces of the expert's mask and of the prediction, side by side in space (as the paper's Figure 8).
+
+    Seen from the front: the patient's right is on the left. The surface is that of the voxels as they are, so that
+    slices are as thick as they were taken.
+
+    Args:
+        prediction: Mask of 0 and 1, `(depth, height, width)`, on axes of (superior, posterior, left).
+        truth: The expert's mask, of the same shape, or `None`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+
+    Returns:
+        A Matplotlib figure, one panel per mask, all on the same axes in mm.
+
+    Raises:
+        ValueError: The shapes differ, or all masks are empty.
+    """
+    from matplotlib.figure import Figure
+    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+    masks = expert_and_prediction(truth, prediction)
+    found = np.argwhere(union({}, masks))
+    if not len(found):
+        raise ValueError(f"at least one mask must not be empty. Received: {', '.join(masks)} of zeros")
+    low, high = (found.min(axis=0) - 0.5) * spacing, (found.max(axis=0) + 0.5) * spacing
+
+    figure = Figure(figsize=(4.2 * len(masks), 4.0), layout="constrained")
+    for number, (name, (mask, colour)) in enumerate(masks.items(), start=1):
+        axes = figure.add_subplot(1, len(masks), number, projection="3d")
+        faces = voxel_faces(mask, spacing)
+        if len(faces):
+            # Matplotlib's axes are x, y and z.
+            axes.add_collection3d(Poly3DCollection(faces[..., ::-1], facecolors=colour, shade=True))
+        axes.set(zlim=(low[0], high[0]), ylim=(low[1], high[1]), xlim=(low[2], high[2]))
+        axes.set_box_aspect((high - low)[::-1], zoom=0.85)
+        axes.view_init(elev=20, azim=-70)
+        axes.set_title(name)
+        axes.set_xlabel("right to left, mm", fontsize=8)
+        axes.set_ylabel("front to back, mm", fontsize=8)
+        axes.set_zlabel("up, mm", fontsize=8)
+        axes.tick_params(labelsize=7)
+    return figure
+
+
+def voxel_faces(mask, spacing=(1.0, 1.0, 1.0)):
+    """The faces between a mask's voxels and those that are not of it; the volume's outside is not of it.
+
+    Args:
+        mask: Mask of 0 and 1, `(depth, height, width)`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+
+    Returns:
+        Their corners `(faces, 4, 3)` in mm, `(z, y, x)`, from the first voxel's centre; each face's corners turn
+        counterclockwise for someone who looks at the mask from outside.
+    """
+    padded = np.pad(np.asarray(mask) > 0, 1)
+    faces = []
+    for axis, corners in enumerate(np.array(_FACES)):
+        for step in (1, -1):
+            ends = np.argwhere(padded & ~np.roll(padded, -step, axis)) - 1
+            outward = corners.copy()
+            if step < 0:
+                # The opposite face, which turns the other way.
+                outward[:, axis] = -1
+                outward = outward[::-1]
+            faces.append(ends[:, None] + 0.5 * outward)
+    return np.concatenate(faces) * spacing
