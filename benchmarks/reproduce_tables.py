@@ -27,15 +27,17 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import keras
 import SimpleITK as sitk
 from machine import machine
-from tables import write_tables
+from tables import results_sections, write_tables
 
 from keras_mmfnet._files import write, write_once
+from keras_mmfnet._log import log_to_file, log_to_terminal
 from keras_mmfnet.data import find_cases, five_folds
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.models import METHODS
 from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
+from keras_mmfnet.report import cohort_html, recipe_html, report_html, software_html
 from keras_mmfnet.training import preprocess_cases, train_method
 
 try:
@@ -54,6 +56,7 @@ def parse_arguments(arguments=None):
     add("--folds", type=int, default=argparse.SUPPRESS, metavar="K", help="folds of the cross-validation (5)")
     add("--fold", nargs="+", type=int, metavar="N", help="numbers of the folds to run, from 0 (default: all)")
     add("--baseline", default="multi_encoder", metavar="NAME", help="method that the others are compared with")
+    add("--quiet", action="store_true", help="nothing on the terminal but errors and where the table is")
     add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
     add("--learning-rate", dest="rate", type=float, metavar="X",
         help="Adam's at the start; a tenth of it after self-transfer (0.01)")  # fmt: skip
@@ -161,22 +164,29 @@ def read_history(path):
 
 
 def main():
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         parsed = parse_arguments()
+        log_to_terminal("%(asctime)s %(message)s", parsed.quiet)
         recipe = choose_recipe(parsed)
         cases = {case.name: case for case in find_cases(parsed.data, recipe)}
-        parsed.out.mkdir(parents=True, exist_ok=True)
-        write_once(parsed.out / "recipe.json", recipe.to_json(), "another recipe")
-        splits = five_folds(list(cases), recipe.folds, recipe.validation_fraction, recipe.seed)
-        folds = range(len(splits)) if parsed.fold is None else parsed.fold
-        if not set(folds) <= set(range(len(splits))):
-            raise ValueError(f"--fold: numbers from 0 to {len(splits) - 1} are expected. Received: {parsed.fold}")
-        division = {"folds": [dataclasses.asdict(split) for split in splits]}
-        write_once(parsed.out / "cohort.json", json.dumps(division, indent=2) + "\n", "other patients")
-        patients, _ = preprocess_cases(list(cases.values()), recipe, parsed.out / "cache")
+        with log_to_file(parsed.out / "run.log"):
+            compare(parsed, recipe, cases)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    table = parsed.out / "table.md"
+    print(table if parsed.quiet else table.read_text(encoding="utf-8"))
+
+
+def compare(parsed, recipe, cases):
+    """Trains and evaluates the chosen methods on the chosen folds, and writes the table, the charts and the report."""
+    write_once(parsed.out / "recipe.json", recipe.to_json(), "another recipe")
+    splits = five_folds(list(cases), recipe.folds, recipe.validation_fraction, recipe.seed)
+    folds = range(len(splits)) if parsed.fold is None else parsed.fold
+    if not set(folds) <= set(range(len(splits))):
+        raise ValueError(f"--fold: numbers from 0 to {len(splits) - 1} are expected. Received: {parsed.fold}")
+    division = {"folds": [dataclasses.asdict(split) for split in splits]}
+    write_once(parsed.out / "cohort.json", json.dumps(division, indent=2) + "\n", "other patients")
+    patients, _ = preprocess_cases(list(cases.values()), recipe, parsed.out / "cache")
 
     tasks = [(fold, method) for fold in folds for method in parsed.methods]
     # What another process is at is left to it; in the end this one waits for what is still missing.
@@ -194,7 +204,13 @@ def main():
                 write(path, json.dumps(result) + "\n")
             keras.utils.clear_session()
     write_tables(parsed.out, parsed.out, parsed.baseline)
-    print((parsed.out / "table.md").read_text(encoding="utf-8"))
+    sections = [
+        *results_sections(parsed.out, parsed.baseline),
+        ("Patients", cohort_html(patients.values(), division)),
+        ("Recipe", recipe_html(recipe)),
+        ("Software", software_html()),
+    ]
+    write(parsed.out / "report.html", report_html(f"Comparison: {parsed.out.resolve().name}", sections))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 from keras_mmfnet._files import write
 from keras_mmfnet.evaluation import metrics_csv, paired_difference, summarise
 from keras_mmfnet.models import METHODS
-from keras_mmfnet.plots import plot_learning_curves, plot_methods
+from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_methods
+from keras_mmfnet.report import figure_html, table_html
 
 NUMBERS = ("dsc", "ap", "dice_loss", "hd95", "assd")
 # Which method is trained without and which with self-transfer, for the learning curves.
@@ -61,15 +62,17 @@ def make_rows(results, baseline):
     return rows
 
 
-def markdown(rows, baseline):
-    """The table as Markdown."""
-    header = (
-        "Method | DSC paper | DSC | AP paper | AP | Dice loss paper | Dice loss | HD95 mm | ASSD mm | "
-        "DSC less the baseline's [95%] | p | Folds | Patients | Parameters | Training s | Patient s"
-    )
-    lines = [f"| {header} |", "|---|" + "---:|" * header.count("|")]
+HEADER = (
+    *("Method", "DSC paper", "DSC", "AP paper", "AP", "Dice loss paper", "Dice loss", "HD95 mm", "ASSD mm"),
+    *("DSC less the baseline's [95%]", "p", "Folds", "Patients", "Parameters", "Training s", "Patient s"),
+)
+
+
+def table_cells(rows, baseline):
+    """The table's lines, a text for each column of `HEADER`."""
+    lines = []
     for row in rows:
-        cells = [f"**{row['title']}**" if row["method"] == baseline else row["title"]]
+        cells = [row["title"]]
         for key in NUMBERS:
             if key in NUMBERS[:3]:
                 cells.append(f"{row[f'paper_{key}']:.4f}" if row[f"paper_{key}"] is not None else "")
@@ -83,7 +86,16 @@ def markdown(rows, baseline):
             cells += [f"{row['difference_mean']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
         cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
         cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    return lines
+
+
+def markdown(rows, baseline):
+    """The table as Markdown."""
+    lines = [f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    for row, (title, *cells) in zip(rows, table_cells(rows, baseline), strict=True):
+        title = f"**{title}**" if row["method"] == baseline else title
+        lines.append(f"| {' | '.join([title, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,14 +134,39 @@ def write_tables(folder, out, baseline="multi_encoder"):
     rows = make_rows(results, baseline)
     write(out / "table.md", markdown(rows, baseline))
     write(out / "table.csv", metrics_csv(rows))
+    for name, (figure, _) in make_charts(results).items():
+        figure.savefig(out / f"{name}.png", dpi=110)
+
+
+def make_charts(results):
+    """What can be drawn of the results: `{name of the file: (figure, caption)}`."""
     scores = {
         folds[0]["title"]: ([row["dsc"] for row in by_patient(folds).values()], folds[0]["paper"].get("dsc"))
         for folds in results.values()
     }
-    plot_methods(scores).savefig(out / "methods.png", dpi=110)
-    charts = curves(results)
-    if charts:
-        plot_learning_curves(charts).savefig(out / "self_transfer.png", dpi=110)
+    charts = {"methods": (plot_methods(scores), "Each method's mean DSC, beside the paper's.")}
+    losses = curves(results)
+    if losses:
+        charts["self_transfer"] = plot_learning_curves(losses), "Without and with self-transfer; mean of the folds."
+    return charts
+
+
+def results_sections(folder, baseline="multi_encoder"):
+    """The table and the charts as sections of a report, `(heading, HTML)` each.
+
+    Args:
+        folder: Folder with the results.
+        baseline: Method that the others are compared with.
+
+    Returns:
+        A list of sections.
+    """
+    results = read_results(folder)
+    scores = {folds[0]["title"]: [row["dsc"] for row in by_patient(folds).values()] for folds in results.values()}
+    boxes = "The patients' DSC by method: quartiles, and a dot for each patient; in brackets how many they are."
+    figures = [*make_charts(results).values(), (plot_boxes(scores), boxes)]
+    table = table_html(HEADER, table_cells(make_rows(results, baseline), baseline), numeric=HEADER[1:])
+    return [("Results", table), ("Charts", "\n".join(figure_html(*figure) for figure in figures))]
 
 
 if __name__ == "__main__":

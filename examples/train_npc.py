@@ -20,9 +20,11 @@ from pathlib import Path
 # TensorFlow leaves it off on some processors; a step takes a third of the time with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+from keras_mmfnet._log import log_to_file, log_to_terminal
 from keras_mmfnet.data import find_cases, make_phantom_cohort
 from keras_mmfnet.evaluation import metrics_table
 from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
+from keras_mmfnet.report import write_run_report
 from keras_mmfnet.training import cross_validate
 
 # The synthetic patients are easy enough to end the demonstration here.
@@ -38,6 +40,7 @@ def parse_arguments(arguments=None):
     add("--skip-bad", action="store_true", help="leave out patients that cannot be used, and list them")
     add("--paper", action="store_true", help="the full recipe of the paper, in place of the small one for a CPU")
     add("--fold", default="0", metavar="N|all", help="fold of the cross-validation to run (default: 0)")
+    add("--quiet", action="store_true", help="nothing on the terminal but errors and where the numbers are")
     add("--modalities", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
         help="file names of the modalities, two or more")  # fmt: skip
     add_recipe_arguments(parser)
@@ -63,7 +66,7 @@ def choose_recipe(parsed, out):
 
 def main():
     parsed = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to_terminal(quiet=parsed.quiet)
     out = parsed.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     try:
         recipe = choose_recipe(parsed, out)
@@ -72,19 +75,27 @@ def main():
             data = out / "phantom"
             if parsed.resume and (out / "recipe.json").exists() and not data.exists():
                 raise ValueError(f"the run is of patients of your own: --data is expected. Received: {out}")
-            print(f"Making synthetic patients in {data}")
+            logging.info("Making synthetic patients in %s", data)
             make_phantom_cohort(data, seed=recipe.seed, modalities=recipe.modalities)
         left_out = []
         skip = left_out.append if parsed.skip_bad else None
         cases = find_cases(data, recipe, on_error=skip)
         folds = None if parsed.fold == "all" else [int(parsed.fold)]
-        rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)
+        with log_to_file(out / "run.log"):
+            rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)
+            for error in left_out:
+                logging.info("Left out: %s", error)
+            try:
+                logging.info("The report is %s", write_run_report(out, cases))
+            except ModuleNotFoundError as error:
+                logging.info("No report.html was made: it needs matplotlib (pip install matplotlib): %s", error)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{metrics_table(rows)}\n")
-    for error in left_out:
-        print(f"Left out: {error}")
-    print(f"Models, masks and numbers are in {out}")
+    if parsed.quiet:
+        print(out / "metrics.csv")
+    else:
+        print(f"\n{metrics_table(rows)}\n")
+        print(f"Models, masks and numbers are in {out}")
 
 
 if __name__ == "__main__":

@@ -81,18 +81,20 @@ def text_html(*lines):
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
-def table_html(header, rows):
+def table_html(header, rows, numeric=()):
     """A table as HTML, columns of numbers on the right.
 
     Args:
         header: A text for each column.
         rows: A value for each column: text, a number, or `None` for one that is not defined.
+        numeric: Names of columns that belong on the right though they hold text.
 
     Returns:
         HTML text.
     """
     columns = [_texts(column) for column in zip(*rows, strict=True)] or [([], False)] * len(header)
-    kinds = [' class="number"' if numeric else "" for _, numeric in columns]
+    right = [numbers or name in numeric for name, (_, numbers) in zip(header, columns, strict=True)]
+    kinds = [' class="number"' if number else "" for number in right]
 
     def line(cells, tag):
         filled = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))

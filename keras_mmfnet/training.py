@@ -14,6 +14,7 @@ import keras
 import SimpleITK as sitk
 
 from keras_mmfnet._files import write, write_once
+from keras_mmfnet._log import time_left
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.folds import five_folds
@@ -155,7 +156,11 @@ def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=
         _log.info("Fold %d: %d patients to learn from, %d to choose the best epoch, %d to test", fold, *map(len, parts))
         encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.self_transfer else None
         model = train_mmfnet(training, validation, recipe, folder, encoders)
-        rows = [_test(model, patient, files[patient.name], recipe, folder, fold) for patient in test]
+        rows, start = [], time.monotonic()
+        for patient in test:
+            rows.append(_test(model, patient, files[patient.name], recipe, folder, fold))
+            left = time_left(time.monotonic() - start, len(rows), len(test))
+            _log.info("Segmented patient %d of %d: DSC %.4f%s", len(rows), len(test), rows[-1]["dsc"], left)
         write(folder / "metrics.json", metrics_json(rows))
 
     done = sorted(directory.glob("fold_*/metrics.json"), key=lambda path: int(path.parent.name.removeprefix("fold_")))
@@ -180,7 +185,7 @@ def preprocess_cases(cases, recipe, cache, on_error=None):
     Raises:
         CaseError: A patient cannot be used, and there is no `on_error`.
     """
-    patients, skipped = {}, {}
+    patients, skipped, start = {}, {}, time.monotonic()
     for number, case in enumerate(cases, start=1):
         try:
             patient = preprocess_case(case, recipe, cache)
@@ -190,7 +195,8 @@ def preprocess_cases(cases, recipe, cache, on_error=None):
             on_error(error)
             skipped[case.name] = str(error)
             continue
-        _log.info("Preprocessed patient %d of %d: %s", number, len(cases), "; ".join([case.name, *patient.notes]))
+        left, about = time_left(time.monotonic() - start, number, len(cases)), "; ".join([case.name, *patient.notes])
+        _log.info("Preprocessed patient %d of %d%s: %s", number, len(cases), left, about)
         patients[case.name] = patient
     return patients, skipped
 
@@ -245,15 +251,15 @@ def _train(build, training, validation, recipe, path, frozen=(), samples="volume
     if epochs > 0:
         rate = recipe.learning_rate if frozen else recipe.pretrain_learning_rate
         stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=recipe.schedule))
-    return _finish(model, path, stages, work)
+    return _finish(model, path, stages, work, recipe.steps_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """One training with the same trainable layers and learning rate."""
+    """One training with the same trainable layers and the same learning rate, or schedule of it by update."""
 
     name: str
-    learning_rate: float
+    learning_rate: object
     history: list
     best_weights: Path
 
@@ -274,14 +280,14 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
 
     past = _read_history(live / "history.csv")
     losses = [row["val_loss"] for row in past]
-    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
-    if len(past) >= epochs or stopped:
-        model.load_weights(live / "backup" / "latest.weights.h5")
-        return _Stage(name, learning_rate, past, best)
-
     rate = learning_rate
     if schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.steps_per_epoch)
+    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
+    if len(past) >= epochs or stopped:
+        model.load_weights(live / "backup" / "latest.weights.h5")
+        return _Stage(name, rate, past, best)
+
     loss = keras.losses.BinaryCrossentropy() if samples == "centres" else DiceLoss()
     model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=[DiceScore(), AveragePrecision()])
     # Else `fit` makes its variables, for which TensorFlow traces the step twice.
@@ -318,8 +324,8 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
             epochs=epochs,
             shuffle=False,  # the dataset does
             callbacks=callbacks,
-            # A bar with the time left for a person, a line per epoch for a log file.
-            verbose=1 if sys.stdout.isatty() else 2,
+            # A bar with the time left of the epoch for a person; each epoch is logged besides.
+            verbose=1 if sys.stdout.isatty() else 0,
         )
     finally:
         # Closes its file, which it else leaves open when `fit` is interrupted.
@@ -331,17 +337,22 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
             f"the training diverged: the loss must be finite, which a lower learning rate may help. Received: {last} "
             f"with a learning rate of {learning_rate}"
         )
-    return _Stage(name, learning_rate, history, best)
+    return _Stage(name, rate, history, best)
 
 
 class _Seconds(keras.callbacks.Callback):
-    """Adds to an epoch's numbers how many seconds it took."""
+    """Adds to an epoch's numbers how many seconds it took, and logs them with the time left."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         logs["seconds"] = time.perf_counter() - self.start
+        total = self.params["epochs"]
+        # Of this epoch's length, which a compilation does not add to but in the first one.
+        left = time_left(logs["seconds"], 1, total - epoch)
+        numbers = (logs[name] for name in ("loss", "val_loss", "val_dice_score"))
+        _log.info("Epoch %d of %d: loss %.4f, validation loss %.4f and DSC %.4f%s", epoch + 1, total, *numbers, left)
 
 
 class _EarlyStopping(keras.callbacks.EarlyStopping):
@@ -385,7 +396,7 @@ def _read_history(path):
         ]
 
 
-def _finish(model, path, stages, work):
+def _finish(model, path, stages, work, steps_per_epoch):
     """Writes the model with the weights of its best epoch, and its history, to where they stay; returns that model."""
     best = min(stages, key=lambda stage: min(row["val_loss"] for row in stage.history))
     # A new model, free of the optimizer, which differs between stages, and of what was frozen.
@@ -393,8 +404,11 @@ def _finish(model, path, stages, work):
     model.load_weights(best.best_weights)
     rows, epoch = [], 0
     for stage in stages:
-        for row in stage.history:
-            extra = {"epoch": epoch, "stage": stage.name, "learning_rate": stage.learning_rate}
+        for number, row in enumerate(stage.history):
+            rate = stage.learning_rate
+            # That of the epoch's first update.
+            rate = float(rate(number * steps_per_epoch)) if callable(rate) else rate
+            extra = {"epoch": epoch, "stage": stage.name, "learning_rate": rate}
             rows.append({**row, **extra})
             epoch += 1
     write(path.with_name(f"{path.stem}_history.csv"), metrics_csv(rows))

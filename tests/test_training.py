@@ -142,6 +142,8 @@ def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
     # Two epochs frozen at a constant rate; then two epochs, of which the second starts half way down.
     expected = [TINY.warmup_learning_rate] * 2 + [TINY.learning_rate, TINY.learning_rate / 2]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    written = [float(row["learning_rate"]) for row in rows(tmp_path / "mmfnet_history.csv")]
+    np.testing.assert_allclose(written, expected, rtol=1e-5)
 
 
 THREE = dataclasses.replace(TINY, modalities=("t1", "t2", "cet1"))
