@@ -17,7 +17,14 @@ from keras_mmfnet.evaluation import summarise
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_segmentation, plot_training
 from keras_mmfnet.recipe import Recipe
 
-_NUMBERS = {"dsc": "DSC", "ap": "AP", "dice_loss": "Dice loss", "hd95": "HD95 mm", "assd": "ASSD mm", "seconds": "s"}
+_NUMBERS = {
+    "dsc": "DSC",
+    "ap": "AP",
+    "dice_loss": "Dice loss",
+    "hd95": "HD95 mm",
+    "assd": "ASSD mm",
+    "seconds": "Seconds",
+}
 _PACKAGES = ("keras-mmfnet", "keras", "tensorflow", "torch", "jax", "numpy", "SimpleITK", "scikit-learn", "matplotlib")
 _MARGIN_MM = 40
 
@@ -36,8 +43,10 @@ p, ul {{ max-width: 44rem; overflow-wrap: anywhere; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; margin: 0.8rem 0; }}
 th, td {{ padding: 0.2rem 0.7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }}
-th {{ white-space: nowrap; border-bottom-color: #999; }}
-.number {{ text-align: right; white-space: nowrap; }}
+th {{ vertical-align: bottom; border-bottom-color: #999; }}
+td:first-child {{ min-width: 8rem; }}
+.number {{ text-align: right; }}
+td.number {{ white-space: nowrap; }}
 figure {{ margin: 1.2rem 0; }}
 img {{ max-width: 100%; height: auto; }}
 figcaption {{ font-size: 0.88rem; color: #555; overflow-wrap: anywhere; }}
@@ -45,7 +54,8 @@ figcaption {{ font-size: 0.88rem; color: #555; overflow-wrap: anywhere; }}
   body {{ max-width: none; font-size: 11pt; padding: 0; }}
   .wide {{ overflow: visible; }}
   table {{ font-size: 8pt; }}
-  th, td {{ padding: 0.1rem 0.3rem; }}
+  th, td {{ padding: 0.1rem 0.25rem; }}
+  td.number {{ white-space: normal; }}
   figure, tr {{ break-inside: avoid; }}
   h2 {{ break-after: avoid; }}
 }}
@@ -236,6 +246,7 @@ def training_html(directory, recipe):
             losses = [float(row["val_loss"]) for row in history]
             single.setdefault(network, {})[fold] = updates, losses
     if single:
+        single = {modality: single[modality] for modality in recipe.modalities if modality in single}
         pictures.append(figure_html(plot_learning_curves(single), "The networks of one modality, before MMFNet."))
     return "\n".join(pictures)
 
@@ -285,7 +296,7 @@ def recipe_html(recipe):
     """Every number of a `Recipe`, and which differ from the paper's, as HTML text."""
     paper, ours = json.loads(Recipe().to_json()), json.loads(recipe.to_json())
     rows = [[name, _json(value), "" if value == paper[name] else _json(paper[name])] for name, value in ours.items()]
-    return table_html(["", "This run", "The paper, where it differs"], rows)
+    return table_html(["", "This run", "Paper, if not so"], rows)
 
 
 def software_html():

@@ -215,6 +215,12 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     for name, mask in masks(tmp_path / "undisturbed").items():
         assert np.mean(masks(folder)[name] != mask) < 1e-4
 
+    # The page about the run is whole, and the log goes on where it was stopped.
+    assert "Best, median and worst patient" in (folder / "report.html").read_text(encoding="utf-8")
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert log.count("Preprocessed patient 1 of 6") == 3
+    assert "Segmented patient 2 of 2: DSC" in log
+
     # Another recipe is refused.
     other = run("train_npc.py", "--data", cohort, "--out", folder, "--resume", "--epochs", 5)
     assert other.returncode != 0
@@ -246,3 +252,7 @@ def test_the_demonstration_learns_to_segment(tmp_path):
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
     assert summary["dsc"]["mean"] >= 0.75
     assert "mean" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page
+    assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")

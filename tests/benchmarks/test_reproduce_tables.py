@@ -74,7 +74,10 @@ def test_from_patients_to_a_table(script, tiny_cohort, tmp_path, monkeypatch, ca
         assert (out / "fold_0" / "unet3d_t2.keras").exists()
         table = (out / "table.md").read_text()
         assert "| **Multi-encoder multi-modality network** | 0.7005 |" in table
-        for name in ("table.csv", "methods.png"):
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert page.count("data:image/png;base64,") == 2
+        assert "<td>My U-net</td>" in page
+        for name in ("table.csv", "methods.png", "run.log"):
             assert (out / name).stat().st_size > 100
 
         # What is finished is not done again, even where only its numbers are left.
