@@ -30,7 +30,7 @@ from machine import machine
 from tables import results_sections, write_tables
 
 from keras_mmfnet._files import write, write_once
-from keras_mmfnet._log import log_to_file, log_to_terminal
+from keras_mmfnet._log import log_to_file, log_to_terminal, time_left
 from keras_mmfnet.data import find_cases, five_folds
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.evaluation import evaluate_case
@@ -129,7 +129,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         network = train_method(method, training, validation, recipe, folder)
         predict, parameters = method.over_volumes(network, adapted), network.count_params()
         history = read_history(folder / f"{method.name}_history.csv")
-    rows = []
+    rows, begin = [], time.perf_counter()
     for patient in test:
         start = time.perf_counter()
         _, probability = segment_case(predict, patient, adapted)
@@ -137,6 +137,8 @@ def run_method(method, fold, parts, cases, recipe, folder):
         truth = read_tumour(cases[patient.name], adapted, patient)
         numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
         rows.append({"patient": patient.name, **numbers, "seconds": seconds})
+        left = time_left(time.perf_counter() - begin, len(rows), len(test))
+        logging.info("Segmented patient %d of %d: DSC %.4f%s", len(rows), len(test), numbers["dsc"], left)
     return {
         "method": method.name,
         "title": method.title,

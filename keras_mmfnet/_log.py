@@ -28,7 +28,7 @@ def log_to_file(path):
         yield
     except BaseException as error:
         # In the file alone: the terminal has it from Python.
-        file.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
+        file.handle(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
         raise
     finally:
         root.removeHandler(file)

@@ -195,8 +195,9 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
         assert process.wait() == -signal.SIGKILL
 
     # The recipe is the run's, so that it need not be said again.
-    resumed = run("train_npc.py", "--data", cohort, "--out", folder, "--resume")
+    resumed = run("train_npc.py", "--data", cohort, "--out", folder, "--resume", "--quiet")
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == f"{folder / 'metrics.csv'}\n"
     names = [
         sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and "cache" not in path.parts)
         for top in (folder, tmp_path / "undisturbed")

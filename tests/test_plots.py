@@ -211,6 +211,7 @@ def test_the_reliability_of_probabilities():
         expected += inside.sum() / truth.size * abs(probability[inside].mean() - truth[inside].mean())
     np.testing.assert_allclose(curves.lines[1].get_xydata(), points)
     np.testing.assert_array_equal(counts.patches[0].get_data().values, voxels)
+    assert counts.get_ylim()[1] > max(voxels)
     assert curves.get_legend().get_texts()[0].get_text() == f"network, ECE {expected:.4f}"
     # A bin without voxels has no point and no part in the error.
     (curves, _) = plot_reliability({"sure": (np.array([0.0, 1.0, 1.0]), np.array([0, 1, 0]))}).axes

@@ -191,7 +191,8 @@ def plot_reliability(probabilities, bins=10):
     curves.set(ylabel="share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     curves.legend(frameon=False, fontsize=9)
     counts.set(xlabel="probability of tumour", ylabel="voxels", yscale="symlog")
-    counts.set_ylim(bottom=0)
+    # Matplotlib does not see the end of the highest stair.
+    counts.set_ylim(0, max(np.size(truth) for _, truth in probabilities.values()))
     for axes in (curves, counts):
         axes.grid(alpha=0.3)
     return figure

@@ -47,7 +47,7 @@ def plot_surfaces(prediction, truth=None, spacing=(1.0, 1.0, 1.0)):
             # Matplotlib's axes are x, y and z.
             axes.add_collection3d(Poly3DCollection(faces[..., ::-1], facecolors=colour, shade=True))
         axes.set(zlim=(low[0], high[0]), ylim=(low[1], high[1]), xlim=(low[2], high[2]))
-        axes.set_box_aspect((high - low)[::-1], zoom=0.85)
+        axes.set_box_aspect((high - low)[::-1], zoom=0.8)
         axes.view_init(elev=20, azim=-70)
         axes.set_title(name)
         axes.set_xlabel("right to left, mm", fontsize=8)
