@@ -1,0 +1,181 @@
+"""What a network looks at: its fusion blocks' own attention, and gradients of a score (TensorFlow only)."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mmfnet.layers import FusionBlock3D
+
+METHODS = ("gradcam", "gradcam++", "saliency")
+
+
+def fusion_attention(model, images):
+    """The attention of every fusion block of a network for a batch; on every backend.
+
+    Args:
+        model: An `MMFNet`.
+        images: `{modality: float32 (batch, depth, height, width, 1)}`.
+
+    Returns:
+        `(channel, spatial, share)`, each a dict by the block's name. `channel[block]` is
+        `{modality: (batch, channels)}`, the weights of eq. 10; `spatial[block]` is `(batch, d, h, w)`, the weights of
+        eq. 11 at the block's own resolution; `share[block]` is `{modality: (batch,)}`, how much of what the block
+        passes on comes from the modality: the mean of `|W_c F|` over its channels, as a share of all modalities'. A
+        weight alone would not say so, as a channel of zeros may have any.
+
+    Raises:
+        ValueError: The network has no fusion block.
+    """
+    # From the finest level to the bottom, which a graph lists the other way round.
+    blocks = sorted((layer for layer in model.layers if isinstance(layer, FusionBlock3D)), key=lambda b: b.name)
+    if not blocks:
+        raise ValueError(f"`model` must have fusion blocks. Received: {model.name}")
+    features = keras.Model(model.input, [list(block.input) for block in blocks])(images, training=False)
+    channel, spatial, share = {}, {}, {}
+    for block, tensors in zip(blocks, features, strict=True):
+        _, weights, where = block(tensors, training=False, return_attention_scores=True)
+        weights, where = (ops.convert_to_numpy(ops.cast(x, "float32")) for x in (weights, where))
+        tensors = [ops.convert_to_numpy(ops.cast(x, "float32")) for x in tensors]
+        parts = np.split(weights, np.cumsum([x.shape[-1] for x in tensors])[:-1], axis=-1)
+        sizes = [np.abs(x * w).mean(axis=(1, 2, 3, 4)) for x, w in zip(tensors, parts, strict=True)]
+        total = np.maximum(np.sum(sizes, axis=0), np.finfo(np.float32).tiny)
+        channel[block.name] = {
+            name: part.reshape(len(part), -1) for name, part in zip(model.modalities, parts, strict=True)
+        }
+        spatial[block.name] = where[..., 0]
+        share[block.name] = {name: size / total for name, size in zip(model.modalities, sizes, strict=True)}
+    return channel, spatial, share
+
+
+def spatial_attention(model, block):
+    """A callable for `predict_volume` that gives a fusion block's spatial weights in place of probabilities.
+
+    Args:
+        model: An `MMFNet`.
+        block: Name of the fusion block, such as `"fusion1"`.
+
+    Returns:
+        A function from a batch of images to `(batch, depth, height, width, 1)`, resampled onto them trilinearly.
+    """
+
+    def call(images):
+        weights = fusion_attention(model, images)[1][block]
+        return _onto(weights, next(iter(images.values())).shape[1:4])[..., None]
+
+    return call
+
+
+def gradient_maps(model, images, method="gradcam", layers=None, score=None):
+    """Grad-CAM, Grad-CAM++ or saliency of each modality, by tf-keras-vis on the TensorFlow backend.
+
+    Args:
+        model: A network over a dict of inputs by modality.
+        images: `{modality: float32 (batch, depth, height, width, 1)}`.
+        method: `"gradcam"`, `"gradcam++"` or `"saliency"`.
+        layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's own encoder.
+            A layer that all modalities share, such as one of the decoder, has the same map for all of them.
+        score: A function of the output `(batch, depth, height, width, 1)` that gives a number for each patch; `None`
+            for the mean probability where it is at least 0.5, or over the whole patch where it is so nowhere.
+
+    Returns:
+        `{modality: (batch, depth, height, width)}` from 0 to about 1, each scaled by its own range.
+
+    Raises:
+        ValueError: The backend is not TensorFlow, or the method is none of these.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}. Received: {method!r}")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "gradient maps need the TensorFlow backend: save the network, start Python with "
+            "KERAS_BACKEND=tensorflow and load the same weights by keras.models.load_model(path). "
+            f"Received: the backend {keras.backend.backend()!r}"
+        )
+    from tf_keras_vis.gradcam import Gradcam, GradcamPlusPlus
+    from tf_keras_vis.saliency import Saliency
+
+    listed = keras.Model([model.input[name] for name in images], model.output)
+    seeds = list(images.values())
+    score = score or _predicted_tumour
+    if method == "saliency":
+        maps = Saliency(listed)(score, seeds, gradient_modifier=abs)
+        return dict(zip(images, map(np.asarray, maps), strict=True))
+    layers = layers or {name: f"{name}_block{len(model.filters)}_2_relu" for name in images}
+    cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
+    maps = {}
+    for index, name in enumerate(images):
+        options = {"penultimate_layer": model.get_layer(layers[name]), "seek_penultimate_conv_layer": False}
+        maps[name] = np.asarray(cam(score, seeds, **options)[index])
+    return maps
+
+
+def plot_attention(share):
+    """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
+
+    Args:
+        share: `{block: {modality: (patients or windows,)}}`, as `fusion_attention` returns.
+
+    Returns:
+        A Matplotlib figure: a group of bars per block, their mean and, of several, the standard deviation.
+    """
+    from matplotlib.figure import Figure
+
+    from keras_mmfnet.plots._colours import LINE_COLOURS
+
+    modalities = list(next(iter(share.values())))
+    figure = Figure(figsize=(1.5 + 1.3 * len(share), 3.6), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(modalities)
+    for index, name in enumerate(modalities):
+        values = [np.asarray(block[name]) for block in share.values()]
+        places = np.arange(len(share)) + (index - (len(modalities) - 1) / 2) * width
+        spread = [value.std() for value in values] if len(values[0]) > 1 else None
+        means = [value.mean() for value in values]
+        axes.bar(places, means, width, yerr=spread, color=LINE_COLOURS[index % len(LINE_COLOURS)], label=name)
+    axes.axhline(1 / len(modalities), color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(share)), list(share))
+    axes.set_ylabel("share of the weighted features")
+    figure.legend(loc="outside upper center", ncols=len(modalities), frameon=False)
+    return figure
+
+
+def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None):
+    """One slice of each modality with a map over it; the patient's right is on the left.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
+        maps: `{modality: map of the images' shape}`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        depth: Number of the slice; `None` for the one with the largest sum of the maps.
+
+    Returns:
+        A Matplotlib figure, one panel per modality and one scale for all.
+    """
+    from keras_mmfnet.plots import slices
+
+    total = sum(np.asarray(heat, np.float64) for heat in maps.values())
+    depth = int(np.argmax(total.sum(axis=(1, 2)))) if depth is None else depth
+    low, high = (function([function(heat) for heat in maps.values()]) for function in (np.min, np.max))
+    figure = slices._dark_figure(3.4 * len(images) + 0.6, 3.9)
+    panels = figure.subplots(1, len(images), squeeze=False)[0]
+    for axes, (name, image) in zip(panels, images.items(), strict=True):
+        slices._show(axes, image[depth], tuple(slice(0, size) for size in image.shape[1:]), spacing)
+        extent = slices._extent(image.shape[1:], spacing)
+        shown = axes.imshow(maps[name][depth], cmap="viridis", alpha=0.5, vmin=low, vmax=high, extent=extent)
+        axes.set_title(name, color="white")
+    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
+    figure.suptitle(f"slice {depth + 1} of {len(total)}", color="white")
+    return figure
+
+
+def _predicted_tumour(output):
+    inside = ops.cast(output >= 0.5, output.dtype)
+    inside = ops.where(ops.any(output >= 0.5, axis=(1, 2, 3, 4), keepdims=True), inside, ops.ones_like(inside))
+    axes = (1, 2, 3, 4)
+    return ops.sum(output * inside, axis=axes) / ops.sum(inside, axis=axes)
+
+
+def _onto(maps, shape):
+    from scipy import ndimage
+
+    factors = (1, *(size / old for size, old in zip(shape, maps.shape[1:], strict=True)))
+    return ndimage.zoom(maps, factors, order=1, mode="nearest", grid_mode=True)

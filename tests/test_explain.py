@@ -1,0 +1,91 @@
+import keras
+import numpy as np
+import pytest
+from checks import BACKEND, fill, random_volume
+
+from keras_mmfnet.explain import fusion_attention, gradient_maps, plot_attention, plot_heat, spatial_attention
+from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.models import MMFNet, UNet3D
+
+scipy_name = pytest.mark.filterwarnings("ignore:Please import `zoom` from the `scipy.ndimage`:DeprecationWarning")
+
+
+def network(deaf_to=()):
+    model = MMFNet(("t1", "t2"), (4, 16, 16), (2, 3), reduction=2)
+    fill(model)
+    for layer in model.layers:
+        if layer.name.startswith(tuple(f"{name}_" for name in deaf_to)) and layer.name.endswith("_norm"):
+            layer.gamma.assign(np.zeros(layer.gamma.shape))
+            layer.beta.assign(np.zeros(layer.beta.shape))
+    return model
+
+
+def batch():
+    return {name: random_volume(2, 4, 16, 16, 1, seed=seed) for seed, name in enumerate(("t1", "t2"))}
+
+
+def test_a_network_that_looks_at_one_modality_listens_to_it_alone():
+    channel, spatial, share = fusion_attention(network(deaf_to=["t2"]), batch())
+    assert list(channel) == list(spatial) == list(share) == ["fusion1", "fusion2", "fusion_bottom"]
+    assert channel["fusion2"]["t1"].shape == (2, 3)
+    assert spatial["fusion2"].shape == (2, 2, 8, 8)
+    for block in share.values():
+        np.testing.assert_allclose(block["t1"], 1)
+        np.testing.assert_array_equal(block["t2"], 0)
+    both = fusion_attention(network(), batch())[2]
+    assert all((block["t2"] > 0.02).all() for block in both.values())
+
+
+def test_spatial_weights_are_averaged_over_windows():
+    images = {name: random_volume(6, 16, 16, seed=seed) for seed, name in enumerate(("t1", "t2"))}
+    heat = predict_volume(spatial_attention(network(), "fusion2"), images, (4, 16, 16), (2, None, None))
+    assert heat.shape == (6, 16, 16)
+    assert 0 < heat.min() < heat.max() < 1
+
+
+def test_a_network_without_fusion_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"must have fusion blocks. Received"):
+        fusion_attention(UNet3D("t1", (4, 16, 16), (2, 3)), {})
+
+
+def test_pictures():
+    share = fusion_attention(network(), batch())[2]
+    bars = plot_attention(share).axes[0].patches
+    np.testing.assert_allclose(sum(bar.get_height() for bar in bars), len(share), rtol=1e-5)
+    images = {name: image[0, ..., 0] for name, image in batch().items()}
+    heat = np.zeros((4, 16, 16))
+    heat[2, 3, 4] = 1
+    figure = plot_heat(images, dict.fromkeys(images, heat), spacing=(4.0, 1.0, 2.0))
+    assert figure.get_suptitle() == "slice 3 of 4"
+    left, right, bottom, top = figure.axes[0].images[1].get_extent()
+    assert (right - left, bottom - top) == (32, 16)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="works there")
+def test_other_backends_say_how_to_get_gradient_maps():
+    with pytest.raises(ValueError, match=r"KERAS_BACKEND=tensorflow and load .* Received: the backend"):
+        gradient_maps(network(), batch())
+
+
+@scipy_name
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf-keras-vis works on TensorFlow only")
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "saliency"])
+def test_gradient_maps_are_hot_in_the_modality_and_the_region_that_decide(method):
+    # A network whose output is t1's own features: the bright block decides, t2 counts for nothing.
+    inputs = {name: keras.Input((4, 16, 16, 1), name=name) for name in ("t1", "t2")}
+    features = {name: keras.layers.Conv3D(1, 1, name=f"{name}_block1_2_relu")(x) for name, x in inputs.items()}
+    gain = keras.layers.Conv3D(1, 1, activation="relu", name="gain")
+    silent = keras.layers.Rescaling(0.0)(features["t2"])
+    model = keras.Model(inputs, gain(keras.layers.Add()([features["t1"], silent])))
+    model.filters = (1,)
+    for layer in model.layers:
+        if layer.weights:
+            layer.set_weights([np.ones((1, 1, 1, 1, 1)), np.full(1, -0.5 if layer.name == "gain" else 0.0)])
+    images = {name: np.zeros((1, 4, 16, 16, 1), np.float32) for name in inputs}
+    images["t1"][:, 1:3, 4:8, 4:8] = 2
+    maps = gradient_maps(model, images, method)
+    assert maps["t1"][0, 1:3, 4:8, 4:8].min() > 0.9
+    assert maps["t1"].sum() == pytest.approx(maps["t1"][0, 1:3, 4:8, 4:8].sum(), abs=1e-4)
+    np.testing.assert_array_equal(maps["t2"], 0)
+    with pytest.raises(ValueError, match=r"must be one of .* Received: 'lime'"):
+        gradient_maps(model, images, "lime")
