@@ -160,7 +160,10 @@ def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None):
     for axes, (name, image) in zip(panels, images.items(), strict=True):
         slices._show(axes, image[depth], tuple(slice(0, size) for size in image.shape[1:]), spacing)
         extent = slices._extent(image.shape[1:], spacing)
-        shown = axes.imshow(maps[name][depth], cmap="viridis", alpha=0.5, vmin=low, vmax=high, extent=extent)
+        heat = maps[name][depth]
+        # Clear where it is cold, so that the anatomy is seen.
+        alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
+        shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
         axes.set_title(name, color="white")
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
     figure.suptitle(f"slice {depth + 1} of {len(total)}", color="white")
