@@ -81,9 +81,14 @@ class FusionBlock3D(keras.layers.Layer):
     def call(self, inputs, training=None, return_attention_scores=False):
         if isinstance(inputs, (list, tuple)):
             inputs = ops.concatenate(list(inputs), axis=_axes.channel_axis(self.data_format))
-        weighted, channel_weights = self.channel_attention(inputs, return_attention_scores=True)
-        weighted, spatial_weights = self.spatial_attention(weighted, return_attention_scores=True)
-        outputs = self.residual_fusion(weighted + inputs, training=training)
+        channel_weights = self.channel_attention.scores(inputs)
+        weighted = inputs * channel_weights
+        spatial_weights = self.spatial_attention.scores(weighted)
+        # The 1x1x1 convolution is linear: applied before the spatial weights, it leaves a third of the channels for
+        # them and for the sum.
+        reduce = self.residual_fusion.reduce
+        reduced = reduce(inputs) + spatial_weights * reduce.convolution_op(weighted, reduce.kernel)
+        outputs = self.residual_fusion.refine(reduced, training=training)
         return (outputs, channel_weights, spatial_weights) if return_attention_scores else outputs
 
     def compute_output_shape(self, input_shape):

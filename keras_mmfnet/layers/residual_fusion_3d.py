@@ -79,7 +79,10 @@ class ResidualFusion3D(keras.layers.Layer):
             layer.build(reduced)
 
     def call(self, inputs, training=None):
-        reduced = self.reduce(inputs)
+        return self.refine(self.reduce(inputs), training=training)
+
+    def refine(self, reduced, training=None):
+        """The residual part, from the reduced channels on."""
         refined = ops.relu(self.norm(self.refine1(reduced), training=training))
         return reduced + self.refine2(refined)
 
