@@ -57,18 +57,20 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
     # Tensors of their own, so that the pipeline refers to them and does not copy them into its graph.
     volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
 
+    def random_patch(sample):
+        window, offset, angle, mirrored = _draw(sample, len(windows), recipe)
+        margin = _margin(recipe)
+        box = _cut(volume, windows[window], offset, margin, recipe)
+        return _split(_turn(box, angle, mirrored, margin, recipe), modalities)
+
     def patch(sample):
-        if training:
-            window, offset, angle, mirrored = _draw(sample, len(windows), recipe)
-        else:
-            window, offset, angle, mirrored = sample, tf.zeros(3, tf.int32), 0.0, False
-        return _apply(volume, windows[window], offset, angle, mirrored, recipe, modalities)
+        return _split(_cut(volume, windows[sample], np.zeros(3, int), np.zeros(2, int), recipe), modalities)
 
     if training:
         samples = tf.data.Dataset.range(first_batch * recipe.batch_size, np.iinfo(np.int64).max)
     else:
         samples = tf.data.Dataset.range(first_batch * recipe.batch_size, len(windows))
-    patches = samples.map(patch, num_parallel_calls=tf.data.AUTOTUNE)
+    patches = samples.map(random_patch if training else patch, num_parallel_calls=tf.data.AUTOTUNE)
     return patches.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
 
 
@@ -116,11 +118,20 @@ def centre_patches(dataset, patch_shape, count=16, seed=0, first_batch=0):
     return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
+def _margin(recipe):
+    """By how many pixels `(y, x)` a patch that is rotated about its centre can stick out on each side.
+
+    Half of what its bounding box has more than the patch, and one pixel to interpolate with.
+    """
+    sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
+    return np.ceil(sine / 2 * np.array(recipe.patch_shape[:0:-1])).astype(int) + 1
+
+
 def _pack(cases, recipe, modalities, training):
-    """What the windows can reach of every patient, one under the other.
+    """What the windows can reach of every patient, one after the other.
 
     Returns:
-        The voxels, float16 `(slices, height, width, modalities + 1)` with the mask last, and the windows, int32
+        The voxels, float16 `(height, width, slices, modalities + 1)` with the mask last, and the windows, int32
         `(windows, 5)`: first slice, row and column of each, and the first and last slice at which it may begin.
     """
     starts = [
@@ -129,18 +140,15 @@ def _pack(cases, recipe, modalities, training):
     _warn(cases, starts, recipe.patch_shape)
 
     depth, *plane = recipe.patch_shape
-    # Half of what a turned patch's bounding box has more than the patch, the offset, and one pixel to interpolate with.
-    sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
-    margin = np.ceil(sine / 2 * np.array(plane[::-1])).astype(int) + np.array(recipe.max_offset[1:]) + 1
-    margin = margin if training else np.zeros(2, int)
+    margin = _margin(recipe) + recipe.max_offset[1:] if training else np.zeros(2, int)
     reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
     slices = [max(case.shape[0], depth) for case in cases]
 
-    volume = np.empty((sum(slices), *reach, len(modalities) + 1), np.float16)
+    volume = np.empty((*reach, sum(slices), len(modalities) + 1), np.float16)
     windows = []
     for case, first, count, top in zip(cases, starts, slices, np.cumsum([0, *slices]), strict=False):
         corner = np.array([min(first[:, 0].min(), 0), *(first[:, 1:].min(axis=0) - margin)])
-        block = volume[top : top + count]
+        block = np.moveaxis(volume[:, :, top : top + count], 2, 0)
         for channel, name in enumerate(modalities):
             image = case.images[name]
             block[..., channel] = cut(image, corner, block.shape[:3], image.min())
@@ -178,27 +186,45 @@ def _draw(sample, windows, recipe):
     return window, offset, numbers[3] * math.radians(recipe.max_rotation), numbers[4] > 0
 
 
-def _apply(volume, window, offset, angle, mirrored, recipe, modalities):
-    """Cuts one window out of the packed patients, moved, rotated about its centre and mirrored in one interpolation."""
+def _cut(volume, window, offset, margin, recipe):
+    """A window of the packed patients, moved, with a margin: float32 `(height, width, depth, modalities + 1)`."""
     depth, height, width = recipe.patch_shape
     top = tf.clip_by_value(window[0] + offset[0], window[3], window[4])
-    row, column = tf.unstack(tf.cast(window[1:3] + offset[1:], tf.float32))
-    y, x = (height - 1) / 2, (width - 1) / 2
+    row, column = tf.unstack(window[1:3] + offset[1:] - margin)
+    height, width = height + 2 * margin[0], width + 2 * margin[1]
+    box = volume[row : row + height, column : column + width, top : top + depth]
+    return tf.ensure_shape(tf.cast(box, tf.float32), (height, width, depth, volume.shape[-1]))
+
+
+def _turn(box, angle, mirrored, margin, recipe):
+    """Rotates a window about its centre and mirrors it in one bilinear interpolation, and takes its margin off.
+
+    All slices and modalities of a pixel move together and lie together, so each of its four neighbours is one row.
+    """
+    _, height, width = recipe.patch_shape
+    middle = np.array([(height - 1) / 2, (width - 1) / 2], np.float32)
+    y = np.arange(height, dtype=np.float32)[:, None] - middle[0]
+    x = np.arange(width, dtype=np.float32) - middle[1]
     flip = tf.where(mirrored, -1.0, 1.0)
-    flip_y, flip_x = (flip if recipe.flip_axis == axis else 1.0 for axis in (1, 2))
-    a, b = tf.cos(angle) * flip_x, -tf.sin(angle) * flip_y
-    c, d = tf.sin(angle) * flip_x, tf.cos(angle) * flip_y
-    # Rows of the matrix that takes a pixel (x, y) of the patch to one of the packed slices.
-    matrix = [a, b, column + x - a * x - b * y, c, d, row + y - c * x - d * y, 0.0, 0.0]
-    patch = tf.raw_ops.ImageProjectiveTransformV3(
-        # Faster than in float16, and more exact.
-        images=tf.cast(volume[top : top + depth], tf.float32),
-        transforms=tf.stack(matrix)[None],
-        output_shape=[height, width],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="NEAREST",
+    y, x = (axis * flip if recipe.flip_axis == number else axis for number, axis in ((1, y), (2, x)))
+    rows = tf.sin(angle) * x + tf.cos(angle) * y + (middle[0] + margin[0])
+    columns = tf.cos(angle) * x - tf.sin(angle) * y + (middle[1] + margin[1])
+    top, left = tf.floor(rows), tf.floor(columns)
+    down, right = (tf.reshape(part, (-1, 1, 1)) for part in (rows - top, columns - left))
+    first = tf.reshape(tf.cast(top, tf.int32) * box.shape[1] + tf.cast(left, tf.int32), [-1])
+    pixels = tf.reshape(box, (-1, *box.shape[2:]))
+    turned = tf.add_n(
+        [
+            (1 - down) * (1 - right) * tf.gather(pixels, first),
+            (1 - down) * right * tf.gather(pixels, first + 1),
+            down * (1 - right) * tf.gather(pixels, first + box.shape[1]),
+            down * right * tf.gather(pixels, first + box.shape[1] + 1),
+        ]
     )
-    patch = tf.ensure_shape(patch, (depth, height, width, len(modalities) + 1))
-    images = {name: patch[..., channel, None] for channel, name in enumerate(modalities)}
-    return images, tf.cast(patch[..., -1:] >= 0.5, tf.uint8)
+    return tf.reshape(turned, (height, width, *box.shape[2:]))
+
+
+def _split(patch, modalities):
+    """The images and the mask of a patch."""
+    patch = tf.transpose(patch, (3, 2, 0, 1))[..., None]
+    return {name: patch[channel] for channel, name in enumerate(modalities)}, tf.cast(patch[-1] >= 0.5, tf.uint8)
