@@ -18,7 +18,7 @@ def fusion_attention(model, images):
 
     Returns:
         `(channel, spatial, share)`, each a dict by the block's name. `channel[block]` is
-        `{modality: (batch, channels)}`, the weights of eq. 10; `spatial[block]` is `(batch, d, h, w)`, the weights of
+        `{modality: (batch, channels)}`, the weights of eq. 7; `spatial[block]` is `(batch, d, h, w)`, the weights of
         eq. 11 at the block's own resolution; `share[block]` is `{modality: (batch,)}`, how much of what the block
         passes on comes from the modality: the mean of `|W_c F|` over its channels, as a share of all modalities'. A
         weight alone would not say so, as a channel of zeros may have any.
@@ -78,7 +78,7 @@ def gradient_maps(model, images, method="gradcam", layers=None, score=None):
             for the mean probability where it is at least 0.5, or over the whole patch where it is so nowhere.
 
     Returns:
-        `{modality: (batch, depth, height, width)}` from 0 to about 1, each scaled by its own range.
+        `{modality: (batch, depth, height, width)}` from 0 to 1, the largest value that a patch has in any modality.
 
     Raises:
         ValueError: The backend is not TensorFlow, or the method is none of these.
@@ -98,15 +98,24 @@ def gradient_maps(model, images, method="gradcam", layers=None, score=None):
     seeds = list(images.values())
     score = score or _predicted_tumour
     if method == "saliency":
-        maps = Saliency(listed)(score, seeds, gradient_modifier=abs)
-        return dict(zip(images, map(np.asarray, maps), strict=True))
-    layers = layers or {name: f"{name}_block{len(model.filters)}_2_relu" for name in images}
-    cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
-    maps = {}
-    for index, name in enumerate(images):
-        options = {"penultimate_layer": model.get_layer(layers[name]), "seek_penultimate_conv_layer": False}
-        maps[name] = np.asarray(cam(score, seeds, **options)[index])
-    return maps
+        found = Saliency(listed)(score, seeds, gradient_modifier=abs, normalize_map=False)
+    else:
+        layers = layers or {name: f"{name}_block{len(model.filters)}_2_relu" for name in images}
+        cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
+        found = [
+            cam(
+                score,
+                seeds,
+                penultimate_layer=model.get_layer(layers[name]),
+                seek_penultimate_conv_layer=False,
+                normalize_cam=False,
+            )[index]
+            for index, name in enumerate(images)
+        ]
+    # One scale for all modalities: a map of its own range would show a modality that is not looked at as brightly.
+    found = np.stack([np.asarray(heat, np.float32) for heat in found])
+    found = found / np.maximum(found.max(axis=(0, 2, 3, 4), keepdims=True), np.finfo(np.float32).tiny)
+    return dict(zip(images, found, strict=True))
 
 
 def plot_attention(share):
