@@ -225,7 +225,7 @@ def calibration(probability, truth, bins=10):
 
 
 def calibration_error(mean, share, voxels):
-    """The expected calibration error: |mean probability - share of tumour|, averaged over all voxels' bins.
+    """The expected calibration error: `|mean probability - share of tumour|`, averaged over all voxels' bins.
 
     Args:
         mean: Mean probability of each bin, as `calibration` gives it.

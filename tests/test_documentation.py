@@ -1,0 +1,188 @@
+"""Every block of code in the README and the docs: Python is run, command lines go through their scripts' parsers."""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+from checks import fill
+
+import keras_mmfnet
+from keras_mmfnet.models import METHODS, MMFNet
+from keras_mmfnet.recipe import Recipe, recipe_changes
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
+PAGES = [Path("README.md"), Path("benchmarks/README.md"), *DOCS]
+# What a test can do nothing with: it installs, is this very run, or runs below.
+NOT_PARSED = {
+    "pip install .[tensorflow]",
+    "pip install -e .[test]",
+    "pip install -e .[tensorflow,benchmarks]",
+    "pip install keras-mmfnet[torch]",
+    "pip install .[docs]",
+    "python -m pytest -n 2",
+    "python -m pytest -m gpu",
+    "export KERAS_BACKEND=torch",
+    "python -m sphinx -W docs docs/_build",
+}
+on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="once is enough")
+
+
+def blocks(page, language):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        code
+        for found, code in re.findall(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        if found == language
+    ]
+
+
+def commands(page):
+    """The command lines of a page, as lists of words, without what is set before them."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for words in " ".join(shlex.quote(word) for word in shlex.split(line, comments=True)).split("'&&'"):
+                words = shlex.split(words)
+                while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                    words = words[1:]
+                if words:
+                    yield words
+
+
+README = blocks("README.md", "python")
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    kinds = {
+        kind
+        for page in PAGES
+        for kind in re.findall(r"^```(\S+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert kinds == {"bash", "python", "{toctree}"}
+    assert len(README) == 3  # which the next tests run
+
+
+def test_the_layer_runs_as_the_readme_has_it():
+    names = {}
+    exec(README[0], names)
+    assert names["model"].output_shape == (None, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_the_training_runs_as_the_readme_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(README[1], names)
+    assert names["mask"].GetSize() == names["cases"][names["fold"].test[0]].source.size
+
+
+def test_a_method_of_ones_own_as_the_readme_has_it():
+    try:
+        exec(README[2], {})
+        method = METHODS["wide_unet"]
+        network = method.build(method.adapt(Recipe.small()), "float32")
+        assert (network.filters, list(network.input)) == ((16, 32, 64), ["t1"])
+    finally:
+        METHODS.pop("wide_unet", None)
+
+
+@pytest.fixture
+def readers_folder(tiny_cohort, tmp_path, monkeypatch):
+    """The current folder as the docs' reader has it: with patients, and a run with a trained network."""
+    monkeypatch.chdir(tmp_path)
+    Path("patients").mkdir()
+    for name, patient in zip(
+        ("anna", "bert", "carl", "dora", "emil", "faye"), sorted(tiny_cohort.iterdir()), strict=True
+    ):
+        Path("patients", name).symlink_to(patient)
+    recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
+    model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, recipe.reduction)
+    fill(model)
+    Path("run/fold_0").mkdir(parents=True)
+    model.save("run/fold_0/mmfnet.keras")
+    Path("run/recipe.json").write_text(recipe.to_json())
+
+
+@pytest.mark.filterwarnings("ignore:part of the tumour lies outside:UserWarning")  # the patients are small
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs_as_the_docs_have_it(readers_folder, page):
+    """One block after the other, as a reader would; what they assert holds."""
+    if page.stem == "own_data" and keras.backend.backend() != "tensorflow":
+        pytest.skip("trains, which takes long")
+    known = dict(METHODS)
+    try:
+        names = {}
+        for block in blocks(page, "python"):
+            exec(block, names)
+    finally:
+        for name in METHODS.keys() - known.keys():
+            del METHODS[name]
+
+
+class Parsed(Exception):
+    """What a script's parser made of its arguments; ends the script there."""
+
+
+@on_tensorflow
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self, *args, **kwargs):
+        raise Parsed(parse_args(self, *args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for words in commands(page):
+        if " ".join(words) in NOT_PARSED:
+            continue
+        interpreter, script, *arguments = words
+        assert interpreter == "python", words
+        source = (ROOT / script).read_text(encoding="utf-8")
+        if "ArgumentParser" not in source:
+            assert not arguments, words
+            continue
+        monkeypatch.syspath_prepend((ROOT / script).parent)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        # Another argument than those it knows is a SystemExit.
+        with pytest.raises(Parsed) as parsed:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        if "add_recipe_arguments" in source:
+            Recipe.small(**recipe_changes(parsed.value.args[0]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_file_a_page_names_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for script in re.findall(r"((?:examples|benchmarks|tests)/\w+\.(?:py|md))", text):
+        assert (ROOT / script).exists(), script
+
+
+@on_tensorflow
+def test_the_docs_are_built_without_a_warning_and_describe_everything_public(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    described = set()
+    for page in (tmp_path / "api").glob("*.html"):
+        described |= set(re.findall(r'id="keras_mmfnet\.[\w.]*?(\w+)"', page.read_text(encoding="utf-8")))
+    public = set()
+    for module in pkgutil.walk_packages(keras_mmfnet.__path__, "keras_mmfnet."):
+        if "._" not in module.name:
+            for name, value in vars(importlib.import_module(module.name)).items():
+                ours = getattr(value, "__module__", None) == module.name
+                if ours and name[0] != "_" and (inspect.isclass(value) or inspect.isfunction(value)):
+                    public.add(name)
+    assert len(public) > 60
+    assert public <= described, public - described
