@@ -34,8 +34,9 @@ from keras_mmfnet._log import log_to_file, log_to_terminal, time_left
 from keras_mmfnet.data import find_cases, five_folds
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.models import METHODS
+from keras_mmfnet.models import METHODS, MMFNet
 from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 from keras_mmfnet.report import cohort_html, recipe_html, report_html, software_html
 from keras_mmfnet.training import preprocess_cases, train_method
@@ -122,13 +123,15 @@ def run_method(method, fold, parts, cases, recipe, folder):
         # Once, in whichever process comes first.
         with claim(folder / f".{name}.lock", wait=True):
             train_method(METHODS[name], training, validation, recipe, folder)
-    adapted = method.adapt(recipe)
+    adapted, shares = method.adapt(recipe), {}
     if method.name in PEERS:
         predict, parameters, history = train_peer(method, training, validation, adapted, folder)
     else:
         network = train_method(method, training, validation, recipe, folder)
         predict, parameters = method.over_volumes(network, adapted), network.count_params()
         history = read_history(folder / f"{method.name}_history.csv")
+        if isinstance(network, MMFNet):
+            shares = cohort_shares(network, test, adapted)
     rows, begin = [], time.perf_counter()
     for patient in test:
         start = time.perf_counter()
@@ -152,6 +155,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         ),
         "history": history,
         "patients": rows,
+        "shares": {block: {name: x.tolist() for name, x in share.items()} for block, share in shares.items()},
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_mmfnet._files import write
 from keras_mmfnet.evaluation import metrics_csv, paired_difference, summarise
+from keras_mmfnet.explain import plot_attention
 from keras_mmfnet.models import METHODS
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_methods
 from keras_mmfnet.report import figure_html, table_html
@@ -166,7 +167,28 @@ def results_sections(folder, baseline="multi_encoder"):
     boxes = "The patients' DSC by method: quartiles, and a dot for each patient; in brackets how many they are."
     figures = [*make_charts(results).values(), (plot_boxes(scores), boxes)]
     table = table_html(HEADER, table_cells(make_rows(results, baseline), baseline), numeric=HEADER[1:])
-    return [("Results", table), ("Charts", "\n".join(figure_html(*figure) for figure in figures))]
+    sections = [("Results", table), ("Charts", "\n".join(figure_html(*figure) for figure in figures))]
+    attention = attention_html(results)
+    return [*sections, ("Which modality is listened to", attention)] if attention else sections
+
+
+def attention_html(results):
+    """How much the fusion blocks of each method listen to each modality of the test patients, as HTML text."""
+    pictures = []
+    for folds in results.values():
+        # Methods without fusion blocks have none, and results of earlier versions do not have them.
+        found = [result["shares"] for result in folds if result.get("shares")]
+        if found:
+            shares = {
+                block: {name: np.concatenate([share[block][name] for share in found]) for name in found[0][block]}
+                for block in found[0]
+            }
+            caption = (
+                f"{folds[0]['title']}: each modality's share of the features that a fusion block passes on, the mean "
+                "and standard deviation over the test patients; the finest level first."
+            )
+            pictures.append(figure_html(plot_attention(shares), caption))
+    return "\n".join(pictures)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import keras
 import numpy as np
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.data.windows import cut, window_starts
 from keras_mmfnet.explain import (
     METHODS,
     fusion_attention,
@@ -22,6 +21,7 @@ from keras_mmfnet.explain import (
     plot_attention,
     plot_heat,
     spatial_attention,
+    tumour_window,
 )
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.recipe import Recipe
@@ -64,10 +64,7 @@ def explain(model, images, case, recipe, parsed):
     print("predicting")
     probability = whole(model)
     tumour = probability >= 0.5
-    centre = [int(np.median(index)) for index in np.nonzero(tumour)] if tumour.any() else case.centre
-    start = window_starts(case.shape, recipe.patch_shape, (None, None, None), centre)[0]
-    window = {name: cut(image, start, recipe.patch_shape, image.min()) for name, image in images.items()}
-    batch = {name: image[None, ..., None] for name, image in window.items()}
+    batch, start = tumour_window(images, tumour, recipe.patch_shape, case.centre)
     depth = int(np.argmax(probability.sum(axis=(1, 2))))
     parsed.out.mkdir()
 
@@ -88,6 +85,7 @@ def explain(model, images, case, recipe, parsed):
     for method in parsed.methods:
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
         inside = min(max(depth - start[0], 0), recipe.patch_shape[0] - 1)
+        window = {name: image[0, ..., 0] for name, image in batch.items()}
         save(plot_heat(window, maps, case.spacing, inside), method.replace("+", "p"))
 
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mmfnet.data.windows import cut, window_starts
 from keras_mmfnet.layers import FusionBlock3D
 
 METHODS = ("gradcam", "gradcam++", "saliency")
@@ -45,6 +46,49 @@ def fusion_attention(model, images):
         spatial[block.name] = where[..., 0]
         share[block.name] = {name: size / total for name, size in zip(model.modalities, sizes, strict=True)}
     return channel, spatial, share
+
+
+def tumour_window(images, tumour, patch_shape, centre):
+    """The window about a tumour, in which what a network looks at is of interest.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, preprocessed.
+        tumour: The expert's or the predicted mask `(depth, height, width)`; the window is about the median of its
+            voxels.
+        patch_shape: `(depth, height, width)` of the window.
+        centre: `(z, y, x)` of the window where the mask is empty.
+
+    Returns:
+        `(batch, start)`: `{modality: float32 (1, depth, height, width, 1)}`, and the window's first voxel `(z, y, x)`.
+    """
+    centre = [int(np.median(index)) for index in np.nonzero(tumour)] if np.any(tumour) else centre
+    start = window_starts(tumour.shape, patch_shape, (None, None, None), centre)[0]
+    return {name: cut(x, start, patch_shape, x.min())[None, ..., None] for name, x in images.items()}, start
+
+
+def cohort_shares(model, cases, recipe):
+    """How much each fusion block listens to each sequence in the windows about the tumours of several patients.
+
+    Args:
+        model: An `MMFNet`.
+        cases: `PreprocessedCase`s with a mask.
+        recipe: The `Recipe` the network was trained with.
+
+    Returns:
+        `{block: {modality: (patients,)}}`, as `fusion_attention` has it and `plot_attention` takes it.
+
+    Raises:
+        ValueError: The network has no fusion block.
+    """
+    shares = []
+    for case in cases:
+        images = {name: case.images.get(name, np.zeros(case.shape, np.float32)) for name in recipe.modalities}
+        batch, _ = tumour_window(images, case.mask, recipe.patch_shape, case.centre)
+        shares.append(fusion_attention(model, batch)[2])
+    return {
+        block: {name: np.concatenate([share[block][name] for share in shares]) for name in recipe.modalities}
+        for block in shares[0]
+    }
 
 
 def spatial_attention(model, block):

@@ -14,6 +14,7 @@ import numpy as np
 from keras_mmfnet._files import write
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.evaluation import summarise
+from keras_mmfnet.explain import cohort_shares, plot_attention
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_segmentation, plot_training
 from keras_mmfnet.recipe import Recipe
 
@@ -142,13 +143,12 @@ def figure_html(figure, caption):
     )
 
 
-def write_run_report(directory, cases, extra=()):
+def write_run_report(directory, cases):
     """Writes `report.html` about a run of `cross_validate`, as far as it has come, into the run's folder.
 
     Args:
         directory: Folder of the run, with one finished fold or more.
         cases: The run's `Case`s.
-        extra: Further sections, `(heading, HTML)` each, as for `report_html`.
 
     Returns:
         The path of the report.
@@ -166,7 +166,7 @@ def write_run_report(directory, cases, extra=()):
     sections = [
         ("Results", results_html(rows)),
         ("Best, median and worst patient", patients_html(directory, rows, patients)),
-        *extra,
+        ("Which modality is listened to", attention_html(directory, recipe, cohort["folds"], patients)),
         ("Training", training_html(directory, recipe)),
         ("Patients", cohort_html(patients.values(), cohort)),
         ("Recipe", recipe_html(recipe)),
@@ -221,6 +221,30 @@ def patients_html(directory, rows, patients):
         figure = plot_segmentation(patient.images, prediction, patient.mask, patient.spacing, margin=_MARGIN_MM)
         caption = f"{', '.join(names)}: {patient.name}, fold {row['fold']}, DSC {row['dsc']:.4f} in three dimensions."
         pictures.append(figure_html(figure, caption))
+    return "\n".join(pictures)
+
+
+def attention_html(directory, recipe, folds, patients):
+    """How much each fold's network listens to each modality of its test patients, about their tumours.
+
+    Args:
+        directory: Folder of the run.
+        recipe: Its `Recipe`.
+        folds: Its folds, as `cohort.json` has them.
+        patients: `{name: PreprocessedCase}`.
+
+    Returns:
+        HTML text.
+    """
+    pictures = []
+    for path in sorted(directory.glob("fold_*/mmfnet.keras"), key=_fold):
+        test = [patients[name] for name in folds[_fold(path)]["test"]]
+        shares = cohort_shares(keras.models.load_model(path, compile=False), test, recipe)
+        caption = (
+            f"Fold {_fold(path)}: each modality's share of the features that a fusion block passes on, the mean and "
+            "standard deviation over the test patients; the finest level first."
+        )
+        pictures.append(figure_html(plot_attention(shares), caption))
     return "\n".join(pictures)
 
 

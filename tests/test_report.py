@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from keras_mmfnet.data import Case, five_folds, preprocess_case
 from keras_mmfnet.evaluation import metrics_csv, metrics_json
+from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import figure_html, report_html, table_html, text_html, write_run_report
 
@@ -106,20 +107,22 @@ def finished(tiny_cohort, tmp_path_factory):
             numbers = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3, "learning_rate": 1e-3}
             history = [{"epoch": epoch, "stage": "all", **numbers} for epoch in range(3)]
             (folder / f"fold_{number}" / f"{network}_history.csv").write_text(metrics_csv(history))
+    network = MMFNet(RECIPE.modalities, RECIPE.patch_shape, (2, 3), reduction=2)
+    network.save(folder / "fold_1" / "mmfnet.keras")
     (folder / "metrics.json").write_text(metrics_json(rows))
     return folder, cases, rows
 
 
 def test_the_report_of_a_run(finished):
     folder, cases, rows = finished
-    path = write_run_report(folder, cases, extra=[("Modalities", text_html("t1 & t2"))])
+    path = write_run_report(folder, cases)
     assert path == folder / "report.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.headings == [
         "Results",
         "Best, median and worst patient",
-        "Modalities",
+        "Which modality is listened to",
         "Training",
         "Patients",
         "Recipe",
@@ -128,16 +131,17 @@ def test_the_report_of_a_run(finished):
     # Nothing is fetched from anywhere, and nothing runs.
     assert "http" not in text
     assert "<script" not in text
-    # Boxes, three patients, MMFNet in two folds, the others in one picture.
-    assert len(page.pictures) == 7
-    assert len(set(page.pictures)) >= 6
+    # Boxes, three patients, attention of the one fold whose network is there, MMFNet in two folds, the others in one.
+    assert len(page.pictures) == 8
+    assert len(set(page.pictures)) >= 7
     assert all(picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82") for picture in page.pictures)
     for rank, row in (("Best", rows[0]), ("Median", rows[3]), ("Worst", rows[1])):
         caption = f"{rank}: {row['patient']}, fold {row['fold']}, DSC {row['dsc']:.4f} in three dimensions."
         assert caption in page.texts
     assert {row["patient"] for row in rows} < set(page.texts)
-    assert {"mean", "0.5750", "has no <mask>", "a <note>", "t1 & t2", "-"} < set(page.texts)
+    assert {"mean", "0.5750", "has no <mask>", "a <note>", "-"} < set(page.texts)
     assert {"spacing", "3.0", "0.5", "keras", "backend of Keras"} < set(page.texts)
+    assert sum(text.startswith("Fold 1: each modality's share") for text in page.texts) == 1
     # No half of a file is left.
     assert not list(folder.glob(".*"))
 

@@ -70,12 +70,15 @@ def test_from_patients_to_a_table(script, tiny_cohort, tmp_path, monkeypatch, ca
             assert len(result["history"]) == 2
             assert result["training_seconds"] == pytest.approx(sum(row["seconds"] for row in result["history"]))
             assert result["parameters"] > 0
+            for share in result["shares"].values():
+                np.testing.assert_allclose(np.add(share["t1"], share["t2"]), np.ones(len(fold["test"])), rtol=1e-5)
+        assert [name for name, result in results.items() if result["shares"]] == ["mmfnet_t1_t2"]
         # The single-modality networks are trained once, for the row of their own and for the one that borrows them.
         assert (out / "fold_0" / "unet3d_t2.keras").exists()
         table = (out / "table.md").read_text()
         assert "| **Multi-encoder multi-modality network** | 0.7005 |" in table
         page = (out / "report.html").read_text(encoding="utf-8")
-        assert page.count("data:image/png;base64,") == 2
+        assert page.count("data:image/png;base64,") == 3
         assert "<td>My U-net</td>" in page
         for name in ("table.csv", "methods.png", "run.log"):
             assert (out / name).stat().st_size > 100
