@@ -85,10 +85,7 @@ def main():
             rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)
             for error in left_out:
                 logging.info("Left out: %s", error)
-            try:
-                logging.info("The report is %s", write_run_report(out, cases))
-            except ModuleNotFoundError as error:
-                logging.info("No report.html was made: it needs matplotlib (pip install matplotlib): %s", error)
+            logging.info("The report is %s", write_run_report(out, cases))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if parsed.quiet:
