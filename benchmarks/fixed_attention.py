@@ -8,9 +8,7 @@ the attention has found in them.
 """
 
 import argparse
-import json
 import os
-import sys
 from pathlib import Path
 
 # TensorFlow leaves it off on some processors; a step takes a third of the time with it.
@@ -19,13 +17,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import keras
 import numpy as np
 from machine import machine, report
+from trained import add_arguments, open_run, scores
 
-from keras_mmfnet.data import find_cases
-from keras_mmfnet.evaluation import evaluate_case, paired_difference
+from keras_mmfnet.evaluation import paired_difference
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.layers import FusionBlock3D
-from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.training import preprocess_cases
 
 RESULTS = Path(__file__).parent / "results" / "fixed_attention"
 KINDS = {"channel": ("channel",), "spatial": ("spatial",), "both": ("channel", "spatial")}
@@ -34,15 +30,6 @@ KINDS = {"channel": ("channel",), "spatial": ("spatial",), "both": ("channel", "
 def attentions(model, kind):
     """The channel or spatial attention of each fusion block."""
     return [getattr(layer, f"{kind}_attention") for layer in model.layers if isinstance(layer, FusionBlock3D)]
-
-
-def scores(predict, patients, recipe):
-    """The DSC of each patient."""
-    found = []
-    for case in patients:
-        volume = predict_volume(predict, case.images, recipe.patch_shape, recipe.window_stride, case.centre)
-        found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
-    return found
 
 
 def mean_weights(model, patients, recipe):
@@ -81,22 +68,9 @@ def fix(model, kind, means):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="OUT", help="output folder of reproduce_tables.py")
-    add("--data", type=Path, required=True, help="its folder of patients")
-    add("--method", default="mmfnet_mlp_std", metavar="NAME", help="one of its MMFNets (mmfnet_mlp_std)")
-    add("--fold", type=int, default=0, metavar="N", help="one of its folds (0)")
+    add_arguments(parser)
     parsed = parser.parse_args()
-    path = parsed.run / f"fold_{parsed.fold}" / f"{parsed.method}.keras"
-    if not path.is_file():
-        sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
-    recipe = Recipe.load(parsed.run / "recipe.json")
-    patients, _ = preprocess_cases(find_cases(parsed.data, recipe), recipe, parsed.run / "cache")
-    split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
-    validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
-
-    def load():
-        return keras.models.load_model(path, compile=False)
+    load, recipe, validation, test = open_run(parsed)
 
     means = mean_weights(load(), validation, recipe)
     own = scores(load(), test, recipe)

@@ -1,0 +1,49 @@
+"""What it costs when a patient lacks some sequences: the DSC of a trained network without each of them.
+
+    python benchmarks/missing_modalities.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
+
+OUT is a run of reproduce_tables.py, with --modality-dropout or without.
+"""
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+
+# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
+import numpy as np
+from machine import machine, report
+from trained import add_arguments, open_run, scores
+
+from keras_mmfnet.evaluation import paired_difference
+
+RESULTS = Path(__file__).parent / "results" / "missing_modalities"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parsed = parser.parse_args()
+    load, recipe, _, test = open_run(parsed)
+    network, names = load(), recipe.modalities
+    whole = scores(network, test, recipe)
+    result = {
+        "machine": machine("keras", keras.backend.backend()),
+        "method": parsed.method,
+        "modality_dropout": recipe.modality_dropout,
+        "fold": parsed.fold,
+        "patients": len(test),
+        "dsc": float(np.mean(whole)),
+        "without": {},
+    }
+    for missing in itertools.chain(*(itertools.combinations(names, count) for count in range(1, len(names)))):
+        found = scores(network, test, recipe, missing)
+        result["without"][", ".join(missing)] = {"dsc": float(np.mean(found)), **paired_difference(found, whole)}
+    report(result, RESULTS / f"{parsed.method}_dropout_{recipe.modality_dropout:g}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What the questions to a trained network have in common: a run of reproduce_tables.py, one of its networks."""
+
+import json
+import sys
+from pathlib import Path
+
+import keras
+
+from keras_mmfnet.data import find_cases
+from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.training import preprocess_cases
+
+
+def add_arguments(parser):
+    """Adds --run, --data, --method and --fold."""
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="OUT", help="output folder of reproduce_tables.py")
+    add("--data", type=Path, required=True, help="its folder of patients")
+    add("--method", default="mmfnet_mlp_std", metavar="NAME", help="one of its MMFNets (mmfnet_mlp_std)")
+    add("--fold", type=int, default=0, metavar="N", help="one of its folds (0)")
+
+
+def open_run(parsed):
+    """A function that loads the network, the recipe, and the preprocessed patients for validation and test."""
+    path = parsed.run / f"fold_{parsed.fold}" / f"{parsed.method}.keras"
+    if not path.is_file():
+        sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
+    recipe = Recipe.load(parsed.run / "recipe.json")
+    patients, _ = preprocess_cases(find_cases(parsed.data, recipe), recipe, parsed.run / "cache")
+    split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
+    validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
+    return lambda: keras.models.load_model(path, compile=False), recipe, validation, test
+
+
+def scores(predict, patients, recipe, missing=()):
+    """The DSC of each patient, without the modalities that are `missing`."""
+    found = []
+    for case in patients:
+        # As in inference, what is missing is zeros.
+        images = {name: image * (name not in missing) for name, image in case.images.items()}
+        volume = predict_volume(predict, images, recipe.patch_shape, recipe.window_stride, case.centre)
+        found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
+    return found

@@ -1,0 +1,84 @@
+import importlib
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mmfnet.data import find_cases, five_folds
+from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.models import MMFNet
+from keras_mmfnet.recipe import Recipe
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same on every backend")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_cohort, tmp_path_factory):
+    """A folder as reproduce_tables.py leaves it, with a network that has been trained a little, and its recipe."""
+    folder, recipe = tmp_path_factory.mktemp("run"), Recipe.small(spacing=4.0, folds=3, patch_shape=(16, 16, 16))
+    cases = [case.name for case in find_cases(tiny_cohort, recipe)]
+    fold = five_folds(cases, 3, recipe.validation_fraction, recipe.seed)[0]
+    (folder / "recipe.json").write_text(recipe.to_json())
+    (folder / "cohort.json").write_text(json.dumps({"folds": [{"validation": fold.validation, "test": fold.test}]}))
+    (folder / "fold_0").mkdir()
+    network = MMFNet(recipe.modalities, recipe.patch_shape, (2, 3), reduction=2)
+    rng = np.random.default_rng(0)
+    network.set_weights([weight + 0.3 * rng.normal(size=weight.shape) for weight in network.get_weights()])
+    network.layers[-1].bias.assign([0.0])
+    network.save(folder / "fold_0" / "mmfnet_mlp_std.keras")
+    return folder
+
+
+def run(name, trained, cohort, tmp_path, benchmarks, monkeypatch):
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--run", str(trained), "--data", str(cohort)])
+    script.main()
+    return json.loads(next(tmp_path.glob("*.json")).read_text())
+
+
+def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmarks, monkeypatch):
+    result = run("missing_modalities", trained, tiny_cohort, tmp_path, benchmarks, monkeypatch)
+    assert list(result["without"]) == ["t1", "t2", "cet1", "t1, t2", "t1, cet1", "t2, cet1"]
+    for name, numbers in result["without"].items():
+        assert numbers["dsc"] - result["dsc"] == pytest.approx(numbers["mean"]), name
+        assert numbers["patients"] == result["patients"] == 2
+    load, recipe, _, test = importlib.import_module("trained").open_run(
+        importlib.import_module("argparse").Namespace(run=trained, data=tiny_cohort, method="mmfnet_mlp_std", fold=0)
+    )
+    found = []
+    for case in test:
+        images = {**case.images, "t2": np.zeros_like(case.images["t2"])}
+        volume = predict_volume(load(), images, recipe.patch_shape, recipe.window_stride, case.centre)
+        found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
+    assert result["without"]["t2"]["dsc"] == pytest.approx(np.mean(found))
+
+
+def test_attention_that_is_the_same_for_all_loses_nothing_by_its_mean(
+    trained, tiny_cohort, tmp_path, benchmarks, monkeypatch
+):
+    path = trained / "fold_0" / "mmfnet_mlp_std.keras"
+    kept, network = path.read_bytes(), keras.models.load_model(path, compile=False)
+    for layer in network.layers:
+        if layer.name.startswith("fusion"):
+            # Weights of one half, whatever the patient.
+            attention = layer.channel_attention
+            attention.set_weights([np.zeros(weight.shape) for weight in attention.get_weights()])
+    try:
+        network.save(path)
+        result = run("fixed_attention", trained, tiny_cohort, tmp_path, benchmarks, monkeypatch)
+    finally:
+        path.write_bytes(kept)
+    lost = {name: abs(numbers["mean"]) for name, numbers in result["less_the_network's_own"].items()}
+    assert lost["channel"] < 1e-6 < lost["spatial"] == pytest.approx(lost["both"])
+
+
+def test_a_network_that_is_not_there(trained, tiny_cohort, benchmarks, monkeypatch, tmp_path):
+    script = importlib.import_module("missing_modalities")
+    arguments = ["--run", str(trained), "--data", str(tiny_cohort), "--fold", "1"]
+    monkeypatch.setattr(sys, "argv", ["missing_modalities.py", *arguments])
+    with pytest.raises(SystemExit, match=r"a trained network is expected. Received: .*fold_1"):
+        script.main()
