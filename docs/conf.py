@@ -18,6 +18,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "keras-mmfnet"
+html_show_copyright = False
 html_math_renderer = "mathml"
 
 # The docstrings mark code by single backticks, as Markdown does.
