@@ -1,3 +1,6 @@
+import json
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -38,3 +41,15 @@ def test_our_batches(benchmarks):
     images, mask = next(pipeline.ours(pipeline.make_cases(1), recipe))
     assert mask.shape == (2, 16, 256, 256, 1)
     assert set(images) == {"t1", "t2", "cet1"}
+
+
+def test_alignment_of_an_image_that_was_moved(benchmarks, tiny_cohort, tmp_path, monkeypatch):
+    import registration
+
+    patient = sorted(tiny_cohort.iterdir())[0]
+    monkeypatch.setattr(registration, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["registration.py", "--patient", str(patient), "--turns", "1"])
+    registration.main()
+    result = json.loads((tmp_path / f"{patient.name}_t2.json").read_text())
+    assert result["seconds"] > 0
+    assert 0 < result["largest_error_mm"] < 3
