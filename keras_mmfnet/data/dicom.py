@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from keras_mmfnet.data.case import CaseError, Grid
 _UID, _DESCRIPTION, _PATIENT = "0020|000e", "0008|103e", "0010|0020"
 # What kind of object a file holds: structure sets, segmentations, reports, presentations and directories are no images.
 _NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.(5\.1\.4\.1\.1\.(481|66|88|11|104)\.|1\.3\.10)")
+_IMPLICIT, _BIG, _DEFLATED = (b"1.2.840.10008.1.2" + end for end in (b"", b".2", b".1.99"))
+# Value representations whose length has two bytes; and four bytes, after two without a meaning.
+_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 # Of the distance between two slices; scanners round their positions.
 _UNEVEN = 0.05
 # Of a pixel: how far slices may lie beside each other.
@@ -38,7 +43,8 @@ class Series:
 def find_series(folder, patient):
     """Finds the DICOM series in a folder and the folders in it; no voxel is read.
 
-    DICOM files without an image are passed over, and other files, but for those that end in `.dcm`.
+    DICOM files without an image are passed over, and other files, but for those that end in `.dcm` and empty ones
+    beside slices.
 
     Args:
         folder: The folder of one patient.
@@ -48,18 +54,21 @@ def find_series(folder, patient):
         A list of `Series`, sorted by folder and description.
 
     Raises:
-        CaseError: A file that ends in `.dcm` is none, or the files are those of several patients.
+        CaseError: A file that ends in `.dcm` is none, a file beside slices is empty, or the files are those of several
+            patients.
     """
     folder = Path(folder)
-    found, patients = {}, set()
+    found, patients, empty = {}, set(), []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)):
-        if not is_dicom(path):
+        start = _start(path)
+        if not _is_dicom(start):
             if path.suffix.lower() == ".dcm":
-                raise CaseError(f"{patient}: {path}: must be a DICOM file. Received: {path.stat().st_size} other bytes")
+                raise CaseError(f"{patient}: {path}: must be a DICOM file. Received: one that starts with {start[:9]}")
+            if not start:
+                empty.append(path)
             continue
-        with open(path, "rb") as file:
-            if _NO_IMAGE.search(file.read(1000)):
-                continue
+        if _NO_IMAGE.search(start):
+            continue
         tags = _tags(path, patient)
         patients.add(tags.get(_PATIENT, ""))
         found.setdefault(tags.get(_UID), (tags.get(_DESCRIPTION, ""), []))[1].append(path)
@@ -68,17 +77,31 @@ def find_series(folder, patient):
             f"{patient}: {folder}: must hold the DICOM files of one patient. "
             f"Received: {len(patients)} different PatientIDs"
         )
+    # Slices often have no ending; one that lacks at the end of a stack would not be missed.
+    folders = {path.parent for _, files in found.values() for path in files}
+    for path in empty:
+        if path.parent in folders:
+            raise CaseError(f"{patient}: {path}: must be a slice, as the files beside it. Received: an empty file")
     series = [Series(_common_folder(files), tuple(files), description) for description, files in found.values()]
     return sorted(series, key=lambda one: (str(one.folder), one.description))
 
 
 def is_dicom(path):
     """Whether a file starts as DICOM files do."""
+    return _is_dicom(_start(path))
+
+
+def _is_dicom(start):
+    return start[128:132] == b"DICM"
+
+
+def _start(path):
+    """The first bytes of a file; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return file.read(1000)
     except OSError:
-        return False
+        return b""
 
 
 def read_series(series, patient, pixel_type=sitk.sitkUnknown):
@@ -160,6 +183,12 @@ def _read(paths, patient, series, pixel_type):
 
 def _reader(path, patient):
     """SimpleITK's reader after it has read the header."""
+    try:
+        damage = _damage(path)
+    except OSError as error:
+        raise CaseError(f"{patient}: {path}: must be a readable file. Received: {error.strerror}") from error
+    if damage:
+        raise CaseError(f"{patient}: {path}: must be an undamaged DICOM file. Received: {damage}")
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
@@ -171,6 +200,51 @@ def _reader(path, patient):
     if not all(0 < step < math.inf for step in reader.GetSpacing()):
         raise CaseError(f"{patient}: {path}: must have a positive pixel size. Received: {reader.GetSpacing()} mm")
     return reader
+
+
+def _damage(path):
+    """An element that claims more bytes than the whole file has, or a file that starts with another than it must.
+
+    GDCM would take the memory, up to 4 GiB, before it looks for the content. The elements are read one after the other,
+    those in sequences too, up to the first that is not understood.
+
+    Returns:
+        What is wrong, or `None`.
+    """
+    size, syntax, fragments = path.stat().st_size, b"", False
+    with open(path, "rb") as file:
+        file.seek(132)
+        if file.read(2) != b"\2\0":
+            return "no element of group 2 at the start"
+        file.seek(132)
+        while len(head := file.read(8)) == 8:
+            described = head[:2] != b"\2\0"  # what comes before is always explicit and little endian
+            order = ">" if described and syntax == _BIG else "<"
+            tag = struct.unpack_from(f"{order}HH", head)
+            kind = head[4:6]
+            if tag[0] == 0xFFFE or (described and syntax == _IMPLICIT):
+                [length] = struct.unpack_from(f"{order}I", head, 4)
+            elif kind in _SHORT:
+                [length] = struct.unpack_from(f"{order}H", head, 6)
+            elif kind in _LONG:
+                [length] = struct.unpack(f"{order}I", file.read(4).ljust(4, b"\0"))
+            elif not described:  # GDCM takes it for implicit
+                [length] = struct.unpack_from("<I", head, 4)
+            else:
+                return None
+            if length == 0xFFFFFFFF:  # up to a mark at its end
+                fragments = tag == (0x7FE0, 0x10)
+            elif length > size:
+                return f"an element of {length} bytes in a file of {size}"
+            elif tag == (2, 0x10):
+                syntax = file.read(length).rstrip(b"\0 ")
+            elif fragments or not (tag[0] == 0xFFFE or file.peek(4)[:4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)):
+                file.seek(length, 1)
+            if tag == (0xFFFE, 0xE0DD):
+                fragments = False
+            if described and syntax == _DEFLATED:
+                return None
+    return None
 
 
 def _tags(path, patient):

@@ -1,6 +1,8 @@
 import dataclasses
 import gzip
 import math
+import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -14,6 +16,9 @@ from keras_mmfnet.data.dicom import Series, read_series
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc")
+_TEXT_HEADERS = (".mha", ".mhd", ".nrrd", ".nhdr")
+# Voxels that one byte of a file can hold at most: zlib packs 1032 bytes into one.
+_PACKED = 1100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,7 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
 def _read_file(source, refuse, pixel_type):
     path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
 
+    available = _inspect_text_header(path, refuse) if path.suffix.lower() in _TEXT_HEADERS else math.inf
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -84,6 +90,8 @@ def _read_file(source, refuse, pixel_type):
     if len(size) < 3 or (math.prod(size[3:]) != 1 if index is None else len(size) != 4 or index >= size[3]):
         expected = "a 3D image" if index is None else f"an image of {index + 1} or more volumes"
         raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
+    if math.prod(size) > _PACKED * available:
+        raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {available} bytes")
     if path.name.lower().endswith((".nii", ".nii.gz")):
         # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
         try:
@@ -103,6 +111,36 @@ def _read_file(source, refuse, pixel_type):
         return reader.Execute()
     except RuntimeError as error:
         raise refuse("a whole, undamaged image file", _reason(error)) from error
+
+
+def _inspect_text_header(path, refuse):
+    """Refuses a MetaImage or NRRD header at which SimpleITK would crash or wait.
+
+    Returns:
+        How many bytes there are in the files of the image.
+    """
+    try:
+        with open(path, "rb") as file:
+            end = rb"ElementDataFile\s*[=:]\s*(?i:local)" if path.suffix.lower() in (".mha", ".mhd") else rb"\r?\n\r?\n"
+            header = re.split(end, file.read(1 << 16), maxsplit=1)[0]
+    except OSError as error:
+        raise refuse("a readable file", error.strerror) from error
+    for axes in re.findall(rb"NDims\s*[=:](.*)", header):
+        if not (axes.strip().isdigit() and 1 <= int(axes[:9]) <= 10):
+            raise refuse("an image of 1 to 10 axes", f"NDims = {os.fsdecode(axes.strip())}")
+    # What a line says, or what follows its name, may be a file with the voxels, or the pattern of some.
+    values = [os.fsdecode(re.split(rb"[=:]", line, maxsplit=1)[-1].strip()) for line in header.splitlines()]
+    files = {path, *(path.parent / value for value in values)}
+    for file in files:
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            raise refuse("an image whose voxels lie in files", f"{file}, which is none")
+    for value in values:
+        if "%" in value:
+            # SimpleITK gives it to printf as it is.
+            if not re.fullmatch(r"[^%]*%\d{0,4}d[^%]*", value):
+                raise refuse("an image with files numbered as by %03d", value)
+            files.update(path.parent.iterdir())
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 def _inspect_nifti(path, reader):

@@ -1,4 +1,5 @@
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_files import GRID, write_series
@@ -96,11 +97,50 @@ def test_a_damaged_file(content, tmp_path):
     assert "slice_02.dcm: must be a" in refused(tmp_path)
 
 
+def test_an_empty_file_beside_slices_without_an_ending(tmp_path):
+    write_series(tmp_path)
+    for path in tmp_path.iterdir():
+        path.rename(path.with_suffix(""))
+    assert read(tmp_path).GetSize() == GRID.size
+    (tmp_path / "slice_04").write_bytes(b"")
+    with pytest.raises(CaseError, match=r"ann: .*slice_04: must be a slice.*Received: an empty file"):
+        find_series(tmp_path, "ann")
+
+
+def test_a_file_that_vanishes(tmp_path):
+    write_series(tmp_path)
+    [series] = find_series(tmp_path, "ann")
+    (tmp_path / "slice_02.dcm").unlink()
+    with pytest.raises(CaseError, match=r"ann: .*slice_02.dcm: must be a readable file. Received: No such file"):
+        read_series(series, "ann")
+
+
 def test_a_file_that_breaks_off(tmp_path):
     write_series(tmp_path)
     path = tmp_path / "slice_02.dcm"
     path.write_bytes(path.read_bytes()[:-100])
     assert "Received: " in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ExplicitVRBigEndian]
+)
+def test_an_element_longer_than_the_file(syntax, tmp_path):
+    """Also one within a sequence; what it claims is not made room for."""
+    write_series(tmp_path)
+    path = tmp_path / "slice_02.dcm"
+    image, code = pydicom.dcmread(path), pydicom.Dataset()
+    code.add_new(0x00420011, "OB", b"inner__")
+    image.ConceptCodeSequence = [code]
+    image.file_meta.TransferSyntaxUID = syntax
+    pydicom.dcmwrite(path, image, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+    order = "little" if syntax.is_little_endian else "big"
+    assert len(find_series(tmp_path, "ann")) == 1
+    content = path.read_bytes()
+    length = content.index(b"inner__") - 4
+    path.write_bytes(content[:length] + (0x7FFFFFFE).to_bytes(4, order) + content[length + 4 :])
+    with pytest.raises(CaseError, match=r"slice_02.dcm: must be an .*Received: an element of 2147483646 bytes"):
+        find_series(tmp_path, "ann")
 
 
 def test_a_structure_set_is_passed_over(tmp_path):

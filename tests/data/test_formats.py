@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import re
 import struct
 
 import numpy as np
@@ -359,7 +361,8 @@ def test_a_damaged_gzip_file_is_refused(tmp_path):
 def test_a_file_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "t1.nii.gz").write_bytes(b"not an image" * 100)
     assert "an undamaged image file" in refused(tmp_path / "t1.nii.gz")
-    assert "an undamaged image file" in refused(tmp_path / "gone.mha")
+    assert "an undamaged image file" in refused(tmp_path / "gone.nii")
+    assert "a readable file. Received: No such file" in refused(tmp_path / "gone.mha")
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -399,3 +402,37 @@ def test_nan_and_infinity_are_refused(tmp_path, value, suffix, dtype):
     values[1, 2, 3:5] = value
     path = write(tmp_path / f"t1{suffix}", sitk.GetImageFromArray(values))
     assert "finite numbers. Received: 2 voxels with NaN or infinity" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "line", "replaced", "message"),
+    [
+        (".mha", "NDims = .*", "NDims = 99999", "must be an image of 1 to 10 axes. Received: NDims = 99999"),
+        (".mhd", "ElementDataFile = .*", "ElementDataFile = %n%s", "with files numbered as by %03d. Received: %n%s"),
+        (
+            ".mhd",
+            "ElementDataFile = .*",
+            "ElementDataFile = pipe",
+            "voxels lie in files. Received: {pipe}, which",
+        ),
+        (".nhdr", "data file: .*", "data file: pipe", "voxels lie in files. Received: {pipe}, which"),
+        (".nrrd", "sizes: .*", "sizes: 4 4 400000000", "must be a whole file. Received: 4 x 4 x 400000000 voxels in"),
+    ],
+)
+def test_a_header_that_would_crash_or_stall_the_reader_is_refused(tmp_path, suffix, line, replaced, message):
+    path = write(tmp_path / f"t1{suffix}", make_image())
+    os.mkfifo(tmp_path / "pipe")
+    path.write_bytes(re.sub(line.encode(), replaced.encode(), path.read_bytes(), count=1))
+    assert message.format(pipe=tmp_path / "pipe") in refused(path)
+
+
+def test_voxels_in_numbered_files(tmp_path):
+    """As other programs write them; the header names a pattern."""
+    image = make_image()
+    path = write(tmp_path / "t1.mhd", image)
+    for number, voxels in enumerate(sitk.GetArrayFromImage(image)):
+        (tmp_path / f"t1_{number:03d}.raw").write_bytes(voxels.tobytes())
+    (tmp_path / "t1.raw").unlink()
+    path.write_text(path.read_text().replace("t1.raw", f"t1_%03d.raw 0 {number} 1"))
+    back = read_image(path, "ann")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
