@@ -24,6 +24,9 @@ def log_to_file(path):
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(file)
+    # Where others have set up logging before, it may let only warnings through.
+    level = root.level
+    root.setLevel(min(level, logging.INFO))
     try:
         yield
     except BaseException as error:
@@ -31,6 +34,7 @@ def log_to_file(path):
         file.handle(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
         raise
     finally:
+        root.setLevel(level)
         root.removeHandler(file)
         file.close()
 

@@ -41,6 +41,16 @@ def test_a_quiet_run_shows_errors_only(tmp_path, capsys, monkeypatch):
         assert disabled
 
 
+def test_the_file_has_all_messages_where_logging_was_set_up_before(tmp_path):
+    with bare_root() as root:
+        root.addHandler(logging.NullHandler())
+        log_to_terminal()
+        with log_to_file(tmp_path / "run.log"):
+            root.info("on the way")
+        assert root.level == logging.WARNING
+        assert "on the way" in (tmp_path / "run.log").read_text()
+
+
 def test_the_file_tells_what_ended_the_run(tmp_path, capsys):
     with bare_root() as root:
         log_to_terminal()
