@@ -4,11 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import keras
-
 from keras_mmfnet.data import find_cases
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import preprocess_cases
 
@@ -31,7 +30,7 @@ def open_run(parsed):
     patients, _ = preprocess_cases(find_cases(parsed.data, recipe), recipe, parsed.run / "cache")
     split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
     validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
-    return lambda: keras.models.load_model(path, compile=False), recipe, validation, test
+    return lambda: load_network(path), recipe, validation, test
 
 
 def scores(predict, patients, recipe, missing=()):

@@ -24,6 +24,7 @@ from keras_mmfnet.explain import (
     tumour_window,
 )
 from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
 
@@ -50,7 +51,7 @@ def main():
             raise ValueError(f"{expected}. Received: {parsed.run}, --fold {parsed.fold}")
         recipe = Recipe.load(parsed.run / "recipe.json")
         case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
-        model = keras.models.load_model(path, compile=False)
+        model = load_network(path, recipe)
         images = {name: case.images.get(name, np.zeros(case.shape, np.float32)) for name in recipe.modalities}
         explain(model, images, case, recipe, parsed)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -18,13 +18,13 @@ from pathlib import Path
 # TensorFlow leaves it off on some processors; a step takes a third of the time with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-import keras
 import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.dicom_export import write_rtstruct, write_segmentation
 from keras_mmfnet.inference import segment_ensemble
+from keras_mmfnet.models import load_network
 from keras_mmfnet.plots import plot_segmentation
 from keras_mmfnet.recipe import Recipe
 
@@ -79,7 +79,7 @@ def main():
         case = preprocess_case(files, recipe)
         for note in case.notes:
             print(note)
-        networks = [keras.models.load_model(path, compile=False) for path in paths]
+        networks = [load_network(path, recipe) for path in paths]
         mask, probability, disagreement = segment_ensemble(
             networks, case, recipe, mirror=parsed.mirror, gaussian=parsed.gaussian
         )

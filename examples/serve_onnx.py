@@ -22,6 +22,19 @@ from keras_mmfnet.inference import segment_case
 from keras_mmfnet.recipe import Recipe
 
 
+def open_network(path, recipe):
+    """onnxruntime's session for a network over the recipe's modalities."""
+    try:
+        session = onnxruntime.InferenceSession(path)
+    except Exception as error:  # onnxruntime's own classes have no other base
+        raise ValueError(f"{path}: an undamaged network as ONNX is expected. Received: {error}") from error
+    found = {tensor.name: tensor.shape[1:] for tensor in session.get_inputs()}
+    if found != {name: [*recipe.patch_shape, 1] for name in recipe.modalities}:
+        expected = f"{path}: a network over patches {recipe.patch_shape} of {', '.join(recipe.modalities)} is expected"
+        raise ValueError(f"{expected}. Received: {found}")
+    return session
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=Path, required=True, help="network exported as ONNX")
@@ -35,7 +48,7 @@ def main():
         if not parsed.network.is_file():
             raise ValueError(f"--network: a network exported as ONNX is expected. Received: {parsed.network}")
         recipe = Recipe.load(parsed.recipe)
-        session = onnxruntime.InferenceSession(parsed.network)
+        session = open_network(parsed.network, recipe)
         case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
         mask, _ = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
         sitk.WriteImage(mask, str(parsed.out), useCompression=True)

@@ -15,6 +15,7 @@ from keras_mmfnet._files import write
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.evaluation import summarise
 from keras_mmfnet.explain import cohort_shares, plot_attention
+from keras_mmfnet.models import load_network
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_segmentation, plot_training
 from keras_mmfnet.recipe import Recipe
 
@@ -239,7 +240,7 @@ def attention_html(directory, recipe, folds, patients):
     pictures = []
     for path in sorted(directory.glob("fold_*/mmfnet.keras"), key=_fold):
         test = [patients[name] for name in folds[_fold(path)]["test"]]
-        shares = cohort_shares(keras.models.load_model(path, compile=False), test, recipe)
+        shares = cohort_shares(load_network(path, recipe), test, recipe)
         caption = (
             f"Fold {_fold(path)}: each modality's share of the features that a fusion block passes on, the mean and "
             "standard deviation over the test patients; the finest level first."

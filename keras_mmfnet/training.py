@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import write, write_once
 from keras_mmfnet._log import time_left
+from keras_mmfnet._memory import keep_freed_memory
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.folds import five_folds
@@ -24,7 +25,7 @@ from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.losses import DiceLoss
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
-from keras_mmfnet.models import METHODS, UNet3D
+from keras_mmfnet.models import METHODS, UNet3D, load_network
 from keras_mmfnet.models.methods import build_mmfnet
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def train_mmfnet(training, validation, recipe, directory, encoders=None):
     """
     path = Path(directory) / "mmfnet.keras"
     if path.exists():
-        return keras.models.load_model(path, compile=False)
+        return load_network(path, recipe)
     _log.info("Training MMFNet")
     build = functools.partial(build_mmfnet, recipe, encoders=encoders)
     return _train(build, training, validation, recipe, path, frozen=recipe.modalities if encoders else ())
@@ -92,7 +93,7 @@ def train_method(method, training, validation, recipe, directory):
     """
     recipe, path = method.adapt(recipe), Path(directory) / f"{method.name}.keras"
     if path.exists():
-        return keras.models.load_model(path, compile=False)
+        return load_network(path, recipe if method.samples == "volumes" else None)
     encoders = {
         modality: train_method(METHODS[name], training, validation, recipe, directory)
         for modality, name in method.encoders.items()
@@ -231,6 +232,7 @@ def _claim(directory, recipe, resume):
 
 def _train(build, training, validation, recipe, path, frozen=(), samples="volumes"):
     """Trains a network and writes it and its history: first, if any are `frozen`, with these encoders as they are."""
+    keep_freed_memory()
     work = path.with_name(f".{path.stem}")
 
     def start():

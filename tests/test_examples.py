@@ -1,6 +1,7 @@
 """The examples as a user runs them: in processes of their own."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import re
@@ -148,6 +149,22 @@ def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
         run_example(monkeypatch, "segment_patient", *plain, "--rtstruct", tmp_path / "no.dcm")
 
 
+@pytest.mark.parametrize("example", ["segment_patient", "explain_patient"])
+def test_a_network_that_is_damaged_or_of_another_recipe_is_named(example, trained, tiny_cohort, tmp_path, monkeypatch):
+    network = trained / "fold_0" / "mmfnet.keras"
+    arguments = ("--run", trained, "--patient", tiny_cohort / "patient_00", "--out", tmp_path / "out.nii", "--fold", 0)
+    recipe = Recipe.load(trained / "recipe.json")
+    (trained / "recipe.json").write_text(dataclasses.replace(recipe, patch_shape=(4, 32, 16)).to_json())
+    with pytest.raises(
+        SystemExit, match=rf"error: {network}: must be a network from patches \(4, 32, 16\).*Received: "
+    ):
+        run_example(monkeypatch, example, *arguments)
+    network.write_bytes(network.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=rf"error: {network}: must be an undamaged .keras file.*Received: "):
+        run_example(monkeypatch, example, *arguments)
+    assert not (tmp_path / "out.nii").exists()
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the backend that exports to ONNX")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_patient_is_served_by_onnxruntime(trained, tiny_cohort, tmp_path, monkeypatch):
@@ -172,6 +189,15 @@ def test_a_patient_is_served_by_onnxruntime(trained, tiny_cohort, tmp_path, monk
     assert np.count_nonzero(one) > 0
     assert np.mean(one != other) < 1e-3
     with pytest.raises(SystemExit, match=r"a new file in a folder that exists is expected. Received: .*b.nii"):
+        run_example(monkeypatch, "serve_onnx", *arguments)
+    arguments[-1] = tmp_path / "c.nii"
+    (trained / "recipe.json").write_text(Recipe.small(patch_shape=(4, 32, 16)).to_json())
+    with pytest.raises(
+        SystemExit, match=r"network.onnx: a network over patches \(4, 32, 16\) of .*Received: {'t1': \["
+    ):
+        run_example(monkeypatch, "serve_onnx", *arguments)
+    (tmp_path / "network.onnx").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=r"network.onnx: an undamaged network as ONNX is expected. Received: "):
         run_example(monkeypatch, "serve_onnx", *arguments)
 
 

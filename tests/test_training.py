@@ -111,6 +111,15 @@ def test_a_trained_network_is_not_trained_again(trained, no_training):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_damaged_network_is_named(patients, tmp_path, no_training):
+    (tmp_path / "mmfnet.keras").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"mmfnet.keras: must be an undamaged .keras file of a network. Received: "):
+        train_mmfnet(*patients, TINY, tmp_path)
+    donors()["t1"].save(tmp_path / "mmfnet.keras")
+    with pytest.raises(ValueError, match=r"mmfnet.keras: must be a network from patches .* Received: the UNet3D of"):
+        train_mmfnet(*patients, TINY, tmp_path)
+
+
 def test_the_encoders_are_frozen_first(patients, tmp_path):
     lent = donors()
     model = train_mmfnet(*patients, dataclasses.replace(TINY, epochs=2), tmp_path, lent)

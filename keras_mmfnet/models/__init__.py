@@ -1,3 +1,4 @@
+from keras_mmfnet.models._network import load_network
 from keras_mmfnet.models.methods import METHODS, Method, register_method
 from keras_mmfnet.models.mmfnet import MMFNet, MultiEncoderUNet3D
 from keras_mmfnet.models.patch_cnn import PatchCNN, SiamesePatchCNN
@@ -15,5 +16,6 @@ __all__ = [
     "SliceWise3D",
     "UNet2D",
     "UNet3D",
+    "load_network",
     "register_method",
 ]

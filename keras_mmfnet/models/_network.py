@@ -36,6 +36,46 @@ class Network(keras.Model):
         return {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name, **settings}
 
 
+def load_network(path, recipe=None):
+    """Reads a network from a `.keras` file; code in the file is never run.
+
+    Args:
+        path: The file.
+        recipe: The `Recipe` of whose patches the network must give probabilities, or `None`.
+
+    Returns:
+        A `keras.Model` that is not compiled.
+
+    Raises:
+        ValueError: The file is missing, damaged, needs code of its own or a class that was not imported, or its network
+            is one of other modalities or patches.
+    """
+    try:
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # of the archive, of HDF5, or what a layer says of its arguments
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: must be an undamaged .keras file of a network. Received: {reason[0]}") from error
+    if recipe is not None and not _is_over(recipe, model):
+        shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
+        raise ValueError(
+            f"{path}: must be a network from patches {tuple(recipe.patch_shape)} of {', '.join(recipe.modalities)} to "
+            f"their probabilities, as the recipe says. Received: the {type(model).__name__} of {shapes}"
+        )
+    return model
+
+
+def _is_over(recipe, model):
+    """Whether a network takes the recipe's patches, or such of any size, and gives one number per voxel."""
+    if not isinstance(inputs := getattr(model, "input", None), dict) or set(inputs) != set(recipe.modalities):
+        return False
+    shapes = [tensor.shape for tensor in (*inputs.values(), *keras.tree.flatten(model.output))]
+    wanted = (None, *recipe.patch_shape, 1)
+    return len(shapes) == len(recipe.modalities) + 1 and all(
+        len(shape) == 5 and all(size in (None, want) for size, want in zip(shape, wanted, strict=True))
+        for shape in shapes
+    )
+
+
 def make_inputs(modalities, patch_shape, filters, rank=3):
     """Symbolic inputs by modality, each one patch of one channel; checks the arguments every network has.
 

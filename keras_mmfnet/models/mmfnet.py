@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.models._encoder_decoder import EncoderDecoder
-from keras_mmfnet.models._network import make_blocks, make_inputs
+from keras_mmfnet.models._network import load_network, make_blocks, make_inputs
 
 
 def _encode_each(inputs, filters, blocks):
@@ -204,7 +204,7 @@ class MMFNet(EncoderDecoder):
 
 def _load_encoder(modality, source):
     """A network with an encoder for `modality`, and that encoder, from the network itself or its path."""
-    model = keras.models.load_model(source, compile=False) if isinstance(source, (str, os.PathLike)) else source
+    model = load_network(source) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(model, EncoderDecoder):
         raise ValueError(f"the network for {modality!r} must be a UNet3D, or the path of one. Received: {source!r}")
     try:
