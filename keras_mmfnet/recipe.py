@@ -24,7 +24,8 @@ class Recipe:
         mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, and that
             counts.
         mask_from: Which mask counts where each modality has one of its own: a modality's, `"union"` or
-            `"intersection"`; `None` for the first modality's.
+            `"intersection"`; `None` for the first modality's or the only one there is. Also the modality that a mask
+            was drawn on whose name does not say so; `None` for the first.
         align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation, or
             `"rigid"`, by the rigid motion from there that fits best, for patients who moved between the sequences.
         spacing: In-plane pixel size in mm after resampling; `None` keeps the first modality's. The distance between

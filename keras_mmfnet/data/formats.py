@@ -210,9 +210,11 @@ def _choose(folder, named, modality, recipe, optional):
 
 def _choose_masks(folder, named, recipe, required):
     """The one mask, or the one of each modality, or `None`."""
-    if len(named) == 1:
-        return next(iter(named))
     masks = {}
+    if len(named) == 1:
+        [(source, name)] = named.items()
+        drawn_on = [m for m in recipe.modalities if re.search(_pattern(m, recipe), name, re.IGNORECASE)]
+        return {drawn_on[0]: source} if len(drawn_on) == 1 else source
     for modality in recipe.modalities:
         pattern = _pattern(modality, recipe)
         found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]

@@ -363,12 +363,15 @@ def read_tumour(case, recipe, preprocessed):
 def _tumour_on(case, recipe, grid, motions):
     """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
 
-    Of masks drawn on several modalities the one that counts, or what is in any or in all of them.
+    Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
+    modality it was drawn on: the one that its name or `mask_from` says, or else the first.
     """
-    sources = {recipe.modalities[0]: case.mask}
+    several = recipe.mask_from in ("union", "intersection")
+    wanted = recipe.modalities[0] if several or recipe.mask_from is None else recipe.mask_from
+    sources = {wanted: case.mask}
     if isinstance(case.mask, Mapping):
-        several = recipe.mask_from in ("union", "intersection")
-        wanted = recipe.mask_from or recipe.modalities[0]
+        if len(case.mask) == 1 and recipe.mask_from is None:
+            [wanted] = case.mask
         if not several and wanted not in case.mask:
             raise CaseError(
                 f"{case.name}: a mask drawn on {wanted} is expected, or another `mask_from`. "
@@ -406,9 +409,14 @@ def _read_mask(case, recipe, grid, upright, motions):
             f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    if all(upright.matches(own) for own in grids):
-        return mask, []
-    return mask, [f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"]
+    notes = []
+    if isinstance(case.mask, Mapping) and recipe.mask_from is None and first not in case.mask:
+        notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {first}")
+    if not all(upright.matches(own) for own in grids):
+        notes.append(
+            f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"
+        )
+    return mask, notes
 
 
 def _millilitres(mask, grid):

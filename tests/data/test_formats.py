@@ -255,8 +255,14 @@ def test_masks_of_dicom_series(tmp_path):
     }
     for name in ("ROI-CE-T1WI.nii", "ROI-T2WI.nii"):
         (tmp_path / "a" / name).unlink()
-    assert find_cases(tmp_path, RECIPE)[0].mask.name == "ROI-T1WI.nii"
-    (tmp_path / "a" / "ROI-T1WI.nii").unlink()
+    path = tmp_path / "a" / "ROI-T1WI.nii"
+    # The only one, drawn on what its name says.
+    for name, drawn_on in (("ROI-T1WI.nii", "t1"), ("ROI-T2WI.nii", "t2")):
+        path = path.rename(tmp_path / "a" / name)
+        assert find_cases(tmp_path, RECIPE)[0].mask == {drawn_on: path}
+    path = path.rename(tmp_path / "a" / "roi.nii")
+    assert find_cases(tmp_path, RECIPE)[0].mask == path
+    path.unlink()
     with pytest.raises(CaseError, match=r"^a: .*must hold one mask, named 'mask' or ROI, .*Received: none$"):
         find_cases(tmp_path, RECIPE)
 
@@ -277,7 +283,7 @@ def test_a_real_dicom_patient(test_data):
     recipe = Recipe(modalities=("t1", "t2", "flair"), mask="roi")
     case = read_case_folder(test_data / "brainix", recipe)
     assert {m: series.folder.name for m, series in case.images.items()} == {"t1": "T1", "t2": "T2", "flair": "FLAIR"}
-    assert case.mask.folder.name == "ROI"
+    assert {modality: series.folder.name for modality, series in case.mask.items()} == {"flair": "ROI"}
 
 
 # --- reading a file

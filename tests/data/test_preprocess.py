@@ -487,11 +487,16 @@ def test_masks_of_several_modalities(tmp_path):
     both = found(mask_from="intersection")
     assert both.any()
     assert not (both & ~(whole - half)).any()
-    case = dataclasses.replace(case, mask={"t2": masks["t2"]})
+    case = dataclasses.replace(case, mask={"t2": masks["t2"], "cet1": masks["cet1"]})
     with pytest.raises(
-        CaseError, match=r"a mask drawn on t1 is expected, or another `mask_from`. Received: masks of t2"
+        CaseError, match=r"a mask drawn on t1 is expected, or another `mask_from`. Received: masks of t2, cet1"
     ):
         found()
+    case = dataclasses.replace(case, mask={"t2": masks["t2"]})
+    np.testing.assert_array_equal(found(), found(mask_from="t2"))
+    assert "mask: drawn on t2, there is none on t1" in preprocess_case(case, RAW).notes
+    with pytest.raises(CaseError, match=r"a mask drawn on cet1 is expected, .*Received: masks of t2"):
+        found(mask_from="cet1")
 
 
 def test_a_dicom_patient(tmp_path):

@@ -111,6 +111,13 @@ def test_a_patient_who_moved(tmp_path):
     again = preprocess_case(files, recipe, cache=tmp_path / "cache")
     assert again.motions == case.motions
     assert again.motions["t2"].shift > 6
+    # The only mask there is moves with the sequence that its name, or the recipe, says.
+    for name in ("t1", "cet1"):
+        (tmp_path / f"mask_{name}.nii.gz").unlink()
+    for only, mask_from in (("mask_t2.nii.gz", None), ("mask.nii.gz", "t2")):
+        (tmp_path / "mask_t2.nii.gz").rename(tmp_path / only)
+        one = dataclasses.replace(recipe, mask_from=mask_from)
+        np.testing.assert_array_equal(preprocess_case(read_case_folder(tmp_path, one), one).mask, case.mask)
 
 
 def test_the_cache_knows_the_seed_of_the_alignment(tiny_cohort):
