@@ -177,7 +177,7 @@ def main():
         cases = {case.name: case for case in find_cases(parsed.data, recipe)}
         with log_to_file(parsed.out / "run.log"):
             compare(parsed, recipe, cases)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     table = parsed.out / "table.md"
     print(table if parsed.quiet else table.read_text(encoding="utf-8"))

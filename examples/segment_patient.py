@@ -23,6 +23,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.dicom_export import write_rtstruct, write_segmentation
+from keras_mmfnet.data.images import write_image
 from keras_mmfnet.inference import segment_ensemble
 from keras_mmfnet.models import load_network
 from keras_mmfnet.plots import plot_segmentation
@@ -85,7 +86,7 @@ def main():
         )
         for image, path in ((mask, parsed.out), (probability, parsed.probability), (disagreement, parsed.disagreement)):
             if path:
-                sitk.WriteImage(image, str(path), useCompression=True)
+                write_image(image, path)
         if parsed.rtstruct:
             write_rtstruct(mask, series, parsed.rtstruct, parsed.structure)
         if parsed.seg:

@@ -18,6 +18,7 @@ import onnxruntime
 import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
+from keras_mmfnet.data.images import write_image
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.recipe import Recipe
 
@@ -51,7 +52,7 @@ def main():
         session = open_network(parsed.network, recipe)
         case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
         mask, _ = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
-        sitk.WriteImage(mask, str(parsed.out), useCompression=True)
+        write_image(mask, parsed.out)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(f"{parsed.out}: {sitk.GetArrayViewFromImage(mask).sum()} voxels of tumour")

@@ -86,7 +86,7 @@ def main():
             for error in left_out:
                 logging.info("Left out: %s", error)
             logging.info("The report is %s", write_run_report(out, cases))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if parsed.quiet:
         print(out / "metrics.csv")

@@ -19,6 +19,7 @@ from keras_mmfnet._memory import keep_freed_memory
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.folds import five_folds
+from keras_mmfnet.data.images import write_image
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.data.preprocess import preprocess_case, read_tumour
 from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
@@ -208,9 +209,7 @@ def _test(model, patient, case, recipe, folder, fold):
     mask, probability = segment_case(model, patient, recipe)
     path = folder / "masks" / f"{patient.name}.nii.gz"
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    sitk.WriteImage(mask, str(partial), useCompression=True)
-    os.replace(partial, path)
+    write_image(mask, path)
     seconds = time.perf_counter() - start
     truth = read_tumour(case, recipe, patient)
     numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
@@ -298,6 +297,7 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
     callbacks = [
         keras.callbacks.TerminateOnNaN(),
         _Seconds(),
+        _RoomOnDisk(work),
         logger,
         keras.callbacks.ModelCheckpoint(
             str(best),
@@ -355,6 +355,23 @@ class _Seconds(keras.callbacks.Callback):
         left = time_left(logs["seconds"], 1, total - epoch)
         numbers = (logs[name] for name in ("loss", "val_loss", "val_dice_score"))
         _log.info("Epoch %d of %d: loss %.4f, validation loss %.4f and DSC %.4f%s", epoch + 1, total, *numbers, left)
+
+
+class _RoomOnDisk(keras.callbacks.Callback):
+    """Ends the training before an epoch's state is written that would not fit: HDF5 may crash on a full disk."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_epoch_end(self, epoch, logs=None):
+        # The best weights, and those of the network and of Adam; the copy of all that; and the epoch before.
+        needed, free = 64 * self.model.count_params(), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: {needed / 1e6:.3g} MB must be free on the disk to keep the state of the training. "
+                f"Received: {free / 1e6:.3g} MB"
+            )
 
 
 class _EarlyStopping(keras.callbacks.EarlyStopping):

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 # As the examples do: TensorFlow leaves it off on some processors.
@@ -22,6 +24,22 @@ def test_data():
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}")
     return folder
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file grows beyond a number of bytes, as on a disk that is full."""
+
+    @contextlib.contextmanager
+    def full(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
 
 
 @pytest.fixture(scope="session")

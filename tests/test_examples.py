@@ -93,6 +93,13 @@ def test_the_recipe_of_the_arguments(monkeypatch):
     )
 
 
+def test_a_folder_that_cannot_be_written(tiny_cohort, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    arguments = ("--data", tiny_cohort, "--out", tmp_path / "file" / "run")
+    with pytest.raises(SystemExit, match=rf"error: .*Not a directory: '{tmp_path}/file/run'"):
+        run_example(monkeypatch, "train_npc", *arguments)
+
+
 @pytest.fixture
 def trained(tmp_path):
     """The folder of a run with two folds, as far as segmenting needs it."""

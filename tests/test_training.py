@@ -260,6 +260,17 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, m
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_a_training_on_a_full_disk(patients, tmp_path, monkeypatch):
+    usage = training.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"0.* MB must be free on the disk .*Received: 0.0001 MB"):
+        pretrain_encoders(*patients, ONE, tmp_path)
+    assert not (tmp_path / "t1.keras").exists()
+    monkeypatch.undo()
+    pretrain_encoders(*patients, ONE, tmp_path)
+    assert len(rows(tmp_path / "t1_history.csv")) == ONE.epochs
+
+
 # Without a learning rate worth the name only the batch normalization's statistics move, and soon no more.
 STILL = dataclasses.replace(ONE, pretrain_learning_rate=1e-12, patience=2, epochs=50)
 

@@ -3,6 +3,7 @@ import gzip
 import math
 import os
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -72,6 +73,38 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
         not_finite = np.count_nonzero(~np.isfinite(values))
         raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
     return image
+
+
+def write_image(image, path):
+    """Writes a 3D image, compressed, so that it is there whole or not at all.
+
+    SimpleITK says nothing when it could write only half of a NIfTI file: what was written is read again.
+
+    Args:
+        image: A SimpleITK image of finite numbers.
+        path: The file, in one of the formats of `IMAGE_SUFFIXES`.
+
+    Raises:
+        OSError: The file cannot be written, or not whole, as on a full disk.
+    """
+    path = Path(path)
+    # Some formats have a second file for the voxels.
+    folder = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        partial = folder / path.name
+        sitk.WriteImage(image, str(partial), useCompression=True)
+        if sitk.Hash(read_image(partial, path.name)) != sitk.Hash(image):
+            raise RuntimeError("other values when read again")
+        for file in sorted(folder.iterdir(), key=partial.__eq__):
+            os.replace(file, path.with_name(file.name))
+    except (RuntimeError, CaseError) as error:
+        raise OSError(
+            f"{path}: must be written whole, as it is not on a full disk. Received: {_reason(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_file(source, refuse, pixel_type):

@@ -11,7 +11,7 @@ from dicom_files import write_series
 
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.formats import find_cases, read_case_folder
-from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, read_image
+from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, read_image, write_image
 from keras_mmfnet.recipe import Recipe
 
 RECIPE = Recipe()
@@ -442,3 +442,31 @@ def test_voxels_in_numbered_files(tmp_path):
     path.write_text(path.read_text().replace("t1.raw", f"t1_%03d.raw 0 {number} 1"))
     back = read_image(path, "ann")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
+
+
+# --- writing a file
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"])
+def test_an_image_is_written_whole_or_not_at_all(tmp_path, suffix, full_disk):
+    """SimpleITK would leave half of a NIfTI file without a word."""
+    image = make_image(shape=(10, 50, 50), dtype=np.uint16)
+    path = tmp_path / "out" / f"mask{suffix}"
+    with pytest.raises(FileNotFoundError):
+        write_image(image, path)
+    path.parent.mkdir()
+    with full_disk(5000), pytest.raises(OSError, match=rf"{path}: must be written whole, .*full disk. Received: "):
+        write_image(image, path)
+    assert not list(path.parent.iterdir())
+    write_image(image, path)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_image(path, "ann")), sitk.GetArrayFromImage(image))
+    names = {path.name: path.stat().st_size for path in path.parent.iterdir()}
+    # What is there stays where another cannot be written.
+    with full_disk(5000), pytest.raises(OSError, match="must be written whole"):
+        write_image(image, path)
+    assert {path.name: path.stat().st_size for path in path.parent.iterdir()} == names
+
+
+def test_an_image_that_no_format_is_for(tmp_path):
+    with pytest.raises(OSError, match=r"mask.xyz: must be written whole.*Received: "):
+        write_image(make_image(), tmp_path / "mask.xyz")

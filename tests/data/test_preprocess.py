@@ -658,6 +658,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
 
 
+def test_a_full_disk(tmp_path, full_disk):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    with full_disk(1000), pytest.raises(OSError):  # noqa: PT011, in NumPy's words
+        preprocess_case(case, RAW, cache)
+    assert entries(cache) == []
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+
+
 def test_several_at_once_end_with_one_entry(tmp_path):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
     expected = preprocess_case(case, RAW)
