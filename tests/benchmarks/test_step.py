@@ -31,6 +31,7 @@ def test_the_ratios_are_medians_over_the_turns(step):
     seconds = {
         ("plain", "train"): [2.0, 4.0, 2.0],
         ("plain, channels last", "train"): [4.0, 4.0, 4.0],
+        (step.KEPT, "train"): [1.0, 1.0, 1.0],
         ("jax", "train"): [1.0, 2.0, 3.0],
         ("jax without attention", "train"): [0.8, 1.6, 2.4],
     }
@@ -42,7 +43,9 @@ def test_the_ratios_are_medians_over_the_turns(step):
     }
     assert step.compare(results, seconds, ["jax"]) == {
         "jax, train / plain": 0.5,
+        f"jax, train / {step.KEPT}": 2.0,
         "jax, predict / plain": 1.0,
+        f"jax, predict / {step.KEPT}": 1.0,
         "jax, memory / plain": 0.7,
         "jax, train with / without attention": 1.25,
     }
