@@ -34,6 +34,33 @@ def test_a_series_comes_back_by_position(direction, order, tmp_path):
     np.testing.assert_allclose(found.direction, grid.direction, atol=1e-6)
 
 
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEGLSLossless", "DeflatedExplicitVRLittleEndian"])
+def test_compressed_slices_of_16_bits(syntax, tmp_path):
+    array = write_series(tmp_path / "Zoë", array=np.random.default_rng(0).integers(0, 1 << 16, GRID.shape))
+    for path in (tmp_path / "Zoë").iterdir():
+        image = pydicom.dcmread(path)
+        if syntax.startswith("Deflated"):
+            image.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        else:
+            image.compress(getattr(pydicom.uid, syntax), generate_instance_uid=False)
+        image.save_as(path)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+def test_slices_compressed_by_simpleitk(kind, tmp_path):
+    array = write_series(tmp_path)
+    for path in tmp_path.iterdir():
+        image, writer = sitk.ReadImage(str(path)), sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetUseCompression(True)
+        writer.SetCompressor(kind)
+        writer.SetFileName(str(path))
+        writer.Execute(image)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
 def test_series_are_found_wherever_they_lie(tmp_path):
     write_series(tmp_path / "study" / "1", description="T1 ax")
     write_series(tmp_path / "study" / "2", description="T2 ax")

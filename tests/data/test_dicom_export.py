@@ -106,6 +106,10 @@ def test_what_cannot_be_written(write, tmp_path, monkeypatch):
         write(grid.crop((0, 0, 0), (4, 20, 20)).image(ring(grid)[:4, :20, :20]), series, out)
     with pytest.raises(ValueError, match=r"must be a DICOM series to be referred to. Received: .*t1.nii$"):
         write(mask, tmp_path / "t1.nii", out)
+    with pytest.raises(ValueError, match=r"`name` must have 1 to 64 characters .*Received: 'TTTT"):
+        write(mask, series, out, name="T" * 65)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write(mask, series, tmp_path / "nowhere" / "out.dcm")
 
     imported = builtins.__import__
 
@@ -118,3 +122,41 @@ def test_what_cannot_be_written(write, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install keras-mmfnet\[dicom\]"):
         write(mask, series, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "received"),
+    [
+        (write_rtstruct, lambda image: image.pop("StudyInstanceUID"), "images without StudyInstanceUID"),
+        (write_segmentation, lambda image: image.pop("FrameOfReferenceUID"), "images without FrameOfReferenceUID"),
+        (write_segmentation, lambda image: setattr(image, "PatientBirthDate", "Secret"), "a ValueError of the library"),
+    ],
+)
+def test_images_that_cannot_be_referred_to(write, change, received, tmp_path, recwarn):
+    """The message does not tell what the images say of the patient."""
+    write_series(tmp_path / "t1", oblique_grid(), patient="Secret")
+    for path in (tmp_path / "t1").iterdir():
+        image = pydicom.dcmread(path)
+        change(image)
+        image.save_as(path)
+    [series] = find_series(tmp_path / "t1", "ann")
+    recwarn.clear()
+    grid = Grid.from_image(read_series(series, "ann"))
+    with pytest.raises(ValueError, match=rf"t1 .*that a DICOM object can refer to. Received: {received}$") as caught:
+        write(grid.image(ring(grid)), series, tmp_path / "out.dcm")
+    assert caught.value.__suppress_context__
+    assert not recwarn.list
+    assert not (tmp_path / "out.dcm").exists()
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_a_structure_may_have_an_umlaut(write, tmp_path):
+    write_series(tmp_path / "t1", oblique_grid())
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid = Grid.from_image(read_series(series, "ann"))
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm", name="Größe")
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    if write is write_rtstruct:
+        assert written.StructureSetROISequence[0].ROIName == "Größe"
+    else:
+        assert written.SegmentSequence[0].SegmentLabel == "Größe"
