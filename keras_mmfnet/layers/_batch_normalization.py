@@ -68,13 +68,16 @@ def _torch(x, affine, moments, epsilon, channels_last):
 def _torch_few_channels(x, affine, epsilon):
     """The same in training, composed of operations in place, with its gradient by hand."""
     axes = tuple(range(x.ndim - 1))
-    mean = x.detach().mean(axes)
-    centred = x.detach() - mean
-    variance = (centred * centred).mean(axes)
-    inverse = (variance + epsilon).rsqrt()
+    moments = []
 
     @keras.ops.custom_gradient
     def normalise(x, gamma, beta):
+        mean = x.mean(axes)
+        centred = x - mean
+        variance = (centred * centred).mean(axes)
+        inverse = (variance + epsilon).rsqrt()
+        moments.extend([mean, variance])
+
         def gradient(x, gamma, beta, upstream):
             centred = x - mean
             by_beta = upstream.sum(axes)
@@ -86,7 +89,7 @@ def _torch_few_channels(x, affine, epsilon):
 
         return centred.mul_(gamma * inverse).add_(beta), gradient
 
-    return normalise(x, *affine), mean, variance
+    return normalise(x, *affine), *moments
 
 
 _OPERATIONS = {"tensorflow": _tensorflow, "torch": _torch}
