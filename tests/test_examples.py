@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_a_folder_that_cannot_be_written(tiny_cohort, tmp_path, monkeypatch):
         run_example(monkeypatch, "train_npc", *arguments)
 
 
+def start_of_a_run(folder, **changes):
+    """A folder with the recipe of a run that is to be resumed, of networks of a few weights."""
+    numbers = {"filters": (2,), "reduction": 2, "folds": 3, "epochs": 2, "steps_per_epoch": 2, "warmup_epochs": 1}
+    recipe = Recipe(**{"spacing": 4.0, "patch_shape": (16, 16, 16), "batch_size": 2, **numbers, **changes})
+    folder.mkdir()
+    (folder / "recipe.json").write_text(recipe.to_json())
+    return folder
+
+
 @pytest.fixture
 def trained(tmp_path):
     """The folder of a run with two folds, as far as segmenting needs it."""
@@ -154,6 +164,33 @@ def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
     plain = ("--run", trained, "--patient", tmp_path / "plain", "--out", tmp_path / "plain.nii.gz")
     with pytest.raises(SystemExit, match=r"DICOM series are expected as the patient. Received: .*t1.nii.gz"):
         run_example(monkeypatch, "segment_patient", *plain, "--rtstruct", tmp_path / "no.dcm")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_no_output_names_the_patient(tiny_cohort, tmp_path):
+    """Of a run over DICOM series, one of which cannot be used: neither a file's name, nor text, nor what is printed."""
+    for number, folder in enumerate(sorted(tiny_cohort.iterdir())):
+        patient = tmp_path / "patients" / f"case {number}"
+        for name in ("t1", "t2", "cet1"):
+            image = sitk.ReadImage(str(folder / f"{name}.nii.gz"))
+            array = sitk.GetArrayFromImage(image) + 100
+            write_series(patient / name, Grid.from_image(image), name, array=array, patient="Secret^Id")
+            for path in (patient / name).iterdir():
+                slice_ = pydicom.dcmread(path)
+                slice_.PatientName, slice_.PatientBirthDate = "Secret^Name", "19700101"
+                slice_.save_as(path)
+        shutil.copy(folder / "mask.nii.gz", patient)
+    (patient / "t2" / "slice_03.dcm").unlink()
+    out = start_of_a_run(tmp_path / "run", self_transfer=False, epochs=1)
+    done = run("train_npc.py", "--data", tmp_path / "patients", "--out", out, "--resume", "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "case 5" in (out / "cohort.json").read_text()
+    assert "a stack without a gap" in (out / "run.log").read_text()
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert (out / "report.html") in written
+    assert not [path for path in written if "secret" in str(path.relative_to(tmp_path)).lower()]
+    assert not [path for path in written if b"secret" in path.read_bytes().lower() or b"19700101" in path.read_bytes()]
+    assert "secret" not in (done.stdout + done.stderr).lower()
 
 
 @pytest.mark.parametrize("example", ["segment_patient", "explain_patient"])
