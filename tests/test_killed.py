@@ -1,0 +1,142 @@
+"""Runs killed at random moments end, when they are started again, as an undisturbed one.
+
+The processes are forks of one that has imported everything, so that ten of them take little time:
+
+    python tests/test_killed.py PATIENTS FOLDER
+"""
+
+import csv
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.models import load_network
+from keras_mmfnet.recipe import Recipe
+
+RECIPE = Recipe(
+    spacing=4.0,
+    patch_shape=(16, 16, 16),
+    filters=(2,),
+    reduction=2,
+    batch_size=2,
+    steps_per_epoch=2,
+    epochs=3,
+    warmup_epochs=1,
+    folds=3,
+)
+# What is there when the killing may begin, and within how many seconds it happens.
+MOMENTS = (
+    *(("run.log", 0.3), ("cache/*", 0.3), ("fold_0/.t1", 1.0), ("fold_0/.t2/*/epoch*", 0.5), ("fold_0/.cet1", 2.0)),
+    *(("fold_0/cet1.keras", 2.0), ("fold_0/.mmfnet/*/epoch*", 0.5), ("fold_0/masks/*", 0.2)),
+)
+
+
+def start(example, *arguments):
+    """The process number of an example that runs on its own."""
+    if child := os.fork():
+        return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv = [example, *map(str, arguments)]
+    code = 1
+    try:
+        importlib.import_module(example).main()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def end(child):
+    """Waits for a process; what it returned, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(patients, folder):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    for name in ("train_npc", "segment_patient", "matplotlib.pyplot"):
+        importlib.import_module(name)
+    draw = random.Random(0)
+    whole, killed = folder / "undisturbed", folder / "killed"
+    for out in (whole, killed):
+        out.mkdir(parents=True)
+        (out / "recipe.json").write_text(RECIPE.to_json())
+
+    def train(out):
+        return start("train_npc", "--data", patients, "--out", out, "--resume", "--quiet")
+
+    if end(train(whole)):
+        raise RuntimeError("the undisturbed run failed")
+    for pattern, seconds in MOMENTS:
+        child = train(killed)
+        while not list(killed.glob(pattern)):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                raise RuntimeError(f"a run ended before {pattern}")
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        print("killed" if end(child) == -signal.SIGKILL else "ended", pattern, flush=True)
+    if end(train(killed)):
+        raise RuntimeError("the resumed run failed")
+
+    def segment(out):
+        return start("segment_patient", "--run", whole, "--patient", patients / "patient_00", "--out", out)
+
+    before = time.monotonic()
+    if end(segment(whole / "mask.nii.gz")):
+        raise RuntimeError("a patient was not segmented")
+    seconds, out = time.monotonic() - before, killed / "mask.nii.gz"
+    for share in (draw.uniform(0, 1), draw.uniform(0.8, 1)):
+        child = segment(out)
+        time.sleep(share * seconds)
+        os.kill(child, signal.SIGKILL)
+        print("killed" if end(child) == -signal.SIGKILL else "ended", "segmenting", out.exists(), flush=True)
+        if out.exists() and out.read_bytes() != (whole / "mask.nii.gz").read_bytes():
+            raise RuntimeError("half a mask")
+    if not out.exists() and end(segment(out)):
+        raise RuntimeError("a patient was not segmented again")
+
+
+def results(folder):
+    """The files of a run by their names, but for the cache."""
+    return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_killed_at_ten_moments_and_started_again(tiny_cohort, tmp_path):
+    arguments = [sys.executable, __file__, str(tiny_cohort), str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
+    print(done.stdout)
+    assert done.stdout.count("killed") >= 8
+    whole, killed = (results(tmp_path / name) for name in ("undisturbed", "killed"))
+    assert sorted(killed) == sorted(whole)
+    compared = 0
+    for name, one in whole.items():
+        other = killed[name]
+        if name.endswith(".keras"):
+            for a, b in zip(load_network(one).get_weights(), load_network(other).get_weights(), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        elif name.endswith("_history.csv"):
+            a, b = ([row["val_loss"] for row in csv.DictReader(path.read_text().splitlines())] for path in (one, other))
+            np.testing.assert_allclose(np.array(a, float), np.array(b, float), rtol=1e-3)
+        elif name.endswith(".nii.gz"):
+            a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (one, other))
+            assert np.mean(a != b) < 1e-3
+        else:
+            continue
+        compared += 1
+    assert compared == 4 + 4 + 3
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
