@@ -2,7 +2,10 @@ import csv
 import dataclasses
 import gzip
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -118,6 +121,48 @@ def test_a_damaged_network_is_named(patients, tmp_path, no_training):
     donors()["t1"].save(tmp_path / "mmfnet.keras")
     with pytest.raises(ValueError, match=r"mmfnet.keras: must be a network from patches .* Received: the UNet3D of"):
         train_mmfnet(*patients, TINY, tmp_path)
+
+
+TWICE = """
+import pathlib, sys
+import keras, numpy
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+    tensorflow.config.experimental.enable_op_determinism()
+elif keras.backend.backend() == "torch":
+    import torch
+    torch.use_deterministic_algorithms(True)
+
+from keras_mmfnet.data import find_cases, preprocess_case
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.training import train_mmfnet
+
+recipe = Recipe.load(sys.argv[2])
+cases = [preprocess_case(case, recipe) for case in find_cases(sys.argv[1], recipe)]
+one, other = (
+    train_mmfnet(cases[:3], cases[3:4], recipe, pathlib.Path(sys.argv[2]).parent / name).get_weights()
+    for name in ("one", "other")
+)
+assert any(weights.any() for weights in one)
+print([bool(numpy.array_equal(a, b)) for a, b in zip(one, other, strict=True)])
+"""
+
+
+def test_the_same_seed_gives_the_same_weights(tiny_cohort, tmp_path):
+    """To the last bit, with the backend in its deterministic mode, which needs a process of its own."""
+    (tmp_path / "recipe.json").write_text(dataclasses.replace(COARSE, modalities=("t1", "t2"), epochs=1).to_json())
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(tiny_cohort), str(tmp_path / "recipe.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(re.findall("True|False", done.stdout)) == {"True"}
 
 
 def test_the_encoders_are_frozen_first(patients, tmp_path):
