@@ -34,7 +34,9 @@ def command(example, *arguments):
 
 
 def run(example, *arguments, timeout=900):
-    done = subprocess.run(command(example, *arguments), capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        command(example, *arguments), capture_output=True, encoding="utf-8", timeout=timeout, check=False
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -170,7 +172,7 @@ def test_a_dicom_patient_is_segmented(trained, tmp_path, monkeypatch, capsys):
 def test_no_output_names_the_patient(tiny_cohort, tmp_path):
     """Of a run over DICOM series, one of which cannot be used: neither a file's name, nor text, nor what is printed."""
     for number, folder in enumerate(sorted(tiny_cohort.iterdir())):
-        patient = tmp_path / "patients" / f"case {number}"
+        patient = tmp_path / "patients" / f"Zoë {number}"
         for name in ("t1", "t2", "cet1"):
             image = sitk.ReadImage(str(folder / f"{name}.nii.gz"))
             array = sitk.GetArrayFromImage(image) + 100
@@ -184,8 +186,10 @@ def test_no_output_names_the_patient(tiny_cohort, tmp_path):
     out = start_of_a_run(tmp_path / "run", self_transfer=False, epochs=1)
     done = run("train_npc.py", "--data", tmp_path / "patients", "--out", out, "--resume", "--skip-bad")
     assert done.returncode == 0, done.stderr
-    assert "case 5" in (out / "cohort.json").read_text()
-    assert "a stack without a gap" in (out / "run.log").read_text()
+    assert list(json.loads((out / "cohort.json").read_text())["skipped"]) == ["Zoë 5"]
+    assert len(masks(out)) == 2
+    assert "Zoë" in (out / "report.html").read_text(encoding="utf-8")
+    assert "a stack without a gap" in (out / "run.log").read_text(encoding="utf-8")
     written = [path for path in out.rglob("*") if path.is_file()]
     assert (out / "report.html") in written
     assert not [path for path in written if "secret" in str(path.relative_to(tmp_path)).lower()]

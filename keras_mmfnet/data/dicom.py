@@ -219,6 +219,8 @@ def _damage(path):
         file.seek(132)
         while len(head := file.read(8)) == 8:
             described = head[:2] != b"\2\0"  # what comes before is always explicit and little endian
+            if described and syntax == _DEFLATED:
+                return None
             order = ">" if described and syntax == _BIG else "<"
             tag = struct.unpack_from(f"{order}HH", head)
             kind = head[4:6]
@@ -242,8 +244,6 @@ def _damage(path):
                 file.seek(length, 1)
             if tag == (0xFFFE, 0xE0DD):
                 fragments = False
-            if described and syntax == _DEFLATED:
-                return None
     return None
 
 
