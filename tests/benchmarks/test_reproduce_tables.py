@@ -110,6 +110,18 @@ def test_every_update_is_made_and_none_stops_early(benchmarks):
     assert [method.name for method in parsed.methods][:23] == list(METHODS)
 
 
+def test_self_transfer_at_one_rate(script, benchmarks, monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", METHODS)
+    try:
+        script.import_file(benchmarks / "transfer_rate.py")
+        method, recipe = METHODS["mmfnet_transfer_fast"], Recipe(pretrain_learning_rate=1e-2, learning_rate=1e-3)
+        assert method.adapt(recipe).learning_rate == 1e-2
+        assert method.encoders == METHODS["mmfnet_mlp_std_transfer"].encoders
+        assert METHODS["mmfnet_mlp_std_transfer"].adapt(recipe).learning_rate == 1e-3
+    finally:
+        METHODS.pop("mmfnet_transfer_fast", None)
+
+
 def test_list_of_the_methods(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(script, monkeypatch, "--methods", "list")

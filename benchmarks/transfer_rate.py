@@ -1,0 +1,16 @@
+"""One more method for reproduce_tables.py (--import): self-transfer without the lower learning rate after it."""
+
+import dataclasses
+
+from keras_mmfnet.models import METHODS, register_method
+
+METHOD = METHODS["mmfnet_mlp_std_transfer"]
+
+register_method(
+    dataclasses.replace(
+        METHOD,
+        name="mmfnet_transfer_fast",
+        title=f"{METHOD.title}, rate 0.01 throughout",
+        changes={**METHOD.changes, "learning_rate": 1e-2},
+    )
+)
