@@ -96,12 +96,18 @@ def choose_recipe(parsed):
     """The recipe of all methods. But for the paper's, none stops early: all make the same number of updates."""
     changes = recipe_changes(parsed)
     if parsed.paper:
-        return Recipe(**changes)
-    # In the paper's proportions, but faster: there are fewer updates.
-    rate = parsed.rate or 1e-2
-    rates = {"learning_rate": rate / 10, "pretrain_learning_rate": rate, "warmup_learning_rate": rate}
-    recipe = Recipe.small(**{"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
-    return dataclasses.replace(recipe, patience=recipe.epochs)
+        recipe = Recipe(**changes)
+    else:
+        # In the paper's proportions, but faster: there are fewer updates.
+        rate = parsed.rate or 1e-2
+        rates = {"learning_rate": rate / 10, "pretrain_learning_rate": rate, "warmup_learning_rate": rate}
+        recipe = Recipe.small(**{"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
+        recipe = dataclasses.replace(recipe, patience=recipe.epochs)
+    wanted = [modality for method in parsed.methods for modality in method.adapt(recipe).modalities]
+    if set(wanted) <= set(recipe.modalities):
+        return recipe
+    # Methods of one's own may look at other modalities than the paper's.
+    return dataclasses.replace(recipe, modalities=tuple(dict.fromkeys(wanted)))
 
 
 @contextlib.contextmanager

@@ -1,21 +1,27 @@
-"""Every block of code in the README and the docs: Python is run, command lines go through their scripts' parsers."""
+"""Every block of code in the README and the docs is run; what takes a GPU or days goes through its script's parser."""
 
 import argparse
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from checks import fill
+from dicom_files import write_series
 
 import keras_mmfnet
+from keras_mmfnet.data import Grid
 from keras_mmfnet.models import METHODS, MMFNet
 from keras_mmfnet.recipe import Recipe, recipe_changes
 
@@ -34,6 +40,7 @@ NOT_PARSED = {
     "export KERAS_BACKEND=torch",
     "python -m sphinx -W docs docs/_build",
 }
+NAMES = ("anna", "bert", "carl", "dora", "emil", "faye")
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="once is enough")
 
 
@@ -101,9 +108,7 @@ def readers_folder(tiny_cohort, tmp_path, monkeypatch):
     """The current folder as the docs' reader has it: with patients, and a run with a trained network."""
     monkeypatch.chdir(tmp_path)
     Path("patients").mkdir()
-    for name, patient in zip(
-        ("anna", "bert", "carl", "dora", "emil", "faye"), sorted(tiny_cohort.iterdir()), strict=True
-    ):
+    for name, patient in zip(NAMES, sorted(tiny_cohort.iterdir()), strict=True):
         Path("patients", name).symlink_to(patient)
     recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
     model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, recipe.reduction)
@@ -158,6 +163,91 @@ def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         if "add_recipe_arguments" in source:
             Recipe.small(**recipe_changes(parsed.value.args[0]))
+
+
+# Small enough for a test; the rest of the recipe is as the commands say.
+TINY = {"filters": (2,), "reduction": 2, "spacing": 4.0, "patch_shape": (16, 16, 16), "folds": 3}
+SHORT = {"batch_size": 1, "epochs": 1, "warmup_epochs": 1, "steps_per_epoch": 1}
+
+
+@pytest.fixture
+def users_folder(tiny_cohort, tmp_path, monkeypatch):
+    """The current folder as the commands have it: cohorts in several layouts, and recipes small enough for a test."""
+    monkeypatch.chdir(tmp_path)
+    series = {"t1_tra": "t1", "t2_tse": "t2", "t1_gd": "cet1", "flair": "t2"}
+    for name, folder in zip(
+        ("anna", "bert", "carl", "dora", "emil", "faye"), sorted(tiny_cohort.iterdir()), strict=True
+    ):
+        images = {path.name.split(".")[0]: sitk.ReadImage(str(path)) for path in folder.iterdir()}
+        for description, modality in series.items():
+            array = sitk.GetArrayFromImage(images[modality]) + 100
+            write_series(
+                Path("patients", name, description), Grid.from_image(images[modality]), description, array=array
+            )
+        shutil.copy(folder / "mask.nii.gz", Path("patients", name))
+        Path("prostates", name).mkdir(parents=True)
+        for source, target in (("t1", "t2"), ("t2", "adc"), ("mask", "mask")):
+            shutil.copy(folder / f"{source}.nii.gz", Path("prostates", name, f"{target}.nii.gz"))
+        Path("brats", name).mkdir(parents=True)
+        for source, target in (("t1", "t1"), ("t2", "t2"), ("cet1", "t1ce"), ("t2", "flair")):
+            shutil.copy(folder / f"{source}.nii.gz", Path("brats", name, f"{name}_{target}.nii.gz"))
+        labels = sitk.GetArrayFromImage(images["mask"])
+        labels[:, :, ::2] *= 2
+        labels[:, ::2] *= 2
+        labels = Grid.from_image(images["mask"]).image(np.where(labels == 0, 0, labels).astype(np.uint8))
+        sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
+    small = Recipe.small.__func__
+    monkeypatch.setattr(Recipe, "small", classmethod(lambda cls, **changes: small(cls, **TINY | SHORT | changes)))
+    return tmp_path
+
+
+@on_tensorflow
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/other_tumours.md", "docs/seeing.md"])
+def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
+    """In this order, as they are written, but for the recipes' size; a page may go on from another's run."""
+    import tensorflow as tf
+
+    if page == "docs/other_tumours.md":
+        Path("mine.py").write_text(blocks(page, "python")[-1])
+    start = ["python", "examples/train_npc.py", "--data", "patients", "--out", "run"]
+    shown = list(commands(page))
+    shown = [start, *shown] if page == "docs/seeing.md" else shown
+    known = dict(METHODS)
+    # Traced once a network, they would take longer than the one step that is made.
+    tf.config.run_functions_eagerly(True)
+    try:
+        for words in shown:
+            if " ".join(words) in NOT_PARSED or words[1:] == ["examples/train_npc.py"]:
+                continue
+            for flag, name in itertools.pairwise(words):
+                # Nothing is overwritten, and a reader would choose other names.
+                if flag == "--out" and "--resume" not in words and Path(name).exists():
+                    shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+            if "examples/serve_onnx.py" in words:
+                tf.config.run_functions_eagerly(False)
+                keras.models.load_model("run/fold_0/mmfnet.keras").export("network.onnx", format="onnx", verbose=False)
+            run_command(words, monkeypatch)
+            if page == "README.md" and "examples/train_npc.py" in words:
+                # One step does not find a tumour; these weights do, and there is a contour to write.
+                network = keras.models.load_model("run/fold_0/mmfnet.keras", compile=False)
+                fill(network)
+                network.save("run/fold_0/mmfnet.keras")
+            flags = dict(itertools.pairwise(words))
+            assert "--out" not in flags or Path(flags["--out"]).exists(), words
+    finally:
+        tf.config.run_functions_eagerly(False)
+        for name in METHODS.keys() - known.keys():
+            del METHODS[name]
+
+
+def run_command(words, monkeypatch):
+    """Runs a script in this process."""
+    _, script, *arguments = words
+    monkeypatch.syspath_prepend((ROOT / script).parent)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
