@@ -326,6 +326,6 @@ def test_the_demonstration_learns_to_segment(tmp_path):
     assert summary["dsc"]["mean"] >= 0.75
     assert "mean" in done.stdout
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     assert "http" not in page
     assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
