@@ -13,11 +13,11 @@ def _lies_well(layer):
     return keras.backend.backend() == "torch" and layer.data_format == "channels_last"
 
 
-def _gradient_is_wrong(inputs, data_format):
-    """Whether PyTorch gives garbage for a kernel's gradient: in bfloat16 on a processor, for volumes of two slices."""
+def _gradient_is_wrong(inputs, kernel_depth, data_format):
+    """Whether PyTorch gives garbage for a kernel's gradient: in bfloat16 on a processor, deeper than its volume."""
     if keras.backend.backend() != "torch" or keras.backend.standardize_dtype(inputs.dtype) != "bfloat16":
         return False
-    return inputs.shape[1 if data_format == "channels_last" else 2] == 2 and not inputs.is_cuda
+    return 1 < inputs.shape[1 if data_format == "channels_last" else 2] < kernel_depth and not inputs.is_cuda
 
 
 def _ones(sizes):
@@ -29,7 +29,7 @@ class Conv3D(keras.layers.Conv3D):
     """A convolution; one of a single voxel is the product of matrices it is."""
 
     def convolution_op(self, inputs, kernel):
-        if _gradient_is_wrong(inputs, self.data_format):
+        if _gradient_is_wrong(inputs, self.kernel_size[0], self.data_format):
             inputs, kernel = ops.cast(inputs, "float32"), ops.cast(kernel, "float32")
             return ops.cast(self.convolution_op(inputs, kernel), "bfloat16")
         if not (_lies_well(self) and self.padding == "same" and _ones(self.strides) and self.groups == 1):
