@@ -17,11 +17,11 @@ from pathlib import Path
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
-import SimpleITK as sitk
 from machine import machine, report
 from preprocessing import write_patient
 
 from keras_mmfnet.data import preprocess_case
+from keras_mmfnet.data.images import write_image
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
@@ -54,7 +54,7 @@ def main():
             case = preprocess_case(files, recipe)
             preprocessed = time.perf_counter()
             mask, _ = segment_case(predict, case, recipe)
-            sitk.WriteImage(mask, str(Path(folder) / "segmentation.nii.gz"), useCompression=True)
+            write_image(mask, Path(folder) / "segmentation.nii.gz")
             end = time.perf_counter()
             rows.append(
                 {

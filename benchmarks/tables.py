@@ -11,10 +11,9 @@ import numpy as np
 
 from keras_mmfnet._files import write
 from keras_mmfnet.evaluation import metrics_csv, paired_difference, summarise
-from keras_mmfnet.explain import plot_attention
 from keras_mmfnet.models import METHODS
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_methods
-from keras_mmfnet.report import figure_html, table_html
+from keras_mmfnet.report import figure_html, shares_html, table_html
 
 NUMBERS = ("dsc", "ap", "dice_loss", "hd95", "assd")
 # Which method is trained without and which with self-transfer, for the learning curves.
@@ -183,11 +182,7 @@ def attention_html(results):
                 block: {name: np.concatenate([share[block][name] for share in found]) for name in found[0][block]}
                 for block in found[0]
             }
-            caption = (
-                f"{folds[0]['title']}: each modality's share of the features that a fusion block passes on, the mean "
-                "and standard deviation over the test patients; the finest level first."
-            )
-            pictures.append(figure_html(plot_attention(shares), caption))
+            pictures.append(shares_html(folds[0]["title"], shares))
     return "\n".join(pictures)
 
 

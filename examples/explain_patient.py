@@ -14,17 +14,10 @@ import keras
 import numpy as np
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.explain import (
-    METHODS,
-    fusion_attention,
-    gradient_maps,
-    plot_attention,
-    plot_heat,
-    spatial_attention,
-    tumour_window,
-)
+from keras_mmfnet.explain import METHODS, fusion_attention, gradient_maps, spatial_attention, tumour_window
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import load_network
+from keras_mmfnet.plots import plot_attention, plot_heat
 from keras_mmfnet.recipe import Recipe
 
 
@@ -52,13 +45,14 @@ def main():
         recipe = Recipe.load(parsed.run / "recipe.json")
         case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
         model = load_network(path, recipe)
-        images = {name: case.images.get(name, np.zeros(case.shape, np.float32)) for name in recipe.modalities}
-        explain(model, images, case, recipe, parsed)
+        explain(model, case, recipe, parsed)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
-def explain(model, images, case, recipe, parsed):
+def explain(model, case, recipe, parsed):
+    images = case.images_of(recipe.modalities)
+
     def whole(call):
         return predict_volume(call, images, recipe.patch_shape, recipe.window_stride, case.centre)
 

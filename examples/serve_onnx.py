@@ -2,8 +2,8 @@
 
 Export a network of a run once, on the TensorFlow backend:
 
-    python -c "import keras, keras_mmfnet.models as m; keras.models.load_model('run/fold_0/mmfnet.keras', \
-        compile=False).export('network.onnx', format='onnx')"
+    python -c "from keras_mmfnet.models import load_network; \
+        load_network('run/fold_0/mmfnet.keras').export('network.onnx', format='onnx')"
 
 Then, wherever onnxruntime is:
 

@@ -75,15 +75,14 @@ def cohort_shares(model, cases, recipe):
         recipe: The `Recipe` the network was trained with.
 
     Returns:
-        `{block: {modality: (patients,)}}`, as `fusion_attention` has it and `plot_attention` takes it.
+        `{block: {modality: (patients,)}}`, as `fusion_attention` has it and `plots.plot_attention` takes it.
 
     Raises:
         ValueError: The network has no fusion block.
     """
     shares = []
     for case in cases:
-        images = {name: case.images.get(name, np.zeros(case.shape, np.float32)) for name in recipe.modalities}
-        batch, _ = tumour_window(images, case.mask, recipe.patch_shape, case.centre)
+        batch, _ = tumour_window(case.images_of(recipe.modalities), case.mask, recipe.patch_shape, case.centre)
         shares.append(fusion_attention(model, batch)[2])
     return {
         block: {name: np.concatenate([share[block][name] for share in shares]) for name in recipe.modalities}
@@ -160,67 +159,6 @@ def gradient_maps(model, images, method="gradcam", layers=None, score=None):
     found = np.stack([np.asarray(heat, np.float32) for heat in found])
     found = found / np.maximum(found.max(axis=(0, 2, 3, 4), keepdims=True), np.finfo(np.float32).tiny)
     return dict(zip(images, found, strict=True))
-
-
-def plot_attention(share):
-    """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
-
-    Args:
-        share: `{block: {modality: (patients or windows,)}}`, as `fusion_attention` returns.
-
-    Returns:
-        A Matplotlib figure: a group of bars per block, their mean and, of several, the standard deviation.
-    """
-    from matplotlib.figure import Figure
-
-    from keras_mmfnet.plots._colours import LINE_COLOURS
-
-    modalities = list(next(iter(share.values())))
-    figure = Figure(figsize=(1.5 + 1.3 * len(share), 3.6), layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(modalities)
-    for index, name in enumerate(modalities):
-        values = [np.asarray(block[name]) for block in share.values()]
-        places = np.arange(len(share)) + (index - (len(modalities) - 1) / 2) * width
-        spread = [value.std() for value in values] if len(values[0]) > 1 else None
-        means = [value.mean() for value in values]
-        axes.bar(places, means, width, yerr=spread, color=LINE_COLOURS[index % len(LINE_COLOURS)], label=name)
-    axes.axhline(1 / len(modalities), color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(share)), list(share))
-    axes.set_ylabel("share of the weighted features")
-    figure.legend(loc="outside upper center", ncols=len(modalities), frameon=False)
-    return figure
-
-
-def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None):
-    """One slice of each modality with a map over it; the patient's right is on the left.
-
-    Args:
-        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
-        maps: `{modality: map of the images' shape}`.
-        spacing: Voxel size in mm, `(z, y, x)`.
-        depth: Number of the slice; `None` for the one with the largest sum of the maps.
-
-    Returns:
-        A Matplotlib figure, one panel per modality and one scale for all.
-    """
-    from keras_mmfnet.plots import slices
-
-    total = sum(np.asarray(heat, np.float64) for heat in maps.values())
-    depth = int(np.argmax(total.sum(axis=(1, 2)))) if depth is None else depth
-    low, high = (function([function(heat) for heat in maps.values()]) for function in (np.min, np.max))
-    figure = slices._dark_figure(3.4 * len(images) + 0.6, 3.9)
-    panels = figure.subplots(1, len(images), squeeze=False)[0]
-    for axes, (name, image) in zip(panels, images.items(), strict=True):
-        slices._show(axes, image[depth], tuple(slice(0, size) for size in image.shape[1:]), spacing)
-        extent = slices._extent(image.shape[1:], spacing)
-        heat = maps[name][depth]
-        # Clear where it is cold, so that the anatomy is seen.
-        alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
-        shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
-        axes.set_title(name, color="white")
-    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
-    figure.suptitle(f"slice {depth + 1} of {len(total)}", color="white")
-    return figure
 
 
 def _predicted_tumour(output):

@@ -113,8 +113,7 @@ def segment_ensemble(predicts, case, recipe, threshold=0.5, mirror=False, gaussi
         raise ValueError("`predicts` must hold at least one network. Received: []")
     if mirror and recipe.flip_axis is None:
         raise ValueError("`mirror` needs a network that was trained on mirrored patches. Received: flip_axis=None")
-    # A modality that is missing is zeros, as in training with modality dropout.
-    images = {name: case.images.get(name, np.zeros(case.shape, np.float32)) for name in recipe.modalities}
+    images = case.images_of(recipe.modalities)
     options = {
         "weights": gaussian_weights(recipe.patch_shape) if gaussian else None,
         "mirror_axis": recipe.flip_axis if mirror else None,

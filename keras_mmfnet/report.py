@@ -14,9 +14,9 @@ import numpy as np
 from keras_mmfnet._files import write
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.evaluation import summarise
-from keras_mmfnet.explain import cohort_shares, plot_attention
+from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.models import load_network
-from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_segmentation, plot_training
+from keras_mmfnet.plots import plot_attention, plot_boxes, plot_learning_curves, plot_segmentation, plot_training
 from keras_mmfnet.recipe import Recipe
 
 _NUMBERS = {
@@ -241,12 +241,25 @@ def attention_html(directory, recipe, folds, patients):
     for path in sorted(directory.glob("fold_*/mmfnet.keras"), key=_fold):
         test = [patients[name] for name in folds[_fold(path)]["test"]]
         shares = cohort_shares(load_network(path, recipe), test, recipe)
-        caption = (
-            f"Fold {_fold(path)}: each modality's share of the features that a fusion block passes on, the mean and "
-            "standard deviation over the test patients; the finest level first."
-        )
-        pictures.append(figure_html(plot_attention(shares), caption))
+        pictures.append(shares_html(f"Fold {_fold(path)}", shares))
     return "\n".join(pictures)
+
+
+def shares_html(title, shares):
+    """How much a network's fusion blocks listen to each modality of its test patients.
+
+    Args:
+        title: Which network.
+        shares: As `explain.cohort_shares` returns them.
+
+    Returns:
+        HTML text.
+    """
+    caption = (
+        f"{title}: each modality's share of the features that a fusion block passes on, the mean and standard "
+        "deviation over the test patients; the finest level first."
+    )
+    return figure_html(plot_attention(shares), caption)
 
 
 def training_html(directory, recipe):

@@ -3,17 +3,10 @@ import numpy as np
 import pytest
 from checks import BACKEND, fill, random_volume
 
-from keras_mmfnet.explain import (
-    cohort_shares,
-    fusion_attention,
-    gradient_maps,
-    plot_attention,
-    plot_heat,
-    spatial_attention,
-    tumour_window,
-)
+from keras_mmfnet.explain import cohort_shares, fusion_attention, gradient_maps, spatial_attention, tumour_window
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import MMFNet, UNet3D
+from keras_mmfnet.plots import plot_attention, plot_heat
 from keras_mmfnet.recipe import Recipe
 
 scipy_name = pytest.mark.filterwarnings("ignore:Please import `zoom` from the `scipy.ndimage`:DeprecationWarning")

@@ -183,6 +183,10 @@ class PreprocessedCase:
         """Size of a voxel in mm `(z, y, x)`."""
         return self.grid.spacing[::-1]
 
+    def images_of(self, modalities):
+        """The images of these modalities by name; zeros for one that is missing, as in training with dropout."""
+        return {name: self.images.get(name, np.zeros(self.shape, np.float32)) for name in modalities}
+
     def to_source(self, array, threshold=None):
         """Brings an array on `grid`, such as a probability map, back onto the first modality's own grid.
 

@@ -1,13 +1,22 @@
 from keras_mmfnet.plots._colours import PREDICTION_COLOUR, TRUTH_COLOUR
-from keras_mmfnet.plots.charts import plot_boxes, plot_learning_curves, plot_methods, plot_reliability, plot_training
-from keras_mmfnet.plots.slices import plot_errors, plot_montage, plot_segmentation
+from keras_mmfnet.plots.charts import (
+    plot_attention,
+    plot_boxes,
+    plot_learning_curves,
+    plot_methods,
+    plot_reliability,
+    plot_training,
+)
+from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot_segmentation
 from keras_mmfnet.plots.surfaces import plot_surfaces
 
 __all__ = [
     "PREDICTION_COLOUR",
     "TRUTH_COLOUR",
+    "plot_attention",
     "plot_boxes",
     "plot_errors",
+    "plot_heat",
     "plot_learning_curves",
     "plot_methods",
     "plot_montage",

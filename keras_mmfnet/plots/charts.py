@@ -239,5 +239,32 @@ def calibration_error(mean, share, voxels):
     return float(np.average(np.abs(mean - share)[some], weights=voxels[some]))
 
 
+def plot_attention(share):
+    """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
+
+    Args:
+        share: `{block: {modality: (patients or windows,)}}`, as `explain.fusion_attention` returns it.
+
+    Returns:
+        A Matplotlib figure: a group of bars per block, their mean and, of several, the standard deviation.
+    """
+    from matplotlib.figure import Figure
+
+    modalities = list(next(iter(share.values())))
+    figure = Figure(figsize=(1.5 + 1.3 * len(share), 3.6), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(modalities)
+    for index, name in enumerate(modalities):
+        values = [np.asarray(block[name]) for block in share.values()]
+        places = np.arange(len(share)) + (index - (len(modalities) - 1) / 2) * width
+        spread = [value.std() for value in values] if len(values[0]) > 1 else None
+        means = [value.mean() for value in values]
+        axes.bar(places, means, width, yerr=spread, color=_colour(index), label=name)
+    axes.axhline(1 / len(modalities), color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(share)), list(share))
+    axes.set_ylabel("share of the weighted features")
+    figure.legend(loc="outside upper center", ncols=len(modalities), frameon=False)
+    return figure
+
+
 def _colour(number):
     return LINE_COLOURS[number % len(LINE_COLOURS)]

@@ -135,6 +135,36 @@ def plot_montage(image, prediction, truth=None, spacing=(1.0, 1.0, 1.0), margin=
     return figure
 
 
+def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None):
+    """One slice of each modality with a map over it; the patient's right is on the left.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
+        maps: `{modality: map of the images' shape}`.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        depth: Number of the slice; `None` for the one with the largest sum of the maps.
+
+    Returns:
+        A Matplotlib figure, one panel per modality and one scale for all.
+    """
+    total = sum(np.asarray(heat, np.float64) for heat in maps.values())
+    depth = int(np.argmax(total.sum(axis=(1, 2)))) if depth is None else depth
+    low, high = (function([function(heat) for heat in maps.values()]) for function in (np.min, np.max))
+    figure = _dark_figure(3.4 * len(images) + 0.6, 3.9)
+    panels = figure.subplots(1, len(images), squeeze=False)[0]
+    for axes, (name, image) in zip(panels, images.items(), strict=True):
+        _show(axes, image[depth], tuple(slice(0, size) for size in image.shape[1:]), spacing)
+        extent = _extent(image.shape[1:], spacing)
+        heat = maps[name][depth]
+        # Clear where it is cold, so that the anatomy is seen.
+        alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
+        shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
+        axes.set_title(name, color="white")
+    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
+    figure.suptitle(f"slice {depth + 1} of {len(total)}", color="white")
+    return figure
+
+
 def _largest(mask):
     """Number of the slice with most of a mask."""
     return int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
