@@ -100,6 +100,8 @@ def measure(parsed):
             os.environ["KERAS_BACKEND"] = contender.backend or "torch"
             process = context.Process(target=work, args=(there, contender, tuple(parsed.shape)), daemon=True)
             process.start()
+            # Of the two ends this process keeps one, so that it is told when the other's process ends.
+            there.close()
             workers[contender.name] = here
             results[contender.name] = here.recv()
             print(f"{contender.name}: {results[contender.name]}", flush=True)
