@@ -96,7 +96,7 @@ def test_other_backends_say_how_to_get_gradient_maps():
 def test_gradient_maps_are_hot_in_the_modality_and_the_region_that_decide(method):
     # A network whose output is t1's own features: the bright block decides, t2 counts for nothing.
     inputs = {name: keras.Input((4, 16, 16, 1), name=name) for name in ("t1", "t2")}
-    features = {name: keras.layers.Conv3D(1, 1, name=f"{name}_block1_2_relu")(x) for name, x in inputs.items()}
+    features = {name: keras.layers.Conv3D(1, 1, name=f"{name}_block1_2_norm")(x) for name, x in inputs.items()}
     gain = keras.layers.Conv3D(1, 1, activation="relu", name="gain")
     silent = keras.layers.Rescaling(0.0)(features["t2"])
     model = keras.Model(inputs, gain(keras.layers.Add()([features["t1"], silent])))

@@ -3,14 +3,33 @@ import keras
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras' batch normalization, with the backend's one operation for it.
+    """Keras' batch normalization, with the backend's one operation for it, and with ReLU where one is to follow.
 
     The values are the same. Keras composes them of elementwise operations, each of which goes through the whole
     tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself; TensorFlow's
-    operation wants the channels last.
+    operation wants the channels last. ReLU is part of it because on PyTorch Keras holds every layer's output until the
+    network has ended; here it takes the place of the normalised values.
+
+    Args:
+        rectify: Whether ReLU follows.
+        **kwargs: As for Keras' batch normalization.
     """
 
+    def __init__(self, rectify=False, **kwargs):
+        super().__init__(**kwargs)
+        self.rectify = rectify
+
     def call(self, inputs, training=None, mask=None):
+        outputs = self._normalise(inputs, training, mask)
+        if not self.rectify:
+            return outputs
+        # Nothing else has seen these values, nor does the gradient need them.
+        return outputs.relu_() if keras.backend.backend() == "torch" else keras.ops.relu(outputs)
+
+    def get_config(self):
+        return {**super().get_config(), "rectify": self.rectify}
+
+    def _normalise(self, inputs, training, mask):
         normalise = _OPERATIONS.get(keras.backend.backend())
         channels_last = self.axis in (-1, len(inputs.shape) - 1)
         if not normalise or not (channels_last or normalise is _torch):

@@ -1,6 +1,7 @@
-"""Average, maximum and standard deviation over any axes: what both attentions look at."""
+"""Average, maximum and standard deviation over space or over channels: what both attentions look at."""
 
 import functools
+import itertools
 import math
 
 import keras
@@ -19,33 +20,100 @@ def check_statistics(statistics):
     return names
 
 
-def statistics_over(x, statistics, axis, channel_axis=-1):
-    """Statistics of `x` over the axes `axis`, which stay with length 1, in float32 whatever the dtype of `x`.
+def statistics_over_space(x, statistics, axes):
+    """Statistics of each channel of `x` over the axes `axes`, in float32 whatever the dtype of `x` (eq. 8-10).
 
-    The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)` (eq. 10). Where several values
-    are the largest, the gradient of the maximum is shared among them.
+    The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)`. Where several values are the
+    largest, the gradient of the maximum is shared among them.
 
     Returns:
-        A float32 tensor with the statistics side by side along `channel_axis`, in the order of their names.
+        A float32 tensor `(batch, statistics, channels)`, in the order of the names.
     """
-    axes = (axis,) if isinstance(axis, int) else axis
 
     @ops.custom_gradient
     def compute(x):
-        values = _values(x, statistics, axes)
+        values = _over_space(x, statistics, axes)
 
         def gradient(*args, upstream=None):
-            # PyTorch hands it over by this name, the others as the one argument.
-            upstream = args[0] if upstream is None else upstream
-            parts = ops.split(upstream, len(statistics), axis=channel_axis)
-            return _gradient(x, values, dict(zip(statistics, parts, strict=True)), axes)
+            upstream = _by_name(statistics, _upstream(args, upstream), 1)
+            upstream = {name: ops.reshape(part, ops.shape(values[name])) for name, part in upstream.items()}
+            return _gradient_over_space(x, values, upstream, axes)
 
-        return ops.concatenate([values[name] for name in statistics], axis=channel_axis), gradient
+        return ops.stack([ops.squeeze(values[name], axes) for name in statistics], axis=1), gradient
 
     return compute(x)
 
 
-def _values(x, statistics, axes):
+def statistics_over_channels(parts, statistics, axis, weights=None, training=False):
+    """Statistics of each voxel over the channels of `parts`, in float32 whatever their dtype (eq. 11).
+
+    They are those of the parts side by side, times `weights`; neither is kept for the gradient, nor need be made.
+
+    Args:
+        parts: Tensors with their channels along `axis`.
+        statistics: Names of the statistics, which are those of `statistics_over_space`.
+        axis: Axis of the channels.
+        weights: A factor for each channel, of length 1 along the axes of space.
+        training: Whether it may be compiled for speed; compiled, it could not be exported.
+
+    Returns:
+        A float32 tensor with the statistics side by side along `axis`.
+    """
+    weights, count = [] if weights is None else [weights], len(parts)
+
+    @ops.custom_gradient
+    def compute(*tensors):
+        weights, parts = tensors[:-count], tensors[-count:]
+        over_channels = _compiled_over_channels if training else _over_channels
+        values = over_channels(weights, parts, statistics, axis)
+
+        def gradient(*args, upstream=None):
+            upstream = _by_name(statistics, _upstream(args, upstream), axis)
+            gradients = _gradient_over_channels(weights, parts, values, upstream, axis)
+            return gradients if len(gradients) > 1 else gradients[0]
+
+        return ops.concatenate([values[name] for name in statistics], axis=axis), gradient
+
+    return compute(*weights, *parts)
+
+
+def _compiled(function):
+    """The function, on TensorFlow compiled as one, where else each of its operations goes through the tensors."""
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+def multiply_add(x, factor, summand):
+    """`x * factor + summand`; in one pass on PyTorch too."""
+    if keras.backend.backend() != "torch":
+        return x * factor + summand
+    import torch
+
+    return torch.addcmul(summand, x, factor)
+
+
+def _where_equal(x, value):
+    """1 where `x` equals `value`, else 0, in float32."""
+    if keras.backend.backend() != "torch":
+        return ops.cast(ops.equal(x, value), "float32")
+    import torch
+
+    return torch.eq(x, value, out=torch.empty_like(x))
+
+
+def _upstream(args, upstream):
+    """What a gradient function got: PyTorch hands it over by name, the others as the one argument."""
+    return args[0] if upstream is None else upstream
+
+
+def _by_name(statistics, upstream, axis):
+    return dict(zip(statistics, ops.split(upstream, len(statistics), axis=axis), strict=True))
+
+
+def _over_space(x, statistics, axes):
     """The statistics by name, and the average where the standard deviation needs it."""
     # A maximum is exact in any dtype, so it needs no copy of the input in float32.
     values = {}
@@ -67,20 +135,92 @@ def _max(x, axes):
     return ops.max(x, axis=axes, keepdims=True)
 
 
-def _gradient(x, values, upstream, axes):
-    """The gradient by `x` of the statistics, from that by each of them.
-
-    The backends would go through the whole tensor a dozen times for it, which takes longer than the convolutions
-    beside it, and keep the differences from the average until then. By hand it is a scale and a shift.
-    """
+# The backends would go through the whole tensor a dozen times for these gradients, which takes longer than the
+# convolutions beside them, and keep the differences from the average until then. By hand they are a scale and a shift.
+@_compiled
+def _gradient_over_space(x, values, upstream, axes):
+    """The gradient by `x` of the statistics, from that by each of them."""
     dtype, x = x.dtype, ops.cast(x, "float32")
     shape = ops.shape(x)
     count = ops.cast(math.prod(shape[axis] for axis in axes), "float32")
-    gradient = upstream["avg"] / count if "avg" in upstream else 0.0
+    gradient, scale = _shift_and_scale(values, upstream, count)
     if "std" in upstream:
-        scale = upstream["std"] / (count * values["std"])
-        gradient = x * scale + (gradient - values["avg"] * scale)
+        gradient = multiply_add(x, scale, gradient)
     if "max" in upstream:
-        largest = ops.cast(ops.equal(x, values["max"]), "float32")
-        gradient = gradient + largest * (upstream["max"] / ops.sum(largest, axis=axes, keepdims=True))
+        largest = _where_equal(x, values["max"])
+        gradient = multiply_add(largest, upstream["max"] / ops.sum(largest, axis=axes, keepdims=True), gradient)
     return ops.cast(ops.broadcast_to(gradient, shape), dtype)
+
+
+def _shift_and_scale(values, upstream, count):
+    """What the average and the standard deviation add to a value's gradient, and by what they multiply the value."""
+    shift = upstream["avg"] / count if "avg" in upstream else ops.zeros_like(next(iter(upstream.values())))
+    if "std" not in upstream:
+        return shift, None
+    scale = upstream["std"] / (count * values["std"])
+    return shift - values["avg"] * scale, scale
+
+
+def _shares(weights, parts, axis):
+    """Each part's weights, in float32, or `None` for each."""
+    if not weights:
+        return [None] * len(parts)
+    ends = itertools.accumulate(part.shape[axis] for part in parts[:-1])
+    weights = ops.cast(weights[0], "float32")
+    return ops.split(weights, list(ends), axis=axis) if len(parts) > 1 else [weights]
+
+
+def _weigh(part, share):
+    """A part times its weights, in float32; also in half precision the products are exact."""
+    part = ops.cast(part, "float32")
+    return part if share is None else part * share
+
+
+def _over_channels(weights, parts, statistics, axis):
+    """The statistics by name, and the average where the standard deviation needs it."""
+    weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
+    count = _count(parts, axis)
+    values = {}
+    if "max" in statistics:
+        values["max"] = functools.reduce(ops.maximum, [ops.max(part, axis=axis, keepdims=True) for part in weighted])
+    if "avg" in statistics or "std" in statistics:
+        values["avg"] = sum(ops.sum(part, axis=axis, keepdims=True) for part in weighted) / count
+    if "std" in statistics:
+        squares = (ops.square(part - values["avg"]) for part in weighted)
+        variance = sum(ops.sum(part, axis=axis, keepdims=True) for part in squares) / count
+        values["std"] = ops.sqrt(variance + EPSILON)
+    return values
+
+
+_compiled_over_channels = _compiled(_over_channels)
+
+
+@_compiled
+def _gradient_over_channels(weights, parts, values, upstream, axis):
+    """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
+    shift, scale = _shift_and_scale(values, upstream, _count(parts, axis))
+    shares = _shares(weights, parts, axis)
+    if "max" in upstream:
+        largest = [_where_equal(_weigh(part, share), values["max"]) for part, share in zip(parts, shares, strict=True)]
+        count = sum(ops.sum(part, axis=axis, keepdims=True) for part in largest)
+        # Where the largest product is so small that only one of the two times it was rounded to 0, there is none.
+        by_largest = upstream["max"] / ops.maximum(count, 1.0)
+    space = tuple(number for number in range(1, 5) if number != axis % 5)
+    by_weights, by_parts = [], []
+    # One part after the other, so that little memory is needed at a time.
+    for part, share in zip(parts, shares, strict=True):
+        gradient = multiply_add(_weigh(part, share), scale, shift) if "std" in upstream else shift
+        if "max" in upstream:
+            gradient = multiply_add(largest.pop(0), by_largest, gradient)
+        if weights:
+            by_weights.append(ops.sum(gradient * ops.cast(part, "float32"), axis=space, keepdims=True))
+            gradient = gradient * share
+        by_parts.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
+    if weights:
+        by_weights = [ops.cast(ops.concatenate(by_weights, axis=axis), weights[0].dtype)]
+    return (*by_weights, *by_parts)
+
+
+def _count(parts, axis):
+    """Number of all channels, as a float."""
+    return ops.cast(sum(ops.shape(part)[axis] for part in parts), "float32")

@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._statistics import check_statistics, statistics_over
+from keras_mmfnet.layers._statistics import check_statistics, statistics_over_space
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -66,12 +66,12 @@ class ChannelStdAttention3D(keras.layers.Layer):
             self.hidden_layers[-1].build((None, channels))
             self.score_layers[-1].build((None, hidden))
 
-    def scores(self, inputs):
-        """The weights `W_c`, of shape `(batch, 1, 1, 1, channels)` or with the channels second."""
-        channel_axis = _axes.channel_axis(self.data_format)
-        values = statistics_over(inputs, self.statistics, _axes.spatial_axes(self.data_format), channel_axis)
+    def scores(self, *parts):
+        """The weights `W_c` of features, or of parts of them by channel: `(batch, 1, 1, 1, channels)`, or second."""
+        channel_axis, axes = _axes.channel_axis(self.data_format), _axes.spatial_axes(self.data_format)
+        values = [statistics_over_space(part, self.statistics, axes) for part in parts]
+        values = ops.concatenate(values, axis=-1)
         channels = self.input_spec.axes[channel_axis]
-        values = ops.reshape(values, (-1, len(self.statistics), channels))
         logits = 0
         for index in range(len(self.statistics)):
             mlp = 0 if self.shared_mlp else index

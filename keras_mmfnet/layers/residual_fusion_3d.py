@@ -1,5 +1,4 @@
 import keras
-from keras import ops
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers._batch_normalization import BatchNormalization
@@ -62,6 +61,7 @@ class ResidualFusion3D(keras.layers.Layer):
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
         self.norm = BatchNormalization(
+            rectify=True,
             axis=_axes.channel_axis(self.data_format),
             momentum=0.9,
             epsilon=1e-5,
@@ -83,8 +83,7 @@ class ResidualFusion3D(keras.layers.Layer):
 
     def refine(self, reduced, training=None):
         """The residual part, from the reduced channels on."""
-        refined = ops.relu(self.norm(self.refine1(reduced), training=training))
-        return reduced + self.refine2(refined)
+        return reduced + self.refine2(self.norm(self.refine1(reduced), training=training))
 
     def compute_output_shape(self, input_shape):
         return _axes.with_channels(input_shape, self.filters, self.data_format)

@@ -1,7 +1,7 @@
 import keras
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._statistics import check_statistics, statistics_over
+from keras_mmfnet.layers._statistics import check_statistics, statistics_over_channels
 from keras_mmfnet.layers._volumes import Conv3D
 
 
@@ -56,10 +56,10 @@ class SpatialStdAttention3D(keras.layers.Layer):
     def build(self, input_shape):
         self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
 
-    def scores(self, inputs):
-        """The weights `W_s`, of the inputs' shape with 1 channel."""
+    def scores(self, *parts, weights=None, training=False):
+        """The weights `W_s` of features, or of parts of them by channel times `weights`; 1 channel."""
         axis = _axes.channel_axis(self.data_format)
-        return self.conv(statistics_over(inputs, self.statistics, axis, axis))
+        return self.conv(statistics_over_channels(parts, self.statistics, axis, weights, training))
 
     def call(self, inputs, return_attention_scores=False):
         weights = self.scores(inputs)

@@ -33,10 +33,14 @@ class Blocks:
             dtype=self.dtype,
             name=f"{name}_conv",
         )(x)
-        x = BatchNormalization(
-            axis=_axes.channel_axis(self.data_format), momentum=0.9, epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm"
+        return BatchNormalization(
+            rectify=True,
+            axis=_axes.channel_axis(self.data_format),
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            name=f"{name}_norm",
         )(x)
-        return keras.layers.Activation("relu", dtype=self.dtype, name=f"{name}_relu")(x)
 
     def encode(self, x, filters, name):
         """The encoder: the features of each block before its pooling, then those after the last pooling."""

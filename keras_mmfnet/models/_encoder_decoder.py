@@ -37,9 +37,9 @@ class EncoderDecoder(Network):
         Raises:
             ValueError: The network has no such encoder.
         """
-        names = [f"{modality}_block{level}_2_relu" for level in range(1, len(self.filters) + 1)]
+        names = [f"{modality}_block{level}_2_norm" for level in range(1, len(self.filters) + 1)]
         outputs = {layer.name: layer.output for layer in self.layers}
         if modality not in self.input or not set(names) <= set(outputs):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")
-        features = [outputs[name] for name in (*names, f"{modality}_bottom_relu")]
+        features = [outputs[name] for name in (*names, f"{modality}_bottom_norm")]
         return keras.Model(self.input[modality], features, name=f"{modality}_encoder")

@@ -5,47 +5,92 @@ import torch
 from checks import dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
-from keras_mmfnet.layers._statistics import EPSILON, STATISTICS, check_statistics, statistics_over
+from keras_mmfnet.layers._statistics import (
+    EPSILON,
+    STATISTICS,
+    check_statistics,
+    statistics_over_channels,
+    statistics_over_space,
+)
+
+# Channels of the parts.
+SIZES = (1, 3, 2)
 
 
-def statistics_apart(x, statistics, axis):
-    """The statistics as a list; with the channels second where they are not among the axes at the end."""
-    channel_axis = 1 if axis in (1, (2, 3, 4)) else -1
-    return ops.split(statistics_over(x, statistics, axis, channel_axis), len(statistics), axis=channel_axis)
+def cut(x, axis):
+    """An array of 6 channels in parts of some each."""
+    return np.split(x, np.cumsum(SIZES)[:-1], axis=axis)
 
 
-@pytest.mark.parametrize("axis", [-1, 1, (1, 2, 3), (2, 3, 4)])
-def test_values(axis):
+def over_space(x, statistics, axes):
+    """The statistics by name, each with the channels last."""
+    return dict(zip(statistics, ops.unstack(statistics_over_space(x, statistics, axes), axis=1), strict=True))
+
+
+def over_channels(parts, statistics, axis, weights=None, training=False):
+    """The statistics by name."""
+    values = statistics_over_channels(parts, statistics, axis, weights, training)
+    return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
+
+
+def check_values(found, x, axis, keepdims):
+    np.testing.assert_allclose(to_numpy(found["avg"]), x.mean(axis, keepdims=keepdims), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(to_numpy(found["max"]), x.max(axis, keepdims=keepdims))
+    deviation = np.sqrt(x.var(axis, keepdims=keepdims) + EPSILON)
+    np.testing.assert_allclose(to_numpy(found["std"]), deviation, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
+def test_values_over_space(axes):
     x = random_volume(2, 3, 4, 5, 6)
-    average, largest, deviation = statistics_apart(ops.convert_to_tensor(x), STATISTICS, axis)
-    np.testing.assert_allclose(to_numpy(average), x.mean(axis, keepdims=True), rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(to_numpy(largest), x.max(axis, keepdims=True))
-    np.testing.assert_allclose(to_numpy(deviation), np.sqrt(x.var(axis, keepdims=True) + EPSILON), rtol=1e-5)
+    check_values(over_space(ops.convert_to_tensor(x), STATISTICS, axes), x, axes, keepdims=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_values_over_channels(axis, training):
+    x = random_volume(2, 6, 4, 5, 6)
+    shape = [2, 1, 1, 1, 1]
+    shape[axis] = 6
+    weights = np.abs(random_volume(*shape, seed=1))
+    parts = [ops.convert_to_tensor(part) for part in cut(x, axis)]
+    found = over_channels(parts, STATISTICS, axis, ops.convert_to_tensor(weights), training)
+    check_values(found, x * weights, axis, keepdims=True)
+    check_values(over_channels(parts, STATISTICS, axis, training=training), x, axis, keepdims=True)
+    check_values(over_channels([ops.convert_to_tensor(x)], STATISTICS, axis), x, axis, keepdims=True)
 
 
 def test_order_follows_the_names():
-    x = ops.convert_to_tensor(np.array([[1.0, 5.0]], "float32"))
+    x = ops.convert_to_tensor(np.array([1.0, 5.0], "float32").reshape(1, 1, 1, 1, 2))
     for names, expected in [(("std", "avg"), [2, 3]), (("max", "std"), [5, 2]), (("max", "avg"), [5, 3])]:
-        values = [to_numpy(value).item() for value in statistics_apart(x, names, 1)]
-        assert values == pytest.approx(expected, rel=1e-5)
+        assert to_numpy(statistics_over_channels([x], names, -1)).ravel() == pytest.approx(expected, rel=1e-5)
+        by_space = statistics_over_space(ops.reshape(x, (1, 2, 1, 1, 1)), names, (1, 2, 3))
+        assert tuple(by_space.shape) == (1, 2, 1)
+        assert to_numpy(by_space).ravel() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_raised(dtype):
     # Squares of these overflow in float16, and their mean lies between two numbers of either dtype.
-    x = np.array([[320.0, -384.0, 324.0]], "float32")
-    values = statistics_apart(ops.cast(ops.convert_to_tensor(x), dtype), STATISTICS, 1)
-    assert [dtype_of(value) for value in values] == ["float32"] * 3
-    found = [to_numpy(value).item() for value in values]
-    assert found == pytest.approx([x.mean(), 324, x.std()], rel=1e-5)
+    x = np.array([320.0, -384.0, 324.0], "float32")
+    tensor = ops.cast(ops.convert_to_tensor(x.reshape(1, 1, 1, 1, 3)), dtype)
+    weights = ops.cast(ops.convert_to_tensor(np.full((1, 1, 1, 1, 3), 1.25, "float32")), dtype)
+    for values, factor in [
+        (over_channels([tensor], STATISTICS, -1), 1),
+        (over_channels([tensor], STATISTICS, -1, weights), 1.25),
+        (over_space(ops.reshape(tensor, (1, 3, 1, 1, 1)), STATISTICS, (1, 2, 3)), 1),
+    ]:
+        assert [dtype_of(value) for value in values.values()] == ["float32"] * 3
+        found = [to_numpy(value).item() for value in values.values()]
+        assert found == pytest.approx([x.mean() * factor, 324 * factor, x.std() * factor], rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -300.0])
 def test_constant(value):
     x = ops.convert_to_tensor(np.full((1, 2, 2, 2, 3), value, "float32"))
-    found = [to_numpy(statistic) for statistic in statistics_apart(x, STATISTICS, (1, 2, 3))]
-    for statistic, expected in zip(found, (value, value, EPSILON**0.5), strict=True):
-        np.testing.assert_allclose(statistic, np.full((1, 1, 1, 1, 3), expected), rtol=1e-5)
+    for found in (over_space(x, STATISTICS, (1, 2, 3)), over_channels([x], STATISTICS, -1)):
+        for statistic, expected in zip(found.values(), (value, value, EPSILON**0.5), strict=True):
+            np.testing.assert_allclose(to_numpy(statistic), np.full(statistic.shape, expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -62,40 +107,91 @@ def test_wrong_names(given):
     assert str(error.value).endswith(f"Received: {given!r}")
 
 
-def gradient_of(x, statistics, axis):
-    """Gradient by `x` of a weighted sum of the statistics: by the layer's formula, and by PyTorch's own."""
-    shape = x.mean(axis, keepdims=True).shape
-    weights = [random_volume(*shape, seed=seed) for seed in range(len(statistics))]
+def by_torch(x, axis, keepdim=True):
+    """PyTorch's own statistics by name."""
+    deviation = (x.var(axis, correction=0, keepdim=keepdim) + EPSILON).sqrt()
+    return {"avg": x.mean(axis, keepdim=keepdim), "max": x.amax(axis, keepdim=keepdim), "std": deviation}
+
+
+def weighted_sum(values, factors):
+    """Of the statistics as tensors of the backend."""
+    return sum(ops.sum(values[name] * ops.convert_to_tensor(factor)) for name, factor in factors.items())
+
+
+def torch_weighted_sum(values, factors):
+    return sum((values[name] * torch.tensor(factor)).sum() for name, factor in factors.items())
+
+
+def factors_for(shape, statistics):
+    """Random factors by name, with which the statistics are added up to one number."""
+    return {name: random_volume(*shape, seed=seed) for seed, name in enumerate(statistics)}
+
+
+SUBSETS = [STATISTICS, ("max", "avg"), ("std",), ("avg",), ("max",)]
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("statistics", SUBSETS)
+def test_gradient_over_space(statistics, axes):
+    x = random_volume(2, 3, 4, 5, 6)
+    factors = factors_for(x.mean(axes).shape, statistics)
 
     class Weighted(keras.layers.Layer):
         def call(self, x):
-            values = statistics_apart(x, statistics, axis)
-            return sum(
-                ops.sum(value * ops.convert_to_tensor(weight)) for value, weight in zip(values, weights, strict=True)
-            )
+            return weighted_sum(over_space(x, statistics, axes), factors)
 
     [found] = gradient_function(Weighted())(x)
     tensor = torch.tensor(x, requires_grad=True)
-    by_name = {
-        "avg": lambda: tensor.mean(axis, keepdim=True),
-        "max": lambda: tensor.amax(axis, keepdim=True),
-        "std": lambda: (tensor.var(axis, correction=0, keepdim=True) + EPSILON).sqrt(),
-    }
-    total = sum((by_name[name]() * torch.tensor(w)).sum() for name, w in zip(statistics, weights, strict=True))
-    return found, torch.autograd.grad(total, tensor)[0].numpy()
-
-
-@pytest.mark.parametrize("axis", [-1, 1, (1, 2, 3), (2, 3, 4)])
-@pytest.mark.parametrize("statistics", [STATISTICS, ("max", "avg"), ("std",), ("avg",), ("max",)])
-def test_gradient(statistics, axis):
-    found, expected = gradient_of(random_volume(2, 3, 4, 5, 6), statistics, axis)
+    total = torch_weighted_sum(by_torch(tensor, axes, keepdim=False), factors)
+    [expected] = torch.autograd.grad(total, tensor)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def check_gradient_over_channels(x, weights, statistics, axis):
+    """Compares the gradients by parts of `x` and by the weights, which may be `None`, with PyTorch's own."""
+    factors = factors_for(x.mean(axis, keepdims=True).shape, statistics)
+    parts, weights = cut(x, axis), [] if weights is None else [weights]
+
+    class Weighted(keras.layers.Layer):
+        def call(self, inputs, training=None):
+            weights, parts = inputs[: -len(SIZES)], inputs[-len(SIZES) :]
+            values = over_channels(parts, statistics, axis, *weights, training=training)
+            return weighted_sum(values, factors)
+
+    found = gradient_function(Weighted())([*weights, *parts])
+    tensors = [torch.tensor(value, requires_grad=True) for value in (*weights, *parts)]
+    product = torch.cat(tensors[-len(SIZES) :], axis)
+    product = product * tensors[0] if weights else product
+    total = torch_weighted_sum(by_torch(product, axis), factors)
+    for one, other in zip(found, torch.autograd.grad(total, tensors), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("statistics", SUBSETS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_over_channels(weighted, statistics, axis):
+    x = random_volume(2, 6, 4, 5, 6)
+    shape = [2, 1, 1, 1, 1]
+    shape[axis] = 6
+    check_gradient_over_channels(x, random_volume(*shape, seed=1) if weighted else None, statistics, axis)
 
 
 def test_gradient_where_values_are_equal():
     # Rectified features: many are 0, and of some voxels all.
     x = np.maximum(random_volume(2, 3, 4, 5, 6), 0)
     x[:, 0] = 0
-    found, expected = gradient_of(x, STATISTICS, -1)
     assert (x.max(-1) == 0).any()
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    check_gradient_over_channels(x, np.abs(random_volume(2, 1, 1, 1, 6, seed=1)), STATISTICS, -1)
+
+
+def test_gradient_where_products_underflow():
+    x = np.full((1, 1, 1, 1, 6), 1e-30, "float32")
+    weights = np.full((1, 1, 1, 1, 6), 1e-12, "float32")
+    parts = [ops.convert_to_tensor(part) for part in cut(x, -1)]
+
+    class Largest(keras.layers.Layer):
+        def call(self, inputs, training=None):
+            return ops.sum(statistics_over_channels(inputs[1:], ("max",), -1, inputs[0], training))
+
+    assert all(np.isfinite(gradient).all() for gradient in gradient_function(Largest())([weights, *parts]))
