@@ -51,8 +51,8 @@ def record(layer, axes):
     """A list to which the attention adds the mean of its weights at every call."""
     compute, weights = layer.scores, []
 
-    def scores(inputs):
-        values = compute(inputs)
+    def scores(*parts, **options):
+        values = compute(*parts, **options)
         weights.append(keras.ops.convert_to_numpy(values).mean(axis=axes, keepdims=True))
         return values
 
@@ -63,7 +63,7 @@ def record(layer, axes):
 def fix(model, kind, means):
     """Puts these weights in the place of those that the inputs would give."""
     for layer, mean in zip(attentions(model, kind), means, strict=True):
-        layer.scores = lambda inputs, mean=mean: keras.ops.cast(mean, inputs.dtype)
+        layer.scores = lambda *parts, mean=mean, **options: keras.ops.cast(mean, parts[0].dtype)
 
 
 def main():

@@ -10,8 +10,10 @@ of them. What is compared is the ratio within a turn; its median over the turns 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
+import operator
 import os
 import statistics
 import sys
@@ -98,7 +100,7 @@ def measure(parsed):
         for contender in group:
             here, there = context.Pipe()
             os.environ["KERAS_BACKEND"] = contender.backend or "torch"
-            process = context.Process(target=work, args=(there, contender, tuple(parsed.shape)), daemon=True)
+            process = context.Process(target=work, args=(there, contender, tuple(parsed.shape), gpu), daemon=True)
             process.start()
             # Of the two ends this process keeps one, so that it is told when the other's process ends.
             there.close()
@@ -112,7 +114,7 @@ def measure(parsed):
                     seconds.setdefault((name, what), []).append(connection.recv())
         for name, connection in workers.items():
             connection.send("memory")
-            results[name]["peak_mib"] = connection.recv()
+            results[name] |= connection.recv()
             for what in ("train", "predict"):
                 results[name][f"{what}_seconds"] = round(statistics.median(seconds[name, what]), 4)
             print(f"{name}: {results[name]}", flush=True)
@@ -159,13 +161,16 @@ def compare(results, seconds, backends):
             for name in (best(what), *({KEPT} & set(results))):
                 ratios[f"{backend}, {what} / {name}"] = ratio(backend, name, what)
         ratios[f"{backend}, memory / {leanest}"] = round(results[backend]["peak_mib"] / results[leanest]["peak_mib"], 3)
+        if "peak_tensors_mib" in results[backend]:
+            tensors = (results[name]["peak_tensors_mib"] for name in (backend, leanest))
+            ratios[f"{backend}, tensors / {leanest}"] = round(operator.truediv(*tensors), 3)
         ratios[f"{backend}, train with / without attention"] = ratio(backend, f"{backend} without attention", "train")
         if f"{backend} in float32" in results:
             ratios[f"{backend}, train / in float32"] = ratio(backend, f"{backend} in float32", "train")
     return ratios
 
 
-def work(connection, contender, shape):
+def work(connection, contender, shape, gpu):
     """One contender's process: makes its step, and runs it whenever it is told to."""
     from keras_mmfnet._memory import keep_freed_memory
 
@@ -183,7 +188,10 @@ def work(connection, contender, shape):
     run = {"train": train, "predict": predict}
     while (what := connection.recv()) != "end":
         if what == "memory":
-            connection.send(memory())
+            peak = {"peak_mib": memory()}
+            if contender.backend in (None, "torch") and not gpu:
+                peak["peak_tensors_mib"] = memory_of_tensors(train)
+            connection.send(peak)
             continue
         start = time.perf_counter()
         run[what]()
@@ -325,6 +333,20 @@ def memory_since_now(backend):
 
     before = status("VmRSS")
     return lambda: status("VmHWM") - before
+
+
+def memory_of_tensors(run):
+    """The peak of what PyTorch's tensors take while `run` runs, beyond what they took before, in MiB.
+
+    The process takes more: what PyTorch and its libraries need themselves, and what lies free between the tensors.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return round(max(itertools.accumulate(sizes)) / 2**20)
 
 
 if __name__ == "__main__":

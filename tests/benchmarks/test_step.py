@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import torch
 
 from keras_mmfnet.models import mmfnet
 
@@ -41,14 +42,27 @@ def test_the_ratios_are_medians_over_the_turns(step):
         for (name, what), values in seconds.items()
         if what == "train"
     }
+    results["plain"]["peak_tensors_mib"], results["jax"]["peak_tensors_mib"] = 50, 40
     assert step.compare(results, seconds, ["jax"]) == {
         "jax, train / plain": 0.5,
         f"jax, train / {step.KEPT}": 2.0,
         "jax, predict / plain": 1.0,
         f"jax, predict / {step.KEPT}": 1.0,
         "jax, memory / plain": 0.7,
+        "jax, tensors / plain": 0.8,
         "jax, train with / without attention": 1.25,
     }
+
+
+def test_the_memory_of_tensors(step):
+    before = torch.ones(2**20)
+
+    def run():
+        after = before + 1  # 4 MiB
+        after * after  # 4 more, and not kept
+        return (after * 2).sum().item()
+
+    assert step.memory_of_tensors(run) == 8
 
 
 def test_a_ratio_that_is_worse_is_named(step):
