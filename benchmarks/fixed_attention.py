@@ -63,7 +63,12 @@ def record(layer, axes):
 def fix(model, kind, means):
     """Puts these weights in the place of those that the inputs would give."""
     for layer, mean in zip(attentions(model, kind), means, strict=True):
-        layer.scores = lambda *parts, mean=mean, **options: keras.ops.cast(mean, parts[0].dtype)
+
+        def scores(*parts, mean=mean, **options):
+            batch = keras.ops.shape(parts[0])[0]
+            return keras.ops.repeat(keras.ops.cast(mean, parts[0].dtype), batch, axis=0)
+
+        layer.scores = scores
 
 
 def main():
