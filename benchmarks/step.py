@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import operator
 import os
 import statistics
 import sys
@@ -26,6 +25,8 @@ RESULTS = Path(__file__).parent / "results" / "step"
 WORSE = 1.2
 # Plain PyTorch as this package lets it use memory, which its users would not think of.
 KEPT = "plain with memory kept, channels last"
+# Names of what is measured, in the ratios.
+MEMORY = {"peak_mib": "memory", "peak_tensors_mib": "tensors"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +155,18 @@ def compare(results, seconds, backends):
     def best(what):
         return min(plain, key=lambda name: results[name][f"{what}_seconds"])
 
-    leanest = min(plain, key=lambda name: results[name]["peak_mib"])
+    def memory(backend, what):
+        leanest = min(plain, key=lambda name: results[name][what])
+        return {f"{backend}, {MEMORY[what]} / {leanest}": round(results[backend][what] / results[leanest][what], 3)}
+
     ratios = {}
     for backend in backends:
         for what in ("train", "predict"):
             for name in (best(what), *({KEPT} & set(results))):
                 ratios[f"{backend}, {what} / {name}"] = ratio(backend, name, what)
-        ratios[f"{backend}, memory / {leanest}"] = round(results[backend]["peak_mib"] / results[leanest]["peak_mib"], 3)
+        ratios |= memory(backend, "peak_mib")
         if "peak_tensors_mib" in results[backend]:
-            tensors = (results[name]["peak_tensors_mib"] for name in (backend, leanest))
-            ratios[f"{backend}, tensors / {leanest}"] = round(operator.truediv(*tensors), 3)
+            ratios |= memory(backend, "peak_tensors_mib")
         ratios[f"{backend}, train with / without attention"] = ratio(backend, f"{backend} without attention", "train")
         if f"{backend} in float32" in results:
             ratios[f"{backend}, train / in float32"] = ratio(backend, f"{backend} in float32", "train")

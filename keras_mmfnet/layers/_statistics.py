@@ -20,28 +20,34 @@ def check_statistics(statistics):
     return names
 
 
-def statistics_over_space(x, statistics, axes):
-    """Statistics of each channel of `x` over the axes `axes`, in float32 whatever the dtype of `x` (eq. 8-10).
+def statistics_over_space(parts, statistics, axes, channel_axis):
+    """Statistics of each channel over the axes `axes`, in float32 whatever the dtype of the parts (eq. 8-10).
 
     The standard deviation is the population's, `sqrt(mean((x - mean(x))**2) + 1e-6)`. Where several values are the
     largest, the gradient of the maximum is shared among them.
 
+    Args:
+        parts: Tensors with their channels along `channel_axis`, which count as side by side.
+        statistics: Names of the statistics.
+        axes: Axes of depth, height and width, which stay with length 1.
+        channel_axis: Axis of the channels.
+
     Returns:
-        A float32 tensor `(batch, statistics, channels)`, in the order of the names.
+        A float32 tensor with the statistics side by side along `channel_axis`, in the order of the names.
     """
 
     @ops.custom_gradient
-    def compute(x):
-        values = _over_space(x, statistics, axes)
+    def compute(*parts):
+        values = _over_space(parts, statistics, axes, channel_axis)
 
         def gradient(*args, upstream=None):
-            upstream = _by_name(statistics, _upstream(args, upstream), 1)
-            upstream = {name: ops.reshape(part, ops.shape(values[name])) for name, part in upstream.items()}
-            return _gradient_over_space(x, values, upstream, axes)
+            upstream = _by_name(statistics, _upstream(args, upstream), channel_axis)
+            gradients = _gradient_over_space(parts, values, upstream, axes, channel_axis)
+            return gradients if len(gradients) > 1 else gradients[0]
 
-        return ops.stack([ops.squeeze(values[name], axes) for name in statistics], axis=1), gradient
+        return ops.concatenate([values[name] for name in statistics], axis=channel_axis), gradient
 
-    return compute(x)
+    return compute(*parts)
 
 
 def statistics_over_channels(parts, statistics, axis, weights=None, training=False):
@@ -50,7 +56,7 @@ def statistics_over_channels(parts, statistics, axis, weights=None, training=Fal
     They are those of the parts side by side, times `weights`; neither is kept for the gradient, nor need be made.
 
     Args:
-        parts: Tensors with their channels along `axis`.
+        parts: Tensors with their channels along `axis`, which count as side by side.
         statistics: Names of the statistics, which are those of `statistics_over_space`.
         axis: Axis of the channels.
         weights: A factor for each channel, of length 1 along the axes of space.
@@ -104,6 +110,12 @@ def _where_equal(x, value):
     return torch.eq(x, value, out=torch.empty_like(x))
 
 
+def _among(gradient, count):
+    """The gradient of a maximum for each of the `count` values that are as large."""
+    # A compiler may compute a value twice and round it in two ways; then none seems to be.
+    return gradient / ops.maximum(count, 1.0)
+
+
 def _upstream(args, upstream):
     """What a gradient function got: PyTorch hands it over by name, the others as the one argument."""
     return args[0] if upstream is None else upstream
@@ -113,17 +125,23 @@ def _by_name(statistics, upstream, axis):
     return dict(zip(statistics, ops.split(upstream, len(statistics), axis=axis), strict=True))
 
 
-def _over_space(x, statistics, axes):
+def _over_space(parts, statistics, axes, channel_axis):
     """The statistics by name, and the average where the standard deviation needs it."""
+
+    def join(values):
+        return ops.cast(ops.concatenate(values, axis=channel_axis), "float32")
+
     # A maximum is exact in any dtype, so it needs no copy of the input in float32.
     values = {}
     if "max" in statistics:
-        values["max"] = ops.cast(_max(x, axes), "float32")
+        values["max"] = join([_max(part, axes) for part in parts])
     if "avg" in statistics or "std" in statistics:
-        x = ops.cast(x, "float32")
-        values["avg"] = ops.mean(x, axis=axes, keepdims=True)
+        parts = [ops.cast(part, "float32") for part in parts]
+        averages = [ops.mean(part, axis=axes, keepdims=True) for part in parts]
+        values["avg"] = join(averages)
     if "std" in statistics:
-        variance = ops.mean(ops.square(x - values["avg"]), axis=axes, keepdims=True)
+        differences = (part - average for part, average in zip(parts, averages, strict=True))
+        variance = join([ops.mean(ops.square(difference), axis=axes, keepdims=True) for difference in differences])
         values["std"] = ops.sqrt(variance + EPSILON)
     return values
 
@@ -138,18 +156,26 @@ def _max(x, axes):
 # The backends would go through the whole tensor a dozen times for these gradients, which takes longer than the
 # convolutions beside them, and keep the differences from the average until then. By hand they are a scale and a shift.
 @_compiled
-def _gradient_over_space(x, values, upstream, axes):
-    """The gradient by `x` of the statistics, from that by each of them."""
-    dtype, x = x.dtype, ops.cast(x, "float32")
-    shape = ops.shape(x)
+def _gradient_over_space(parts, values, upstream, axes, channel_axis):
+    """The gradient by each part, from that by each of the statistics."""
+    shape = ops.shape(parts[0])
     count = ops.cast(math.prod(shape[axis] for axis in axes), "float32")
-    gradient, scale = _shift_and_scale(values, upstream, count)
-    if "std" in upstream:
-        gradient = multiply_add(x, scale, gradient)
-    if "max" in upstream:
-        largest = _where_equal(x, values["max"])
-        gradient = multiply_add(largest, upstream["max"] / ops.sum(largest, axis=axes, keepdims=True), gradient)
-    return ops.cast(ops.broadcast_to(gradient, shape), dtype)
+    shift, scale = _shift_and_scale(values, upstream, count)
+
+    def split(x):
+        return [None] * len(parts) if x is None else _split(x, parts, channel_axis)
+
+    gradients = []
+    by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
+    for part, gradient, scale, largest, by_largest in zip(parts, *by_part, strict=True):
+        x = ops.cast(part, "float32")
+        if "std" in upstream:
+            gradient = multiply_add(x, scale, gradient)
+        if "max" in upstream:
+            where = _where_equal(x, largest)
+            gradient = multiply_add(where, _among(by_largest, ops.sum(where, axis=axes, keepdims=True)), gradient)
+        gradients.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
+    return tuple(gradients)
 
 
 def _shift_and_scale(values, upstream, count):
@@ -161,13 +187,15 @@ def _shift_and_scale(values, upstream, count):
     return shift - values["avg"] * scale, scale
 
 
+def _split(x, parts, axis):
+    """What of `x` belongs to each part."""
+    ends = itertools.accumulate(part.shape[axis] for part in parts[:-1])
+    return ops.split(x, list(ends), axis=axis) if len(parts) > 1 else [x]
+
+
 def _shares(weights, parts, axis):
     """Each part's weights, in float32, or `None` for each."""
-    if not weights:
-        return [None] * len(parts)
-    ends = itertools.accumulate(part.shape[axis] for part in parts[:-1])
-    weights = ops.cast(weights[0], "float32")
-    return ops.split(weights, list(ends), axis=axis) if len(parts) > 1 else [weights]
+    return _split(ops.cast(weights[0], "float32"), parts, axis) if weights else [None] * len(parts)
 
 
 def _weigh(part, share):
@@ -203,8 +231,7 @@ def _gradient_over_channels(weights, parts, values, upstream, axis):
     if "max" in upstream:
         largest = [_where_equal(_weigh(part, share), values["max"]) for part, share in zip(parts, shares, strict=True)]
         count = sum(ops.sum(part, axis=axis, keepdims=True) for part in largest)
-        # Where the largest product is so small that only one of the two times it was rounded to 0, there is none.
-        by_largest = upstream["max"] / ops.maximum(count, 1.0)
+        by_largest = _among(upstream["max"], count)
     space = tuple(number for number in range(1, 5) if number != axis % 5)
     by_weights, by_parts = [], []
     # One part after the other, so that little memory is needed at a time.

@@ -69,9 +69,9 @@ class ChannelStdAttention3D(keras.layers.Layer):
     def scores(self, *parts):
         """The weights `W_c` of features, or of parts of them by channel: `(batch, 1, 1, 1, channels)`, or second."""
         channel_axis, axes = _axes.channel_axis(self.data_format), _axes.spatial_axes(self.data_format)
-        values = [statistics_over_space(part, self.statistics, axes) for part in parts]
-        values = ops.concatenate(values, axis=-1)
         channels = self.input_spec.axes[channel_axis]
+        values = statistics_over_space(parts, self.statistics, axes, channel_axis)
+        values = ops.reshape(values, (-1, len(self.statistics), channels))
         logits = 0
         for index in range(len(self.statistics)):
             mlp = 0 if self.shared_mlp else index

@@ -22,9 +22,11 @@ def cut(x, axis):
     return np.split(x, np.cumsum(SIZES)[:-1], axis=axis)
 
 
-def over_space(x, statistics, axes):
-    """The statistics by name, each with the channels last."""
-    return dict(zip(statistics, ops.unstack(statistics_over_space(x, statistics, axes), axis=1), strict=True))
+def over_space(parts, statistics, axes):
+    """The statistics by name."""
+    axis = 1 if axes == (2, 3, 4) else -1
+    values = statistics_over_space(parts, statistics, axes, axis)
+    return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
 
 
 def over_channels(parts, statistics, axis, weights=None, training=False):
@@ -33,17 +35,19 @@ def over_channels(parts, statistics, axis, weights=None, training=False):
     return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
 
 
-def check_values(found, x, axis, keepdims):
-    np.testing.assert_allclose(to_numpy(found["avg"]), x.mean(axis, keepdims=keepdims), rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(to_numpy(found["max"]), x.max(axis, keepdims=keepdims))
-    deviation = np.sqrt(x.var(axis, keepdims=keepdims) + EPSILON)
+def check_values(found, x, axis):
+    np.testing.assert_allclose(to_numpy(found["avg"]), x.mean(axis, keepdims=True), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(to_numpy(found["max"]), x.max(axis, keepdims=True))
+    deviation = np.sqrt(x.var(axis, keepdims=True) + EPSILON)
     np.testing.assert_allclose(to_numpy(found["std"]), deviation, rtol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
 def test_values_over_space(axes):
-    x = random_volume(2, 3, 4, 5, 6)
-    check_values(over_space(ops.convert_to_tensor(x), STATISTICS, axes), x, axes, keepdims=False)
+    x = random_volume(2, 6, 4, 5, 6)
+    check_values(over_space([ops.convert_to_tensor(x)], STATISTICS, axes), x, axes)
+    parts = [ops.convert_to_tensor(part) for part in cut(x, 1 if axes == (2, 3, 4) else -1)]
+    check_values(over_space(parts, STATISTICS, axes), x, axes)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -55,17 +59,17 @@ def test_values_over_channels(axis, training):
     weights = np.abs(random_volume(*shape, seed=1))
     parts = [ops.convert_to_tensor(part) for part in cut(x, axis)]
     found = over_channels(parts, STATISTICS, axis, ops.convert_to_tensor(weights), training)
-    check_values(found, x * weights, axis, keepdims=True)
-    check_values(over_channels(parts, STATISTICS, axis, training=training), x, axis, keepdims=True)
-    check_values(over_channels([ops.convert_to_tensor(x)], STATISTICS, axis), x, axis, keepdims=True)
+    check_values(found, x * weights, axis)
+    check_values(over_channels(parts, STATISTICS, axis, training=training), x, axis)
+    check_values(over_channels([ops.convert_to_tensor(x)], STATISTICS, axis), x, axis)
 
 
 def test_order_follows_the_names():
     x = ops.convert_to_tensor(np.array([1.0, 5.0], "float32").reshape(1, 1, 1, 1, 2))
     for names, expected in [(("std", "avg"), [2, 3]), (("max", "std"), [5, 2]), (("max", "avg"), [5, 3])]:
         assert to_numpy(statistics_over_channels([x], names, -1)).ravel() == pytest.approx(expected, rel=1e-5)
-        by_space = statistics_over_space(ops.reshape(x, (1, 2, 1, 1, 1)), names, (1, 2, 3))
-        assert tuple(by_space.shape) == (1, 2, 1)
+        by_space = statistics_over_space([ops.reshape(x, (1, 2, 1, 1, 1))], names, (1, 2, 3), -1)
+        assert tuple(by_space.shape) == (1, 1, 1, 1, 2)
         assert to_numpy(by_space).ravel() == pytest.approx(expected, rel=1e-5)
 
 
@@ -78,7 +82,7 @@ def test_half_precision_is_raised(dtype):
     for values, factor in [
         (over_channels([tensor], STATISTICS, -1), 1),
         (over_channels([tensor], STATISTICS, -1, weights), 1.25),
-        (over_space(ops.reshape(tensor, (1, 3, 1, 1, 1)), STATISTICS, (1, 2, 3)), 1),
+        (over_space([ops.reshape(tensor, (1, 3, 1, 1, 1))], STATISTICS, (1, 2, 3)), 1),
     ]:
         assert [dtype_of(value) for value in values.values()] == ["float32"] * 3
         found = [to_numpy(value).item() for value in values.values()]
@@ -88,7 +92,7 @@ def test_half_precision_is_raised(dtype):
 @pytest.mark.parametrize("value", [0.0, 7.0, -300.0])
 def test_constant(value):
     x = ops.convert_to_tensor(np.full((1, 2, 2, 2, 3), value, "float32"))
-    for found in (over_space(x, STATISTICS, (1, 2, 3)), over_channels([x], STATISTICS, -1)):
+    for found in (over_space([x], STATISTICS, (1, 2, 3)), over_channels([x], STATISTICS, -1)):
         for statistic, expected in zip(found.values(), (value, value, EPSILON**0.5), strict=True):
             np.testing.assert_allclose(to_numpy(statistic), np.full(statistic.shape, expected), rtol=1e-5)
 
@@ -107,10 +111,10 @@ def test_wrong_names(given):
     assert str(error.value).endswith(f"Received: {given!r}")
 
 
-def by_torch(x, axis, keepdim=True):
+def by_torch(x, axis):
     """PyTorch's own statistics by name."""
-    deviation = (x.var(axis, correction=0, keepdim=keepdim) + EPSILON).sqrt()
-    return {"avg": x.mean(axis, keepdim=keepdim), "max": x.amax(axis, keepdim=keepdim), "std": deviation}
+    deviation = (x.var(axis, correction=0, keepdim=True) + EPSILON).sqrt()
+    return {"avg": x.mean(axis, keepdim=True), "max": x.amax(axis, keepdim=True), "std": deviation}
 
 
 def weighted_sum(values, factors):
@@ -133,17 +137,18 @@ SUBSETS = [STATISTICS, ("max", "avg"), ("std",), ("avg",), ("max",)]
 @pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
 @pytest.mark.parametrize("statistics", SUBSETS)
 def test_gradient_over_space(statistics, axes):
-    x = random_volume(2, 3, 4, 5, 6)
-    factors = factors_for(x.mean(axes).shape, statistics)
+    x, channel_axis = random_volume(2, 6, 4, 5, 6), 1 if axes == (2, 3, 4) else -1
+    factors = factors_for(x.mean(axes, keepdims=True).shape, statistics)
 
     class Weighted(keras.layers.Layer):
-        def call(self, x):
-            return weighted_sum(over_space(x, statistics, axes), factors)
+        def call(self, parts):
+            return weighted_sum(over_space(parts, statistics, axes), factors)
 
-    [found] = gradient_function(Weighted())(x)
+    found = gradient_function(Weighted())(cut(x, channel_axis))
     tensor = torch.tensor(x, requires_grad=True)
-    total = torch_weighted_sum(by_torch(tensor, axes, keepdim=False), factors)
-    [expected] = torch.autograd.grad(total, tensor)
+    [expected] = torch.autograd.grad(torch_weighted_sum(by_torch(tensor, axes), factors), tensor)
+    np.testing.assert_allclose(np.concatenate(found, channel_axis), expected, rtol=1e-4, atol=1e-6)
+    [found] = gradient_function(Weighted())([x])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
