@@ -106,7 +106,10 @@ def measure(parsed):
             # Of the two ends this process keeps one, so that it is told when the other's process ends.
             there.close()
             workers[contender.name] = here
-            results[contender.name] = here.recv()
+            try:
+                results[contender.name] = here.recv()
+            except EOFError:
+                sys.exit(f"{contender.name}: its process ended; what it said is above")
             print(f"{contender.name}: {results[contender.name]}", flush=True)
         for what in ("train", "predict"):
             for _ in range(parsed.turns):

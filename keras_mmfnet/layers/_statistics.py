@@ -1,11 +1,12 @@
 """Average, maximum and standard deviation over space or over channels: what both attentions look at."""
 
 import functools
-import itertools
 import math
 
 import keras
 from keras import ops
+
+from keras_mmfnet.layers._gradients import compiled, join, multiply_add, split_as, upstream_of
 
 STATISTICS = ("avg", "max", "std")
 # Keeps the gradient of the square root finite where the input is constant.
@@ -36,18 +37,13 @@ def statistics_over_space(parts, statistics, axes, channel_axis):
         A float32 tensor with the statistics side by side along `channel_axis`, in the order of the names.
     """
 
-    @ops.custom_gradient
-    def compute(*parts):
-        values = _over_space(parts, statistics, axes, channel_axis)
+    def values_of(*parts):
+        return _over_space(parts, statistics, axes, channel_axis)
 
-        def gradient(*args, upstream=None):
-            upstream = _by_name(statistics, _upstream(args, upstream), channel_axis)
-            gradients = _gradient_over_space(parts, values, upstream, axes, channel_axis)
-            return gradients if len(gradients) > 1 else gradients[0]
+    def gradients_of(parts, values, upstream):
+        return _gradient_over_space(parts, values, upstream, axes, channel_axis)
 
-        return ops.concatenate([values[name] for name in statistics], axis=channel_axis), gradient
-
-    return compute(*parts)
+    return _side_by_side(statistics, channel_axis, values_of, gradients_of)(*parts)
 
 
 def statistics_over_channels(parts, statistics, axis, weights=None, training=False):
@@ -66,39 +62,39 @@ def statistics_over_channels(parts, statistics, axis, weights=None, training=Fal
         A float32 tensor with the statistics side by side along `axis`.
     """
     weights, count = [] if weights is None else [weights], len(parts)
+    over_channels = _compiled_over_channels if training else _over_channels
+
+    def values_of(*tensors):
+        return over_channels(tensors[:-count], tensors[-count:], statistics, axis)
+
+    def gradients_of(tensors, values, upstream):
+        return _gradient_over_channels(tensors[:-count], tensors[-count:], values, upstream, axis)
+
+    return _side_by_side(statistics, axis, values_of, gradients_of)(*weights, *parts)
+
+
+def _side_by_side(statistics, axis, values_of, gradients_of):
+    """A function from tensors to the statistics side by side along `axis`, with its gradient by hand.
+
+    Args:
+        statistics: Names of the statistics.
+        axis: Axis of the channels.
+        values_of: From the tensors to the statistics by name.
+        gradients_of: From the tensors, the statistics and the gradients by these, to those by the tensors.
+    """
 
     @ops.custom_gradient
     def compute(*tensors):
-        weights, parts = tensors[:-count], tensors[-count:]
-        over_channels = _compiled_over_channels if training else _over_channels
-        values = over_channels(weights, parts, statistics, axis)
+        values = values_of(*tensors)
 
         def gradient(*args, upstream=None):
-            upstream = _by_name(statistics, _upstream(args, upstream), axis)
-            gradients = _gradient_over_channels(weights, parts, values, upstream, axis)
+            upstream = ops.split(upstream_of(args, upstream), len(statistics), axis=axis)
+            gradients = gradients_of(tensors, values, dict(zip(statistics, upstream, strict=True)))
             return gradients if len(gradients) > 1 else gradients[0]
 
         return ops.concatenate([values[name] for name in statistics], axis=axis), gradient
 
-    return compute(*weights, *parts)
-
-
-def _compiled(function):
-    """The function, on TensorFlow compiled as one, where else each of its operations goes through the tensors."""
-    if keras.backend.backend() != "tensorflow":
-        return function
-    import tensorflow as tf
-
-    return tf.function(function, jit_compile=True, autograph=False)
-
-
-def multiply_add(x, factor, summand):
-    """`x * factor + summand`; in one pass on PyTorch too."""
-    if keras.backend.backend() != "torch":
-        return x * factor + summand
-    import torch
-
-    return torch.addcmul(summand, x, factor)
+    return compute
 
 
 def _where_equal(x, value):
@@ -116,33 +112,20 @@ def _among(gradient, count):
     return gradient / ops.maximum(count, 1.0)
 
 
-def _upstream(args, upstream):
-    """What a gradient function got: PyTorch hands it over by name, the others as the one argument."""
-    return args[0] if upstream is None else upstream
-
-
-def _by_name(statistics, upstream, axis):
-    return dict(zip(statistics, ops.split(upstream, len(statistics), axis=axis), strict=True))
-
-
 def _over_space(parts, statistics, axes, channel_axis):
     """The statistics by name, and the average where the standard deviation needs it."""
-
-    def join(values):
-        return ops.cast(ops.concatenate(values, axis=channel_axis), "float32")
-
     # A maximum is exact in any dtype, so it needs no copy of the input in float32.
     values = {}
     if "max" in statistics:
-        values["max"] = join([_max(part, axes) for part in parts])
+        values["max"] = ops.cast(join([_max(part, axes) for part in parts], channel_axis), "float32")
     if "avg" in statistics or "std" in statistics:
         parts = [ops.cast(part, "float32") for part in parts]
         averages = [ops.mean(part, axis=axes, keepdims=True) for part in parts]
-        values["avg"] = join(averages)
+        values["avg"] = join(averages, channel_axis)
     if "std" in statistics:
         differences = (part - average for part, average in zip(parts, averages, strict=True))
-        variance = join([ops.mean(ops.square(difference), axis=axes, keepdims=True) for difference in differences])
-        values["std"] = ops.sqrt(variance + EPSILON)
+        variances = [ops.mean(ops.square(difference), axis=axes, keepdims=True) for difference in differences]
+        values["std"] = ops.sqrt(join(variances, channel_axis) + EPSILON)
     return values
 
 
@@ -155,7 +138,7 @@ def _max(x, axes):
 
 # The backends would go through the whole tensor a dozen times for these gradients, which takes longer than the
 # convolutions beside them, and keep the differences from the average until then. By hand they are a scale and a shift.
-@_compiled
+@compiled
 def _gradient_over_space(parts, values, upstream, axes, channel_axis):
     """The gradient by each part, from that by each of the statistics."""
     shape = ops.shape(parts[0])
@@ -163,7 +146,7 @@ def _gradient_over_space(parts, values, upstream, axes, channel_axis):
     shift, scale = _shift_and_scale(values, upstream, count)
 
     def split(x):
-        return [None] * len(parts) if x is None else _split(x, parts, channel_axis)
+        return [None] * len(parts) if x is None else split_as(parts, x, channel_axis)
 
     gradients = []
     by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
@@ -187,15 +170,9 @@ def _shift_and_scale(values, upstream, count):
     return shift - values["avg"] * scale, scale
 
 
-def _split(x, parts, axis):
-    """What of `x` belongs to each part."""
-    ends = itertools.accumulate(part.shape[axis] for part in parts[:-1])
-    return ops.split(x, list(ends), axis=axis) if len(parts) > 1 else [x]
-
-
 def _shares(weights, parts, axis):
     """Each part's weights, in float32, or `None` for each."""
-    return _split(ops.cast(weights[0], "float32"), parts, axis) if weights else [None] * len(parts)
+    return split_as(parts, ops.cast(weights[0], "float32"), axis) if weights else [None] * len(parts)
 
 
 def _weigh(part, share):
@@ -220,10 +197,10 @@ def _over_channels(weights, parts, statistics, axis):
     return values
 
 
-_compiled_over_channels = _compiled(_over_channels)
+_compiled_over_channels = compiled(_over_channels)
 
 
-@_compiled
+@compiled
 def _gradient_over_channels(weights, parts, values, upstream, axis):
     """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
     shift, scale = _shift_and_scale(values, upstream, _count(parts, axis))
@@ -244,7 +221,7 @@ def _gradient_over_channels(weights, parts, values, upstream, axis):
             gradient = gradient * share
         by_parts.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
     if weights:
-        by_weights = [ops.cast(ops.concatenate(by_weights, axis=axis), weights[0].dtype)]
+        by_weights = [ops.cast(join(by_weights, axis), weights[0].dtype)]
     return (*by_weights, *by_parts)
 
 

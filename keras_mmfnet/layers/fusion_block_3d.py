@@ -1,10 +1,8 @@
-import itertools
-
 import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._statistics import multiply_add
+from keras_mmfnet.layers._gradients import join, multiply_add, split_as, upstream_of
 from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
 from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
 from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
@@ -85,7 +83,7 @@ class FusionBlock3D(keras.layers.Layer):
         parts = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
         if not training:
             # A few operations instead of many. In training the gradient would keep the features side by side too.
-            parts = [ops.concatenate(parts, axis=_axes.channel_axis(self.data_format))]
+            parts = [join(parts, _axes.channel_axis(self.data_format))]
         channel_weights = self.channel_attention.scores(*parts)
         spatial_weights = self.spatial_attention.scores(*parts, weights=channel_weights, training=training)
         reduce = self.residual_fusion.reduce
@@ -142,7 +140,6 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
     # A product of matrices for each patch: its voxels lie in one row.
     x, y = ("bnc", "bnf") if axis == -1 else ("bcn", "bfn")
     filters = kernel.shape[-1]
-    ends = list(itertools.accumulate(part.shape[axis] for part in parts))[:-1]
 
     def flat(x):
         return ops.reshape(x, (ops.shape(x)[0], -1, x.shape[-1]) if axis == -1 else (*ops.shape(x)[:2], -1))
@@ -151,22 +148,21 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
     def compute(channel_weights, spatial_weights, kernel, *parts):
         weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
         kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
-        both = ops.einsum(f"{x},bcf->{y}", flat(ops.concatenate(parts, axis=axis)), kernels)
+        both = ops.einsum(f"{x},bcf->{y}", flat(join(parts, axis)), kernels)
         both = ops.reshape(both, _axes.with_channels(ops.shape(parts[0]), 2 * filters, data_format))
         plain, weighted = ops.split(both, 2, axis=axis)
 
         def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
+            upstream = upstream_of(args, upstream)
             by_spatial = ops.sum(upstream * weighted, axis=axis, keepdims=True)
             both = flat(ops.concatenate([upstream, upstream * spatial_weights], axis=axis))
             by_kernels = [ops.einsum(f"{x},{y}->bcf", flat(part), both) for part in parts]
-            by_plain, by_weighted = ops.split(ops.concatenate(by_kernels, axis=1), 2, axis=-1)
+            by_plain, by_weighted = ops.split(join(by_kernels, 1), 2, axis=-1)
             by_kernel = ops.sum(by_plain + weights * by_weighted, axis=0)
             by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
-            apart = ops.split(kernels, ends, axis=1) if ends else [kernels]
             by_parts = [
                 ops.reshape(ops.einsum(f"{y},bcf->{x}", both, part_of_kernels), ops.shape(part))
-                for part, part_of_kernels in zip(parts, apart, strict=True)
+                for part, part_of_kernels in zip(parts, split_as(parts, kernels, 1, axis), strict=True)
             ]
             return (by_channel, by_spatial, by_kernel, *by_parts)
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -64,6 +67,17 @@ def test_the_memory_of_tensors(step):
         return (after * 2).sum().item()
 
     assert step.memory_of_tensors(run) == 8
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="once is enough")
+def test_a_contender_that_dies_ends_the_run(step, tmp_path):
+    # One voxel is left at the bottom, which PyTorch's batch normalization refuses.
+    command = [sys.executable, step.__file__, "--shape", "1", "16", "16", "16", "--out", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "plain: its process ended" in done.stderr
+    assert "Expected more than 1 value per channel" in done.stderr
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_ratio_that_is_worse_is_named(step):

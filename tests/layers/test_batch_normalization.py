@@ -47,6 +47,29 @@ def test_same_gradients_as_keras(trainable, axis):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("filters", [6, 16])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_rectified(axis, filters):
+    shape = (2, 3, 4, 5, filters) if axis == -1 else (2, filters, 3, 4, 5)
+    theirs, ours = pair(shape, axis=axis)
+    rectified = BatchNormalization(epsilon=1e-5, momentum=0.9, axis=axis, rectify=True)
+    rectified = BatchNormalization.from_config(rectified.get_config())
+    rectified.build(shape)
+    rectified.set_weights(ours.get_weights())
+    x = random_volume(*shape)
+    for training in (False, True):
+        expected = np.maximum(to_numpy(ours(x, training=training)), 0)
+        np.testing.assert_array_equal(to_numpy(rectified(x, training=training)), expected)
+    layers = [theirs, keras.layers.Activation("relu")], [rectified]
+    found = [
+        gradient_function(keras.Sequential([keras.Input(shape[1:]), *some, keras.layers.Activation("tanh")]))(x)
+        for some in layers
+    ]
+    for one, other in zip(*found, strict=True):
+        assert np.abs(one).max() > 1e-4
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-6)
+
+
 def test_equals_the_formula():
     _, layer = pair((2, 3, 4, 5, 6))
     gamma, beta, mean, variance = layer.get_weights()

@@ -8,6 +8,8 @@ from keras import ops
 from keras_mmfnet.layers._statistics import (
     EPSILON,
     STATISTICS,
+    _gradient_over_channels,
+    _gradient_over_space,
     check_statistics,
     statistics_over_channels,
     statistics_over_space,
@@ -190,13 +192,13 @@ def test_gradient_where_values_are_equal():
     check_gradient_over_channels(x, np.abs(random_volume(2, 1, 1, 1, 6, seed=1)), STATISTICS, -1)
 
 
-def test_gradient_where_products_underflow():
-    x = np.full((1, 1, 1, 1, 6), 1e-30, "float32")
-    weights = np.full((1, 1, 1, 1, 6), 1e-12, "float32")
-    parts = [ops.convert_to_tensor(part) for part in cut(x, -1)]
-
-    class Largest(keras.layers.Layer):
-        def call(self, inputs, training=None):
-            return ops.sum(statistics_over_channels(inputs[1:], ("max",), -1, inputs[0], training))
-
-    assert all(np.isfinite(gradient).all() for gradient in gradient_function(Largest())([weights, *parts]))
+def test_gradient_where_the_largest_was_rounded_otherwise():
+    # As when a compiler computes a feature once for the maximum and once more for its gradient.
+    x = ops.convert_to_tensor(random_volume(2, 3, 4, 5, 6))
+    for axes, gradient_over in [
+        ((1, 2, 3), lambda *numbers: _gradient_over_space((x,), *numbers, (1, 2, 3), -1)),
+        (-1, lambda *numbers: _gradient_over_channels((), (x,), *numbers, -1)),
+    ]:
+        above = ops.max(x, axis=axes, keepdims=True) + 1e-6
+        [found] = gradient_over({"max": above}, {"max": ops.ones_like(above)})
+        np.testing.assert_array_equal(to_numpy(found), 0)
