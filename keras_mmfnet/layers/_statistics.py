@@ -6,7 +6,18 @@ import math
 import keras
 from keras import ops
 
-from keras_mmfnet.layers._gradients import compiled, join, multiply_add, split_as, upstream_of
+from keras_mmfnet.layers._gradients import (
+    add,
+    compiled,
+    in_slabs,
+    into,
+    join,
+    multiply_add,
+    over_parts,
+    split_as,
+    spread,
+    upstream_of,
+)
 
 STATISTICS = ("avg", "max", "std")
 # Keeps the gradient of the square root finite where the input is constant.
@@ -124,7 +135,8 @@ def _over_space(parts, statistics, axes, channel_axis):
         values["avg"] = join(averages, channel_axis)
     if "std" in statistics:
         differences = (part - average for part, average in zip(parts, averages, strict=True))
-        variances = [ops.mean(ops.square(difference), axis=axes, keepdims=True) for difference in differences]
+        squares = (into(difference, "multiply", difference, difference) for difference in differences)
+        variances = [ops.mean(square, axis=axes, keepdims=True) for square in squares]
         values["std"] = ops.sqrt(join(variances, channel_axis) + EPSILON)
     return values
 
@@ -151,80 +163,91 @@ def _gradient_over_space(parts, values, upstream, axes, channel_axis):
     gradients = []
     by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
     for part, gradient, scale, largest, by_largest in zip(parts, *by_part, strict=True):
-        x = ops.cast(part, "float32")
-        if "std" in upstream:
-            gradient = multiply_add(x, scale, gradient)
+        x, out = ops.cast(part, "float32"), None
         if "max" in upstream:
-            where = _where_equal(x, largest)
-            gradient = multiply_add(where, _among(by_largest, ops.sum(where, axis=axes, keepdims=True)), gradient)
+            out = where = _where_equal(x, largest)
+            by_largest = _among(by_largest, ops.sum(where, axis=axes, keepdims=True))
+            gradient = multiply_add(where, by_largest, gradient, out)
+        if "std" in upstream:
+            gradient = multiply_add(x, scale, gradient, out)
         gradients.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
     return tuple(gradients)
 
 
 def _shift_and_scale(values, upstream, count):
     """What the average and the standard deviation add to a value's gradient, and by what they multiply the value."""
-    shift = upstream["avg"] / count if "avg" in upstream else ops.zeros_like(next(iter(upstream.values())))
+    zero = ops.zeros_like(next(iter(upstream.values())))
+    shift = upstream["avg"] / count if "avg" in upstream else zero
     if "std" not in upstream:
-        return shift, None
+        return shift, zero
     scale = upstream["std"] / (count * values["std"])
     return shift - values["avg"] * scale, scale
 
 
 def _shares(weights, parts, axis):
-    """Each part's weights, in float32, or `None` for each."""
-    return split_as(parts, ops.cast(weights[0], "float32"), axis) if weights else [None] * len(parts)
-
-
-def _weigh(part, share):
-    """A part times its weights, in float32; also in half precision the products are exact."""
-    part = ops.cast(part, "float32")
-    return part if share is None else part * share
+    """Each part's weights, in float32; none are ones."""
+    if not weights:
+        return [ops.ones([part.shape[axis] if number == axis % 5 else 1 for number in range(5)]) for part in parts]
+    return split_as(parts, ops.cast(weights[0], "float32"), axis)
 
 
 def _over_channels(weights, parts, statistics, axis):
     """The statistics by name, and the average where the standard deviation needs it."""
-    weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
-    count = _count(parts, axis)
-    values = {}
-    if "max" in statistics:
-        values["max"] = functools.reduce(ops.maximum, [ops.max(part, axis=axis, keepdims=True) for part in weighted])
-    if "avg" in statistics or "std" in statistics:
-        values["avg"] = sum(ops.sum(part, axis=axis, keepdims=True) for part in weighted) / count
-    if "std" in statistics:
-        squares = (ops.square(part - values["avg"]) for part in weighted)
-        variance = sum(ops.sum(part, axis=axis, keepdims=True) for part in squares) / count
-        values["std"] = ops.sqrt(variance + EPSILON)
-    return values
+    names = [name for name in STATISTICS if name in statistics or (name == "avg" and "std" in statistics)]
+    _, values = _values_over_channels(_shares(weights, parts, axis), parts, names=names, axis=axis)
+    return dict(zip(names, values, strict=True))
 
 
 _compiled_over_channels = compiled(_over_channels)
 
 
+def _weigh(parts, shares):
+    """The parts times their weights, in float32; also in half precision the products are exact."""
+    return [ops.cast(part, "float32") * share for part, share in zip(parts, shares, strict=True)]
+
+
+@in_slabs
+def _values_over_channels(shares, parts, *, names, axis):
+    weighted, count = _weigh(parts, shares), sum(part.shape[axis] for part in parts)
+    values = {}
+    if "avg" in names:
+        values["avg"] = over_parts(weighted, axis, ops.add, ops.sum) / count
+    if "max" in names:
+        values["max"] = over_parts(weighted, axis, ops.maximum, ops.max)
+    if "std" in names:
+        average = spread(values["avg"], parts, axis)
+        differences = (into(part, "subtract", part, average) for part in weighted)
+        squares = (into(difference, "multiply", difference, difference) for difference in differences)
+        values["std"] = ops.sqrt(over_parts(squares, axis, add, ops.sum) / count + EPSILON)
+    return [], list(values.values())
+
+
 @compiled
 def _gradient_over_channels(weights, parts, values, upstream, axis):
     """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
-    shift, scale = _shift_and_scale(values, upstream, _count(parts, axis))
-    shares = _shares(weights, parts, axis)
-    if "max" in upstream:
-        largest = [_where_equal(_weigh(part, share), values["max"]) for part, share in zip(parts, shares, strict=True)]
-        count = sum(ops.sum(part, axis=axis, keepdims=True) for part in largest)
-        by_largest = _among(upstream["max"], count)
+    scales = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
+    maxima = [values["max"], upstream["max"]] if "max" in upstream else []
+    by_weights, by_parts = _gradient_of_values(*scales, maxima, _shares(weights, parts, axis), parts, axis=axis)
+    return (*([ops.cast(join(by_weights, axis), weights[0].dtype)] if weights else []), *by_parts)
+
+
+@in_slabs
+def _gradient_of_values(shift, scale, maxima, shares, parts, *, axis):
+    gradients = _weigh(parts, shares)
+    spares = [None] * len(parts)
+    if maxima:
+        largest, by_largest = maxima
+        largest = spread(largest, parts, axis)
+        spares = [_where_equal(part, largest) for part in gradients]
+        by_largest = spread(_among(by_largest, over_parts(spares, axis, ops.add, ops.sum)), parts, axis)
+    shift, scale = spread(shift, parts, axis), spread(scale, parts, axis)
     space = tuple(number for number in range(1, 5) if number != axis % 5)
     by_weights, by_parts = [], []
-    # One part after the other, so that little memory is needed at a time.
-    for part, share in zip(parts, shares, strict=True):
-        gradient = multiply_add(_weigh(part, share), scale, shift) if "std" in upstream else shift
-        if "max" in upstream:
-            gradient = multiply_add(largest.pop(0), by_largest, gradient)
-        if weights:
-            by_weights.append(ops.sum(gradient * ops.cast(part, "float32"), axis=space, keepdims=True))
-            gradient = gradient * share
-        by_parts.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
-    if weights:
-        by_weights = [ops.cast(join(by_weights, axis), weights[0].dtype)]
-    return (*by_weights, *by_parts)
-
-
-def _count(parts, axis):
-    """Number of all channels, as a float."""
-    return ops.cast(sum(ops.shape(part)[axis] for part in parts), "float32")
+    for part, share, gradient, spare in zip(parts, shares, gradients, spares, strict=True):
+        gradient = add(into(gradient, "multiply", gradient, scale), shift)
+        if maxima:
+            gradient = multiply_add(spare, by_largest, gradient, out=gradient)
+        products = into(spare, "multiply", gradient, ops.cast(part, "float32"))
+        by_weights.append(ops.sum(products, axis=space, keepdims=True))
+        by_parts.append(ops.cast(into(gradient, "multiply", gradient, share), part.dtype))
+    return by_weights, by_parts

@@ -81,9 +81,6 @@ class FusionBlock3D(keras.layers.Layer):
 
     def call(self, inputs, training=None, return_attention_scores=False):
         parts = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-        if not training:
-            # A few operations instead of many. In training the gradient would keep the features side by side too.
-            parts = [join(parts, _axes.channel_axis(self.data_format))]
         channel_weights = self.channel_attention.scores(*parts)
         spatial_weights = self.spatial_attention.scores(*parts, weights=channel_weights, training=training)
         reduce = self.residual_fusion.reduce
@@ -137,36 +134,62 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
     It is linear, so that it may come before the spatial weights: `K F_ori + W_s * ((K * W_c) F_ori)`.
     """
     axis = _axes.channel_axis(data_format)
-    # A product of matrices for each patch: its voxels lie in one row.
-    x, y = ("bnc", "bnf") if axis == -1 else ("bcn", "bfn")
-    filters = kernel.shape[-1]
-
-    def flat(x):
-        return ops.reshape(x, (ops.shape(x)[0], -1, x.shape[-1]) if axis == -1 else (*ops.shape(x)[:2], -1))
 
     @ops.custom_gradient
     def compute(channel_weights, spatial_weights, kernel, *parts):
         weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
         kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
-        both = ops.einsum(f"{x},bcf->{y}", flat(join(parts, axis)), kernels)
-        both = ops.reshape(both, _axes.with_channels(ops.shape(parts[0]), 2 * filters, data_format))
-        plain, weighted = ops.split(both, 2, axis=axis)
+        plain, weighted = ops.split(_transform(parts, kernels, axis), 2, axis=axis)
 
         def gradient(*args, upstream=None):
             upstream = upstream_of(args, upstream)
             by_spatial = ops.sum(upstream * weighted, axis=axis, keepdims=True)
-            both = flat(ops.concatenate([upstream, upstream * spatial_weights], axis=axis))
-            by_kernels = [ops.einsum(f"{x},{y}->bcf", flat(part), both) for part in parts]
-            by_plain, by_weighted = ops.split(join(by_kernels, 1), 2, axis=-1)
+            upstreams = ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
+            by_plain, by_weighted = ops.split(_products(parts, upstreams, axis), 2, axis=-1)
             by_kernel = ops.sum(by_plain + weights * by_weighted, axis=0)
             by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
-            by_parts = [
-                ops.reshape(ops.einsum(f"{y},bcf->{x}", both, part_of_kernels), ops.shape(part))
-                for part, part_of_kernels in zip(parts, split_as(parts, kernels, 1, axis), strict=True)
-            ]
-            return (by_channel, by_spatial, by_kernel, *by_parts)
+            return (by_channel, by_spatial, by_kernel, *_transform_back(upstreams, kernels, parts, axis))
 
         return multiply_add(weighted, spatial_weights, plain), gradient
 
     kernel = ops.cast(ops.convert_to_tensor(kernel)[0, 0, 0], parts[0].dtype)
     return compute(channel_weights, spatial_weights, kernel, *parts)
+
+
+def _rows(x, axis):
+    """A volume as one matrix for each patch, whose other side is the channels."""
+    return ops.reshape(x, (ops.shape(x)[0], -1, x.shape[-1]) if axis == -1 else (*ops.shape(x)[:2], -1))
+
+
+def _transform(parts, kernels, axis):
+    """The channels of all parts times a matrix for each patch, `(batch, channels, filters)`."""
+    shape, filters = ops.shape(parts[0]), kernels.shape[-1]
+    shape = (*shape[:-1], filters) if axis == -1 else (shape[0], filters, *shape[2:])
+    rows = [_rows(part, axis) for part in parts]
+    if keras.backend.backend() != "torch":
+        product = "bnc,bcf->bnf" if axis == -1 else "bcn,bcf->bfn"
+        return ops.reshape(ops.einsum(product, join(rows, axis), kernels), shape)
+    import torch
+
+    # The parts side by side would be a copy.
+    pairs = zip(rows, split_as(parts, kernels, 1, axis), strict=True)
+    first, *others = pairs if axis == -1 else [(kernel.mT, rows) for rows, kernel in pairs]
+    product = torch.bmm(*first)
+    for pair in others:
+        torch.baddbmm(product, *pair, out=product)
+    return product.reshape(shape)
+
+
+def _products(parts, upstreams, axis):
+    """The gradient by the matrices of `_transform`."""
+    product = "bnc,bnf->bcf" if axis == -1 else "bcn,bfn->bcf"
+    return join([ops.einsum(product, _rows(part, axis), _rows(upstreams, axis)) for part in parts], 1)
+
+
+def _transform_back(upstreams, kernels, parts, axis):
+    """The gradients by the parts of `_transform`."""
+    kernels = ops.transpose(kernels, (0, 2, 1))
+    if keras.backend.backend() == "torch":
+        # Eight columns alone take as long as all together.
+        return split_as(parts, _transform([upstreams], kernels, axis), axis)
+    return [_transform([upstreams], part, axis) for part in split_as(parts, kernels, 2, axis)]

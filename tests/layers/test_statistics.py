@@ -5,6 +5,7 @@ import torch
 from checks import dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
+from keras_mmfnet.layers import _gradients
 from keras_mmfnet.layers._statistics import (
     EPSILON,
     STATISTICS,
@@ -19,9 +20,19 @@ from keras_mmfnet.layers._statistics import (
 SIZES = (1, 3, 2)
 
 
-def cut(x, axis):
+def cut(x, axis, sizes=SIZES):
     """An array of 6 channels in parts of some each."""
-    return np.split(x, np.cumsum(SIZES)[:-1], axis=axis)
+    return np.split(x, np.cumsum(sizes)[:-1], axis=axis)
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "slabs"])
+def slabs(request, monkeypatch):
+    """Whether even small volumes are gone through slab by slab."""
+    if request.param and keras.backend.backend() != "torch":
+        pytest.skip("the one backend that goes from slab to slab")
+    if request.param:
+        monkeypatch.setattr(_gradients, "SLAB", 50)
+    return request.param
 
 
 def over_space(parts, statistics, axes):
@@ -54,12 +65,13 @@ def test_values_over_space(axes):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_values_over_channels(axis, training):
+@pytest.mark.parametrize("sizes", [SIZES, (2, 2, 2)])
+def test_values_over_channels(sizes, axis, training, slabs):
     x = random_volume(2, 6, 4, 5, 6)
     shape = [2, 1, 1, 1, 1]
     shape[axis] = 6
     weights = np.abs(random_volume(*shape, seed=1))
-    parts = [ops.convert_to_tensor(part) for part in cut(x, axis)]
+    parts = [ops.convert_to_tensor(part) for part in cut(x, axis, sizes)]
     found = over_channels(parts, STATISTICS, axis, ops.convert_to_tensor(weights), training)
     check_values(found, x * weights, axis)
     check_values(over_channels(parts, STATISTICS, axis, training=training), x, axis)
@@ -154,10 +166,10 @@ def test_gradient_over_space(statistics, axes):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def check_gradient_over_channels(x, weights, statistics, axis):
+def check_gradient_over_channels(x, weights, statistics, axis, sizes=SIZES):
     """Compares the gradients by parts of `x` and by the weights, which may be `None`, with PyTorch's own."""
     factors = factors_for(x.mean(axis, keepdims=True).shape, statistics)
-    parts, weights = cut(x, axis), [] if weights is None else [weights]
+    parts, weights = cut(x, axis, sizes), [] if weights is None else [weights]
 
     class Weighted(keras.layers.Layer):
         def call(self, inputs, training=None):
@@ -177,11 +189,37 @@ def check_gradient_over_channels(x, weights, statistics, axis):
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("statistics", SUBSETS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradient_over_channels(weighted, statistics, axis):
+def test_gradient_over_channels(weighted, statistics, axis, slabs):
     x = random_volume(2, 6, 4, 5, 6)
     shape = [2, 1, 1, 1, 1]
     shape[axis] = 6
     check_gradient_over_channels(x, random_volume(*shape, seed=1) if weighted else None, statistics, axis)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_gradient_over_channels_of_parts_alike(axis, slabs):
+    x = random_volume(2, 6, 7, 5, 6)
+    shape = [2, 1, 1, 1, 1]
+    shape[axis] = 6
+    check_gradient_over_channels(x, random_volume(*shape, seed=1), STATISTICS, axis, (2, 2, 2))
+
+
+def test_slabs_are_of_the_size_asked_for(monkeypatch):
+    if keras.backend.backend() != "torch":
+        pytest.skip("the one backend that goes from slab to slab")
+    monkeypatch.setattr(_gradients, "SLAB", 3 * 20)
+    seen = []
+
+    @_gradients.in_slabs
+    def sum_and_double(weights, parts, *, axis):
+        seen.append(parts[0].shape)
+        return [(parts[0] * weights).sum((1, 2, 3), keepdim=True)], [2 * parts[0]]
+
+    x, weights = (torch.tensor(random_volume(*shape)) for shape in ((2, 7, 2, 5, 2), (2, 1, 1, 1, 2)))
+    [total], [double] = sum_and_double(weights, [x], axis=-1)
+    assert [shape[1] for shape in seen] == [3, 3, 1] * 2
+    torch.testing.assert_close(total, (x * weights).sum((1, 2, 3), keepdim=True))
+    torch.testing.assert_close(double, 2 * x)
 
 
 def test_gradient_where_values_are_equal():
