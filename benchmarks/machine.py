@@ -14,9 +14,12 @@ def machine(*packages):
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
+    libc, preloaded = " ".join(platform.libc_ver()), os.environ.get("LD_PRELOAD", "")
     return {
         "processor": f"{processor}, {len(os.sched_getaffinity(0))} cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        # Who hands out memory decides much of what a step takes of it, and some of its time.
+        "allocator": Path(preloaded).name if "malloc" in preloaded else libc,
         **{name: importlib.metadata.version(name) for name in packages},
     }
 

@@ -9,13 +9,11 @@ from keras import ops
 from keras_mmfnet.layers._gradients import (
     add,
     compiled,
-    in_slabs,
     into,
     join,
     multiply_add,
     over_parts,
     split_as,
-    spread,
     upstream_of,
 )
 
@@ -191,63 +189,51 @@ def _shares(weights, parts, axis):
     return split_as(parts, ops.cast(weights[0], "float32"), axis)
 
 
+def _weigh(part, share):
+    """A part times its weights, in float32; also in half precision the products are exact."""
+    return ops.cast(part, "float32") * share
+
+
 def _over_channels(weights, parts, statistics, axis):
     """The statistics by name, and the average where the standard deviation needs it."""
-    names = [name for name in STATISTICS if name in statistics or (name == "avg" and "std" in statistics)]
-    _, values = _values_over_channels(_shares(weights, parts, axis), parts, names=names, axis=axis)
-    return dict(zip(names, values, strict=True))
+    weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
+    values, count = {}, sum(part.shape[axis] for part in parts)
+    if "max" in statistics:
+        values["max"] = over_parts(weighted, parts, axis, ops.maximum, ops.max)
+    if "avg" in statistics or "std" in statistics:
+        values["avg"] = over_parts(weighted, parts, axis, ops.add, ops.sum) / count
+    if "std" in statistics:
+        differences = (into(part, "subtract", part, values["avg"]) for part in weighted)
+        squares = (into(difference, "multiply", difference, difference) for difference in differences)
+        values["std"] = ops.sqrt(over_parts(squares, parts, axis, add, ops.sum) / count + EPSILON)
+    return values
 
 
 _compiled_over_channels = compiled(_over_channels)
 
 
-def _weigh(parts, shares):
-    """The parts times their weights, in float32; also in half precision the products are exact."""
-    return [ops.cast(part, "float32") * share for part, share in zip(parts, shares, strict=True)]
-
-
-@in_slabs
-def _values_over_channels(shares, parts, *, names, axis):
-    weighted, count = _weigh(parts, shares), sum(part.shape[axis] for part in parts)
-    values = {}
-    if "avg" in names:
-        values["avg"] = over_parts(weighted, axis, ops.add, ops.sum) / count
-    if "max" in names:
-        values["max"] = over_parts(weighted, axis, ops.maximum, ops.max)
-    if "std" in names:
-        average = spread(values["avg"], parts, axis)
-        differences = (into(part, "subtract", part, average) for part in weighted)
-        squares = (into(difference, "multiply", difference, difference) for difference in differences)
-        values["std"] = ops.sqrt(over_parts(squares, axis, add, ops.sum) / count + EPSILON)
-    return [], list(values.values())
-
-
 @compiled
 def _gradient_over_channels(weights, parts, values, upstream, axis):
     """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
-    scales = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
-    maxima = [values["max"], upstream["max"]] if "max" in upstream else []
-    by_weights, by_parts = _gradient_of_values(*scales, maxima, _shares(weights, parts, axis), parts, axis=axis)
-    return (*([ops.cast(join(by_weights, axis), weights[0].dtype)] if weights else []), *by_parts)
-
-
-@in_slabs
-def _gradient_of_values(shift, scale, maxima, shares, parts, *, axis):
-    gradients = _weigh(parts, shares)
-    spares = [None] * len(parts)
-    if maxima:
-        largest, by_largest = maxima
-        largest = spread(largest, parts, axis)
-        spares = [_where_equal(part, largest) for part in gradients]
-        by_largest = spread(_among(by_largest, over_parts(spares, axis, ops.add, ops.sum)), parts, axis)
-    shift, scale = spread(shift, parts, axis), spread(scale, parts, axis)
+    shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
+    shares = _shares(weights, parts, axis)
+    if "max" in upstream:
+        pairs = zip(parts, shares, strict=True)
+        where = (_where_equal(_weigh(part, share), values["max"]) for part, share in pairs)
+        by_largest = _among(upstream["max"], over_parts(where, parts, axis, add, ops.sum))
     space = tuple(number for number in range(1, 5) if number != axis % 5)
     by_weights, by_parts = [], []
-    for part, share, gradient, spare in zip(parts, shares, gradients, spares, strict=True):
-        gradient = add(into(gradient, "multiply", gradient, scale), shift)
-        if maxima:
+    # One part after the other, so that little memory is needed at a time.
+    for part, share in zip(parts, shares, strict=True):
+        weighted, spare = _weigh(part, share), None
+        if "max" in upstream:
+            spare = _where_equal(weighted, values["max"])
+        gradient = multiply_add(weighted, scale, shift, out=weighted)
+        if "max" in upstream:
             gradient = multiply_add(spare, by_largest, gradient, out=gradient)
-        products = into(spare, "multiply", gradient, ops.cast(part, "float32"))
-        by_weights.append(ops.sum(products, axis=space, keepdims=True))
-        by_parts.append(ops.cast(into(gradient, "multiply", gradient, share), part.dtype))
-    return by_weights, by_parts
+        if weights:
+            products = into(spare, "multiply", gradient, ops.cast(part, "float32"))
+            by_weights.append(ops.sum(products, axis=space, keepdims=True))
+            gradient = into(gradient, "multiply", gradient, share)
+        by_parts.append(ops.cast(gradient, part.dtype))
+    return (*([ops.cast(join(by_weights, axis), weights[0].dtype)] if weights else []), *by_parts)

@@ -5,7 +5,6 @@ import torch
 from checks import dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
-from keras_mmfnet.layers import _gradients
 from keras_mmfnet.layers._statistics import (
     EPSILON,
     STATISTICS,
@@ -23,16 +22,6 @@ SIZES = (1, 3, 2)
 def cut(x, axis, sizes=SIZES):
     """An array of 6 channels in parts of some each."""
     return np.split(x, np.cumsum(sizes)[:-1], axis=axis)
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "slabs"])
-def slabs(request, monkeypatch):
-    """Whether even small volumes are gone through slab by slab."""
-    if request.param and keras.backend.backend() != "torch":
-        pytest.skip("the one backend that goes from slab to slab")
-    if request.param:
-        monkeypatch.setattr(_gradients, "SLAB", 50)
-    return request.param
 
 
 def over_space(parts, statistics, axes):
@@ -66,7 +55,7 @@ def test_values_over_space(axes):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("sizes", [SIZES, (2, 2, 2)])
-def test_values_over_channels(sizes, axis, training, slabs):
+def test_values_over_channels(sizes, axis, training):
     x = random_volume(2, 6, 4, 5, 6)
     shape = [2, 1, 1, 1, 1]
     shape[axis] = 6
@@ -189,7 +178,7 @@ def check_gradient_over_channels(x, weights, statistics, axis, sizes=SIZES):
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("statistics", SUBSETS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradient_over_channels(weighted, statistics, axis, slabs):
+def test_gradient_over_channels(weighted, statistics, axis):
     x = random_volume(2, 6, 4, 5, 6)
     shape = [2, 1, 1, 1, 1]
     shape[axis] = 6
@@ -197,29 +186,11 @@ def test_gradient_over_channels(weighted, statistics, axis, slabs):
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_gradient_over_channels_of_parts_alike(axis, slabs):
+def test_gradient_over_channels_of_parts_alike(axis):
     x = random_volume(2, 6, 7, 5, 6)
     shape = [2, 1, 1, 1, 1]
     shape[axis] = 6
     check_gradient_over_channels(x, random_volume(*shape, seed=1), STATISTICS, axis, (2, 2, 2))
-
-
-def test_slabs_are_of_the_size_asked_for(monkeypatch):
-    if keras.backend.backend() != "torch":
-        pytest.skip("the one backend that goes from slab to slab")
-    monkeypatch.setattr(_gradients, "SLAB", 3 * 20)
-    seen = []
-
-    @_gradients.in_slabs
-    def sum_and_double(weights, parts, *, axis):
-        seen.append(parts[0].shape)
-        return [(parts[0] * weights).sum((1, 2, 3), keepdim=True)], [2 * parts[0]]
-
-    x, weights = (torch.tensor(random_volume(*shape)) for shape in ((2, 7, 2, 5, 2), (2, 1, 1, 1, 2)))
-    [total], [double] = sum_and_double(weights, [x], axis=-1)
-    assert [shape[1] for shape in seen] == [3, 3, 1] * 2
-    torch.testing.assert_close(total, (x * weights).sum((1, 2, 3), keepdim=True))
-    torch.testing.assert_close(double, 2 * x)
 
 
 def test_gradient_where_values_are_equal():
