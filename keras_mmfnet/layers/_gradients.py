@@ -1,6 +1,5 @@
-"""What gradients written by hand need, on every backend."""
+"""What statistics and gradients written by hand need, on every backend."""
 
-import functools
 import itertools
 
 import keras
@@ -57,14 +56,3 @@ def split_as(parts, x, axis, part_axis=None):
     part_axis = axis if part_axis is None else part_axis
     ends = list(itertools.accumulate(part.shape[part_axis] for part in parts[:-1]))
     return ops.split(x, ends, axis=axis) if ends else [x]
-
-
-def over_parts(values, parts, axis, combine, reduce):
-    """The channels of all `values`, one for each part, reduced by `reduce`; `combine` does that of two, voxel by voxel.
-
-    The values may be a generator: then few of them need be there at a time.
-    """
-    if len({part.shape[axis] for part in parts}) == 1:
-        # Over a few channels a reduction takes longer than combining the parts before it.
-        values = [functools.reduce(combine, values)]
-    return functools.reduce(combine, [reduce(value, axis=axis, keepdims=True) for value in values])

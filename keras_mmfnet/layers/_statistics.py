@@ -6,16 +6,7 @@ import math
 import keras
 from keras import ops
 
-from keras_mmfnet.layers._gradients import (
-    add,
-    compiled,
-    into,
-    join,
-    multiply_add,
-    over_parts,
-    split_as,
-    upstream_of,
-)
+from keras_mmfnet.layers._gradients import add, compiled, into, join, multiply_add, split_as, upstream_of
 
 STATISTICS = ("avg", "max", "std")
 # Keeps the gradient of the square root finite where the input is constant.
@@ -194,18 +185,29 @@ def _weigh(part, share):
     return ops.cast(part, "float32") * share
 
 
+def _over_parts(values, parts, axis, combine, reduce):
+    """The channels of all `values`, one for each part, reduced by `reduce`; `combine` does that of two, voxel by voxel.
+
+    The values may be a generator: then few of them need be there at a time.
+    """
+    if len({part.shape[axis] for part in parts}) == 1:
+        # Over a few channels a reduction takes longer than combining the parts before it.
+        values = [functools.reduce(combine, values)]
+    return functools.reduce(combine, [reduce(value, axis=axis, keepdims=True) for value in values])
+
+
 def _over_channels(weights, parts, statistics, axis):
     """The statistics by name, and the average where the standard deviation needs it."""
     weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
     values, count = {}, sum(part.shape[axis] for part in parts)
     if "max" in statistics:
-        values["max"] = over_parts(weighted, parts, axis, ops.maximum, ops.max)
+        values["max"] = _over_parts(weighted, parts, axis, ops.maximum, ops.max)
     if "avg" in statistics or "std" in statistics:
-        values["avg"] = over_parts(weighted, parts, axis, ops.add, ops.sum) / count
+        values["avg"] = _over_parts(weighted, parts, axis, ops.add, ops.sum) / count
     if "std" in statistics:
         differences = (into(part, "subtract", part, values["avg"]) for part in weighted)
         squares = (into(difference, "multiply", difference, difference) for difference in differences)
-        values["std"] = ops.sqrt(over_parts(squares, parts, axis, add, ops.sum) / count + EPSILON)
+        values["std"] = ops.sqrt(_over_parts(squares, parts, axis, add, ops.sum) / count + EPSILON)
     return values
 
 
@@ -220,10 +222,10 @@ def _gradient_over_channels(weights, parts, values, upstream, axis):
     if "max" in upstream:
         pairs = zip(parts, shares, strict=True)
         where = (_where_equal(_weigh(part, share), values["max"]) for part, share in pairs)
-        by_largest = _among(upstream["max"], over_parts(where, parts, axis, add, ops.sum))
+        by_largest = _among(upstream["max"], _over_parts(where, parts, axis, add, ops.sum))
     space = tuple(number for number in range(1, 5) if number != axis % 5)
     by_weights, by_parts = [], []
-    # One part after the other, so that little memory is needed at a time.
+    # One part after the other, and the same twice: so little memory is needed at a time.
     for part, share in zip(parts, shares, strict=True):
         weighted, spare = _weigh(part, share), None
         if "max" in upstream:

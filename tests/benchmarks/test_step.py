@@ -53,7 +53,7 @@ def test_the_ratios_are_medians_over_the_turns(step):
         "jax, predict / plain": 1.0,
         f"jax, predict / {step.KEPT}": 1.0,
         "jax, memory / plain": 0.7,
-        "jax, tensors / plain, channels last": 0.8,
+        "jax, tensors / plain": 0.8,
         "jax, train with / without attention": 1.25,
     }
 

@@ -96,7 +96,7 @@ def test_list_of_one_is_the_tensor(filled):
     stacked = np.concatenate(features, -1)
     np.testing.assert_array_equal(to_numpy(layer([stacked])), to_numpy(layer(stacked)))
     # The features stay apart, so that sums are rounded in another order.
-    np.testing.assert_allclose(to_numpy(layer(features)), to_numpy(layer(stacked)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(layer(features)), to_numpy(layer(stacked)), rtol=1e-6, atol=1e-6)
     apart, together = (to_numpy(layer(x, training=True)) for x in (features, stacked))
     np.testing.assert_allclose(apart, together, rtol=1e-5, atol=1e-5)
     assert np.abs(together - to_numpy(layer(stacked))).max() > 0.01

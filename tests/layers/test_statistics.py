@@ -201,6 +201,19 @@ def test_gradient_where_values_are_equal():
     check_gradient_over_channels(x, np.abs(random_volume(2, 1, 1, 1, 6, seed=1)), STATISTICS, -1)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the one backend whose tensors can be overwritten")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_features_are_not_overwritten(weighted):
+    x = random_volume(2, 3, 4, 5, 6)
+    parts = [torch.tensor(part, requires_grad=True) for part in cut(x, -1, (2, 2, 2))]
+    weights = torch.tensor(random_volume(2, 1, 1, 1, 6, seed=1), requires_grad=True) if weighted else None
+    before = [tensor.detach().clone() for tensor in (*parts, *([weights] if weighted else []))]
+    for values in (over_space(parts, STATISTICS, (1, 2, 3)), over_channels(parts, STATISTICS, -1, weights, True)):
+        sum(value.square().sum() for value in values.values()).backward()
+    for tensor, old in zip((*parts, *([weights] if weighted else [])), before, strict=True):
+        torch.testing.assert_close(tensor.detach(), old, rtol=0, atol=0)
+
+
 def test_gradient_where_the_largest_was_rounded_otherwise():
     # As when a compiler computes a feature once for the maximum and once more for its gradient.
     x = ops.convert_to_tensor(random_volume(2, 3, 4, 5, 6))
