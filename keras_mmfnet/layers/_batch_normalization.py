@@ -1,39 +1,25 @@
+import weakref
+
 import keras
+
+from keras_mmfnet.layers._gradients import Remade, with_gradient
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
-class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras' batch normalization, with the backend's one operation for it, and with ReLU where one is to follow.
+class RectifiedBatchNormalization(keras.layers.BatchNormalization):
+    """Keras' batch normalization and the ReLU that follows it, by the backend's one operation for the former.
 
-    The values are the same. Keras composes them of elementwise operations, each of which goes through the whole
-    tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself; TensorFlow's
-    operation wants the channels last. ReLU is part of it because on PyTorch Keras holds every layer's output until the
-    network has ended; here it takes the place of the normalised values.
-
-    Args:
-        rectify: Whether ReLU follows.
-        **kwargs: As for Keras' batch normalization.
+    The values are the same. Keras composes the normalization of elementwise operations, each of which goes through the
+    whole tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself;
+    TensorFlow's operation wants the channels last. ReLU is part of it so that on PyTorch neither its input nor, where
+    a convolution follows, its output is kept for the gradient.
     """
 
-    def __init__(self, rectify=False, **kwargs):
-        super().__init__(**kwargs)
-        self.rectify = rectify
-
     def call(self, inputs, training=None, mask=None):
-        outputs = self._normalise(inputs, training, mask)
-        if not self.rectify:
-            return outputs
-        # Nothing else has seen these values, nor does the gradient need them.
-        return outputs.relu_() if keras.backend.backend() == "torch" else keras.ops.relu(outputs)
-
-    def get_config(self):
-        return {**super().get_config(), "rectify": self.rectify}
-
-    def _normalise(self, inputs, training, mask):
         normalise = _OPERATIONS.get(keras.backend.backend())
         channels_last = self.axis in (-1, len(inputs.shape) - 1)
         if not normalise or not (channels_last or normalise is _torch):
-            return super().call(inputs, training=training, mask=mask)
+            return keras.ops.relu(super().call(inputs, training=training, mask=mask))
         affine = self.gamma.value, self.beta.value
         if not (training and self.trainable):
             moments = self.moving_mean.value, self.moving_variance.value
@@ -45,7 +31,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 def _tensorflow(x, affine, moments, epsilon, channels_last):
-    """The normalised values, and the mean and population variance used: `moments`, or the batch's for `None`."""
+    """The outputs, and the mean and population variance used: `moments`, or the batch's for `None`."""
     import tensorflow as tf
 
     shape, channels = tf.shape(x), x.shape[-1]
@@ -62,7 +48,7 @@ def _tensorflow(x, affine, moments, epsilon, channels_last):
         data_format="NHWC",
         is_training=moments is None,
     )
-    y = tf.reshape(y, shape)
+    y = tf.nn.relu(tf.reshape(y, shape))
     y.set_shape(x.shape)
     # It gives the sample's variance; Keras keeps the population's.
     count = tf.cast(tf.size(x) // channels, tf.float32)
@@ -71,44 +57,83 @@ def _tensorflow(x, affine, moments, epsilon, channels_last):
 
 
 def _torch(x, affine, moments, epsilon, channels_last):
-    """The normalised values, and the mean and population variance used: `moments`, or the batch's for `None`."""
+    """The outputs, and the mean and population variance used: `moments`, or the batch's for `None`."""
+    x = x.movedim(-1, 1) if channels_last else x
+    if moments is None:
+        y, *moments = _torch_training(x, affine, epsilon, few=channels_last and x.shape[1] < 16)
+    else:
+        y = _torch_inference(x, *affine, *moments, epsilon)
+    y = y.movedim(1, -1) if channels_last else y
+    return y, *moments
+
+
+def _torch_inference(x, gamma, beta, mean, variance, epsilon):
+    import torch
+
+    # Nothing else has seen the normalised values, nor does the gradient need them.
+    return torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, epsilon)[0].relu_()
+
+
+def _torch_training(x, affine, epsilon, few):
+    """The outputs and the batch's moments, where the channels come second; `few` may be."""
     import torch
 
     # The threads of PyTorch's operation keep their sums side by side; where those of two share a line of the
     # processor's cache, more threads take longer than one.
-    if moments is None and channels_last and x.shape[-1] < 16 and x.dtype == torch.float32 and not x.is_cuda:
-        return _torch_few_channels(x, affine, epsilon)
-    x = x.movedim(-1, 1) if channels_last else x
-    y, mean, inverse = torch.native_batch_norm(x, *affine, *(moments or (None, None)), moments is None, 0.0, epsilon)
-    y = y.movedim(1, -1) if channels_last else y
-    return y, mean.detach(), inverse.detach() ** -2 - epsilon
-
-
-def _torch_few_channels(x, affine, epsilon):
-    """The same in training, composed of operations in place, with its gradient by hand."""
-    axes = tuple(range(x.ndim - 1))
+    few = few and x.dtype == torch.float32 and not x.is_cuda
     moments = []
 
-    @keras.ops.custom_gradient
-    def normalise(x, gamma, beta):
-        mean = x.mean(axes)
-        centred = x - mean
-        variance = (centred * centred).mean(axes)
-        inverse = (variance + epsilon).rsqrt()
+    def compute(x, gamma, beta):
+        if few:
+            mean, variance = _moments(x)
+            y, inverse = _torch_inference(x, gamma, beta, mean, variance, epsilon), (variance + epsilon).rsqrt()
+        else:
+            y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
+            y, variance = y.relu_(), inverse**-2 - epsilon
         moments.extend([mean, variance])
+        return y, {"mean": mean, "inverse": inverse}
 
-        def gradient(x, gamma, beta, upstream):
-            centred = x - mean
-            by_beta = upstream.sum(axes)
-            by_gamma = (centred * upstream).sum(axes) * inverse
-            count = x.numel() // x.shape[-1]
-            scale = gamma * inverse
-            by_x = centred.mul_(-scale * inverse * by_gamma / count).sub_(scale * by_beta / count)
-            return by_x.addcmul_(upstream, scale), by_gamma, by_beta
+    def differentiate(tensors, kept, upstream):
+        x, gamma, _ = tensors
+        mean, inverse = kept["mean"], kept["inverse"]
+        rectified = remade.take()
+        upstream = torch.ops.aten.threshold_backward(upstream, rectified, 0, grad_input=rectified)
+        if few:
+            return _gradient_of_few(x, gamma, mean, inverse, upstream)
+        options = None, None, mean, inverse, True, epsilon, [True, True, True]
+        return torch.ops.aten.native_batch_norm_backward(upstream, x, gamma, *options)
 
-        return centred.mul_(gamma * inverse).add_(beta), gradient
+    y = with_gradient(compute, differentiate)(x, *affine)
+    # The gradient keeps `x`, but only for as long as it is needed.
+    x = weakref.ref(x)
+    remade = Remade(y, lambda: _torch_inference(x(), *affine, *moments, epsilon))
+    return y, *moments
 
-    return normalise(x, *affine), *moments
+
+def _each(values, x):
+    """One value for each channel, which comes second in `x`."""
+    return values.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _moments(x):
+    axes = (0, *range(2, x.ndim))
+    mean = x.mean(axes)
+    centred = x - _each(mean, x)
+    return mean, centred.mul_(centred).mean(axes)
+
+
+def _gradient_of_few(x, gamma, mean, inverse, upstream):
+    import torch
+
+    axes, count = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
+    by_beta = upstream.sum(axes)
+    centred = x - _each(mean, x)
+    by_gamma = centred.mul_(upstream).sum(axes) * inverse
+    scale = gamma * inverse
+    slope = -scale * inverse * by_gamma / count
+    shift = -scale * by_beta / count - mean * slope
+    by_x = torch.addcmul(_each(shift, x), x, _each(slope, x), out=centred).addcmul_(upstream, _each(scale, x))
+    return by_x, by_gamma, by_beta
 
 
 _OPERATIONS = {"tensorflow": _tensorflow, "torch": _torch}

@@ -1,5 +1,7 @@
 """What statistics and gradients written by hand need, on every backend."""
 
+import contextlib
+import functools
 import itertools
 
 import keras
@@ -15,9 +17,108 @@ def compiled(function):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def upstream_of(args, upstream):
-    """What a gradient function got: PyTorch hands it over by name, the others as the one argument."""
-    return args[0] if upstream is None else upstream
+def with_gradient(compute, differentiate):
+    """A function of tensors whose gradient is written by hand.
+
+    It is Keras' `ops.custom_gradient`, but on PyTorch what the gradient needs is let go as soon as it is known.
+
+    Args:
+        compute: From the tensors to the output, and tensors by name that the gradient needs besides.
+        differentiate: From the tensors, those by name, and the gradient by the output, to a tuple of those by each
+            tensor.
+    """
+    if keras.backend.backend() == "torch":
+
+        def function(*tensors):
+            with not_kept(*tensors):
+                return _torch_function().apply(compute, differentiate, *tensors)
+
+        return function
+
+    @ops.custom_gradient
+    def function(*tensors):
+        output, kept = compute(*tensors)
+
+        def gradient(upstream):
+            gradients = differentiate(tensors, kept, upstream)
+            return gradients if len(gradients) > 1 else gradients[0]
+
+        return output, gradient
+
+    return function
+
+
+@functools.cache
+def _torch_function():
+    import torch
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(context, compute, differentiate, *tensors):
+            output, kept = compute(*tensors)
+            context.save_for_backward(*tensors, *kept.values())
+            context.differentiate, context.count, context.names = differentiate, len(tensors), tuple(kept)
+            return output
+
+        @staticmethod
+        def backward(context, upstream):
+            saved = context.saved_tensors
+            kept = dict(zip(context.names, saved[context.count :], strict=True))
+            return None, None, *context.differentiate(saved[: context.count], kept, upstream)
+
+    return Function
+
+
+class Remade:
+    """A layer's output on PyTorch that is made again for the gradients that need it, and not kept.
+
+    Args:
+        output: The output.
+        make: A function that makes it again, to the same layout.
+    """
+
+    def __init__(self, output, make):
+        self._make, self._values = make, None
+        output.remade = self
+
+    def values(self):
+        """The output, made again where that was not done yet."""
+        import torch
+
+        if self._values is None:
+            with torch.no_grad():
+                self._values = self._make()
+        return self._values
+
+    def take(self):
+        """The output, to do with it as one likes: the gradient by it is known."""
+        values, self._values = self.values(), None
+        return values
+
+
+def not_kept(*tensors):
+    """A context in which PyTorch does not keep those of the tensors for a gradient that can be made again."""
+    import torch
+
+    remade = {tensor.data_ptr(): _remade(tensor) for tensor in tensors if _remade(tensor)}
+    if not remade:
+        return contextlib.nullcontext()
+
+    def pack(tensor):
+        found = remade.get(tensor.data_ptr())
+        return (found, tensor.size(), tensor.stride(), tensor.storage_offset()) if found else tensor
+
+    def unpack(packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        found, *view = packed
+        return found.values().as_strided(*view)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _remade(tensor):
+    return getattr(tensor if tensor._base is None else tensor._base, "remade", None)
 
 
 def multiply_add(x, factor, summand, out=None):

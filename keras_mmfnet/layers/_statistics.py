@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops
 
-from keras_mmfnet.layers._gradients import add, compiled, into, join, multiply_add, split_as, upstream_of
+from keras_mmfnet.layers._gradients import add, compiled, into, join, multiply_add, split_as, with_gradient
 
 STATISTICS = ("avg", "max", "std")
 # Keeps the gradient of the square root finite where the input is constant.
@@ -83,18 +83,15 @@ def _side_by_side(statistics, axis, values_of, gradients_of):
         gradients_of: From the tensors, the statistics and the gradients by these, to those by the tensors.
     """
 
-    @ops.custom_gradient
     def compute(*tensors):
         values = values_of(*tensors)
+        return ops.concatenate([values[name] for name in statistics], axis=axis), values
 
-        def gradient(*args, upstream=None):
-            upstream = ops.split(upstream_of(args, upstream), len(statistics), axis=axis)
-            gradients = gradients_of(tensors, values, dict(zip(statistics, upstream, strict=True)))
-            return gradients if len(gradients) > 1 else gradients[0]
+    def differentiate(tensors, values, upstream):
+        upstream = ops.split(upstream, len(statistics), axis=axis)
+        return gradients_of(tensors, values, dict(zip(statistics, upstream, strict=True)))
 
-        return ops.concatenate([values[name] for name in statistics], axis=axis), gradient
-
-    return compute
+    return with_gradient(compute, differentiate)
 
 
 def _where_equal(x, value):

@@ -8,6 +8,8 @@ memory these copies take up to a tenth of a step.
 import keras
 from keras import ops
 
+from keras_mmfnet.layers._gradients import not_kept
+
 
 def _lies_well(layer):
     return keras.backend.backend() == "torch" and layer.data_format == "channels_last"
@@ -37,11 +39,12 @@ class Conv3D(keras.layers.Conv3D):
         from torch.nn import functional
 
         kernel = ops.convert_to_tensor(kernel)
-        if _ones(self.kernel_size):
-            # Stored so, the kernel's gradient is taken in the order that is many times as fast.
-            return functional.linear(inputs, kernel[0, 0, 0].T.contiguous())
-        kernel = kernel.permute(4, 3, 0, 1, 2)
-        outputs = functional.conv3d(inputs.movedim(-1, 1), kernel, padding="same", dilation=self.dilation_rate)
+        with not_kept(inputs):
+            if _ones(self.kernel_size):
+                # Stored so, the kernel's gradient is taken in the order that is many times as fast.
+                return functional.linear(inputs, kernel[0, 0, 0].T.contiguous())
+            kernel = kernel.permute(4, 3, 0, 1, 2)
+            outputs = functional.conv3d(inputs.movedim(-1, 1), kernel, padding="same", dilation=self.dilation_rate)
         return outputs.movedim(1, -1)
 
 
@@ -56,7 +59,8 @@ class Conv3DTranspose(keras.layers.Conv3DTranspose):
 
         kernel = ops.convert_to_tensor(self.kernel).permute(4, 3, 0, 1, 2)
         bias = ops.convert_to_tensor(self.bias) if self.use_bias else None
-        outputs = functional.conv_transpose3d(inputs.movedim(-1, 1), kernel, bias, stride=self.strides)
+        with not_kept(inputs):
+            outputs = functional.conv_transpose3d(inputs.movedim(-1, 1), kernel, bias, stride=self.strides)
         return self.activation(outputs.movedim(1, -1))
 
 
@@ -69,4 +73,5 @@ class MaxPooling3D(keras.layers.MaxPooling3D):
             return super().call(inputs)
         from torch.nn import functional
 
-        return functional.max_pool3d(inputs.movedim(-1, 1), self.pool_size, self.strides).movedim(1, -1)
+        with not_kept(inputs):
+            return functional.max_pool3d(inputs.movedim(-1, 1), self.pool_size, self.strides).movedim(1, -1)

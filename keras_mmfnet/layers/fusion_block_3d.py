@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._gradients import join, multiply_add, split_as, upstream_of
+from keras_mmfnet.layers._gradients import join, multiply_add, split_as, with_gradient
 from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
 from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
 from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
@@ -135,25 +135,24 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
     """
     axis = _axes.channel_axis(data_format)
 
-    @ops.custom_gradient
     def compute(channel_weights, spatial_weights, kernel, *parts):
         weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
         kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
         plain, weighted = ops.split(_transform(parts, kernels, axis), 2, axis=axis)
+        reduced = multiply_add(weighted, spatial_weights, plain)
+        return reduced, {"weights": weights, "kernels": kernels, "weighted": weighted}
 
-        def gradient(*args, upstream=None):
-            upstream = upstream_of(args, upstream)
-            by_spatial = ops.sum(upstream * weighted, axis=axis, keepdims=True)
-            upstreams = ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
-            by_plain, by_weighted = ops.split(_products(parts, upstreams, axis), 2, axis=-1)
-            by_kernel = ops.sum(by_plain + weights * by_weighted, axis=0)
-            by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
-            return (by_channel, by_spatial, by_kernel, *_transform_back(upstreams, kernels, parts, axis))
-
-        return multiply_add(weighted, spatial_weights, plain), gradient
+    def differentiate(tensors, kept, upstream):
+        channel_weights, spatial_weights, kernel, *parts = tensors
+        by_spatial = ops.sum(upstream * kept["weighted"], axis=axis, keepdims=True)
+        upstreams = ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
+        by_plain, by_weighted = ops.split(_products(parts, upstreams, axis), 2, axis=-1)
+        by_kernel = ops.sum(by_plain + kept["weights"] * by_weighted, axis=0)
+        by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
+        return by_channel, by_spatial, by_kernel, *_transform_back(upstreams, kept["kernels"], parts, axis)
 
     kernel = ops.cast(ops.convert_to_tensor(kernel)[0, 0, 0], parts[0].dtype)
-    return compute(channel_weights, spatial_weights, kernel, *parts)
+    return with_gradient(compute, differentiate)(channel_weights, spatial_weights, kernel, *parts)
 
 
 def _rows(x, axis):

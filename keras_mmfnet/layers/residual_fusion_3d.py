@@ -1,7 +1,7 @@
 import keras
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._batch_normalization import BatchNormalization
+from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
 from keras_mmfnet.layers._volumes import Conv3D
 
 
@@ -60,8 +60,7 @@ class ResidualFusion3D(keras.layers.Layer):
 
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
-        self.norm = BatchNormalization(
-            rectify=True,
+        self.norm = RectifiedBatchNormalization(
             axis=_axes.channel_axis(self.data_format),
             momentum=0.9,
             epsilon=1e-5,

@@ -5,7 +5,7 @@ import keras
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers import _volumes
-from keras_mmfnet.layers._batch_normalization import BatchNormalization
+from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Blocks:
             dtype=self.dtype,
             name=f"{name}_conv",
         )(x)
-        return BatchNormalization(
-            rectify=True,
+        return RectifiedBatchNormalization(
             axis=_axes.channel_axis(self.data_format),
             momentum=0.9,
             epsilon=1e-5,

@@ -80,6 +80,17 @@ def test_a_contender_that_dies_ends_the_run(step, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="only PyTorch tells what its tensors take")
+def test_a_training_step_takes_less_memory_than_plain_pytorch(step):
+    shape = (2, 16, 64, 64)
+    peaks = []
+    for make, backend in ((step.make_keras, "torch"), (step.make_plain, None)):
+        train, _, _ = make(step.Contender("one", backend), shape)
+        train()
+        peaks.append(step.memory_of_tensors(train))
+    assert peaks[0] < 0.7 * peaks[1]
+
+
 def test_a_ratio_that_is_worse_is_named(step):
     before = {"a": 0.5, "b": 1.0}
     assert step.worse({"a": 0.59, "b": 1.1, "new": 9.0}, before) == []

@@ -1,14 +1,17 @@
+import weakref
+
 import keras
 import numpy as np
 import pytest
 from checks import BACKEND, gradient_function, random_volume, to_numpy
 
-from keras_mmfnet.layers._batch_normalization import BatchNormalization
+from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
+from keras_mmfnet.layers._volumes import Conv3D, MaxPooling3D
 
 
 def pair(shape, **arguments):
-    """Keras' layer and ours with the same weights."""
-    kinds = keras.layers.BatchNormalization, BatchNormalization
+    """Keras' layer, without ReLU, and ours with the same weights."""
+    kinds = keras.layers.BatchNormalization, RectifiedBatchNormalization
     layers = [kind(epsilon=1e-5, momentum=0.9, **arguments) for kind in kinds]
     rng = np.random.default_rng(0)
     weights = [rng.uniform(0.5, 2, shape[arguments.get("axis", -1)]) for _ in range(4)]
@@ -24,50 +27,67 @@ def pair(shape, **arguments):
 def test_same_as_keras(shape, axis, training):
     theirs, ours = pair(shape, axis=axis)
     x = 3 * random_volume(*shape) + 10
-    np.testing.assert_allclose(
-        to_numpy(ours(x, training=training)), to_numpy(theirs(x, training=training)), rtol=1e-4, atol=1e-5
-    )
+    expected = np.maximum(to_numpy(theirs(x, training=training)), 0)
+    np.testing.assert_allclose(to_numpy(ours(x, training=training)), expected, rtol=1e-4, atol=1e-5)
     for weight, expected in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(weight, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("trainable", [True, False])
-def test_same_gradients_as_keras(trainable, axis):
-    shape = (2, 3, 4, 5, 6)
-    x = 3 * random_volume(*shape) + 10
-    # Of tanh, as the mean of the normalised values is always the same.
-    found = [
-        gradient_function(keras.Sequential([keras.Input(shape[1:]), layer, keras.layers.Activation("tanh")]))(x)
-        for layer in pair(shape, axis=axis, trainable=trainable)
-    ]
-    assert len(found[0]) == len(found[1]) > 0
-    for theirs, ours in zip(*found, strict=True):
-        assert np.abs(theirs).max() > 1e-4
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("filters", [6, 16])
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_rectified(axis, filters):
+@pytest.mark.parametrize("trainable", [True, False])
+def test_same_gradients_as_keras(trainable, axis, filters):
     shape = (2, 3, 4, 5, filters) if axis == -1 else (2, filters, 3, 4, 5)
-    theirs, ours = pair(shape, axis=axis)
-    rectified = BatchNormalization(epsilon=1e-5, momentum=0.9, axis=axis, rectify=True)
-    rectified = BatchNormalization.from_config(rectified.get_config())
-    rectified.build(shape)
-    rectified.set_weights(ours.get_weights())
-    x = random_volume(*shape)
-    for training in (False, True):
-        expected = np.maximum(to_numpy(ours(x, training=training)), 0)
-        np.testing.assert_array_equal(to_numpy(rectified(x, training=training)), expected)
-    layers = [theirs, keras.layers.Activation("relu")], [rectified]
+    x = 3 * random_volume(*shape) + 10
+    theirs, ours = pair(shape, axis=axis, trainable=trainable)
+    # Of tanh, as the mean of the normalised values is always the same.
     found = [
-        gradient_function(keras.Sequential([keras.Input(shape[1:]), *some, keras.layers.Activation("tanh")]))(x)
-        for some in layers
+        gradient_function(keras.Sequential([keras.Input(shape[1:]), *layers, keras.layers.Activation("tanh")]))(x)
+        for layers in ([theirs, keras.layers.ReLU()], [ours])
     ]
+    assert len(found[0]) == len(found[1]) > 0
     for one, other in zip(*found, strict=True):
         assert np.abs(one).max() > 1e-4
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend whose layers choose what is kept for the gradient")
+@pytest.mark.parametrize("filters", [6, 16])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_what_is_made_again_for_the_gradient(data_format, filters):
+    """The output is not kept where volumes' layers follow, and the gradients are those of Keras' layers."""
+    import torch
+
+    axis = -1 if data_format == "channels_last" else 1
+    shape = (2, 4, 4, 6, filters) if axis == -1 else (2, filters, 4, 4, 6)
+    theirs, ours = pair(shape, axis=axis)
+    conv = Conv3D(3, 3, padding="same", data_format=data_format)
+    pool = MaxPooling3D(2, data_format=data_format)
+    volume = torch.tensor(random_volume(*shape), requires_grad=True)
+
+    def gradients(normalise):
+        rectified = normalise(2 * volume)
+        kept = weakref.ref(rectified if rectified._base is None else rectified._base)
+        outputs = conv(rectified[:, 2:]), pool(rectified)
+        loss = sum(torch.tanh(output).sum() for output in outputs)
+        del rectified, outputs
+        alive = kept() is not None
+        sources = [volume, ours.gamma.value, theirs.gamma.value, conv.kernel.value]
+        first, second = (torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True) for _ in range(2))
+        found, again = ([to_numpy(x) for x in gradients if x is not None] for gradients in (first, second))
+        for one, other in zip(found, again, strict=True):
+            np.testing.assert_array_equal(other, one)
+        return found, alive
+
+    (expected, _), (found, alive) = (
+        gradients(lambda x: torch.relu(theirs(x, training=True))),
+        gradients(lambda x: ours(x, training=True)),
+    )
+    # Keras' own layers, for the channels first, keep what they get.
+    assert alive == (data_format == "channels_first")
+    for one, other in zip(expected, found, strict=True):
+        assert np.abs(one).max() > 1e-4
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
 
 
 def test_equals_the_formula():
@@ -75,7 +95,7 @@ def test_equals_the_formula():
     gamma, beta, mean, variance = layer.get_weights()
     x = random_volume(2, 3, 4, 5, 6)
     batch_mean, batch_variance = x.mean((0, 1, 2, 3)), x.var((0, 1, 2, 3))
-    expected = (x - batch_mean) / np.sqrt(batch_variance + 1e-5) * gamma + beta
+    expected = np.maximum((x - batch_mean) / np.sqrt(batch_variance + 1e-5) * gamma + beta, 0)
     np.testing.assert_allclose(to_numpy(layer(x, training=True)), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(layer.get_weights()[2], 0.9 * mean + 0.1 * batch_mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(layer.get_weights()[3], 0.9 * variance + 0.1 * batch_variance, rtol=1e-5)
@@ -85,20 +105,19 @@ def test_a_frozen_layer_keeps_its_statistics():
     theirs, ours = pair((2, 3, 4, 5, 6))
     theirs.trainable = ours.trainable = False
     before, x = ours.get_weights(), random_volume(2, 3, 4, 5, 6)
-    np.testing.assert_allclose(
-        to_numpy(ours(x, training=True)), to_numpy(theirs(x, training=True)), rtol=1e-5, atol=1e-6
-    )
+    expected = np.maximum(to_numpy(theirs(x, training=True)), 0)
+    np.testing.assert_allclose(to_numpy(ours(x, training=True)), expected, rtol=1e-5, atol=1e-6)
     for weight, old in zip(ours.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, old)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision(policy):
-    layer = BatchNormalization(epsilon=1e-5, momentum=0.9, dtype=policy)
+    layer = RectifiedBatchNormalization(epsilon=1e-5, momentum=0.9, dtype=policy)
     x = random_volume(2, 3, 4, 5, 6)
     found = layer(x, training=True)
     assert keras.backend.standardize_dtype(found.dtype) == layer.compute_dtype
-    expected = (x - x.mean((0, 1, 2, 3))) / np.sqrt(x.var((0, 1, 2, 3)) + 1e-5)
+    expected = np.maximum((x - x.mean((0, 1, 2, 3))) / np.sqrt(x.var((0, 1, 2, 3)) + 1e-5), 0)
     np.testing.assert_allclose(to_numpy(found).astype("float32"), expected, atol=0.05)
     assert {weight.dtype for weight in layer.weights} == {"float32"}
 
@@ -111,4 +130,5 @@ def test_sizes_that_are_not_known():
     x = random_volume(2, 3, 4, 5, 6)
     graph = tf.function(lambda x: ours(x, training=True), input_signature=[tf.TensorSpec((None,) * 4 + (6,))])
     assert graph.get_concrete_function().output_shapes == tf.TensorShape((None,) * 4 + (6,))
-    np.testing.assert_allclose(to_numpy(graph(x)), to_numpy(theirs(x, training=True)), rtol=1e-4, atol=1e-5)
+    expected = np.maximum(to_numpy(theirs(x, training=True)), 0)
+    np.testing.assert_allclose(to_numpy(graph(x)), expected, rtol=1e-4, atol=1e-5)

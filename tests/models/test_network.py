@@ -1,0 +1,76 @@
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from checks import fill, random_volume, to_numpy
+
+from keras_mmfnet.models import MMFNet, MultiEncoderUNet3D, PatchCNN, UNet2D
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others let Keras run the graph")
+
+
+def small(model_class=MMFNet):
+    model = model_class(modalities=("t1", "t2"), patch_shape=(4, 8, 8), filters=(2, 3))
+    fill(model)
+    return model, {name: random_volume(2, 4, 8, 8, 1, seed=seed) for seed, name in enumerate(model.modalities)}
+
+
+@pytest.mark.parametrize("model_class", [MMFNet, MultiEncoderUNet3D])
+@pytest.mark.parametrize("training", [False, True])
+def test_gives_what_keras_gives(model_class, training):
+    model, images = small(model_class)
+    keras_own = keras.Model(model.input, model.output)
+    np.testing.assert_array_equal(
+        to_numpy(model(images, training=training)), to_numpy(keras_own(images, training=training))
+    )
+
+
+@pytest.mark.parametrize("model_class", [UNet2D, PatchCNN])
+def test_runs_every_operation_once(model_class):
+    model = model_class(modality="t1")
+    names = [node.operation.name for node, _ in model._order]
+    assert sorted(names) == sorted(operation.name for operation in model.operations if operation.name != "t1")
+
+
+def calls(model, watch=lambda name, outputs: None):
+    """The layers' names in the order they run in; `watch` gets each before it runs, and the outputs so far."""
+    names, outputs = [], {}
+
+    def wrap(layer, call):
+        def wrapped(*args, **kwargs):
+            names.append(layer.name)
+            watch(layer.name, outputs)
+            output = call(*args, **kwargs)
+            outputs[layer.name] = weakref.ref(output)
+            return output
+
+        return wrapped
+
+    for layer in model.layers[2:]:
+        layer.call = wrap(layer, layer.call)
+    return names
+
+
+def test_a_fusion_block_runs_before_the_next_level():
+    model, images = small()
+    names = calls(model)
+    model(images, training=True)
+    assert names.index("fusion1") < names.index("t1_block2_1_conv")
+    assert names.index("t1_block1_2_norm") < names.index("t2_block1_1_conv")
+    assert len(names) == len(set(names)) == len(model.layers) - 2
+
+
+def test_features_are_let_go_after_their_last_use():
+    model, images = small()
+    alive = {}
+
+    def watch(name, outputs):
+        alive[name] = {other for other, output in outputs.items() if output() is not None}
+
+    calls(model, watch)
+    model.predict_on_batch(images)
+    assert alive["t1_block1_2_conv"] == {"t1_block1_1_norm"}
+    assert alive["fusion1"] == {"t1_block1_2_norm", "t2_block1_2_norm"}
+    assert alive["decoder_block1_up"] == {"fusion1", "decoder_block2_norm"}
+    assert alive["probability"] == {"decoder_block1_norm"}
