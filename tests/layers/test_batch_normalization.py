@@ -1,3 +1,4 @@
+import gc
 import weakref
 
 import keras
@@ -71,6 +72,7 @@ def test_what_is_made_again_for_the_gradient(data_format, filters):
         outputs = conv(rectified[:, 2:]), pool(rectified)
         loss = sum(torch.tanh(output).sum() for output in outputs)
         del rectified, outputs
+        gc.collect()
         alive = kept() is not None
         sources = [volume, ours.gamma.value, theirs.gamma.value, conv.kernel.value]
         first, second = (torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True) for _ in range(2))
