@@ -74,11 +74,12 @@ class Remade:
 
     Args:
         output: The output.
-        make: A function that makes it again, to the same layout.
+        make: A function that makes it again.
     """
 
     def __init__(self, output, make):
         self._make, self._values = make, None
+        self._layout = output.size(), output.stride()
         output.remade = self
 
     def values(self):
@@ -87,7 +88,9 @@ class Remade:
 
         if self._values is None:
             with torch.no_grad():
-                self._values = self._make()
+                values = self._make()
+            same = (values.size(), values.stride()) == self._layout
+            self._values = values if same else values.new_empty_strided(*self._layout).copy_(values)
         return self._values
 
     def take(self):

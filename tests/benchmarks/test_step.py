@@ -58,6 +58,21 @@ def test_the_ratios_are_medians_over_the_turns(step):
     }
 
 
+def test_the_compiled_variant_has_a_ratio_of_its_own(step):
+    names = {
+        "plain": 3.0,
+        "plain, channels last": 2.0,
+        step.COMPILED: 1.0,
+        "torch": 1.0,
+        "torch without attention": 0.8,
+    }
+    results = {name: {"train_seconds": x, "predict_seconds": x, "peak_mib": 100} for name, x in names.items()}
+    seconds = {(name, what): [x, x] for name, x in names.items() for what in ("train", "predict")}
+    ratios = step.compare(results, seconds, ["torch"])
+    assert ratios["torch, train / plain"] == ratios["torch, predict / plain"] == 0.5
+    assert ratios["torch, train / plain, compiled"] == ratios["torch, predict / plain, compiled"] == 1.0
+
+
 def test_the_memory_of_tensors(step):
     before = torch.ones(2**20)
 
