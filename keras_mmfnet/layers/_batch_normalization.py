@@ -3,6 +3,7 @@ import weakref
 import keras
 
 from keras_mmfnet.layers._gradients import Remade, with_gradient
+from keras_mmfnet.layers._statistics import moments_of_rows, several_rows
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -75,17 +76,15 @@ def _torch_inference(x, gamma, beta, mean, variance, epsilon):
 
 
 def _torch_training(x, affine, epsilon, few):
-    """The outputs and the batch's moments, where the channels come second; `few` may be."""
+    """The outputs and the batch's moments, where the channels come second; they may be `few` and lie last."""
     import torch
 
-    # The threads of PyTorch's operation keep their sums side by side; where those of two share a line of the
-    # processor's cache, more threads take longer than one.
     few = few and x.dtype == torch.float32 and not x.is_cuda
     moments = []
 
     def compute(x, gamma, beta):
         if few:
-            mean, variance = _moments(x)
+            mean, variance = moments_of_rows(_rows(x))
             y, inverse = _torch_inference(x, gamma, beta, mean, variance, epsilon), (variance + epsilon).rsqrt()
         else:
             y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
@@ -95,13 +94,10 @@ def _torch_training(x, affine, epsilon, few):
 
     def differentiate(tensors, kept, upstream):
         x, gamma, _ = tensors
-        mean, inverse = kept["mean"], kept["inverse"]
         rectified = remade.take()
         upstream = torch.ops.aten.threshold_backward(upstream, rectified, 0, grad_input=rectified)
-        if few:
-            return _gradient_of_few(x, gamma, mean, inverse, upstream)
-        options = None, None, mean, inverse, True, epsilon, [True, True, True]
-        return torch.ops.aten.native_batch_norm_backward(upstream, x, gamma, *options)
+        by_all = _gradient_of_few if few else _torch_gradient
+        return by_all(upstream, x, gamma, kept["mean"], kept["inverse"], epsilon)
 
     y = with_gradient(compute, differentiate)(x, *affine)
     # The gradient keeps `x`, but only for as long as it is needed.
@@ -110,30 +106,33 @@ def _torch_training(x, affine, epsilon, few):
     return y, *moments
 
 
-def _each(values, x):
-    """One value for each channel, which comes second in `x`."""
-    return values.reshape(-1, *[1] * (x.ndim - 2))
-
-
-def _moments(x):
-    axes = (0, *range(2, x.ndim))
-    mean = x.mean(axes)
-    centred = x - _each(mean, x)
-    return mean, centred.mul_(centred).mean(axes)
-
-
-def _gradient_of_few(x, gamma, mean, inverse, upstream):
+def _torch_gradient(upstream, x, gamma, mean, inverse, epsilon, wanted=(True, True, True)):
+    """The gradients by the input, gamma and beta, or those of them that are wanted."""
     import torch
 
-    axes, count = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
-    by_beta = upstream.sum(axes)
-    centred = x - _each(mean, x)
-    by_gamma = centred.mul_(upstream).sum(axes) * inverse
-    scale = gamma * inverse
+    return torch.ops.aten.native_batch_norm_backward(
+        upstream, x, gamma, None, None, mean, inverse, True, epsilon, wanted
+    )
+
+
+def _gradient_of_few(upstream, x, gamma, mean, inverse, epsilon):
+    import torch
+
+    rows = several_rows(_rows(x))
+    number, channels = rows.shape[1] // x.shape[1], x.shape[1]
+    several = (each.repeat(number) for each in (gamma, mean, inverse))
+    sums = _torch_gradient(several_rows(_rows(upstream)), rows, *several, epsilon, wanted=(False, True, True))[1:]
+    by_gamma, by_beta = (each.reshape(-1, channels).sum(0) for each in sums)
+    scale, count = gamma * inverse, x.numel() // channels
     slope = -scale * inverse * by_gamma / count
     shift = -scale * by_beta / count - mean * slope
-    by_x = torch.addcmul(_each(shift, x), x, _each(slope, x), out=centred).addcmul_(upstream, _each(scale, x))
-    return by_x, by_gamma, by_beta
+    scale, slope, shift = (each.reshape(-1, *[1] * (x.ndim - 2)) for each in (scale, slope, shift))
+    return torch.addcmul(shift, x, slope).addcmul_(upstream, scale), by_gamma, by_beta
+
+
+def _rows(x):
+    """The channels of each voxel, which come second in `x`, as a row."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 _OPERATIONS = {"tensorflow": _tensorflow, "torch": _torch}

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from checks import dtype_of, gradient_function, random_volume, to_numpy
+from checks import BACKEND, dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
 from keras_mmfnet.layers._statistics import (
@@ -11,6 +11,8 @@ from keras_mmfnet.layers._statistics import (
     _gradient_over_channels,
     _gradient_over_space,
     check_statistics,
+    moments_of_rows,
+    several_rows,
     statistics_over_channels,
     statistics_over_space,
 )
@@ -224,3 +226,15 @@ def test_gradient_where_the_largest_was_rounded_otherwise():
         above = ops.max(x, axis=axes, keepdims=True) + 1e-6
         [found] = gradient_over({"max": above}, {"max": ops.ones_like(above)})
         np.testing.assert_array_equal(to_numpy(found), 0)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend on which it is used")
+@pytest.mark.parametrize("shape", [(64, 8), (48, 3), (7, 5), (6, 200), (1, 2)])
+def test_moments_of_rows(shape):
+    rows = 100 + random_volume(*shape)
+    wide = several_rows(torch.tensor(rows))
+    np.testing.assert_array_equal(to_numpy(wide).reshape(shape), rows)
+    assert wide.shape[1] <= max(128, shape[1])
+    mean, variance = moments_of_rows(torch.tensor(rows))
+    np.testing.assert_allclose(to_numpy(mean), rows.mean(0, dtype="float64"), rtol=1e-6)
+    np.testing.assert_allclose(to_numpy(variance), rows.var(0, dtype="float64"), rtol=1e-4, atol=1e-8)
