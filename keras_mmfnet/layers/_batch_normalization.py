@@ -96,17 +96,18 @@ def _torch_training(x, affine, epsilon, few):
         x, gamma, _ = tensors
         rectified = remade.take()
         upstream = torch.ops.aten.threshold_backward(upstream, rectified, 0, grad_input=rectified)
-        by_all = _gradient_of_few if few else _torch_gradient
-        return by_all(upstream, x, gamma, kept["mean"], kept["inverse"], epsilon)
+        gradients = _gradients_of_few if few else _torch_gradients
+        return gradients(upstream, x, gamma, kept["mean"], kept["inverse"], epsilon)
 
     y = with_gradient(compute, differentiate)(x, *affine)
-    # The gradient keeps `x`, but only for as long as it is needed.
-    x = weakref.ref(x)
-    remade = Remade(y, lambda: _torch_inference(x(), *affine, *moments, epsilon))
+    if y.requires_grad:
+        # Its gradient keeps `x`, but only for as long as it is needed.
+        x = weakref.ref(x)
+        remade = Remade(y, lambda: _torch_inference(x(), *affine, *moments, epsilon))
     return y, *moments
 
 
-def _torch_gradient(upstream, x, gamma, mean, inverse, epsilon, wanted=(True, True, True)):
+def _torch_gradients(upstream, x, gamma, mean, inverse, epsilon, wanted=(True, True, True)):
     """The gradients by the input, gamma and beta, or those of them that are wanted."""
     import torch
 
@@ -115,13 +116,13 @@ def _torch_gradient(upstream, x, gamma, mean, inverse, epsilon, wanted=(True, Tr
     )
 
 
-def _gradient_of_few(upstream, x, gamma, mean, inverse, epsilon):
+def _gradients_of_few(upstream, x, gamma, mean, inverse, epsilon):
     import torch
 
     rows = several_rows(_rows(x))
     number, channels = rows.shape[1] // x.shape[1], x.shape[1]
     several = (each.repeat(number) for each in (gamma, mean, inverse))
-    sums = _torch_gradient(several_rows(_rows(upstream)), rows, *several, epsilon, wanted=(False, True, True))[1:]
+    sums = _torch_gradients(several_rows(_rows(upstream)), rows, *several, epsilon, wanted=(False, True, True))[1:]
     by_gamma, by_beta = (each.reshape(-1, channels).sum(0) for each in sums)
     scale, count = gamma * inverse, x.numel() // channels
     slope = -scale * inverse * by_gamma / count

@@ -92,6 +92,19 @@ def test_what_is_made_again_for_the_gradient(data_format, filters):
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend whose layers choose what is kept for the gradient")
+def test_an_output_without_a_gradient_is_kept():
+    import torch
+
+    _, layer = pair((2, 4, 4, 6, 6))
+    conv = Conv3D(3, 3, padding="same")
+    with torch.no_grad():
+        features = layer(2 * torch.tensor(random_volume(2, 4, 4, 6, 6)), training=True)
+    (found,) = torch.autograd.grad(conv(features).sum(), [conv.kernel.value])
+    # Of the voxel in the middle of the kernel, which meets every voxel of the volume.
+    np.testing.assert_allclose(to_numpy(found)[1, 1, 1, :, 0], to_numpy(features).sum((0, 1, 2, 3)), rtol=1e-4)
+
+
 def test_equals_the_formula():
     _, layer = pair((2, 3, 4, 5, 6))
     gamma, beta, mean, variance = layer.get_weights()
