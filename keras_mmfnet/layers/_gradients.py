@@ -1,4 +1,4 @@
-"""What statistics and gradients written by hand need, on every backend."""
+"""What gradients written by hand need on every backend, and what need not be kept for them on PyTorch."""
 
 import contextlib
 import functools

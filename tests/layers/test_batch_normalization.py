@@ -64,7 +64,7 @@ def test_what_is_made_again_for_the_gradient(data_format, filters):
     theirs, ours = pair(shape, axis=axis)
     conv = Conv3D(3, 3, padding="same", data_format=data_format)
     pool = MaxPooling3D(2, data_format=data_format)
-    volume = torch.tensor(random_volume(*shape), requires_grad=True)
+    volume = keras.ops.convert_to_tensor(random_volume(*shape)).requires_grad_()  # on a GPU where there is one
 
     def gradients(normalise):
         rectified = normalise(2 * volume)
@@ -99,7 +99,7 @@ def test_an_output_without_a_gradient_is_kept():
     _, layer = pair((2, 4, 4, 6, 6))
     conv = Conv3D(3, 3, padding="same")
     with torch.no_grad():
-        features = layer(2 * torch.tensor(random_volume(2, 4, 4, 6, 6)), training=True)
+        features = layer(keras.ops.convert_to_tensor(random_volume(2, 4, 4, 6, 6)), training=True)
     (found,) = torch.autograd.grad(conv(features).sum(), [conv.kernel.value])
     # Of the voxel in the middle of the kernel, which meets every voxel of the volume.
     np.testing.assert_allclose(to_numpy(found)[1, 1, 1, :, 0], to_numpy(features).sum((0, 1, 2, 3)), rtol=1e-4)
