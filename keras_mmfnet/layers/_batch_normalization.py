@@ -1,5 +1,3 @@
-import weakref
-
 import keras
 
 from keras_mmfnet.layers._gradients import Remade, with_gradient
@@ -85,25 +83,25 @@ def _torch_training(x, affine, epsilon, few):
     def compute(x, gamma, beta):
         if few:
             mean, variance = moments_of_rows(_rows(x))
-            y, inverse = _torch_inference(x, gamma, beta, mean, variance, epsilon), (variance + epsilon).rsqrt()
+            y = _torch_inference(x, gamma, beta, mean, variance, epsilon)
         else:
             y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
             y, variance = y.relu_(), inverse**-2 - epsilon
         moments.extend([mean, variance])
-        return y, {"mean": mean, "inverse": inverse}
+        return y, {"mean": mean, "variance": variance}
+
+    def make_again(tensors, kept):
+        return _torch_inference(*tensors, kept["mean"], kept["variance"], epsilon)
 
     def differentiate(tensors, kept, upstream):
         x, gamma, _ = tensors
         rectified = remade.take()
         upstream = torch.ops.aten.threshold_backward(upstream, rectified, 0, grad_input=rectified)
         gradients = _gradients_of_few if few else _torch_gradients
-        return gradients(upstream, x, gamma, kept["mean"], kept["inverse"], epsilon)
+        return gradients(upstream, x, gamma, kept["mean"], (kept["variance"] + epsilon).rsqrt(), epsilon)
 
     y = with_gradient(compute, differentiate)(x, *affine)
-    if y.requires_grad:
-        # Its gradient keeps `x`, but only for as long as it is needed.
-        x = weakref.ref(x)
-        remade = Remade(y, lambda: _torch_inference(x(), *affine, *moments, epsilon))
+    remade = Remade(y, make_again) if y.requires_grad else None
     return y, *moments
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import weakref
 
 import keras
 from keras import ops
@@ -62,24 +63,35 @@ def _torch_function():
 
         @staticmethod
         def backward(context, upstream):
-            saved = context.saved_tensors
-            kept = dict(zip(context.names, saved[context.count :], strict=True))
-            return None, None, *context.differentiate(saved[: context.count], kept, upstream)
+            gradients = context.differentiate(*_kept_by(context), upstream)
+            context.asked = None
+            return None, None, *gradients
 
     return Function
 
 
+def _kept_by(context):
+    """The tensors that the function of `with_gradient` was given, and those by name, which it keeps."""
+    # Where its user recomputes or offloads what is kept, PyTorch lets it be asked for once.
+    if getattr(context, "asked", None) is None:
+        saved = context.saved_tensors
+        context.asked = saved[: context.count], dict(zip(context.names, saved[context.count :], strict=True))
+    return context.asked
+
+
 class Remade:
-    """A layer's output on PyTorch that is made again for the gradients that need it, and not kept.
+    """An output of `with_gradient` on PyTorch that is made again for the gradients that need it, and not kept.
 
     Args:
         output: The output.
-        make: A function that makes it again.
+        make: A function that makes it again, from the tensors and those by name that its own gradient needs.
     """
 
     def __init__(self, output, make):
         self._make, self._values = make, None
         self._layout = output.size(), output.stride()
+        # What is made from it comes before it on the way back, so that it is still there.
+        self._context = weakref.ref(output.grad_fn)
         output.remade = self
 
     def values(self):
@@ -88,7 +100,7 @@ class Remade:
 
         if self._values is None:
             with torch.no_grad():
-                values = self._make()
+                values = self._make(*_kept_by(self._context()))
             same = (values.size(), values.stride()) == self._layout
             self._values = values if same else values.new_empty_strided(*self._layout).copy_(values)
         return self._values
