@@ -10,8 +10,8 @@ class RectifiedBatchNormalization(keras.layers.BatchNormalization):
 
     The values are the same. Keras composes the normalization of elementwise operations, each of which goes through the
     whole tensor, forward and backward, and the networks here are bound by just that. JAX fuses these by itself;
-    TensorFlow's operation wants the channels last. ReLU is part of it so that on PyTorch neither its input nor, where
-    a convolution follows, its output is kept for the gradient.
+    TensorFlow's operation wants the channels last. ReLU is part of it so that on PyTorch no more than its input
+    is kept for the gradient: the output is made again from it.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -83,12 +83,12 @@ def _torch_training(x, affine, epsilon, few):
     def compute(x, gamma, beta):
         if few:
             mean, variance = moments_of_rows(_rows(x))
-            y = _torch_inference(x, gamma, beta, mean, variance, epsilon)
         else:
-            y, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
-            y, variance = y.relu_(), inverse**-2 - epsilon
+            _, mean, inverse = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, epsilon)
+            variance = inverse**-2 - epsilon
         moments.extend([mean, variance])
-        return y, {"mean": mean, "variance": variance}
+        # As it is made again, to the last bit: the attention finds by comparing where a maximum was.
+        return _torch_inference(x, gamma, beta, mean, variance, epsilon), {"mean": mean, "variance": variance}
 
     def make_again(tensors, kept):
         return _torch_inference(*tensors, kept["mean"], kept["variance"], epsilon)

@@ -57,11 +57,10 @@ class Network(keras.Model):
         return steps[::-1]
 
     def _run_through_graph(self, inputs, operation_fn=lambda operation: operation, call_fn=None):
-        """Runs the graph, as Keras does, which keeps the output of every layer until the end."""
+        """Runs the graph, as Keras does, but in `_order` on PyTorch, and without keeping every output until the end."""
         if keras.backend.backend() != "torch" or call_fn is not None:
             return super()._run_through_graph(inputs, operation_fn, call_fn)
         tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, keras.tree.flatten(inputs), strict=True)}
-        del inputs
         for node, unneeded in self._order:
             args, kwargs = node.arguments.fill_in(tensors)
             (symbol,) = node.outputs

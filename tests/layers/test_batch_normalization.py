@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from checks import BACKEND, gradient_function, random_volume, to_numpy
 
+from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
-from keras_mmfnet.layers._volumes import Conv3D, MaxPooling3D
+from keras_mmfnet.layers._volumes import Conv3D, Conv3DTranspose, MaxPooling3D
 
 
 def pair(shape, **arguments):
@@ -63,13 +64,17 @@ def test_what_is_made_again_for_the_gradient(data_format, filters):
     shape = (2, 4, 4, 6, filters) if axis == -1 else (2, filters, 4, 4, 6)
     theirs, ours = pair(shape, axis=axis)
     conv = Conv3D(3, 3, padding="same", data_format=data_format)
-    pool = MaxPooling3D(2, data_format=data_format)
+    others = [
+        MaxPooling3D(2, data_format=data_format),
+        Conv3DTranspose(2, 2, strides=2, data_format=data_format),
+        FusionBlock3D(2, reduction=2, data_format=data_format),
+    ]
     volume = keras.ops.convert_to_tensor(random_volume(*shape)).requires_grad_()  # on a GPU where there is one
 
     def gradients(normalise):
         rectified = normalise(2 * volume)
         kept = weakref.ref(rectified if rectified._base is None else rectified._base)
-        outputs = conv(rectified[:, 2:]), pool(rectified)
+        outputs = conv(rectified[:, 2:]), *(layer(rectified) for layer in others)
         loss = sum(torch.tanh(output).sum() for output in outputs)
         del rectified, outputs
         gc.collect()
@@ -90,6 +95,20 @@ def test_what_is_made_again_for_the_gradient(data_format, filters):
     for one, other in zip(expected, found, strict=True):
         assert np.abs(one).max() > 1e-4
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend whose layers choose what is kept for the gradient")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("filters", [6, 16])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_made_again_to_the_last_bit(axis, filters, policy):
+    """The gradient of a maximum compares what is made again with the maximum of what was there."""
+    shape = (2, 4, 4, 6, filters) if axis == -1 else (2, filters, 4, 4, 6)
+    layer = RectifiedBatchNormalization(axis=axis, epsilon=1e-5, dtype=policy)
+    x = keras.ops.convert_to_tensor(3 * random_volume(*shape) + 1, layer.compute_dtype).requires_grad_()
+    output = layer(x, training=True)
+    output = output if output._base is None else output._base
+    np.testing.assert_array_equal(to_numpy(output.remade.values()), to_numpy(output))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the one backend whose layers choose what is kept for the gradient")

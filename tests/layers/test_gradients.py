@@ -1,3 +1,5 @@
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -34,6 +36,29 @@ def test_a_gradient_by_hand():
     # By each the gradient of the mean over six values.
     np.testing.assert_allclose(to_numpy(by_x), (3 * y + x) / 6, rtol=1e-5)
     np.testing.assert_allclose(to_numpy(by_y), (2 * x + y) / 6, rtol=1e-5)
+
+
+@torch_only
+def test_what_a_gradient_needs_is_let_go_once_it_is_known():
+    import torch
+
+    references = []
+
+    def compute(x):
+        squared = x * x
+        references.append(weakref.ref(squared))
+        return squared * x, {"squared": squared}
+
+    def differentiate(tensors, kept, upstream):
+        return (3 * upstream * kept["squared"],)
+
+    volume = torch.arange(3.0, requires_grad=True)
+    output = with_gradient(compute, differentiate)(volume)
+    assert references[0]() is not None
+    output.sum().backward()
+    np.testing.assert_array_equal(to_numpy(volume.grad), [0.0, 3.0, 12.0])
+    assert references[0]() is None
+    assert output.grad_fn is not None  # it is not for want of this that they are gone
 
 
 def doubled(volume):
