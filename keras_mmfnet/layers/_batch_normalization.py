@@ -25,7 +25,8 @@ class RectifiedBatchNormalization(keras.layers.BatchNormalization):
             return normalise(inputs, affine, moments, self.epsilon, channels_last)[0]
         outputs, mean, variance = normalise(inputs, affine, None, self.epsilon, channels_last)
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+            # Of the variable itself a product with a number would wait for the number to be on the GPU.
+            moving.assign(moving.value * self.momentum + batch * (1.0 - self.momentum))
         return outputs
 
 
