@@ -1,7 +1,8 @@
+import math
+
 import keras
 
 from keras_mmfnet.layers._gradients import Remade, with_gradient
-from keras_mmfnet.layers._statistics import moments_of_rows, several_rows
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -133,6 +134,26 @@ def _gradients_of_few(upstream, x, gamma, mean, inverse, epsilon):
 def _rows(x):
     """The channels of each voxel, which come second in `x`, as a row."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def moments_of_rows(x):
+    """The mean and the population variance of each column of a matrix, on PyTorch without a GPU."""
+    import torch
+
+    means, variances = torch.batch_norm_update_stats(several_rows(x), None, None, 0.0)
+    means, variances = means.reshape(-1, x.shape[1]), variances.reshape(-1, x.shape[1])
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
+
+
+def several_rows(x):
+    """A matrix of few columns with several of its rows side by side.
+
+    The threads of PyTorch's batch normalization keep a sum for each column side by side. Where the sums of two threads
+    share a line of the processor's cache, more threads take longer than one.
+    """
+    rows, columns = x.shape
+    return x.reshape(-1, columns * math.gcd(rows, max(1, 128 // columns)))
 
 
 _OPERATIONS = {"tensorflow": _tensorflow, "torch": _torch}

@@ -8,6 +8,9 @@ import weakref
 import keras
 from keras import ops
 
+# Keeps the gradient of a square root finite where that of nothing is taken.
+EPSILON = 1e-6
+
 
 def compiled(function):
     """The function, on TensorFlow compiled as one by XLA, where else each of its operations makes a pass."""
@@ -136,30 +139,13 @@ def _remade(tensor):
     return getattr(tensor if tensor._base is None else tensor._base, "remade", None)
 
 
-def multiply_add(x, factor, summand, out=None):
-    """`x * factor + summand`; on PyTorch in one pass too, and into `out`, a tensor of one's own, if that is given."""
+def multiply_add(x, factor, summand):
+    """`x * factor + summand`, on PyTorch in one pass too."""
     if keras.backend.backend() != "torch":
         return x * factor + summand
     import torch
 
-    return torch.addcmul(summand, x, factor, out=out)
-
-
-def into(out, operation, x, y):
-    """`keras.ops`' operation of that name on `x` and `y`; on PyTorch into `out`, a tensor of one's own.
-
-    A result takes several times as long where it goes to memory that no operation has just used.
-    """
-    if keras.backend.backend() != "torch":
-        return getattr(ops, operation)(x, y)
-    import torch
-
-    return getattr(torch, operation)(x, y, out=out)
-
-
-def add(x, y):
-    """`x + y`, on PyTorch into `x`, a tensor of one's own."""
-    return into(x, "add", x, y)
+    return torch.addcmul(summand, x, factor)
 
 
 def join(parts, axis):

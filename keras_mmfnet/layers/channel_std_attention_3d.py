@@ -66,11 +66,11 @@ class ChannelStdAttention3D(keras.layers.Layer):
             self.hidden_layers[-1].build((None, channels))
             self.score_layers[-1].build((None, hidden))
 
-    def scores(self, *parts):
+    def scores(self, *parts, training=False):
         """The weights `W_c` of features, or of parts of them by channel: `(batch, 1, 1, 1, channels)`, or second."""
         channel_axis, axes = _axes.channel_axis(self.data_format), _axes.spatial_axes(self.data_format)
         channels = self.input_spec.axes[channel_axis]
-        values = statistics_over_space(parts, self.statistics, axes, channel_axis)
+        values = statistics_over_space(parts, self.statistics, axes, channel_axis, training)
         values = ops.reshape(values, (-1, len(self.statistics), channels))
         logits = 0
         for index in range(len(self.statistics)):

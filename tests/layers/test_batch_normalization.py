@@ -7,7 +7,7 @@ import pytest
 from checks import BACKEND, gradient_function, random_volume, to_numpy
 
 from keras_mmfnet.layers import FusionBlock3D
-from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
+from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization, moments_of_rows, several_rows
 from keras_mmfnet.layers._volumes import Conv3D, Conv3DTranspose, MaxPooling3D
 
 
@@ -166,3 +166,17 @@ def test_sizes_that_are_not_known():
     assert graph.get_concrete_function().output_shapes == tf.TensorShape((None,) * 4 + (6,))
     expected = np.maximum(to_numpy(theirs(x, training=True)), 0)
     np.testing.assert_allclose(to_numpy(graph(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend on which it is used")
+@pytest.mark.parametrize("shape", [(64, 8), (48, 3), (7, 5), (6, 200), (1, 2)])
+def test_moments_of_rows(shape):
+    import torch
+
+    rows = 100 + random_volume(*shape)
+    wide = several_rows(torch.tensor(rows))
+    np.testing.assert_array_equal(to_numpy(wide).reshape(shape), rows)
+    assert wide.shape[1] <= max(128, shape[1])
+    mean, variance = moments_of_rows(torch.tensor(rows))
+    np.testing.assert_allclose(to_numpy(mean), rows.mean(0, dtype="float64"), rtol=1e-6)
+    np.testing.assert_allclose(to_numpy(variance), rows.var(0, dtype="float64"), rtol=1e-4, atol=1e-8)

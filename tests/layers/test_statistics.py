@@ -2,17 +2,14 @@ import keras
 import numpy as np
 import pytest
 import torch
-from checks import BACKEND, dtype_of, gradient_function, random_volume, to_numpy
+from checks import dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
+from keras_mmfnet.layers._gradients import EPSILON
 from keras_mmfnet.layers._statistics import (
-    EPSILON,
     STATISTICS,
-    _gradient_over_channels,
-    _gradient_over_space,
     check_statistics,
-    moments_of_rows,
-    several_rows,
+    formulas,
     statistics_over_channels,
     statistics_over_space,
 )
@@ -26,10 +23,10 @@ def cut(x, axis, sizes=SIZES):
     return np.split(x, np.cumsum(sizes)[:-1], axis=axis)
 
 
-def over_space(parts, statistics, axes):
+def over_space(parts, statistics, axes, training=False):
     """The statistics by name."""
     axis = 1 if axes == (2, 3, 4) else -1
-    values = statistics_over_space(parts, statistics, axes, axis)
+    values = statistics_over_space(parts, statistics, axes, axis, training)
     return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
 
 
@@ -46,12 +43,22 @@ def check_values(found, x, axis):
     np.testing.assert_allclose(to_numpy(found["std"]), deviation, rtol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
-def test_values_over_space(axes):
+def test_values_over_space(axes, training):
     x = random_volume(2, 6, 4, 5, 6)
-    check_values(over_space([ops.convert_to_tensor(x)], STATISTICS, axes), x, axes)
+    check_values(over_space([ops.convert_to_tensor(x)], STATISTICS, axes, training), x, axes)
     parts = [ops.convert_to_tensor(part) for part in cut(x, 1 if axes == (2, 3, 4) else -1)]
-    check_values(over_space(parts, STATISTICS, axes), x, axes)
+    check_values(over_space(parts, STATISTICS, axes, training), x, axes)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_values_over_many_voxels(training):
+    # Rectified features: added up one by one, half of the squares would be rounded the same way each time.
+    x = np.maximum(random_volume(1, 16, 128, 128, 8), 0)
+    found = over_space([ops.convert_to_tensor(x)], ("std",), (1, 2, 3), training)["std"]
+    deviation = np.sqrt(x.var((1, 2, 3), dtype="float64", keepdims=True) + EPSILON)
+    np.testing.assert_allclose(to_numpy(found), deviation, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -220,21 +227,9 @@ def test_gradient_where_the_largest_was_rounded_otherwise():
     # As when a compiler computes a feature once for the maximum and once more for its gradient.
     x = ops.convert_to_tensor(random_volume(2, 3, 4, 5, 6))
     for axes, gradient_over in [
-        ((1, 2, 3), lambda *numbers: _gradient_over_space((x,), *numbers, (1, 2, 3), -1)),
-        (-1, lambda *numbers: _gradient_over_channels((), (x,), *numbers, -1)),
+        ((1, 2, 3), lambda *numbers: formulas.gradient_over_space((x,), *numbers, (1, 2, 3), -1)),
+        (-1, lambda *numbers: formulas.gradient_over_channels((), (x,), *numbers, -1)),
     ]:
         above = ops.max(x, axis=axes, keepdims=True) + 1e-6
         [found] = gradient_over({"max": above}, {"max": ops.ones_like(above)})
         np.testing.assert_array_equal(to_numpy(found), 0)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="the one backend on which it is used")
-@pytest.mark.parametrize("shape", [(64, 8), (48, 3), (7, 5), (6, 200), (1, 2)])
-def test_moments_of_rows(shape):
-    rows = 100 + random_volume(*shape)
-    wide = several_rows(torch.tensor(rows))
-    np.testing.assert_array_equal(to_numpy(wide).reshape(shape), rows)
-    assert wide.shape[1] <= max(128, shape[1])
-    mean, variance = moments_of_rows(torch.tensor(rows))
-    np.testing.assert_allclose(to_numpy(mean), rows.mean(0, dtype="float64"), rtol=1e-6)
-    np.testing.assert_allclose(to_numpy(variance), rows.var(0, dtype="float64"), rtol=1e-4, atol=1e-8)

@@ -1,0 +1,132 @@
+"""The statistics of `_statistics.py` on PyTorch, where each operation is a pass of its own.
+
+A result takes several times as long where it goes to memory that no operation has just used: so what is not needed any
+more is written over. Keras' operations on the small tensors would take as long as PyTorch's on the large ones.
+"""
+
+import functools
+import math
+
+import torch
+
+from keras_mmfnet.layers._gradients import EPSILON
+
+
+def over_space(parts, statistics, axes, channel_axis, training):
+    """The statistics by name, and the average where the standard deviation needs it."""
+    # A maximum is exact in any dtype, so it needs no copy of the input in float32.
+    values = {}
+    if "max" in statistics:
+        # Axis by axis it takes a tenth of the time.
+        largest = [functools.reduce(lambda x, axis: x.amax(axis, keepdim=True), axes, part) for part in parts]
+        values["max"] = torch.cat(largest, channel_axis).float()
+    if "avg" in statistics or "std" in statistics:
+        parts = [part.float() for part in parts]
+        averages = [part.mean(axes, keepdim=True) for part in parts]
+        values["avg"] = torch.cat(averages, channel_axis)
+    if "std" in statistics:
+        differences = (part - average for part, average in zip(parts, averages, strict=True))
+        variances = [difference.square_().mean(axes, keepdim=True) for difference in differences]
+        values["std"] = (torch.cat(variances, channel_axis) + EPSILON).sqrt_()
+    return values
+
+
+def gradient_over_space(parts, values, upstream, axes, channel_axis):
+    """The gradient by each part, from that by each of the statistics."""
+    sizes = [part.shape[channel_axis] for part in parts]
+    shift, scale = _shift_and_scale(values, upstream, math.prod(parts[0].shape[axis] for axis in axes))
+
+    def split(x):
+        return [None] * len(parts) if x is None else x.split(sizes, channel_axis)
+
+    gradients = []
+    by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
+    for part, gradient, scale, largest, by_largest in zip(parts, *by_part, strict=True):
+        x, out = part.float(), None
+        if "max" in upstream:
+            out = where = _where_largest(x, largest)
+            by_largest = by_largest / where.sum(axes, keepdim=True).clamp_(min=1)
+            gradient = torch.addcmul(gradient, where, by_largest, out=out)
+        if "std" in upstream:
+            gradient = torch.addcmul(gradient, x, scale, out=out)
+        gradients.append(gradient.expand_as(part).to(part.dtype))
+    return tuple(gradients)
+
+
+def _shift_and_scale(values, upstream, count):
+    """What the average and the standard deviation add to a value's gradient, and by what they multiply the value."""
+    zero = torch.zeros_like(next(iter(upstream.values())))
+    shift = upstream["avg"] / count if "avg" in upstream else zero
+    if "std" not in upstream:
+        return shift, zero
+    scale = upstream["std"] / (values["std"] * count)
+    return torch.addcmul(shift, values["avg"], scale, value=-1), scale
+
+
+def _where_largest(x, largest):
+    """1 where `x` is `largest`, else 0."""
+    # It is never larger, and to ask whether it is equal takes four times as long.
+    return torch.ge(x, largest, out=torch.empty_like(x))
+
+
+def over_channels(weights, parts, statistics, axis, training):
+    """The statistics by name, and the average where the standard deviation needs it."""
+    weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
+    values, count = {}, sum(part.shape[axis] for part in parts)
+    if "max" in statistics:
+        values["max"] = _over_parts(weighted, parts, axis, torch.maximum, torch.amax)
+    if "avg" in statistics or "std" in statistics:
+        values["avg"] = _over_parts(weighted, parts, axis, torch.add, torch.sum).div_(count)
+    if "std" in statistics:
+        squares = (part.sub_(values["avg"]).square_() for part in weighted)
+        values["std"] = (
+            _over_parts(squares, parts, axis, torch.Tensor.add_, torch.sum).div_(count).add_(EPSILON).sqrt_()
+        )
+    return values
+
+
+def _shares(weights, parts, axis):
+    """Each part's weights, in float32; none are ones."""
+    if not weights:
+        return [1.0] * len(parts)
+    return weights[0].float().split([part.shape[axis] for part in parts], axis)
+
+
+def _weigh(part, share):
+    """A part times its weights, in float32; also in half precision the products are exact."""
+    return part.float() * share
+
+
+def _over_parts(values, parts, axis, combine, reduce):
+    """The channels of all `values`, one for each part, reduced by `reduce`; `combine` does that of two, voxel by voxel.
+
+    The values may be a generator: then few of them need be there at a time.
+    """
+    if len({part.shape[axis] for part in parts}) == 1:
+        # Over a few channels a reduction takes longer than combining the parts before it.
+        values = [functools.reduce(combine, values)]
+    return functools.reduce(combine, [reduce(value, axis, keepdim=True) for value in values])
+
+
+def gradient_over_channels(weights, parts, values, upstream, axis):
+    """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
+    shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
+    pairs = list(zip(parts, _shares(weights, parts, axis), strict=True))
+    if "max" in upstream:
+        where = (_where_largest(_weigh(*pair), values["max"]) for pair in pairs)
+        by_largest = upstream["max"] / _over_parts(where, parts, axis, torch.Tensor.add_, torch.sum).clamp_(min=1)
+    space = tuple(number for number in range(1, 5) if number != axis % 5)
+    by_weights, by_parts = [], []
+    # One part after the other, and the same twice: so little memory is needed at a time.
+    for part, share in pairs:
+        weighted, spare = _weigh(part, share), None
+        if "max" in upstream:
+            spare = _where_largest(weighted, values["max"])
+        gradient = torch.addcmul(shift, weighted, scale, out=weighted)
+        if "max" in upstream:
+            gradient.addcmul_(spare, by_largest)
+        if weights:
+            by_weights.append(torch.mul(gradient, part, out=spare).sum(space, keepdim=True))
+            gradient.mul_(share)
+        by_parts.append(gradient.to(part.dtype))
+    return (*([torch.cat(by_weights, axis).to(weights[0].dtype)] if weights else []), *by_parts)
