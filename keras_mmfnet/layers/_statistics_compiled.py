@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import keras
 from keras import ops
 
 from keras_mmfnet.layers._gradients import EPSILON, compiled, join, split_as
@@ -41,8 +42,10 @@ _compiled_over_space = compiled(_over_space)
 
 
 def _mean(x, axes):
-    # TensorFlow adds up one value after the other, and loses digits where they are many. Compiled, half the time, too.
-    return ops.mean(ops.mean(x, axis=axes[0], keepdims=True), axis=axes, keepdims=True)
+    if keras.backend.backend() == "tensorflow":
+        # It adds up one value after the other, and loses digits where they are many. Compiled, half the time, too.
+        x = ops.mean(x, axis=axes[0], keepdims=True)
+    return ops.mean(x, axis=axes, keepdims=True)
 
 
 def _number_of_voxels(x, axes):
