@@ -119,16 +119,20 @@ def _torch_gradients(upstream, x, gamma, mean, inverse, epsilon, wanted=(True, T
 def _gradients_of_few(upstream, x, gamma, mean, inverse, epsilon):
     import torch
 
-    rows = several_rows(_rows(x))
+    rows, upstream = several_rows(_rows(x)), several_rows(_rows(upstream))
     number, channels = rows.shape[1] // x.shape[1], x.shape[1]
-    several = (each.repeat(number) for each in (gamma, mean, inverse))
-    sums = _torch_gradients(several_rows(_rows(upstream)), rows, *several, epsilon, wanted=(False, True, True))[1:]
+
+    def repeat(*each):
+        return [values.repeat(number) for values in each]
+
+    sums = _torch_gradients(upstream, rows, *repeat(gamma, mean, inverse), epsilon, wanted=(False, True, True))[1:]
     by_gamma, by_beta = (each.reshape(-1, channels).sum(0) for each in sums)
     scale, count = gamma * inverse, x.numel() // channels
     slope = -scale * inverse * by_gamma / count
     shift = -scale * by_beta / count - mean * slope
-    scale, slope, shift = (each.reshape(-1, *[1] * (x.ndim - 2)) for each in (scale, slope, shift))
-    return torch.addcmul(shift, x, slope).addcmul_(upstream, scale), by_gamma, by_beta
+    scale, slope, shift = repeat(scale, slope, shift)
+    by_rows = torch.addcmul(shift, rows, slope).addcmul_(upstream, scale)
+    return by_rows.reshape(x.movedim(1, -1).shape).movedim(-1, 1), by_gamma, by_beta
 
 
 def _rows(x):

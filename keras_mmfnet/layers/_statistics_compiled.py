@@ -10,7 +10,7 @@ from keras import ops
 from keras_mmfnet.layers._gradients import EPSILON, compiled, join, split_as
 
 # Up to so many channels are unrolled.
-_FEW_CHANNELS = 16
+_FEW_CHANNELS = 8
 
 
 def over_space(parts, statistics, axes, channel_axis, training):

@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._gradients import compiled, join, multiply_add, split_as, with_gradient
+from keras_mmfnet.layers._gradients import join, multiply_add, split_as, with_gradient
 from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
 from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
 from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
@@ -84,7 +84,7 @@ class FusionBlock3D(keras.layers.Layer):
         channel_weights = self.channel_attention.scores(*parts, training=training)
         spatial_weights = self.spatial_attention.scores(*parts, weights=channel_weights, training=training)
         reduce = self.residual_fusion.reduce
-        reduced = _reduce(parts, channel_weights, spatial_weights, reduce.kernel, self.data_format, training)
+        reduced = _reduce(parts, channel_weights, spatial_weights, reduce.kernel, self.data_format)
         bias = ops.reshape(reduce.bias, _axes.with_channels((1,) * 5, self.filters, self.data_format))
         reduced = reduced + ops.cast(bias, reduced.dtype)
         outputs = self.residual_fusion.refine(reduced, training=training)
@@ -128,23 +128,24 @@ class FusionBlock3D(keras.layers.Layer):
         }
 
 
-def _reduce(parts, channel_weights, spatial_weights, kernel, data_format, training):
+def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
     """The 1x1x1 convolution of `F_s + F_ori`, of which neither is computed nor kept for the gradient.
 
     It is linear, so that it may come before the spatial weights: `K F_ori + W_s * ((K * W_c) F_ori)`.
     """
     axis = _axes.channel_axis(data_format)
-    add_weighted = _compiled_add_weighted if training else _add_weighted
 
     def compute(channel_weights, spatial_weights, kernel, *parts):
         weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
         kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
-        reduced, weighted = add_weighted(_transform(parts, kernels, axis), spatial_weights, axis)
+        plain, weighted = ops.split(_transform(parts, kernels, axis), 2, axis=axis)
+        reduced = multiply_add(weighted, spatial_weights, plain)
         return reduced, {"weights": weights, "kernels": kernels, "weighted": weighted}
 
     def differentiate(tensors, kept, upstream):
         channel_weights, spatial_weights, kernel, *parts = tensors
-        by_spatial, upstreams = _gradient_of_weighted(upstream, kept["weighted"], spatial_weights, axis)
+        by_spatial = ops.sum(upstream * kept["weighted"], axis=axis, keepdims=True)
+        upstreams = ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
         by_plain, by_weighted = ops.split(_products(parts, upstreams, axis), 2, axis=-1)
         by_kernel = ops.sum(by_plain + kept["weights"] * by_weighted, axis=0)
         by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
@@ -152,22 +153,6 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format, traini
 
     kernel = ops.cast(ops.convert_to_tensor(kernel)[0, 0, 0], parts[0].dtype)
     return with_gradient(compute, differentiate)(channel_weights, spatial_weights, kernel, *parts)
-
-
-def _add_weighted(products, spatial_weights, axis):
-    """The first half of the channels plus the second, weighted by voxel, and the second."""
-    plain, weighted = ops.split(products, 2, axis=axis)
-    return multiply_add(weighted, spatial_weights, plain), weighted
-
-
-_compiled_add_weighted = compiled(_add_weighted)
-
-
-@compiled
-def _gradient_of_weighted(upstream, weighted, spatial_weights, axis):
-    """The gradients by the spatial weights, and by both halves of `products` side by side."""
-    by_spatial = ops.sum(upstream * weighted, axis=axis, keepdims=True)
-    return by_spatial, ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
 
 
 def _rows(x, axis):

@@ -74,3 +74,25 @@ def test_features_are_let_go_after_their_last_use():
     assert alive["fusion1"] == {"t1_block1_2_norm", "t2_block1_2_norm"}
     assert alive["decoder_block1_up"] == {"fusion1", "decoder_block2_norm"}
     assert alive["probability"] == {"decoder_block1_norm"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_waits_for_a_gpu(monkeypatch, training):
+    """No number goes to the device, and none is asked of it: each would wait until all that was begun is done."""
+    import torch
+
+    model, images = small()
+    images = {name: keras.ops.convert_to_tensor(image) for name, image in images.items()}
+    model(images)
+
+    def wait(*args, **kwargs):
+        raise AssertionError(f"on a GPU this would wait. Received: {args[0]!r}")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    for name in ("as_tensor", "tensor"):
+        monkeypatch.setattr(torch, name, wait)
+    outputs = model(images, training=training)
+    outputs.sum().backward()
+    monkeypatch.undo()
+    assert all(weight.value.grad is not None for weight in model.trainable_weights)
