@@ -1,7 +1,6 @@
 """Average, maximum and standard deviation over space or over channels: what both attentions look at."""
 
 import keras
-from keras import ops
 
 from keras_mmfnet.layers._gradients import with_gradient
 
@@ -38,13 +37,13 @@ def statistics_over_space(parts, statistics, axes, channel_axis, training=False)
         A float32 tensor with the statistics side by side along `channel_axis`, in the order of the names.
     """
 
-    def values_of(*parts):
+    def compute(*parts):
         return formulas.over_space(parts, statistics, axes, channel_axis, training)
 
-    def gradients_of(parts, values, upstream):
-        return formulas.gradient_over_space(parts, values, upstream, axes, channel_axis)
+    def differentiate(parts, values, upstream):
+        return formulas.gradient_over_space(parts, values, upstream, statistics, axes, channel_axis)
 
-    return _side_by_side(statistics, channel_axis, values_of, gradients_of)(*parts)
+    return with_gradient(compute, differentiate)(*parts)
 
 
 def statistics_over_channels(parts, statistics, axis, weights=None, training=False):
@@ -64,31 +63,10 @@ def statistics_over_channels(parts, statistics, axis, weights=None, training=Fal
     """
     weights, count = [] if weights is None else [weights], len(parts)
 
-    def values_of(*tensors):
+    def compute(*tensors):
         return formulas.over_channels(tensors[:-count], tensors[-count:], statistics, axis, training)
 
-    def gradients_of(tensors, values, upstream):
-        return formulas.gradient_over_channels(tensors[:-count], tensors[-count:], values, upstream, axis)
-
-    return _side_by_side(statistics, axis, values_of, gradients_of)(*weights, *parts)
-
-
-def _side_by_side(statistics, axis, values_of, gradients_of):
-    """A function from tensors to the statistics side by side along `axis`, with its gradient by hand.
-
-    Args:
-        statistics: Names of the statistics.
-        axis: Axis of the channels.
-        values_of: From the tensors to the statistics by name.
-        gradients_of: From the tensors, the statistics and the gradients by these, to those by the tensors.
-    """
-
-    def compute(*tensors):
-        values = values_of(*tensors)
-        return ops.concatenate([values[name] for name in statistics], axis=axis), values
-
     def differentiate(tensors, values, upstream):
-        upstream = ops.split(upstream, len(statistics), axis=axis)
-        return gradients_of(tensors, values, dict(zip(statistics, upstream, strict=True)))
+        return formulas.gradient_over_channels(tensors[:-count], tensors[-count:], values, upstream, statistics, axis)
 
-    return with_gradient(compute, differentiate)
+    return with_gradient(compute, differentiate)(*weights, *parts)

@@ -14,7 +14,7 @@ _FEW_CHANNELS = 8
 
 
 def over_space(parts, statistics, axes, channel_axis, training):
-    """The statistics by name, and the average where the standard deviation needs it."""
+    """The statistics side by side, and by name what the gradient needs."""
     # Compiled, it could not be exported. TensorFlow then takes less time over the last axis first.
     if training:
         return _compiled_over_space(parts, statistics, axes, channel_axis)
@@ -35,7 +35,7 @@ def _over_space(parts, statistics, axes, channel_axis):
         differences = (part - average for part, average in zip(parts, averages, strict=True))
         variances = [_mean(difference * difference, axes) for difference in differences]
         values["std"] = ops.sqrt(join(variances, channel_axis) + EPSILON)
-    return values
+    return join([values[name] for name in statistics], channel_axis), values
 
 
 _compiled_over_space = compiled(_over_space)
@@ -55,8 +55,9 @@ def _number_of_voxels(x, axes):
 # The backends would go through the whole tensor a dozen times for these gradients, which takes longer than the
 # convolutions beside them, and keep the differences from the average until then. By hand they are a scale and a shift.
 @compiled
-def gradient_over_space(parts, values, upstream, axes, channel_axis):
-    """The gradient by each part, from that by each of the statistics."""
+def gradient_over_space(parts, values, upstream, statistics, axes, channel_axis):
+    """The gradient by each part, from that by the statistics side by side."""
+    upstream = dict(zip(statistics, ops.split(upstream, len(statistics), axis=channel_axis), strict=True))
     voxels = _number_of_voxels(parts[0], axes)
     shift, scale = _shift_and_scale(values, upstream, voxels)
 
@@ -98,7 +99,7 @@ def _among(gradient, count):
 
 
 def over_channels(weights, parts, statistics, axis, training):
-    """The statistics by name, and the average where the standard deviation needs it."""
+    """The statistics side by side, and by name what the gradient needs."""
     return (_compiled_over_channels if training else _over_channels)(weights, parts, statistics, axis)
 
 
@@ -114,7 +115,7 @@ def _over_channels(weights, parts, statistics, axis, unroll=False):
         differences = [part - values["avg"] for part in weighted]
         squares = [difference * difference for difference in differences]
         values["std"] = ops.sqrt(over_parts(squares, ops.add, ops.sum) / count + EPSILON)
-    return values
+    return join([values[name] for name in statistics], axis), values
 
 
 _compiled_over_channels = compiled(functools.partial(_over_channels, unroll=True))
@@ -133,8 +134,9 @@ def _over_parts(values, combine, reduce, axis, unroll):
 
 
 @compiled
-def gradient_over_channels(weights, parts, values, upstream, axis):
-    """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
+def gradient_over_channels(weights, parts, values, upstream, statistics, axis):
+    """The gradients by the weights, if there are any, and by each part, from that by the statistics side by side."""
+    upstream = dict(zip(statistics, ops.split(upstream, len(statistics), axis=axis), strict=True))
     shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
     shares = _shares(weights, parts, axis)
     weighted = [_weigh(part, share) for part, share in zip(parts, shares, strict=True)]

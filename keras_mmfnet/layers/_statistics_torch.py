@@ -13,7 +13,7 @@ from keras_mmfnet.layers._gradients import EPSILON
 
 
 def over_space(parts, statistics, axes, channel_axis, training):
-    """The statistics by name, and the average where the standard deviation needs it."""
+    """The statistics side by side, and by name what the gradient needs."""
     # A maximum is exact in any dtype, so it needs no copy of the input in float32.
     values = {}
     if "max" in statistics:
@@ -28,11 +28,12 @@ def over_space(parts, statistics, axes, channel_axis, training):
         differences = (part - average for part, average in zip(parts, averages, strict=True))
         variances = [difference.square_().mean(axes, keepdim=True) for difference in differences]
         values["std"] = (torch.cat(variances, channel_axis) + EPSILON).sqrt_()
-    return values
+    return torch.cat([values[name] for name in statistics], channel_axis), values
 
 
-def gradient_over_space(parts, values, upstream, axes, channel_axis):
-    """The gradient by each part, from that by each of the statistics."""
+def gradient_over_space(parts, values, upstream, statistics, axes, channel_axis):
+    """The gradient by each part, from that by the statistics side by side."""
+    upstream = dict(zip(statistics, upstream.chunk(len(statistics), channel_axis), strict=True))
     sizes = [part.shape[channel_axis] for part in parts]
     shift, scale = _shift_and_scale(values, upstream, math.prod(parts[0].shape[axis] for axis in axes))
 
@@ -70,7 +71,7 @@ def _where_largest(x, largest):
 
 
 def over_channels(weights, parts, statistics, axis, training):
-    """The statistics by name, and the average where the standard deviation needs it."""
+    """The statistics side by side, and by name what the gradient needs."""
     weighted = [_weigh(part, share) for part, share in zip(parts, _shares(weights, parts, axis), strict=True)]
     values, count = {}, sum(part.shape[axis] for part in parts)
     if "max" in statistics:
@@ -82,7 +83,7 @@ def over_channels(weights, parts, statistics, axis, training):
         values["std"] = (
             _over_parts(squares, parts, axis, torch.Tensor.add_, torch.sum).div_(count).add_(EPSILON).sqrt_()
         )
-    return values
+    return torch.cat([values[name] for name in statistics], axis), values
 
 
 def _shares(weights, parts, axis):
@@ -108,8 +109,9 @@ def _over_parts(values, parts, axis, combine, reduce):
     return functools.reduce(combine, [reduce(value, axis, keepdim=True) for value in values])
 
 
-def gradient_over_channels(weights, parts, values, upstream, axis):
-    """The gradients by the weights, if there are any, and by each part, from that by each statistic."""
+def gradient_over_channels(weights, parts, values, upstream, statistics, axis):
+    """The gradients by the weights, if there are any, and by each part, from that by the statistics side by side."""
+    upstream = dict(zip(statistics, upstream.chunk(len(statistics), axis), strict=True))
     shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
     pairs = list(zip(parts, _shares(weights, parts, axis), strict=True))
     if "max" in upstream:
