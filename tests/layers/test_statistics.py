@@ -85,16 +85,17 @@ def test_order_follows_the_names():
         assert to_numpy(by_space).ravel() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_raised(dtype):
+def test_half_precision_is_raised(dtype, training):
     # Squares of these overflow in float16, and their mean lies between two numbers of either dtype.
     x = np.array([320.0, -384.0, 324.0], "float32")
     tensor = ops.cast(ops.convert_to_tensor(x.reshape(1, 1, 1, 1, 3)), dtype)
     weights = ops.cast(ops.convert_to_tensor(np.full((1, 1, 1, 1, 3), 1.25, "float32")), dtype)
     for values, factor in [
-        (over_channels([tensor], STATISTICS, -1), 1),
-        (over_channels([tensor], STATISTICS, -1, weights), 1.25),
-        (over_space([ops.reshape(tensor, (1, 3, 1, 1, 1))], STATISTICS, (1, 2, 3)), 1),
+        (over_channels([tensor], STATISTICS, -1, None, training), 1),
+        (over_channels([tensor], STATISTICS, -1, weights, training), 1.25),
+        (over_space([ops.reshape(tensor, (1, 3, 1, 1, 1))], STATISTICS, (1, 2, 3), training), 1),
     ]:
         assert [dtype_of(value) for value in values.values()] == ["float32"] * 3
         found = [to_numpy(value).item() for value in values.values()]
@@ -146,15 +147,14 @@ def factors_for(shape, statistics):
 SUBSETS = [STATISTICS, ("max", "avg"), ("std",), ("avg",), ("max",)]
 
 
-@pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
-@pytest.mark.parametrize("statistics", SUBSETS)
-def test_gradient_over_space(statistics, axes):
-    x, channel_axis = random_volume(2, 6, 4, 5, 6), 1 if axes == (2, 3, 4) else -1
+def check_gradient_over_space(x, statistics, axes):
+    """Compares the gradients by parts of `x`, and by it whole, with PyTorch's own."""
+    channel_axis = 1 if axes == (2, 3, 4) else -1
     factors = factors_for(x.mean(axes, keepdims=True).shape, statistics)
 
     class Weighted(keras.layers.Layer):
-        def call(self, parts):
-            return weighted_sum(over_space(parts, statistics, axes), factors)
+        def call(self, parts, training=None):
+            return weighted_sum(over_space(parts, statistics, axes, training), factors)
 
     found = gradient_function(Weighted())(cut(x, channel_axis))
     tensor = torch.tensor(x, requires_grad=True)
@@ -162,6 +162,12 @@ def test_gradient_over_space(statistics, axes):
     np.testing.assert_allclose(np.concatenate(found, channel_axis), expected, rtol=1e-4, atol=1e-6)
     [found] = gradient_function(Weighted())([x])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("statistics", SUBSETS)
+def test_gradient_over_space(statistics, axes):
+    check_gradient_over_space(random_volume(2, 6, 4, 5, 6), statistics, axes)
 
 
 def check_gradient_over_channels(x, weights, statistics, axis, sizes=SIZES):
@@ -202,22 +208,34 @@ def test_gradient_over_channels_of_parts_alike(axis):
     check_gradient_over_channels(x, random_volume(*shape, seed=1), STATISTICS, axis, (2, 2, 2))
 
 
+@pytest.mark.parametrize("sizes", [(9, 9, 9), (2, 9, 16)])
+def test_over_many_channels(sizes):
+    # A compiler is given a few channels one by one, but not these.
+    x, weights = random_volume(2, 3, 4, 5, 27), random_volume(2, 1, 1, 1, 27, seed=1)
+    parts = [ops.convert_to_tensor(part) for part in cut(x, -1, sizes)]
+    check_values(over_channels(parts, STATISTICS, -1, ops.convert_to_tensor(weights), True), x * weights, -1)
+    check_gradient_over_channels(x, weights, STATISTICS, -1, sizes)
+
+
 def test_gradient_where_values_are_equal():
     # Rectified features: many are 0, and of some voxels all.
     x = np.maximum(random_volume(2, 3, 4, 5, 6), 0)
     x[:, 0] = 0
     assert (x.max(-1) == 0).any()
     check_gradient_over_channels(x, np.abs(random_volume(2, 1, 1, 1, 6, seed=1)), STATISTICS, -1)
+    # And of each channel many are the largest.
+    check_gradient_over_space(np.minimum(random_volume(2, 3, 4, 5, 6), 0), STATISTICS, (1, 2, 3))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the one backend whose tensors can be overwritten")
+@pytest.mark.parametrize("statistics", SUBSETS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_features_are_not_overwritten(weighted):
+def test_features_are_not_overwritten(weighted, statistics):
     x = random_volume(2, 3, 4, 5, 6)
     parts = [torch.tensor(part, requires_grad=True) for part in cut(x, -1, (2, 2, 2))]
     weights = torch.tensor(random_volume(2, 1, 1, 1, 6, seed=1), requires_grad=True) if weighted else None
     before = [tensor.detach().clone() for tensor in (*parts, *([weights] if weighted else []))]
-    for values in (over_space(parts, STATISTICS, (1, 2, 3)), over_channels(parts, STATISTICS, -1, weights, True)):
+    for values in (over_space(parts, statistics, (1, 2, 3)), over_channels(parts, statistics, -1, weights, True)):
         sum(value.square().sum() for value in values.values()).backward()
     for tensor, old in zip((*parts, *([weights] if weighted else [])), before, strict=True):
         torch.testing.assert_close(tensor.detach(), old, rtol=0, atol=0)
