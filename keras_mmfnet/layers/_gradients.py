@@ -139,15 +139,6 @@ def _remade(tensor):
     return getattr(tensor if tensor._base is None else tensor._base, "remade", None)
 
 
-def multiply_add(x, factor, summand):
-    """`x * factor + summand`, on PyTorch in one pass too."""
-    if keras.backend.backend() != "torch":
-        return x * factor + summand
-    import torch
-
-    return torch.addcmul(summand, x, factor)
-
-
 def join(parts, axis):
     """The parts side by side; a single one as it is, not copied."""
     return ops.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
@@ -160,3 +151,25 @@ def split_as(parts, x, axis, part_axis=None):
     before = (slice(None),) * (axis % len(x.shape))
     # Keras' own would have a GPU tell where the parts end.
     return [x[(*before, slice(*pair))] for pair in itertools.pairwise(ends)]
+
+
+def by_part(parts, tensors, axis):
+    """For each part those channels of the tensors, which come by name, that are its own."""
+    split = {name: split_as(parts, tensor, axis) for name, tensor in tensors.items()}
+    return [dict(zip(split, own, strict=True)) for own in zip(*split.values(), strict=True)]
+
+
+def shift_and_scale(values, upstream, count):
+    """What the average and the standard deviation add to a value's gradient, and by what they multiply the value.
+
+    Args:
+        values: The statistics of `count` values, by name.
+        upstream: The gradients by those of them that were asked for.
+        count: The number of values.
+    """
+    zero = ops.zeros_like(next(iter(upstream.values())))
+    shift = upstream["avg"] / count if "avg" in upstream else zero
+    if "std" not in upstream:
+        return shift, zero
+    scale = upstream["std"] / (values["std"] * count)
+    return shift - values["avg"] * scale, scale

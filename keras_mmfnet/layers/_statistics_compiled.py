@@ -7,7 +7,7 @@ import math
 import keras
 from keras import ops
 
-from keras_mmfnet.layers._gradients import EPSILON, compiled, join, split_as
+from keras_mmfnet.layers._gradients import EPSILON, by_part, compiled, join, shift_and_scale, split_as
 
 # Up to so many channels are unrolled.
 _FEW_CHANNELS = 8
@@ -59,32 +59,18 @@ def gradient_over_space(parts, values, upstream, statistics, axes, channel_axis)
     """The gradient by each part, from that by the statistics side by side."""
     upstream = dict(zip(statistics, ops.split(upstream, len(statistics), axis=channel_axis), strict=True))
     voxels = _number_of_voxels(parts[0], axes)
-    shift, scale = _shift_and_scale(values, upstream, voxels)
-
-    def split(x):
-        return [None] * len(parts) if x is None else split_as(parts, x, channel_axis)
-
     gradients = []
-    by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
-    for part, gradient, scale, largest, by_largest in zip(parts, *by_part, strict=True):
+    own = zip(parts, by_part(parts, values, channel_axis), by_part(parts, upstream, channel_axis), strict=True)
+    for part, values, upstream in own:
         x = ops.cast(part, "float32")
+        gradient, scale = shift_and_scale(values, upstream, voxels)
         if "max" in upstream:
-            where = _where_equal(x, largest)
-            gradient = gradient + where * _among(by_largest, voxels * _mean(where, axes))
+            where = _where_equal(x, values["max"])
+            gradient = gradient + where * _among(upstream["max"], voxels * _mean(where, axes))
         if "std" in upstream:
             gradient = gradient + x * scale
         gradients.append(ops.cast(ops.broadcast_to(gradient, ops.shape(part)), part.dtype))
     return tuple(gradients)
-
-
-def _shift_and_scale(values, upstream, count):
-    """What the average and the standard deviation add to a value's gradient, and by what they multiply the value."""
-    zero = ops.zeros_like(next(iter(upstream.values())))
-    shift = upstream["avg"] / count if "avg" in upstream else zero
-    if "std" not in upstream:
-        return shift, zero
-    scale = upstream["std"] / (count * values["std"])
-    return shift - values["avg"] * scale, scale
 
 
 def _where_equal(x, value):
@@ -137,7 +123,7 @@ def _over_parts(values, combine, reduce, axis, unroll):
 def gradient_over_channels(weights, parts, values, upstream, statistics, axis):
     """The gradients by the weights, if there are any, and by each part, from that by the statistics side by side."""
     upstream = dict(zip(statistics, ops.split(upstream, len(statistics), axis=axis), strict=True))
-    shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
+    shift, scale = shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
     shares = _shares(weights, parts, axis)
     weighted = [_weigh(part, share) for part, share in zip(parts, shares, strict=True)]
     if "max" in upstream:
@@ -160,7 +146,7 @@ def gradient_over_channels(weights, parts, values, upstream, statistics, axis):
 def _shares(weights, parts, axis):
     """Each part's weights, in float32; none are ones."""
     if not weights:
-        return [ops.ones([part.shape[axis] if number == axis % 5 else 1 for number in range(5)]) for part in parts]
+        return [1.0] * len(parts)
     return split_as(parts, ops.cast(weights[0], "float32"), axis)
 
 

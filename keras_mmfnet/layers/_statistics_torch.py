@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from keras_mmfnet.layers._gradients import EPSILON
+from keras_mmfnet.layers._gradients import EPSILON, by_part, shift_and_scale
 
 
 def over_space(parts, statistics, axes, channel_axis, training):
@@ -34,34 +34,20 @@ def over_space(parts, statistics, axes, channel_axis, training):
 def gradient_over_space(parts, values, upstream, statistics, axes, channel_axis):
     """The gradient by each part, from that by the statistics side by side."""
     upstream = dict(zip(statistics, upstream.chunk(len(statistics), channel_axis), strict=True))
-    sizes = [part.shape[channel_axis] for part in parts]
-    shift, scale = _shift_and_scale(values, upstream, math.prod(parts[0].shape[axis] for axis in axes))
-
-    def split(x):
-        return [None] * len(parts) if x is None else x.split(sizes, channel_axis)
-
+    voxels = math.prod(parts[0].shape[axis] for axis in axes)
     gradients = []
-    by_part = (split(x) for x in (shift, scale, values.get("max"), upstream.get("max")))
-    for part, gradient, scale, largest, by_largest in zip(parts, *by_part, strict=True):
+    own = zip(parts, by_part(parts, values, channel_axis), by_part(parts, upstream, channel_axis), strict=True)
+    for part, values, upstream in own:
         x, out = part.float(), None
+        gradient, scale = shift_and_scale(values, upstream, voxels)
         if "max" in upstream:
-            out = where = _where_largest(x, largest)
-            by_largest = by_largest / where.sum(axes, keepdim=True).clamp_(min=1)
+            out = where = _where_largest(x, values["max"])
+            by_largest = upstream["max"] / where.sum(axes, keepdim=True).clamp_(min=1)
             gradient = torch.addcmul(gradient, where, by_largest, out=out)
         if "std" in upstream:
             gradient = torch.addcmul(gradient, x, scale, out=out)
         gradients.append(gradient.expand_as(part).to(part.dtype))
     return tuple(gradients)
-
-
-def _shift_and_scale(values, upstream, count):
-    """What the average and the standard deviation add to a value's gradient, and by what they multiply the value."""
-    zero = torch.zeros_like(next(iter(upstream.values())))
-    shift = upstream["avg"] / count if "avg" in upstream else zero
-    if "std" not in upstream:
-        return shift, zero
-    scale = upstream["std"] / (values["std"] * count)
-    return torch.addcmul(shift, values["avg"], scale, value=-1), scale
 
 
 def _where_largest(x, largest):
@@ -112,7 +98,7 @@ def _over_parts(values, parts, axis, combine, reduce):
 def gradient_over_channels(weights, parts, values, upstream, statistics, axis):
     """The gradients by the weights, if there are any, and by each part, from that by the statistics side by side."""
     upstream = dict(zip(statistics, upstream.chunk(len(statistics), axis), strict=True))
-    shift, scale = _shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
+    shift, scale = shift_and_scale(values, upstream, sum(part.shape[axis] for part in parts))
     pairs = list(zip(parts, _shares(weights, parts, axis), strict=True))
     if "max" in upstream:
         where = (_where_largest(_weigh(*pair), values["max"]) for pair in pairs)

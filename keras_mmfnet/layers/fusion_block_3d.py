@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._gradients import join, multiply_add, split_as, with_gradient
+from keras_mmfnet.layers._gradients import join, split_as, with_gradient
 from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
 from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
 from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
@@ -139,7 +139,7 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
         weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
         kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
         plain, weighted = ops.split(_transform(parts, kernels, axis), 2, axis=axis)
-        reduced = multiply_add(weighted, spatial_weights, plain)
+        reduced = _multiply_add(weighted, spatial_weights, plain)
         return reduced, {"weights": weights, "kernels": kernels, "weighted": weighted}
 
     def differentiate(tensors, kept, upstream):
@@ -153,6 +153,15 @@ def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
 
     kernel = ops.cast(ops.convert_to_tensor(kernel)[0, 0, 0], parts[0].dtype)
     return with_gradient(compute, differentiate)(channel_weights, spatial_weights, kernel, *parts)
+
+
+def _multiply_add(x, factor, summand):
+    """`x * factor + summand`, on PyTorch in one pass too."""
+    if keras.backend.backend() != "torch":
+        return x * factor + summand
+    import torch
+
+    return torch.addcmul(summand, x, factor)
 
 
 def _rows(x, axis):
