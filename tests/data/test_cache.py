@@ -1,0 +1,171 @@
+import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patients import RAW, head, make_case, make_grid, only, write
+
+from keras_mmfnet.data import preprocess
+from keras_mmfnet.data.preprocess import preprocess_case
+from keras_mmfnet.recipe import Recipe
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+def assert_same(result, expected):
+    for field in ("name", "grid", "source", "centre", "notes", "shape", "spacing"):
+        assert getattr(result, field) == getattr(expected, field)
+    assert list(result.images) == list(expected.images)
+    arrays = zip([*result.images.values(), result.mask], [*expected.images.values(), expected.mask], strict=True)
+    for array, other in arrays:
+        assert array.dtype == other.dtype
+        np.testing.assert_array_equal(array, other)
+
+
+@pytest.fixture
+def no_preprocessing(monkeypatch):
+    """A function after whose call preprocessing fails, so that only the cache can answer."""
+
+    def forbid():
+        monkeypatch.setattr(preprocess, "_preprocess", lambda case, recipe: pytest.fail("not from the cache"))
+
+    return forbid
+
+
+def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
+    other = make_grid(spacing=(0.9, 0.9, 3.0))
+    case, cache, recipe = make_case(tmp_path / "a", other_grid=other, mask_grid=other), tmp_path / "cache", Recipe()
+    expected = preprocess_case(case, recipe)
+    assert expected.notes
+    assert_same(preprocess_case(case, recipe, cache), expected)
+    (entry,) = entries(cache)
+    assert sorted(os.listdir(cache / entry)) == [
+        "case.json",
+        "image_cet1.npy",
+        "image_t1.npy",
+        "image_t2.npy",
+        "mask.npy",
+    ]
+    no_preprocessing()
+    cached = preprocess_case(case, recipe, str(cache))
+    assert_same(cached, expected)
+    assert isinstance(cached.images["t1"], np.memmap)
+    assert not cached.images["t1"].flags.writeable
+    renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe, cache)
+    assert renamed.name == "bob"
+
+
+def test_the_cache_knows_content_and_recipe(tmp_path):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    preprocess_case(case, dataclasses.replace(RAW, seed=5, epochs=7, patch_shape=(16, 32, 32)), cache)
+    assert len(entries(cache)) == 1
+    preprocess_case(case, dataclasses.replace(RAW, spacing=1.5), cache)
+    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None), cache)
+    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None, clip={"t1": (-1, 1)}), cache)
+    preprocess_case(case, dataclasses.replace(RAW, mask_labels=(1,)), cache)
+    preprocess_case(only(case, "t1", "t2"), dataclasses.replace(RAW, modalities=("t1", "t2")), cache)
+    preprocess_case(dataclasses.replace(case, mask=None), RAW, cache)
+    assert len(entries(cache)) == 7
+    write(case.images["cet1"], make_grid(), head(make_grid(), seed=9))
+    changed = preprocess_case(case, RAW, cache)
+    assert len(entries(cache)) == 8
+    assert_same(changed, preprocess_case(case, RAW))
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_the_cache_sees_voxels_in_a_file_of_their_own(tmp_path, suffix):
+    case, cache = make_case(tmp_path / "a", suffix=suffix), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    header = case.images["t1"].read_bytes()
+    write(case.images["t1"], make_grid(), head(make_grid(), seed=9).astype(np.int16))
+    assert case.images["t1"].read_bytes() == header
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert len(entries(cache)) == 2
+
+
+def damage_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("image_t2.npy", damage_byte),
+        ("mask.npy", damage_byte),
+        ("image_t1.npy", lambda path: os.truncate(path, 1000)),
+        ("image_t1.npy", lambda path: os.truncate(path, 0)),
+        ("image_t1.npy", Path.unlink),
+        ("case.json", Path.unlink),
+        ("case.json", lambda path: os.truncate(path, 100)),
+        ("case.json", lambda path: path.write_text("{}")),
+        ("case.json", lambda path: path.write_text("[1]")),
+        ("case.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    ],
+)
+def test_a_damaged_entry_is_rebuilt(tmp_path, no_preprocessing, file, damage):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    preprocess_case(case, RAW, cache)
+    (entry,) = entries(cache)
+    damage(cache / entry / file)
+    expected = preprocess_case(case, RAW)
+    assert_same(preprocess_case(case, RAW, cache), expected)
+    assert entries(cache) == [entry]
+    no_preprocessing()
+    assert_same(preprocess_case(case, RAW, cache), expected)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    save, saved = np.save, []
+
+    def interrupted(file, array):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(file)
+        save(file, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess_case(case, RAW, cache)
+    assert entries(cache) == []
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+
+
+def test_a_full_disk(tmp_path, full_disk):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    with full_disk(1000), pytest.raises(OSError):  # noqa: PT011, in NumPy's words
+        preprocess_case(case, RAW, cache)
+    assert entries(cache) == []
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+
+
+def test_several_at_once_end_with_one_entry(tmp_path):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    expected = preprocess_case(case, RAW)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: preprocess_case(case, RAW, cache), range(8)))
+    for result in results:
+        assert_same(result, expected)
+    assert len(entries(cache)) == 1
+
+
+def test_an_entry_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
+    build = preprocess._preprocess
+
+    def slow(case, recipe):
+        monkeypatch.setattr(preprocess, "_preprocess", build)
+        preprocess_case(case, recipe, cache)
+        return build(case, recipe)
+
+    monkeypatch.setattr(preprocess, "_preprocess", slow)
+    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert len(entries(cache)) == 1
