@@ -28,12 +28,12 @@ def main():
     add_arguments(parser)
     parsed = parser.parse_args()
     load, recipe, _, test = open_run(parsed)
-    network, names = load(), recipe.modalities
+    network, names = load(), recipe.data.modalities
     whole = scores(network, test, recipe)
     result = {
         "machine": machine("keras", keras.backend.backend()),
         "method": parsed.method,
-        "modality_dropout": recipe.modality_dropout,
+        "modality_dropout": recipe.network.modality_dropout,
         "fold": parsed.fold,
         "patients": len(test),
         "dsc": float(np.mean(whole)),
@@ -42,7 +42,7 @@ def main():
     for missing in itertools.chain(*(itertools.combinations(names, count) for count in range(1, len(names)))):
         found = scores(network, test, recipe, missing)
         result["without"][", ".join(missing)] = {"dsc": float(np.mean(found)), **paired_difference(found, whole)}
-    report(result, RESULTS / f"{parsed.method}_dropout_{recipe.modality_dropout:g}.json")
+    report(result, RESULTS / f"{parsed.method}_dropout_{recipe.network.modality_dropout:g}.json")
 
 
 if __name__ == "__main__":

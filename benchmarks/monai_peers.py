@@ -94,23 +94,35 @@ def train_peer(peer, training, validation, recipe, directory):
         numbers of each epoch.
     """
     path = directory / f"{peer.name}.pt"
-    torch.manual_seed(recipe.seed)
-    model = Probability(peer.build(len(recipe.modalities)))
-    optimiser = torch.optim.Adam(model.parameters(), recipe.pretrain_learning_rate, eps=1e-7)
+    torch.manual_seed(recipe.training.seed)
+    model = Probability(peer.build(len(recipe.data.modalities)))
+    optimiser = torch.optim.Adam(model.parameters(), recipe.training.pretrain_learning_rate, eps=1e-7)
     state = torch.load(path) if path.exists() else {"history": [], "best": None}
     if state["history"]:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-    history, best, steps = state["history"], state["best"], recipe.steps_per_epoch
-    batches = iter(patch_dataset(training, recipe, first_batch=len(history) * steps))
-    held_back = patch_dataset(validation, recipe, training=False)
-    for epoch in range(len(history), recipe.epochs):
+    history, best, steps = state["history"], state["best"], recipe.training.steps_per_epoch
+    batches = iter(
+        patch_dataset(
+            training,
+            recipe.patches,
+            first_batch=len(history) * steps,
+            batch_size=recipe.training.batch_size,
+            seed=recipe.training.seed,
+        )
+    )
+    held_back = patch_dataset(
+        validation, recipe.patches, training=False, batch_size=recipe.training.batch_size, seed=recipe.training.seed
+    )
+    for epoch in range(len(history), recipe.training.epochs):
         start, losses = time.perf_counter(), []
         model.train()
         for step in range(steps):
-            if recipe.schedule == "cosine":
-                done = (epoch * steps + step) / (recipe.epochs * steps)
-                optimiser.param_groups[0]["lr"] = recipe.pretrain_learning_rate * (1 + math.cos(math.pi * done)) / 2
+            if recipe.training.schedule == "cosine":
+                done = (epoch * steps + step) / (recipe.training.epochs * steps)
+                optimiser.param_groups[0]["lr"] = (
+                    recipe.training.pretrain_learning_rate * (1 + math.cos(math.pi * done)) / 2
+                )
             images, truth = next(batches)
             optimiser.zero_grad()
             loss = dice_loss(model(stacked(images)), stacked({"mask": truth}).float())
@@ -126,7 +138,9 @@ def train_peer(peer, training, validation, recipe, directory):
         history.append({**row, "seconds": time.perf_counter() - start})
         if val_loss == min(row["val_loss"] for row in history):
             best = {name: value.clone() for name, value in model.state_dict().items()}
-        print(f"{peer.name}: epoch {epoch + 1} of {recipe.epochs}, loss {row['loss']:.4f}, val_loss {val_loss:.4f}")
+        print(
+            f"{peer.name}: epoch {epoch + 1} of {recipe.training.epochs}, loss {row['loss']:.4f}, val_loss {val_loss:.4f}"
+        )
         kept = {"history": history, "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
         torch.save(kept, path.with_suffix(".partial"))
         os.replace(path.with_suffix(".partial"), path)

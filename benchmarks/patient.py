@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
     recipe = Recipe()
-    model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters)
+    model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters)
     network, windows = [], []
 
     def predict(batch):
@@ -51,7 +51,7 @@ def main():
         for _ in range(parsed.turns + 1):
             network.clear(), windows.clear()
             start = time.perf_counter()
-            case = preprocess_case(files, recipe)
+            case = preprocess_case(files, recipe.data)
             preprocessed = time.perf_counter()
             mask, _ = segment_case(predict, case, recipe)
             write_image(mask, Path(folder) / "segmentation.nii.gz")

@@ -38,7 +38,7 @@ def ours(cases, recipe):
     """Endless batches of this package."""
     from keras_mmfnet.data import patch_dataset
 
-    return iter(patch_dataset(cases, recipe))
+    return iter(patch_dataset(cases, recipe.patches, batch_size=recipe.training.batch_size, seed=recipe.training.seed))
 
 
 def monai(cases, recipe, affine):
@@ -46,16 +46,16 @@ def monai(cases, recipe, affine):
     from monai.data import DataLoader, Dataset
     from monai.transforms import Compose, RandAffined, RandFlipd, RandRotated, RandSpatialCropd
 
-    names = [*recipe.modalities, "mask"]
-    modes = ["bilinear"] * len(recipe.modalities) + ["nearest"]
-    angle = np.radians(recipe.max_rotation)
+    names = [*recipe.data.modalities, "mask"]
+    modes = ["bilinear"] * len(recipe.data.modalities) + ["nearest"]
+    angle = np.radians(recipe.patches.max_rotation)
     if affine:
         turn = RandAffined(names, prob=1, rotate_range=(angle, 0, 0), mode=modes, padding_mode="border")
     else:
         turn = RandRotated(names, prob=1, range_x=angle, mode=modes, padding_mode="border")
     transform = Compose(
         [
-            RandSpatialCropd(names, recipe.patch_shape, random_size=False),
+            RandSpatialCropd(names, recipe.patches.shape, random_size=False),
             RandFlipd(names, prob=0.5, spatial_axis=1),
             turn,
         ]
@@ -66,7 +66,7 @@ def monai(cases, recipe, affine):
     # Long enough that the workers are not started again.
     loader = DataLoader(
         Dataset(patients * 1000, transform),
-        batch_size=recipe.batch_size,
+        batch_size=recipe.training.batch_size,
         shuffle=True,
         num_workers=2,
         multiprocessing_context="fork",
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=4, help="length of a turn (4)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
-    cases, recipe = make_cases(4), Recipe(batch_size=2)
+    cases, recipe = make_cases(4), Recipe().replace({"training.batch_size": 2})
     # MONAI's processes first: they are forked, which TensorFlow's threads would not survive.
     contenders = {f"monai, {'RandAffined' if affine else 'RandRotated'}": affine for affine in (False, True)}
     contenders = {name: monai(cases, recipe, affine) for name, affine in contenders.items()}
@@ -96,7 +96,7 @@ def main():
             start, patches = time.perf_counter(), 0
             while time.perf_counter() - start < parsed.seconds:
                 next(batches)
-                patches += recipe.batch_size
+                patches += recipe.training.batch_size
             rates[name].append(patches / (time.perf_counter() - start))
     rates = {name: values[1:] for name, values in rates.items()}  # the first turn is to warm up
     medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}

@@ -42,12 +42,12 @@ def monai_transform(recipe):
     """The same steps in MONAI, as a function of a case."""
     from monai.transforms import Compose, LoadImaged, NormalizeIntensityd, ResampleToMatchd, Spacingd
 
-    names = list(recipe.modalities)
+    names = list(recipe.data.modalities)
     transform = Compose(
         [
             LoadImaged(names, ensure_channel_first=True),
             # The paper keeps the distance between slices, whatever it is.
-            Spacingd(names[0], pixdim=(recipe.spacing, recipe.spacing, 0)),
+            Spacingd(names[0], pixdim=(recipe.data.spacing, recipe.data.spacing, 0)),
             ResampleToMatchd(names[1:], key_dst=names[0]),
             NormalizeIntensityd(names, nonzero=True),
         ]
@@ -55,7 +55,7 @@ def monai_transform(recipe):
 
     def preprocess(case):
         images = transform({name: str(path) for name, path in case.images.items()})
-        return {name: images[name].clip(*recipe.clip[name]) for name in names}
+        return {name: images[name].clip(*recipe.data.clip[name]) for name in names}
 
     return preprocess
 
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
     recipe = Recipe()
-    contenders = {"keras-mmfnet": lambda case: preprocess_case(case, recipe), "monai": monai_transform(recipe)}
+    contenders = {"keras-mmfnet": lambda case: preprocess_case(case, recipe.data), "monai": monai_transform(recipe)}
     seconds = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as folder:
         case = write_patient(Path(folder))

@@ -29,9 +29,9 @@ def main():
     parser.add_argument("--modality", default="t2", metavar="NAME", help="the image that is moved (t2)")
     parser.add_argument("--turns", type=int, default=5, help="alignments that count (5)")
     parsed = parser.parse_args()
-    recipe = Recipe(modalities=("t1", parsed.modality))
-    files = read_case_folder(parsed.patient, recipe, require_mask=False)
-    fixed, moving = (read_image(files.images[name], files.name, sitk.sitkFloat32) for name in recipe.modalities)
+    recipe = Recipe().replace({"data.modalities": ("t1", parsed.modality)})
+    files = read_case_folder(parsed.patient, recipe.data, require_mask=False)
+    fixed, moving = (read_image(files.images[name], files.name, sitk.sitkFloat32) for name in recipe.data.modalities)
     size = np.array(fixed.GetSize()) - 1.0
     # The middle, and halfway from it to the corners: inside the head.
     places = [fixed.TransformContinuousIndexToPhysicalPoint((size * share).tolist()) for share in np.ndindex(2, 2, 2)]
@@ -53,7 +53,9 @@ def main():
         )
     result = {
         "machine": machine("SimpleITK"),
-        "voxels": {name: list(image.GetSize()) for name, image in zip(recipe.modalities, (fixed, moving), strict=True)},
+        "voxels": {
+            name: list(image.GetSize()) for name, image in zip(recipe.data.modalities, (fixed, moving), strict=True)
+        },
         "turns": parsed.turns,
         "seconds": round(statistics.median(seconds), 2),
         "largest_error_mm": round(float(max(errors)), 3),

@@ -96,18 +96,18 @@ def choose_recipe(parsed):
     """The recipe of all methods. But for the paper's, none stops early: all make the same number of updates."""
     changes = recipe_changes(parsed)
     if parsed.paper:
-        recipe = Recipe(**changes)
+        recipe = Recipe().replace(changes)
     else:
         # In the paper's proportions, but faster: there are fewer updates.
         rate = parsed.rate or 1e-2
         rates = {"learning_rate": rate / 10, "pretrain_learning_rate": rate, "warmup_learning_rate": rate}
-        recipe = Recipe.small(**{"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
-        recipe = dataclasses.replace(recipe, patience=recipe.epochs)
+        recipe = Recipe.small().replace({"schedule": "cosine", "warmup_epochs": 1, **rates, **changes})
+        recipe = recipe.replace({"training.patience": recipe.training.epochs})
     wanted = [modality for method in parsed.methods for modality in method.adapt(recipe).modalities]
-    if set(wanted) <= set(recipe.modalities):
+    if set(wanted) <= set(recipe.data.modalities):
         return recipe
     # Methods of one's own may look at other modalities than the paper's.
-    return dataclasses.replace(recipe, modalities=tuple(dict.fromkeys(wanted)))
+    return recipe.replace({"data.modalities": tuple(dict.fromkeys(wanted))})
 
 
 @contextlib.contextmanager
@@ -137,13 +137,13 @@ def run_method(method, fold, parts, cases, recipe, folder):
         predict, parameters = method.over_volumes(network, adapted), network.count_params()
         history = read_history(folder / f"{method.name}_history.csv")
         if isinstance(network, MMFNet):
-            shares = cohort_shares(network, test, adapted)
+            shares = cohort_shares(network, test)
     rows, begin = [], time.perf_counter()
     for patient in test:
         start = time.perf_counter()
         _, probability = segment_case(predict, patient, adapted)
         seconds = time.perf_counter() - start
-        truth = read_tumour(cases[patient.name], adapted, patient)
+        truth = read_tumour(cases[patient.name], adapted.data, patient)
         numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
         rows.append({"patient": patient.name, **numbers, "seconds": seconds})
         left = time_left(time.perf_counter() - begin, len(rows), len(test))
@@ -154,7 +154,7 @@ def run_method(method, fold, parts, cases, recipe, folder):
         "paper": dict(method.paper),
         "fold": fold,
         "parameters": parameters,
-        "updates": len(history) * recipe.steps_per_epoch,
+        "updates": len(history) * recipe.training.steps_per_epoch,
         "training_seconds": sum(row["seconds"] for row in history),
         "machine": machine(
             "keras", "keras-mmfnet", "numpy", "torch" if method.name in PEERS else keras.backend.backend()
@@ -180,7 +180,7 @@ def main():
         parsed = parse_arguments()
         log_to_terminal("%(asctime)s %(message)s", parsed.quiet)
         recipe = choose_recipe(parsed)
-        cases = {case.name: case for case in find_cases(parsed.data, recipe)}
+        cases = {case.name: case for case in find_cases(parsed.data, recipe.data)}
         with log_to_file(parsed.out / "run.log"):
             compare(parsed, recipe, cases)
     except (OSError, ValueError) as error:
@@ -192,13 +192,13 @@ def main():
 def compare(parsed, recipe, cases):
     """Trains and evaluates the chosen methods on the chosen folds, and writes the table, the charts and the report."""
     write_once(parsed.out / "recipe.json", recipe.to_json(), "another recipe")
-    splits = five_folds(list(cases), recipe.folds, recipe.validation_fraction, recipe.seed)
+    splits = five_folds(list(cases), recipe.training.folds, recipe.training.validation_fraction, recipe.training.seed)
     folds = range(len(splits)) if parsed.fold is None else parsed.fold
     if not set(folds) <= set(range(len(splits))):
         raise ValueError(f"--fold: numbers from 0 to {len(splits) - 1} are expected. Received: {parsed.fold}")
     division = {"folds": [dataclasses.asdict(split) for split in splits]}
     write_once(parsed.out / "cohort.json", json.dumps(division, indent=2) + "\n", "other patients")
-    patients, _ = preprocess_cases(list(cases.values()), recipe, parsed.out / "cache")
+    patients, _ = preprocess_cases(list(cases.values()), recipe.data, parsed.out / "cache")
 
     tasks = [(fold, method) for fold in folds for method in parsed.methods]
     # What another process is at is left to it; in the end this one waits for what is still missing.

@@ -27,7 +27,7 @@ def open_run(parsed):
     if not path.is_file():
         sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
     recipe = Recipe.load(parsed.run / "recipe.json")
-    patients, _ = preprocess_cases(find_cases(parsed.data, recipe), recipe, parsed.run / "cache")
+    patients, _ = preprocess_cases(find_cases(parsed.data, recipe.data), recipe.data, parsed.run / "cache")
     split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
     validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
     return lambda: load_network(path), recipe, validation, test
@@ -39,6 +39,6 @@ def scores(predict, patients, recipe, missing=()):
     for case in patients:
         # As in inference, what is missing is zeros.
         images = {name: image * (name not in missing) for name, image in case.images.items()}
-        volume = predict_volume(predict, images, recipe.patch_shape, recipe.window_stride, case.centre)
+        volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre)
         found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
     return found

@@ -43,7 +43,7 @@ def main():
             expected = "--run: a run with trained folds is expected"
             raise ValueError(f"{expected}. Received: {parsed.run}, --fold {parsed.fold}")
         recipe = Recipe.load(parsed.run / "recipe.json")
-        case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
+        case = preprocess_case(read_case_folder(parsed.patient, recipe.data, require_mask=False), recipe.data)
         model = load_network(path, recipe)
         explain(model, case, recipe, parsed)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -51,15 +51,15 @@ def main():
 
 
 def explain(model, case, recipe, parsed):
-    images = case.images_of(recipe.modalities)
+    images = case.images_of(recipe.data.modalities)
 
     def whole(call):
-        return predict_volume(call, images, recipe.patch_shape, recipe.window_stride, case.centre)
+        return predict_volume(call, images, recipe.patches.shape, recipe.patches.stride, case.centre)
 
     print("predicting")
     probability = whole(model)
     tumour = probability >= 0.5
-    batch, start = tumour_window(images, tumour, recipe.patch_shape, case.centre)
+    batch, start = tumour_window(images, tumour, recipe.patches.shape, case.centre)
     depth = int(np.argmax(probability.sum(axis=(1, 2))))
     parsed.out.mkdir()
 
@@ -79,7 +79,7 @@ def explain(model, case, recipe, parsed):
         print("no tumour is predicted: the mean probability of the whole window is explained")
     for method in parsed.methods:
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
-        inside = min(max(depth - start[0], 0), recipe.patch_shape[0] - 1)
+        inside = min(max(depth - start[0], 0), recipe.patches.shape[0] - 1)
         window = {name: image[0, ..., 0] for name, image in batch.items()}
         save(plot_heat(window, maps, case.spacing, inside), method.replace("+", "p"))
 

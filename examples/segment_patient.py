@@ -70,14 +70,14 @@ def main():
         parsed = parse_arguments()
         recipe = Recipe.load(parsed.run / "recipe.json")
         paths = find_networks(parsed)
-        files = read_case_folder(parsed.patient, recipe, require_mask=False)
+        files = read_case_folder(parsed.patient, recipe.data, require_mask=False)
         if not parsed.picture:
             # A mask is of use for the picture only, and a bad one no reason to stop.
             files = dataclasses.replace(files, mask=None)
         series = next(iter(files.images.values()))
         if (parsed.rtstruct or parsed.seg) and not isinstance(series, Series):
             raise ValueError(f"--rtstruct, --seg: DICOM series are expected as the patient. Received: {series}")
-        case = preprocess_case(files, recipe)
+        case = preprocess_case(files, recipe.data)
         for note in case.notes:
             print(note)
         networks = [load_network(path, recipe) for path in paths]
@@ -93,7 +93,7 @@ def main():
             write_segmentation(mask, series, parsed.seg, parsed.structure)
         if parsed.picture:
             # In pixels of the patient's own size.
-            fine = preprocess_case(files, dataclasses.replace(recipe, spacing=None))
+            fine = preprocess_case(files, recipe.replace({"data.spacing": None}).data)
             figure = plot_segmentation(fine.images, fine.grid.resample(mask), fine.mask, fine.spacing, margin=40)
             figure.savefig(parsed.picture, dpi=110)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -30,8 +30,10 @@ def open_network(path, recipe):
     except Exception as error:  # onnxruntime's own classes have no other base
         raise ValueError(f"{path}: an undamaged network as ONNX is expected. Received: {error}") from error
     found = {tensor.name: tensor.shape[1:] for tensor in session.get_inputs()}
-    if found != {name: [*recipe.patch_shape, 1] for name in recipe.modalities}:
-        expected = f"{path}: a network over patches {recipe.patch_shape} of {', '.join(recipe.modalities)} is expected"
+    if found != {name: [*recipe.patches.shape, 1] for name in recipe.data.modalities}:
+        expected = (
+            f"{path}: a network over patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} is expected"
+        )
         raise ValueError(f"{expected}. Received: {found}")
     return session
 
@@ -50,7 +52,7 @@ def main():
             raise ValueError(f"--network: a network exported as ONNX is expected. Received: {parsed.network}")
         recipe = Recipe.load(parsed.recipe)
         session = open_network(parsed.network, recipe)
-        case = preprocess_case(read_case_folder(parsed.patient, recipe, require_mask=False), recipe)
+        case = preprocess_case(read_case_folder(parsed.patient, recipe.data, require_mask=False), recipe.data)
         mask, _ = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
         write_image(mask, parsed.out)
     except (OSError, ValueError, RuntimeError) as error:

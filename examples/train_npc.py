@@ -10,7 +10,6 @@ With a folder of patients (one folder each, with the files t1, t2, cet1 and mask
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -58,10 +57,10 @@ def parse_arguments(arguments=None):
 
 def choose_recipe(parsed, out):
     if parsed.resume and (out / "recipe.json").exists() and not parsed.paper:
-        return dataclasses.replace(Recipe.load(out / "recipe.json"), **parsed.changes)
+        return Recipe.load(out / "recipe.json").replace(parsed.changes)
     if parsed.paper:
-        return Recipe(**parsed.changes)
-    return Recipe.small(**({} if parsed.data else DEMONSTRATION) | parsed.changes)
+        return Recipe().replace(parsed.changes)
+    return Recipe.small().replace(({} if parsed.data else DEMONSTRATION) | parsed.changes)
 
 
 def main():
@@ -76,10 +75,10 @@ def main():
             if parsed.resume and (out / "recipe.json").exists() and not data.exists():
                 raise ValueError(f"the run is of patients of your own: --data is expected. Received: {out}")
             logging.info("Making synthetic patients in %s", data)
-            make_phantom_cohort(data, seed=recipe.seed, modalities=recipe.modalities)
+            make_phantom_cohort(data, seed=recipe.training.seed, modalities=recipe.data.modalities)
         left_out = []
         skip = left_out.append if parsed.skip_bad else None
-        cases = find_cases(data, recipe, on_error=skip)
+        cases = find_cases(data, recipe.data, on_error=skip)
         folds = None if parsed.fold == "all" else [int(parsed.fold)]
         with log_to_file(out / "run.log"):
             rows = cross_validate(cases, recipe, out, folds, parsed.resume, on_error=skip)

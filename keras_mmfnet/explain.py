@@ -66,13 +66,12 @@ def tumour_window(images, tumour, patch_shape, centre):
     return {name: cut(x, start, patch_shape, x.min())[None, ..., None] for name, x in images.items()}, start
 
 
-def cohort_shares(model, cases, recipe):
+def cohort_shares(model, cases):
     """How much each fusion block listens to each sequence in the windows about the tumours of several patients.
 
     Args:
         model: An `MMFNet`.
         cases: `PreprocessedCase`s with a mask.
-        recipe: The `Recipe` the network was trained with.
 
     Returns:
         `{block: {modality: (patients,)}}`, as `fusion_attention` has it and `plots.plot_attention` takes it.
@@ -82,10 +81,10 @@ def cohort_shares(model, cases, recipe):
     """
     shares = []
     for case in cases:
-        batch, _ = tumour_window(case.images_of(recipe.modalities), case.mask, recipe.patch_shape, case.centre)
+        batch, _ = tumour_window(case.images_of(model.modalities), case.mask, model.patch_shape, case.centre)
         shares.append(fusion_attention(model, batch)[2])
     return {
-        block: {name: np.concatenate([share[block][name] for share in shares]) for name in recipe.modalities}
+        block: {name: np.concatenate([share[block][name] for share in shares]) for name in model.modalities}
         for block in shares[0]
     }
 

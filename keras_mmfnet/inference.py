@@ -111,17 +111,17 @@ def segment_ensemble(predicts, case, recipe, threshold=0.5, mirror=False, gaussi
     predicts = list(predicts)
     if not predicts:
         raise ValueError("`predicts` must hold at least one network. Received: []")
-    if mirror and recipe.flip_axis is None:
+    if mirror and recipe.patches.flip_axis is None:
         raise ValueError("`mirror` needs a network that was trained on mirrored patches. Received: flip_axis=None")
-    images = case.images_of(recipe.modalities)
+    images = case.images_of(recipe.data.modalities)
     options = {
-        "weights": gaussian_weights(recipe.patch_shape) if gaussian else None,
-        "mirror_axis": recipe.flip_axis if mirror else None,
+        "weights": gaussian_weights(recipe.patches.shape) if gaussian else None,
+        "mirror_axis": recipe.patches.flip_axis if mirror else None,
     }
     # Running sums: a volume of each network at once may be too much to hold.
     total, squares = 0.0, 0.0
     for predict in predicts:
-        volume = predict_volume(predict, images, recipe.patch_shape, recipe.window_stride, case.centre, **options)
+        volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre, **options)
         total, squares = total + volume, squares + volume.astype(np.float64) ** 2
     average = total / len(predicts)
     spread = np.sqrt(np.maximum(squares / len(predicts) - average.astype(np.float64) ** 2, 0))

@@ -1,52 +1,208 @@
-import argparse
-import dataclasses
+"""Every number of a run, in four parts; each function of the package takes the part that it needs."""
+
+import difflib
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-_STATISTICS = ("avg", "max", "std")
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field
+
+# Version of the JSON files.
+_FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Every number of a run, from the reading of the images to the last epoch; the defaults are the paper's.
-
-    A run writes its recipe as JSON beside its results, and is repeated, resumed and applied from that file. Lengths
-    in voxels are `(depth, height, width)`.
+class RecipeError(ValueError):
+    """A value of a recipe is outside its range.
 
     Args:
-        modalities: Names of the image sequences; the first one's grid is the patient's grid.
+        problems: By the path of the field, such as `training.epochs`, what was expected and received.
+    """
+
+    def __init__(self, problems: Mapping[str, str]):
+        self.problems = dict(problems)
+        super().__init__("\n".join(f"`{path}` {text}" for path, text in self.problems.items()))
+
+
+def _distinct(names: tuple) -> tuple:
+    if not names or len(set(names)) != len(names):
+        raise ValueError("must be one or more distinct names")
+    return names
+
+
+def _patterns(patterns: Mapping[str, str]) -> Mapping[str, str]:
+    for pattern in patterns.values():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"must be regular expressions by modality ({error})") from error
+    return patterns
+
+
+def _rising(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
+    if any(low >= high for low, high in limits.values()):
+        raise ValueError("must be (lowest, highest) by modality")
+    return limits
+
+
+# One value stands for a tuple of it.
+_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
+_Positive = Annotated[int, Field(ge=1)]
+_Rate = Annotated[float, Field(gt=0)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+_Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
+_Names = Annotated[tuple[str, ...], _SEVERAL, AfterValidator(_distinct)]
+_Statistics = Annotated[tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct)]
+
+
+class _Part(pydantic.BaseModel):
+    """A validated, frozen model whose errors name the field by its path."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any):
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            problems = {}
+            for detail in error.errors():
+                path, cause = ".".join(map(str, detail["loc"])), detail.get("ctx", {}).get("error")
+                if isinstance(cause, RecipeError):  # of one part of the recipe, or of several
+                    problems |= {f"{path}.{inner}".lstrip("."): text for inner, text in cause.problems.items()}
+                elif detail["type"] == "extra_forbidden":
+                    problems[path] = _unknown(path, type(self).model_fields)
+                else:
+                    text = re.sub("^(Value error, )?(Input should be|Value should)?", "", detail["msg"]).strip()
+                    text = text if text.startswith("must") else f"must {'' if text.startswith('have') else 'be '}{text}"
+                    problems[path] = f"{text}. Received: {detail['input']!r}"
+            raise RecipeError(problems) from None
+
+
+def _unknown(path, known):
+    near = difflib.get_close_matches(path, known, 1)
+    near = near or [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
+    hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}."
+    return f"is no field of a recipe; {hint} Received: {path}"
+
+
+class DataRecipe(_Part):
+    """What the images of a patient are and how they are preprocessed (section IV-A).
+
+    Args:
+        modalities: Names of the image sequences; the first one is the reference modality, whose grid is the patient's.
         mask: Name of the mask's file.
-        series: Regular expressions by modality for what its DICOM series or its channel of a dataset is called,
-            where the usual names do not fit; searched in any case in the series' folder and description.
-        mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, and that
-            counts.
-        mask_from: Which mask counts where each modality has one of its own: a modality's, `"union"` or
-            `"intersection"`; `None` for the first modality's or the only one there is. Also the modality that a mask
-            was drawn on whose name does not say so; `None` for the first.
-        align: How the other modalities come onto the first one's grid: `"header"`, by position and orientation, or
-            `"rigid"`, by the rigid motion from there that fits best, for patients who moved between the sequences.
-        spacing: In-plane pixel size in mm after resampling; `None` keeps the first modality's. The distance between
-            slices is always kept.
+        series: Regular expressions by modality for the name of its DICOM series or its channel of a dataset, where
+            the usual names do not fit; searched in any case in the series' folder and description.
+        mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, which counts.
+        mask_from: Which mask counts where each modality has its own: a modality's, `"union"` or `"intersection"`;
+            `None` for the reference modality's or the only one. Also the modality that a mask was drawn on whose name
+            does not say so; `None` for the reference modality.
+        allow_missing: Segment patients of whom sequences are missing. The network must be trained for it by
+            `network.modality_dropout`.
+        align: How the other modalities are brought onto the reference grid: `"header"`, by position and orientation,
+            or `"rigid"`, by the rigid transform that fits best from there, for patients who moved.
+        spacing: In-plane pixel size in mm after resampling; `None` keeps the reference modality's. The distance
+            between slices is always kept.
         normalised_scale: `None`: each image is z-scored inside the body and clipped. A number: the images hold
             z-scores times this number and are only divided by it.
         clip: Lowest and highest z-score by modality; a modality not named here is not clipped.
-        patch_shape: Voxels of one patch, each a multiple of `2 ** len(filters)`.
-        window_stride: Step between windows; `None` for one window about the body's centre.
-        offset_fraction: Largest random shift of a training patch, as a fraction of `patch_shape`. The paper's
+
+    Raises:
+        RecipeError: A value is outside its range; a `ValueError`.
+    """
+
+    modalities: _Names = ("t1", "t2", "cet1")
+    mask: Annotated[str, Field(min_length=1)] = "mask"
+    series: Annotated[dict[str, str], AfterValidator(_patterns)] = {}
+    mask_labels: Annotated[tuple[int, ...], _SEVERAL, Field(min_length=1)] | None = None
+    mask_from: str | None = None
+    allow_missing: bool = False
+    align: Literal["header", "rigid"] = "header"
+    spacing: _Rate | None = 0.5
+    normalised_scale: _Rate | None = None
+    clip: Annotated[dict[str, tuple[float, float]], AfterValidator(_rising)] = {
+        "t1": (-2.0, 1.0),
+        "t2": (-3.0, 2.0),
+        "cet1": (-2.0, 3.5),
+    }
+
+    @pydantic.field_validator("mask")
+    @classmethod
+    def _check_mask(cls, mask, info):
+        if mask in info.data.get("modalities", ()):
+            raise ValueError("must be a name that is no modality's")
+        return mask
+
+    @pydantic.field_validator("mask_from")
+    @classmethod
+    def _check_mask_from(cls, source, info):
+        known = ("union", "intersection", *info.data.get("modalities", ()))
+        if source is not None and source not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return source
+
+
+class PatchRecipe(_Part):
+    """The 3D patches that a network sees, and their augmentation (section IV-A).
+
+    Lengths in voxels are `(depth, height, width)`.
+
+    Args:
+        shape: Voxels of one patch, each a multiple of `2 ** len(network.filters)`.
+        stride: Step between windows in voxels; `None` for one window about the body's centre.
+        offset_fraction: Largest random shift of a training patch, as a fraction of `shape`. The paper's
             `(4, 32, 32)` voxels.
         max_rotation: Largest random in-plane rotation, in degrees.
-        flip_axis: Axis mirrored with probability one half: 1 (vertical), 2 (left to right) or `None`.
-        filters: Filters of the encoder's blocks; the decoder mirrors them.
+        flip_axis: Axis flipped with probability one half: 1 (vertical), 2 (left to right) or `None`.
+
+    Raises:
+        RecipeError: A value is outside its range; a `ValueError`.
+    """
+
+    shape: tuple[_Positive, _Positive, _Positive] = (16, 256, 256)
+    stride: tuple[_Positive | None, _Positive | None, _Positive | None] = (4, None, None)
+    offset_fraction: tuple[_Fraction, _Fraction, _Fraction] = (0.25, 0.125, 0.125)
+    max_rotation: Annotated[float, Field(ge=0, le=180)] = 5.0
+    flip_axis: Literal[1, 2] | None = 1
+
+    @property
+    def max_offset(self) -> tuple[int, int, int]:
+        """Largest random shift of a training patch, in voxels `(depth, height, width)`."""
+        return tuple(round(f * n) for f, n in zip(self.offset_fraction, self.shape, strict=True))
+
+
+class NetworkRecipe(_Part):
+    """The arguments of `MMFNet` (section III); other methods use what they have of it.
+
+    Args:
+        filters: Filters of the encoder's blocks, from the finest level; the decoder mirrors them.
         reduction: Ratio `r` of the hidden layer in the channel attention.
         channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
-        spatial_statistics: The same for the spatial attention.
-        shared_mlp: One MLP for all statistics (CBAM) in place of one each.
+        spatial_statistics: Statistics of the spatial attention.
+        shared_mlp: One MLP for all statistics (CBAM) instead of one each.
         bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
-        modality_dropout: Probability with which each modality of a training patch is blanked, at least one excepted; a
-            network trained so segments patients of whom some are missing.
+        modality_dropout: Probability with which each modality of a training patch is set to zero, except one.
+
+    Raises:
+        RecipeError: A value is outside its range; a `ValueError`.
+    """
+
+    filters: _Counts = (8, 16, 32, 64)
+    reduction: _Positive = 12
+    channel_statistics: _Statistics = ("avg", "max", "std")
+    spatial_statistics: _Statistics = ("avg", "max", "std")
+    shared_mlp: bool = False
+    bottleneck: Literal["fusion", "concat"] = "fusion"
+    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class TrainingRecipe(_Part):
+    """How the networks are trained and validated (sections III-C and IV-C).
+
+    Args:
         self_transfer: Train one network per modality first and start from their encoders.
         batch_size: Patches per update.
         steps_per_epoch: Updates per epoch.
@@ -54,232 +210,148 @@ class Recipe:
         warmup_epochs: Epochs with frozen encoders after self-transfer.
         pretrain_learning_rate: Adam's learning rate for the single-modality networks, and for a network trained
             without self-transfer.
-        warmup_learning_rate: The same while the encoders are frozen.
-        learning_rate: The same afterwards.
-        schedule: How the learning rate goes on in the last stage of each training: `"constant"` as in the paper, or
-            `"cosine"`, falling to 0 at the last epoch, for trainings of few epochs.
+        warmup_learning_rate: The learning rate while the encoders are frozen.
+        learning_rate: The learning rate afterwards.
+        schedule: The learning rate in the last stage of each training: `"constant"` as in the paper, or `"cosine"`,
+            which falls to 0 at the last epoch, for trainings of few epochs.
         patience: Epochs without a better validation loss before a training ends.
         folds: Folds of the cross-validation, by patient.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
-        seed: Seed of everything random.
+        seed: Seed of the folds, the initial weights and the patches.
 
     Raises:
-        ValueError: A value is outside its range.
+        RecipeError: A value is outside its range; a `ValueError`.
+    """
+
+    self_transfer: bool = True
+    batch_size: _Positive = 8
+    steps_per_epoch: _Positive = 75
+    epochs: _Positive = 100
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    pretrain_learning_rate: _Rate = 1e-3
+    warmup_learning_rate: _Rate = 1e-3
+    learning_rate: _Rate = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    patience: _Positive = 10
+    folds: Annotated[int, Field(ge=2)] = 5
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Recipe(_Part):
+    """Every number of a run; the defaults are the paper's.
+
+    A run writes its recipe as JSON beside its results, and is repeated, resumed and applied from that file.
+
+    Args:
+        data: What preprocessing depends on.
+        patches: The patches and their augmentation.
+        network: The network.
+        training: The training and the cross-validation.
+
+    Raises:
+        RecipeError: A value is outside its range, or two do not fit together; a `ValueError`.
+
+    Example:
+
+    ```python
+    recipe = Recipe().replace({"training.epochs": 20, "data.spacing": 1.0})
+    ```
 
     Reference: Chen et al., MMFNet, sections III and IV.
     """
 
-    modalities: tuple[str, ...] = ("t1", "t2", "cet1")
-    mask: str = "mask"
-    series: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    mask_labels: tuple[int, ...] | None = None
-    mask_from: str | None = None
+    data: DataRecipe = DataRecipe()
+    patches: PatchRecipe = PatchRecipe()
+    network: NetworkRecipe = NetworkRecipe()
+    training: TrainingRecipe = TrainingRecipe()
 
-    align: str = "header"
-    spacing: float | None = 0.5
-    normalised_scale: float | None = None
-    clip: Mapping[str, tuple[float, float]] = dataclasses.field(
-        default_factory=lambda: {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
-    )
-
-    patch_shape: tuple[int, int, int] = (16, 256, 256)
-    window_stride: tuple[int | None, int | None, int | None] = (4, None, None)
-    offset_fraction: tuple[float, float, float] = (0.25, 0.125, 0.125)
-    max_rotation: float = 5.0
-    flip_axis: int | None = 1
-
-    filters: tuple[int, ...] = (8, 16, 32, 64)
-    reduction: int = 12
-    channel_statistics: tuple[str, ...] = _STATISTICS
-    spatial_statistics: tuple[str, ...] = _STATISTICS
-    shared_mlp: bool = False
-    bottleneck: str = "fusion"
-    modality_dropout: float = 0.0
-    self_transfer: bool = True
-
-    batch_size: int = 8
-    steps_per_epoch: int = 75
-    epochs: int = 100
-    warmup_epochs: int = 5
-    pretrain_learning_rate: float = 1e-3
-    warmup_learning_rate: float = 1e-3
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    patience: int = 10
-    folds: int = 5
-    validation_fraction: float = 0.25
-    mixed_precision: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-        object.__setattr__(self, "clip", {name: tuple(limits) for name, limits in self.clip.items()})
-
-        def check(name, holds, expected):
-            if not holds:
-                raise ValueError(f"`{name}` must be {expected}. Received: {name}={getattr(self, name)!r}")
-
-        def counts(values, smallest=1):
-            return all(isinstance(value, int) and value >= smallest for value in values)
-
-        check("modalities", self.modalities and len(set(self.modalities)) == len(self.modalities), "distinct names")
-        check("mask", self.mask and self.mask not in self.modalities, "a name that is no modality's")
-        for pattern in self.series.values():
-            check("series", _is_pattern(pattern), "regular expressions by modality")
-        sources = (None, "union", "intersection", *self.modalities)
-        check("mask_from", self.mask_from in sources, "'union', 'intersection' or a modality")
-        check("mask_labels", self.mask_labels is None or self.mask_labels, "None or one or more label values")
-        check("align", self.align in ("header", "rigid"), "'header' or 'rigid'")
-        check("spacing", self.spacing is None or self.spacing > 0, "positive, in mm, or None")
-        check("normalised_scale", self.normalised_scale is None or self.normalised_scale > 0, "positive or None")
-        check("clip", all(len(c) == 2 and c[0] < c[1] for c in self.clip.values()), "(lowest, highest) by modality")
-        check("filters", self.filters and counts(self.filters), "one or more positive counts")
-        factor = 2 ** len(self.filters)
-        check(
-            "patch_shape",
-            len(self.patch_shape) == 3 and counts(self.patch_shape) and all(n % factor == 0 for n in self.patch_shape),
-            f"(depth, height, width), each a positive multiple of {factor}: the network halves it "
-            f"{len(self.filters)} times",
-        )
-        check(
-            "window_stride",
-            len(self.window_stride) == 3 and counts(step for step in self.window_stride if step is not None),
-            "three positive counts or None",
-        )
-        check(
-            "offset_fraction",
-            len(self.offset_fraction) == 3 and all(0 <= f <= 1 for f in self.offset_fraction),
-            "three numbers from 0 to 1",
-        )
-        check("max_rotation", 0 <= self.max_rotation <= 180, "from 0 to 180 degrees")
-        check("flip_axis", self.flip_axis in (1, 2, None), "1, 2 or None")
-        for name in ("channel_statistics", "spatial_statistics"):
-            check(name, getattr(self, name) and set(getattr(self, name)) <= set(_STATISTICS), f"of {_STATISTICS}")
-        check("bottleneck", self.bottleneck in ("fusion", "concat"), "'fusion' or 'concat'")
-        check("modality_dropout", 0 <= self.modality_dropout < 1, "from 0 up to, but not, 1")
-        for name in ("reduction", "batch_size", "steps_per_epoch", "epochs", "patience"):
-            check(name, counts([getattr(self, name)]), "a positive count")
-        check("warmup_epochs", counts([self.warmup_epochs], smallest=0), "0 or a positive count")
-        for name in ("pretrain_learning_rate", "warmup_learning_rate", "learning_rate"):
-            check(name, getattr(self, name) > 0, "positive")
-        check("schedule", self.schedule in ("constant", "cosine"), "'constant' or 'cosine'")
-        check("folds", counts([self.folds], smallest=2), "2 or more")
-        check("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
-        check("mixed_precision", self.mixed_precision in ("auto", "off", "float16", "bfloat16"), "a known policy")
-        check("seed", counts([self.seed], smallest=0), "0 or a positive count")
+    @pydantic.model_validator(mode="after")
+    def _check(self):
+        problems = {}
+        factor = 2 ** len(self.network.filters)
+        if any(size % factor for size in self.patches.shape):
+            problems["patches.shape"] = (
+                f"must be (depth, height, width), each a positive multiple of {factor}: the network halves it "
+                f"{len(self.network.filters)} times. Received: {self.patches.shape}"
+            )
+        if self.data.allow_missing and not self.network.modality_dropout:
+            problems["data.allow_missing"] = (
+                "must go with a `network.modality_dropout` above 0, which trains the network for missing sequences. "
+                "Received: network.modality_dropout=0"
+            )
+        if problems:
+            raise RecipeError(problems)
+        return self
 
     @classmethod
-    def small(cls, **changes):
-        """A recipe for a computer without a GPU: the paper's field of view in patches of 16x64x64 voxels of 2 mm.
+    def small(cls) -> Self:
+        """A recipe for a computer without a GPU: the paper's field of view in patches of 16x64x64 voxels of 2 mm."""
+        return cls(
+            data=DataRecipe(spacing=2.0),
+            patches=PatchRecipe(shape=(16, 64, 64), flip_axis=2),
+            training=TrainingRecipe(batch_size=4, steps_per_epoch=50, epochs=40, warmup_epochs=3, learning_rate=1e-3),
+        )
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A recipe that differs in some fields.
 
         Args:
-            **changes: Fields that differ from it.
+            changes: The new values by the path of the field: `"training.epochs"`, or `"data.series.t1"` for one entry
+                of a field that holds values by modality.
 
         Returns:
-            The recipe.
+            The new `Recipe`.
+
+        Raises:
+            RecipeError: There is no such field, or a value is outside its range.
         """
-        defaults = {
-            "spacing": 2.0,
-            "patch_shape": (16, 64, 64),
-            "flip_axis": 2,
-            "batch_size": 4,
-            "steps_per_epoch": 50,
-            "epochs": 40,
-            "warmup_epochs": 3,
-            "learning_rate": 1e-3,
-        }
-        return cls(**(defaults | changes))
+        values = self.model_dump()
+        for path, value in changes.items():
+            *above, last = path.split(".")
+            inner = values
+            for name in above:
+                if not isinstance(inner, dict) or name not in inner:
+                    break
+                inner = inner[name]
+            # Only the fields that hold values by modality take new names.
+            if len(above) < 1 or not isinstance(inner, dict) or (len(above) == 1 and last not in inner):
+                known = [f"{part}.{field}" for part, fields in self.model_dump().items() for field in fields]
+                raise RecipeError({path: _unknown(path, known)})
+            inner[last] = value
+        return type(self)(**values)
 
-    @property
-    def max_offset(self):
-        """Largest random shift of a training patch, in voxels `(depth, height, width)`."""
-        return tuple(round(f * n) for f, n in zip(self.offset_fraction, self.patch_shape, strict=True))
-
-    def to_json(self):
-        """The recipe as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    def to_json(self) -> str:
+        """The recipe as JSON text, with the version of the format."""
+        return json.dumps({"format": _FORMAT, **self.model_dump(mode="json")}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> Self:
         """The recipe that `to_json` wrote.
 
         Raises:
-            ValueError: The text is not JSON, or names a field that no recipe has.
+            ValueError: The text is not JSON, is of another version, or has an unknown field or a value outside its
+                range.
         """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"a recipe must be JSON: {error}. Received: {text[:80]!r}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"a recipe must be a JSON object. Received: {text[:80]!r}")
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"a recipe has no such fields. Received: {unknown}")
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise ValueError(f'a recipe must be a JSON object with "format": {_FORMAT}. Received: {text[:80]!r}')
         return cls(**values)
 
     @classmethod
-    def load(cls, path: str | os.PathLike):
-        """The recipe in the JSON file `path`."""
+    def load(cls, path: str | os.PathLike) -> Self:
+        """The recipe in the JSON file `path`.
+
+        Raises:
+            ValueError: The file is no recipe; see `from_json`.
+            OSError: The file cannot be read.
+        """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _is_pattern(text):
-    try:
-        re.compile(text)
-    except (re.error, TypeError):
-        return False
-    return True
-
-
-def add_recipe_arguments(parser):
-    """Adds to a command line what often differs from a recipe.
-
-    Args:
-        parser: An `argparse.ArgumentParser`.
-    """
-    group = parser.add_argument_group("what differs from the recipe (see keras_mmfnet.recipe.Recipe)")
-
-    def add(flag, **options):
-        group.add_argument(flag, default=argparse.SUPPRESS, **options)
-
-    add("--mask-name", dest="mask", metavar="NAME", help="file name of the mask")
-    add("--mask-labels", nargs="+", type=int, metavar="LABEL", help="values of the mask that count as tumour")
-    add("--mask-from", metavar="MODALITY|union|intersection", help="which mask counts where each sequence has one")
-    add("--series", nargs="+", action=_Pairs, metavar="MODALITY=PATTERN",
-        help="regular expressions for the names of DICOM series")  # fmt: skip
-    add("--align", choices=("header", "rigid"), help="trust the positions in the headers, or register from there")
-    add("--normalised", dest="normalised_scale", type=float, nargs="?", const=1.0, metavar="SCALE",
-        help="the images hold z-scores already, times SCALE (1)")  # fmt: skip
-    add("--spacing", type=lambda text: None if text == "keep" else float(text), metavar="MM|keep",
-        help="in-plane pixel size, or keep the images' own")  # fmt: skip
-    add("--patch-shape", nargs=3, type=int, metavar=("D", "H", "W"), help="voxels of a patch")
-    add("--epochs", type=int, metavar="N", help="most epochs of each training")
-    add("--steps-per-epoch", type=int, metavar="N", help="updates per epoch")
-    add("--batch-size", type=int, metavar="N", help="patches per update")
-    add("--modality-dropout", type=float, metavar="P",
-        help="train for patients of whom sequences are missing: blank each with probability P")  # fmt: skip
-    add("--seed", type=int, metavar="N", help="seed of everything random")
-    add("--mixed-precision", choices=("auto", "off", "float16", "bfloat16"), help="number format on a GPU")
-
-
-class _Pairs(argparse.Action):
-    """Texts such as `t1=PATTERN` as a dict."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        pairs = dict(value.split("=", 1) for value in values if "=" in value)
-        if len(pairs) != len(values):
-            parser.error(f"{option_string}: MODALITY=PATTERN is expected. Received: {' '.join(values)}")
-        setattr(namespace, self.dest, pairs)
-
-
-def recipe_changes(parsed):
-    """The fields of a recipe among parsed arguments, by name."""
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    return {name: value for name, value in vars(parsed).items() if name in fields}

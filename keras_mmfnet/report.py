@@ -160,7 +160,7 @@ def write_run_report(directory, cases):
     rows = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["patients"]
     # From the cache, and their arrays stay on disk until they are looked at.
     patients = {
-        case.name: preprocess_case(case, recipe, directory / "cache")
+        case.name: preprocess_case(case, recipe.data, directory / "cache")
         for case in cases
         if case.name in cohort["patients"]
     }
@@ -240,7 +240,7 @@ def attention_html(directory, recipe, folds, patients):
     pictures = []
     for path in sorted(directory.glob("fold_*/mmfnet.keras"), key=_fold):
         test = [patients[name] for name in folds[_fold(path)]["test"]]
-        shares = cohort_shares(load_network(path, recipe), test, recipe)
+        shares = cohort_shares(load_network(path, recipe), test)
         pictures.append(shares_html(f"Fold {_fold(path)}", shares))
     return "\n".join(pictures)
 
@@ -280,11 +280,11 @@ def training_html(directory, recipe):
         if network == "mmfnet":
             pictures.append(figure_html(plot_training(history), f"MMFNet, {fold}."))
         else:
-            updates = [(int(row["epoch"]) + 1) * recipe.steps_per_epoch for row in history]
+            updates = [(int(row["epoch"]) + 1) * recipe.training.steps_per_epoch for row in history]
             losses = [float(row["val_loss"]) for row in history]
             single.setdefault(network, {})[fold] = updates, losses
     if single:
-        single = {modality: single[modality] for modality in recipe.modalities if modality in single}
+        single = {modality: single[modality] for modality in recipe.data.modalities if modality in single}
         pictures.append(figure_html(plot_learning_curves(single), "The networks of one modality, before MMFNet."))
     return "\n".join(pictures)
 

@@ -46,11 +46,11 @@ def pretrain_encoders(training, validation, recipe, directory):
         `{modality: path of its network}`.
     """
     directory = Path(directory)
-    paths = {modality: directory / f"{modality}.keras" for modality in recipe.modalities}
+    paths = {modality: directory / f"{modality}.keras" for modality in recipe.data.modalities}
     for modality, path in paths.items():
         if not path.exists():
             _log.info("Training the network for %s alone", modality)
-            build = functools.partial(UNet3D, modality, recipe.patch_shape, recipe.filters)
+            build = functools.partial(UNet3D, modality, recipe.patches.shape, recipe.network.filters)
             _train(build, training, validation, recipe, path)
     return paths
 
@@ -74,7 +74,7 @@ def train_mmfnet(training, validation, recipe, directory, encoders=None):
         return load_network(path, recipe)
     _log.info("Training MMFNet")
     build = functools.partial(build_mmfnet, recipe, encoders=encoders)
-    return _train(build, training, validation, recipe, path, frozen=recipe.modalities if encoders else ())
+    return _train(build, training, validation, recipe, path, frozen=recipe.data.modalities if encoders else ())
 
 
 def train_method(method, training, validation, recipe, directory):
@@ -132,9 +132,11 @@ def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=
     """
     directory = Path(directory)
     _claim(directory, recipe, resume)
-    _log.info("Computing in %s", dtype_policy(recipe.mixed_precision))
-    patients, skipped = preprocess_cases(cases, recipe, directory / "cache", on_error)
-    splits = five_folds(list(patients), recipe.folds, recipe.validation_fraction, recipe.seed)
+    _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
+    patients, skipped = preprocess_cases(cases, recipe.data, directory / "cache", on_error)
+    splits = five_folds(
+        list(patients), recipe.training.folds, recipe.training.validation_fraction, recipe.training.seed
+    )
     cohort = {
         "patients": {name: list(patient.notes) for name, patient in patients.items()},
         "skipped": skipped,
@@ -156,7 +158,7 @@ def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=
             [patients[n] for n in names] for names in dataclasses.astuple(splits[fold])
         ]
         _log.info("Fold %d: %d patients to learn from, %d to choose the best epoch, %d to test", fold, *map(len, parts))
-        encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.self_transfer else None
+        encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.training.self_transfer else None
         model = train_mmfnet(training, validation, recipe, folder, encoders)
         rows, start = [], time.monotonic()
         for patient in test:
@@ -190,7 +192,7 @@ def preprocess_cases(cases, recipe, cache, on_error=None):
     patients, skipped, start = {}, {}, time.monotonic()
     for number, case in enumerate(cases, start=1):
         try:
-            patient = preprocess_case(case, recipe, cache)
+            patient = preprocess_case(case, recipe.data, cache)
         except CaseError as error:
             if on_error is None:
                 raise
@@ -211,7 +213,7 @@ def _test(model, patient, case, recipe, folder, fold):
     path.parent.mkdir(exist_ok=True)
     write_image(mask, path)
     seconds = time.perf_counter() - start
-    truth = read_tumour(case, recipe, patient)
+    truth = read_tumour(case, recipe.data, patient)
     numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
     return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
 
@@ -235,24 +237,26 @@ def _train(build, training, validation, recipe, path, frozen=(), samples="volume
     work = path.with_name(f".{path.stem}")
 
     def start():
-        keras.utils.set_random_seed(recipe.seed)
-        return build(dtype=dtype_policy(recipe.mixed_precision))
+        keras.utils.set_random_seed(recipe.training.seed)
+        return build(dtype=dtype_policy(recipe.training.mixed_precision))
 
     fit = functools.partial(_fit, training=training, validation=validation, recipe=recipe, work=work, samples=samples)
     model, stages = start(), []
-    if frozen and recipe.warmup_epochs:
+    if frozen and recipe.training.warmup_epochs:
         for modality in frozen:
             model.encoder(modality).trainable = False
-        epochs = min(recipe.warmup_epochs, recipe.epochs)
-        stages.append(fit(model, name="encoders frozen", learning_rate=recipe.warmup_learning_rate, epochs=epochs))
+        epochs = min(recipe.training.warmup_epochs, recipe.training.epochs)
+        stages.append(
+            fit(model, name="encoders frozen", learning_rate=recipe.training.warmup_learning_rate, epochs=epochs)
+        )
         # A new model, since `fit` would start at the epoch at which it resumed the last one.
         model, warm = start(), model
         model.set_weights(warm.get_weights())
-    epochs = recipe.epochs - sum(len(stage.history) for stage in stages)
+    epochs = recipe.training.epochs - sum(len(stage.history) for stage in stages)
     if epochs > 0:
-        rate = recipe.learning_rate if frozen else recipe.pretrain_learning_rate
-        stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=recipe.schedule))
-    return _finish(model, path, stages, work, recipe.steps_per_epoch)
+        rate = recipe.training.learning_rate if frozen else recipe.training.pretrain_learning_rate
+        stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=recipe.training.schedule))
+    return _finish(model, path, stages, work, recipe.training.steps_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +287,8 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
     losses = [row["val_loss"] for row in past]
     rate = learning_rate
     if schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.steps_per_epoch)
-    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
+        rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.training.steps_per_epoch)
+    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.training.patience
     if len(past) >= epochs or stopped:
         model.load_weights(live / "backup" / "latest.weights.h5")
         return _Stage(name, rate, past, best)
@@ -307,22 +311,36 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
             save_weights_only=True,
             initial_value_threshold=min(losses, default=None),
         ),
-        _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.patience),
+        _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.training.patience),
         keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
         _KeepState(live, work),
     ]
-    modalities, first_batch = list(model.input), len(past) * recipe.steps_per_epoch
-    training = patch_dataset(training, recipe, modalities, first_batch=first_batch)
-    validation = patch_dataset(validation, recipe, modalities, training=False)
+    modalities, first_batch = list(model.input), len(past) * recipe.training.steps_per_epoch
+    training = patch_dataset(
+        training,
+        recipe.patches,
+        modalities,
+        first_batch=first_batch,
+        batch_size=recipe.training.batch_size,
+        seed=recipe.training.seed,
+    )
+    validation = patch_dataset(
+        validation,
+        recipe.patches,
+        modalities,
+        training=False,
+        batch_size=recipe.training.batch_size,
+        seed=recipe.training.seed,
+    )
     if samples == "centres":
         shape = model.patch_shape
-        training = centre_patches(training, shape, seed=recipe.seed, first_batch=first_batch)
-        validation = centre_patches(validation, shape, seed=recipe.seed)
+        training = centre_patches(training, shape, seed=recipe.training.seed, first_batch=first_batch)
+        validation = centre_patches(validation, shape, seed=recipe.training.seed)
     try:
         model.fit(
             training,
             validation_data=validation,
-            steps_per_epoch=recipe.steps_per_epoch,
+            steps_per_epoch=recipe.training.steps_per_epoch,
             epochs=epochs,
             shuffle=False,  # the dataset does
             callbacks=callbacks,

@@ -110,8 +110,10 @@ def readers_folder(tiny_cohort, tmp_path, monkeypatch):
     Path("patients").mkdir()
     for name, patient in zip(NAMES, sorted(tiny_cohort.iterdir()), strict=True):
         Path("patients", name).symlink_to(patient)
-    recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
-    model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, recipe.reduction)
+    recipe = Recipe.small().replace(
+        {"patches.shape": (4, 16, 16), "network.filters": (2, 3), "network.reduction": 2, "data.spacing": None}
+    )
+    model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, recipe.network.reduction)
     fill(model)
     Path("run/fold_0").mkdir(parents=True)
     model.save("run/fold_0/mmfnet.keras")
@@ -162,7 +164,7 @@ def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
         with pytest.raises(Parsed) as parsed:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         if "add_recipe_arguments" in source:
-            Recipe.small(**recipe_changes(parsed.value.args[0]))
+            Recipe.small().replace(recipe_changes(parsed.value.args[0]))
 
 
 # Small enough for a test; the rest of the recipe is as the commands say.

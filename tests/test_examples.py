@@ -1,7 +1,6 @@
 """The examples as a user runs them: in processes of their own."""
 
 import csv
-import dataclasses
 import importlib
 import json
 import re
@@ -81,18 +80,20 @@ def test_the_recipe_of_the_arguments(monkeypatch):
         *"--batch-size 2 --patch-shape 32 32 32 --seed 7 --mixed-precision bfloat16".split(),
         *"--normalised 1000 --spacing keep".split(),
     )
-    assert changed == Recipe.small(
-        modalities=("a", "b"),
-        mask="gtv",
-        mask_labels=(1, 4),
-        epochs=3,
-        steps_per_epoch=5,
-        batch_size=2,
-        patch_shape=(32, 32, 32),
-        seed=7,
-        mixed_precision="bfloat16",
-        normalised_scale=1000.0,
-        spacing=None,
+    assert changed == Recipe.small().replace(
+        {
+            "data.modalities": ("a", "b"),
+            "data.mask": "gtv",
+            "data.mask_labels": (1, 4),
+            "training.epochs": 3,
+            "training.steps_per_epoch": 5,
+            "training.batch_size": 2,
+            "patches.shape": (32, 32, 32),
+            "training.seed": 7,
+            "training.mixed_precision": "bfloat16",
+            "data.normalised_scale": 1000.0,
+            "data.spacing": None,
+        }
     )
 
 
@@ -106,7 +107,7 @@ def test_a_folder_that_cannot_be_written(tiny_cohort, tmp_path, monkeypatch):
 def start_of_a_run(folder, **changes):
     """A folder with the recipe of a run that is to be resumed, of networks of a few weights."""
     numbers = {"filters": (2,), "reduction": 2, "folds": 3, "epochs": 2, "steps_per_epoch": 2, "warmup_epochs": 1}
-    recipe = Recipe(**{"spacing": 4.0, "patch_shape": (16, 16, 16), "batch_size": 2, **numbers, **changes})
+    recipe = Recipe().replace({"spacing": 4.0, "patch_shape": (16, 16, 16), "batch_size": 2, **numbers, **changes})
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.to_json())
     return folder
@@ -115,10 +116,12 @@ def start_of_a_run(folder, **changes):
 @pytest.fixture
 def trained(tmp_path):
     """The folder of a run with two folds, as far as segmenting needs it."""
-    recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
+    recipe = Recipe.small().replace(
+        {"patches.shape": (4, 16, 16), "network.filters": (2, 3), "network.reduction": 2, "data.spacing": None}
+    )
     folder = tmp_path / "run"
     for fold in range(2):
-        model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, reduction=2)
+        model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, reduction=2)
         fill(model, seed=fold)
         (folder / f"fold_{fold}").mkdir(parents=True)
         model.save(folder / f"fold_{fold}" / "mmfnet.keras")
@@ -202,7 +205,7 @@ def test_a_network_that_is_damaged_or_of_another_recipe_is_named(example, traine
     network = trained / "fold_0" / "mmfnet.keras"
     arguments = ("--run", trained, "--patient", tiny_cohort / "patient_00", "--out", tmp_path / "out.nii", "--fold", 0)
     recipe = Recipe.load(trained / "recipe.json")
-    (trained / "recipe.json").write_text(dataclasses.replace(recipe, patch_shape=(4, 32, 16)).to_json())
+    (trained / "recipe.json").write_text(recipe.replace({"patches.shape": (4, 32, 16)}).to_json())
     with pytest.raises(
         SystemExit, match=rf"error: {network}: must be a network from patches \(4, 32, 16\).*Received: "
     ):
@@ -239,7 +242,7 @@ def test_a_patient_is_served_by_onnxruntime(trained, tiny_cohort, tmp_path, monk
     with pytest.raises(SystemExit, match=r"a new file in a folder that exists is expected. Received: .*b.nii"):
         run_example(monkeypatch, "serve_onnx", *arguments)
     arguments[-1] = tmp_path / "c.nii"
-    (trained / "recipe.json").write_text(Recipe.small(patch_shape=(16, 32, 16)).to_json())
+    (trained / "recipe.json").write_text(Recipe.small().replace({"patches.shape": (16, 32, 16)}).to_json())
     with pytest.raises(SystemExit, match=r"network.onnx: a network over patches \(16, 32, 16\) of .*Received: {'cet1'"):
         run_example(monkeypatch, "serve_onnx", *arguments)
     (tmp_path / "network.onnx").write_bytes(b"damaged")

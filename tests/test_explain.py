@@ -39,15 +39,15 @@ def test_a_network_that_looks_at_one_modality_listens_to_it_alone():
 
 
 def test_shares_of_a_cohort_are_those_about_the_tumours(make_case):
-    recipe = Recipe(modalities=("t1", "t2"), patch_shape=(16, 16, 16))
-    model = MMFNet(recipe.modalities, recipe.patch_shape, (2, 3), reduction=2)
+    recipe = Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (16, 16, 16)})
+    model = MMFNet(recipe.data.modalities, recipe.patches.shape, (2, 3), reduction=2)
     fill(model)
     cases = [make_case(seed=seed, shape=(24, 24, 24)) for seed in (1, 2)]
     for case in cases:
         case.mask[:] = 0
         case.mask[11, 14, 13] = 1
     del cases[1].images["t2"]
-    shares = cohort_shares(model, cases, recipe)
+    shares = cohort_shares(model, cases)
     window = tuple(slice(a, a + 16) for a in (3, 6, 5))
     for index, case in enumerate(cases):
         images = {name: case.images[name] if name in case.images else np.zeros(case.shape) for name in ("t1", "t2")}
@@ -55,7 +55,7 @@ def test_shares_of_a_cohort_are_those_about_the_tumours(make_case):
         for block, share in fusion_attention(model, inside)[2].items():
             assert shares[block]["t1"][index] == pytest.approx(share["t1"][0], rel=1e-5)
     assert shares["fusion1"]["t1"].shape == (2,)
-    _, start = tumour_window(cases[0].images, np.zeros((24, 24, 24)), recipe.patch_shape, (10, 12, 12))
+    _, start = tumour_window(cases[0].images, np.zeros((24, 24, 24)), recipe.patches.shape, (10, 12, 12))
     assert tuple(start) == (2, 4, 4)
 
 

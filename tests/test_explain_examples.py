@@ -12,8 +12,10 @@ from keras_mmfnet.recipe import Recipe
 
 @pytest.mark.filterwarnings("ignore:Please (import|use) `zoom` from the `scipy.ndimage`:DeprecationWarning")
 def test_a_patient_of_a_run_is_explained(tmp_path, monkeypatch, capsys):
-    recipe = Recipe.small(patch_shape=(4, 16, 16), filters=(2, 3), reduction=2, spacing=None)
-    model = MMFNet(recipe.modalities, recipe.patch_shape, recipe.filters, reduction=2)
+    recipe = Recipe.small().replace(
+        {"patches.shape": (4, 16, 16), "network.filters": (2, 3), "network.reduction": 2, "data.spacing": None}
+    )
+    model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, reduction=2)
     fill(model)
     run, patient, out = (tmp_path / name for name in ("run", "patient", "out"))
     (run / "fold_0").mkdir(parents=True)
@@ -21,7 +23,7 @@ def test_a_patient_of_a_run_is_explained(tmp_path, monkeypatch, capsys):
     model.save(run / "fold_0" / "mmfnet.keras")
     (run / "recipe.json").write_text(recipe.to_json())
     grid = Grid((24, 20, 6), (2.0, 2.0, 4.0), (-20.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
-    for seed, name in enumerate(recipe.modalities):
+    for seed, name in enumerate(recipe.data.modalities):
         sitk.WriteImage(grid.image(abs(random_volume(*grid.shape, seed=seed))), str(patient / f"{name}.nii.gz"))
     arguments = ("--run", run, "--patient", patient, "--out", out)
     with pytest.raises(SystemExit, match=r"a run with trained folds is expected. Received: .*--fold 3"):

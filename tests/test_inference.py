@@ -1,4 +1,3 @@
-import dataclasses
 import shutil
 
 import keras
@@ -114,7 +113,10 @@ def test_mirrored_prediction(axis):
 
 
 def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
-    case, recipe = make_case(), Recipe(modalities=("t1", "t2"), patch_shape=(16, 16, 16), flip_axis=None)
+    case, recipe = (
+        make_case(),
+        Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (16, 16, 16), "patches.flip_axis": None}),
+    )
 
     def constant(value):
         return lambda batch: np.full_like(batch["t1"], value)
@@ -150,8 +152,8 @@ def test_a_model_and_its_call_agree():
 def test_the_mask_lands_on_the_patients_own_grid(cohort):
     # The network is one that finds what is bright in cet1; each odd patient has a grid of its own per modality.
     recipe = Recipe.small()
-    case = preprocess_case(read_case_folder(cohort / "patient_01", recipe), recipe)
-    low, high = recipe.clip["cet1"]
+    case = preprocess_case(read_case_folder(cohort / "patient_01", recipe.data), recipe.data)
+    low, high = recipe.data.clip["cet1"]
 
     def bright(batch):
         return np.clip((batch["cet1"] - low) / (high - low), 0, 1)
@@ -174,20 +176,20 @@ def test_a_patient_without_some_modalities(tiny_cohort, tmp_path):
     shutil.copytree(tiny_cohort / "patient_00", folder)
     (folder / "t1.nii.gz").unlink()
     (folder / "mask.nii.gz").unlink()
-    recipe = Recipe.small(spacing=None, patch_shape=(16, 16, 16))
+    recipe = Recipe.small().replace({"data.spacing": None, "patches.shape": (16, 16, 16)})
     with pytest.raises(CaseError, match=r"t1: is missing"):
-        read_case_folder(folder, recipe, require_mask=False)
-    able = dataclasses.replace(recipe, modality_dropout=0.3)
+        read_case_folder(folder, recipe.data, require_mask=False)
+    able = recipe.replace({"network.modality_dropout": 0.3})
     with pytest.raises(CaseError, match=r"t1: is missing"):  # in training all are needed
-        read_case_folder(folder, able)
-    files = read_case_folder(folder, able, require_mask=False)
+        read_case_folder(folder, able.data)
+    files = read_case_folder(folder, able.data, require_mask=False)
     assert list(files.images) == ["t2", "cet1"]
     with pytest.raises(
         CaseError, match=r"an image of t1 is expected: .*not trained for its absence.*Received: t2, cet1"
     ):
-        preprocess_case(files, recipe)
+        preprocess_case(files, recipe.data)
 
-    case = preprocess_case(files, able, cache=tmp_path / "cache")
+    case = preprocess_case(files, able.data, cache=tmp_path / "cache")
     assert case.source.matches(Grid.from_image(sitk.ReadImage(str(folder / "t2.nii.gz"))))
     seen = []
 
@@ -201,4 +203,4 @@ def test_a_patient_without_some_modalities(tiny_cohort, tmp_path):
     for name in ("t2", "cet1"):
         (folder / f"{name}.nii.gz").unlink()
     with pytest.raises(CaseError, match="t1: is missing"):
-        read_case_folder(folder, able, require_mask=False)
+        read_case_folder(folder, able.data, require_mask=False)

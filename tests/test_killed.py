@@ -23,16 +23,18 @@ import SimpleITK as sitk
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
-RECIPE = Recipe(
-    spacing=4.0,
-    patch_shape=(16, 16, 16),
-    filters=(2,),
-    reduction=2,
-    batch_size=2,
-    steps_per_epoch=2,
-    epochs=3,
-    warmup_epochs=1,
-    folds=3,
+RECIPE = Recipe().replace(
+    {
+        "data.spacing": 4.0,
+        "patches.shape": (16, 16, 16),
+        "network.filters": (2,),
+        "network.reduction": 2,
+        "training.batch_size": 2,
+        "training.steps_per_epoch": 2,
+        "training.epochs": 3,
+        "training.warmup_epochs": 1,
+        "training.folds": 3,
+    }
 )
 # What is there when the killing may begin, and within how many seconds it happens.
 MOMENTS = (

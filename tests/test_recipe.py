@@ -8,24 +8,33 @@ from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 
 def test_the_defaults_are_the_papers():
     recipe = Recipe()
-    assert recipe.modalities == ("t1", "t2", "cet1")
-    assert recipe.spacing == 0.5
-    assert recipe.clip == {"t1": (-2, 1), "t2": (-3, 2), "cet1": (-2, 3.5)}
-    assert recipe.patch_shape == (16, 256, 256)
-    assert recipe.window_stride == (4, None, None)
-    assert recipe.max_offset == (4, 32, 32)
-    assert recipe.max_rotation == 5
-    assert (recipe.filters, recipe.reduction) == ((8, 16, 32, 64), 12)
-    assert (recipe.batch_size, recipe.steps_per_epoch, recipe.epochs, recipe.patience) == (8, 75, 100, 10)
-    assert (recipe.pretrain_learning_rate, recipe.warmup_learning_rate, recipe.learning_rate) == (1e-3, 1e-3, 1e-4)
-    assert (recipe.warmup_epochs, recipe.folds, recipe.validation_fraction) == (5, 5, 0.25)
+    assert recipe.data.modalities == ("t1", "t2", "cet1")
+    assert recipe.data.spacing == 0.5
+    assert recipe.data.clip == {"t1": (-2, 1), "t2": (-3, 2), "cet1": (-2, 3.5)}
+    assert recipe.patches.shape == (16, 256, 256)
+    assert recipe.patches.stride == (4, None, None)
+    assert recipe.patches.max_offset == (4, 32, 32)
+    assert recipe.patches.max_rotation == 5
+    assert (recipe.network.filters, recipe.network.reduction) == ((8, 16, 32, 64), 12)
+    assert (
+        recipe.training.batch_size,
+        recipe.training.steps_per_epoch,
+        recipe.training.epochs,
+        recipe.training.patience,
+    ) == (8, 75, 100, 10)
+    assert (
+        recipe.training.pretrain_learning_rate,
+        recipe.training.warmup_learning_rate,
+        recipe.training.learning_rate,
+    ) == (1e-3, 1e-3, 1e-4)
+    assert (recipe.training.warmup_epochs, recipe.training.folds, recipe.training.validation_fraction) == (5, 5, 0.25)
 
 
 def test_the_small_recipe_has_the_papers_field_of_view():
     small, paper = Recipe.small(), Recipe()
     assert [n * small.spacing for n in small.patch_shape[1:]] == [n * paper.spacing for n in paper.patch_shape[1:]]
     assert [n * small.spacing for n in small.max_offset[1:]] == [n * paper.spacing for n in paper.max_offset[1:]]
-    assert Recipe.small(epochs=3).epochs == 3
+    assert Recipe.small().replace({"training.epochs": 3}).epochs == 3
 
 
 @pytest.mark.parametrize(
@@ -33,8 +42,15 @@ def test_the_small_recipe_has_the_papers_field_of_view():
     [
         Recipe(),
         Recipe.small(),
-        Recipe(modalities=("a", "b"), mask_labels=(1, 4), spacing=None, normalised_scale=1000.0),
-        Recipe(series={"t1": "t1.*ax"}, mask_from="union", align="rigid"),
+        Recipe().replace(
+            {
+                "data.modalities": ("a", "b"),
+                "data.mask_labels": (1, 4),
+                "data.spacing": None,
+                "data.normalised_scale": 1000.0,
+            }
+        ),
+        Recipe().replace({"data.series": {"t1": "t1.*ax"}, "data.mask_from": "union", "data.align": "rigid"}),
     ],
 )
 def test_json_and_back(recipe, tmp_path):
@@ -91,7 +107,7 @@ def test_a_value_outside_its_range_is_named(field, value):
 
 
 def test_fewer_halvings_allow_smaller_steps():
-    assert Recipe(filters=(8, 16), patch_shape=(12, 20, 20)).patch_shape == (12, 20, 20)
+    assert Recipe().replace({"network.filters": (8, 16), "patches.shape": (12, 20, 20)}).patch_shape == (12, 20, 20)
 
 
 @pytest.mark.parametrize(

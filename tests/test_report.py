@@ -15,7 +15,7 @@ from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import figure_html, report_html, table_html, text_html, write_run_report
 
-RECIPE = Recipe.small(spacing=3.0, folds=3, steps_per_epoch=5)
+RECIPE = Recipe.small().replace({"data.spacing": 3.0, "training.folds": 3, "training.steps_per_epoch": 5})
 
 
 class Page(html.parser.HTMLParser):
@@ -77,10 +77,10 @@ def finished(tiny_cohort, tmp_path_factory):
     names = sorted(path.name for path in tiny_cohort.iterdir())
     files = {name: tiny_cohort / name for name in names}
     cases = [
-        Case(f"<{name}>", {m: str(path / f"{m}.nii.gz") for m in RECIPE.modalities}, str(path / "mask.nii.gz"))
+        Case(f"<{name}>", {m: str(path / f"{m}.nii.gz") for m in RECIPE.data.modalities}, str(path / "mask.nii.gz"))
         for name, path in files.items()
     ]
-    folds = five_folds([case.name for case in cases], 3, RECIPE.validation_fraction, 0)
+    folds = five_folds([case.name for case in cases], 3, RECIPE.training.validation_fraction, 0)
     folder.mkdir()
     (folder / "recipe.json").write_text(RECIPE.to_json())
     cohort = {
@@ -107,7 +107,7 @@ def finished(tiny_cohort, tmp_path_factory):
             numbers = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3, "learning_rate": 1e-3}
             history = [{"epoch": epoch, "stage": "all", **numbers} for epoch in range(3)]
             (folder / f"fold_{number}" / f"{network}_history.csv").write_text(metrics_csv(history))
-    network = MMFNet(RECIPE.modalities, RECIPE.patch_shape, (2, 3), reduction=2)
+    network = MMFNet(RECIPE.data.modalities, RECIPE.patches.shape, (2, 3), reduction=2)
     network.save(folder / "fold_1" / "mmfnet.keras")
     (folder / "metrics.json").write_text(metrics_json(rows))
     return folder, cases, rows
@@ -149,7 +149,7 @@ def test_the_report_of_a_run(finished):
 def test_what_the_cohort_is_like(finished):
     folder, cases, _ = finished
     page = Page(write_run_report(folder, cases).read_text(encoding="utf-8"))
-    patients = [preprocess_case(case, RECIPE) for case in cases]
+    patients = [preprocess_case(case, RECIPE.data) for case in cases]
     volumes = [patient.mask.sum() * 3 * 3 * 4 / 1000 for patient in patients]
     start = page.texts.index("tumour, ml")
     shown = [text for text in page.texts[start + 1 :] if text.strip()][:3]

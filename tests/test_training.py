@@ -20,21 +20,30 @@ from keras_mmfnet.models import METHODS, MMFNet, PatchCNN, UNet3D
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import cross_validate, pretrain_encoders, train_mmfnet
 
-TINY = Recipe(
-    modalities=("t1", "t2"),
-    patch_shape=(8, 8, 8),
-    filters=(2,),
-    batch_size=2,
-    steps_per_epoch=2,
-    epochs=4,
-    warmup_epochs=2,
-    learning_rate=1e-3,
+TINY = Recipe().replace(
+    {
+        "data.modalities": ("t1", "t2"),
+        "patches.shape": (8, 8, 8),
+        "network.filters": (2,),
+        "training.batch_size": 2,
+        "training.steps_per_epoch": 2,
+        "training.epochs": 4,
+        "training.warmup_epochs": 2,
+        "training.learning_rate": 1e-3,
+    }
 )
 # One small network.
-ONE = dataclasses.replace(TINY, modalities=("t1",))
+ONE = TINY.replace({"data.modalities": ("t1",)})
 # For the patients in files, in voxels of 4 mm.
-COARSE = dataclasses.replace(
-    TINY, modalities=("t1", "t2", "cet1"), patch_shape=(16, 16, 16), spacing=4.0, epochs=2, warmup_epochs=1, folds=3
+COARSE = TINY.replace(
+    {
+        "data.modalities": ("t1", "t2", "cet1"),
+        "patches.shape": (16, 16, 16),
+        "data.spacing": 4.0,
+        "training.epochs": 2,
+        "training.warmup_epochs": 1,
+        "training.folds": 3,
+    }
 )
 
 
@@ -61,7 +70,7 @@ def weights(model):
 def donors():
     """Networks to lend their encoders."""
     keras.utils.set_random_seed(1)
-    return {name: UNet3D(name, TINY.patch_shape, TINY.filters) for name in TINY.modalities}
+    return {name: UNet3D(name, TINY.patches.shape, TINY.network.filters) for name in TINY.data.modalities}
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +85,10 @@ def test_one_network_per_modality(trained):
     folder, _, _ = trained
     model = keras.models.load_model(folder / "t1.keras")
     assert isinstance(model, UNet3D)
-    assert (model.modality, model.patch_shape, model.filters) == ("t1", ONE.patch_shape, ONE.filters)
+    assert (model.modality, model.patch_shape, model.filters) == ("t1", ONE.patches.shape, ONE.network.filters)
     history = rows(folder / "t1_history.csv")
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
-    assert {float(row["learning_rate"]) for row in history} == {ONE.pretrain_learning_rate}
+    assert {float(row["learning_rate"]) for row in history} == {ONE.training.pretrain_learning_rate}
     assert {"loss", "val_loss", "dice_score", "val_average_precision"} <= set(history[0])
 
 
@@ -93,8 +102,8 @@ def test_encoders_learn_after_the_decoder_and_at_a_rate_of_their_own(trained):
     folder, _, _ = trained
     history = rows(folder / "mmfnet_history.csv")
     assert [row["stage"] for row in history] == ["encoders frozen"] * 2 + ["all"] * 2
-    assert [float(row["learning_rate"]) for row in history] == [TINY.warmup_learning_rate] * 2 + [
-        TINY.learning_rate
+    assert [float(row["learning_rate"]) for row in history] == [TINY.training.warmup_learning_rate] * 2 + [
+        TINY.training.learning_rate
     ] * 2
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
 
@@ -102,7 +111,12 @@ def test_encoders_learn_after_the_decoder_and_at_a_rate_of_their_own(trained):
 def test_the_best_epoch_is_kept(trained):
     folder, (_, validation), model = trained
     model.compile(loss=training.DiceLoss())
-    loss = model.evaluate(training.patch_dataset(validation, TINY, training=False), verbose=0)
+    loss = model.evaluate(
+        training.patch_dataset(
+            validation, TINY.patches, training=False, batch_size=TINY.training.batch_size, seed=TINY.training.seed
+        ),
+        verbose=0,
+    )
     assert loss == pytest.approx(min(float(row["val_loss"]) for row in rows(folder / "mmfnet_history.csv")), abs=1e-5)
 
 
@@ -151,7 +165,9 @@ print([bool(numpy.array_equal(a, b)) for a, b in zip(one, other, strict=True)])
 
 def test_the_same_seed_gives_the_same_weights(tiny_cohort, tmp_path):
     """To the last bit, with the backend in its deterministic mode, which needs a process of its own."""
-    (tmp_path / "recipe.json").write_text(dataclasses.replace(COARSE, modalities=("t1", "t2"), epochs=1).to_json())
+    (tmp_path / "recipe.json").write_text(
+        COARSE.replace({"data.modalities": ("t1", "t2"), "training.epochs": 1}).to_json()
+    )
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     done = subprocess.run(
@@ -167,7 +183,7 @@ def test_the_same_seed_gives_the_same_weights(tiny_cohort, tmp_path):
 
 def test_the_encoders_are_frozen_first(patients, tmp_path):
     lent = donors()
-    model = train_mmfnet(*patients, dataclasses.replace(TINY, epochs=2), tmp_path, lent)
+    model = train_mmfnet(*patients, TINY.replace({"training.epochs": 2}), tmp_path, lent)
     for name, donor in lent.items():
         for one, other in zip(weights(model.encoder(name)), weights(donor.encoder(name)), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -175,8 +191,14 @@ def test_the_encoders_are_frozen_first(patients, tmp_path):
 
 
 def test_training_learns(patients, tmp_path):
-    recipe = dataclasses.replace(
-        ONE, filters=(4,), epochs=3, steps_per_epoch=40, batch_size=4, pretrain_learning_rate=0.03
+    recipe = ONE.replace(
+        {
+            "network.filters": (4,),
+            "training.epochs": 3,
+            "training.steps_per_epoch": 40,
+            "training.batch_size": 4,
+            "training.pretrain_learning_rate": 0.03,
+        }
     )
     paths = pretrain_encoders(*patients, recipe, tmp_path)
     case = patients[1][0]
@@ -192,15 +214,15 @@ def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training._Seconds, "on_epoch_begin", watch, raising=True)
     monkeypatch.setattr(training._Seconds, "on_epoch_end", lambda self, epoch, logs: logs.update(seconds=1.0))
-    train_mmfnet(*patients, dataclasses.replace(TINY, schedule="cosine"), tmp_path, donors())
+    train_mmfnet(*patients, TINY.replace({"training.schedule": "cosine"}), tmp_path, donors())
     # Two epochs frozen at a constant rate; then two epochs, of which the second starts half way down.
-    expected = [TINY.warmup_learning_rate] * 2 + [TINY.learning_rate, TINY.learning_rate / 2]
+    expected = [TINY.training.warmup_learning_rate] * 2 + [TINY.training.learning_rate, TINY.training.learning_rate / 2]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     written = [float(row["learning_rate"]) for row in rows(tmp_path / "mmfnet_history.csv")]
     np.testing.assert_allclose(written, expected, rtol=1e-5)
 
 
-THREE = dataclasses.replace(TINY, modalities=("t1", "t2", "cet1"))
+THREE = TINY.replace({"data.modalities": ("t1", "t2", "cet1")})
 
 
 @pytest.fixture
@@ -242,7 +264,7 @@ def test_the_other_methods_train(name, three, tmp_path, no_second_training):
     method = METHODS[name]
     network = training.train_method(method, *three, THREE, tmp_path)
     history = rows(tmp_path / f"{name}_history.csv")
-    assert len(history) == THREE.epochs
+    assert len(history) == THREE.training.epochs
     assert all(np.isfinite(float(row["val_loss"])) for row in history)
     again = training.train_method(method, *three, THREE, tmp_path)
     for one, other in zip(weights(network), weights(again), strict=True):
@@ -263,8 +285,14 @@ def no_second_training(monkeypatch):
 
 def test_a_patch_classifier_learns(patients, tmp_path):
     """On patients whose tumour is bright."""
-    recipe = dataclasses.replace(
-        TINY, modalities=("t1",), epochs=3, steps_per_epoch=30, batch_size=4, pretrain_learning_rate=0.01
+    recipe = TINY.replace(
+        {
+            "data.modalities": ("t1",),
+            "training.epochs": 3,
+            "training.steps_per_epoch": 30,
+            "training.batch_size": 4,
+            "training.pretrain_learning_rate": 0.01,
+        }
     )
     method = dataclasses.replace(
         METHODS["patch_cnn_t1"], build=lambda recipe, dtype, encoders=None: PatchCNN("t1", (6, 6), (8, 16), dtype)
@@ -295,7 +323,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, m
     resumed = train_mmfnet(*parts, TINY, tmp_path, donors())
 
     # No epoch but one that was not kept is done again.
-    assert len(ends) == TINY.epochs + (not kept)
+    assert len(ends) == TINY.training.epochs + (not kept)
     history, expected = (rows(path / "mmfnet_history.csv") for path in (tmp_path, folder))
     for row, other in zip(history, expected, strict=True):
         assert row.pop("stage") == other.pop("stage")
@@ -313,18 +341,18 @@ def test_a_training_on_a_full_disk(patients, tmp_path, monkeypatch):
     assert not (tmp_path / "t1.keras").exists()
     monkeypatch.undo()
     pretrain_encoders(*patients, ONE, tmp_path)
-    assert len(rows(tmp_path / "t1_history.csv")) == ONE.epochs
+    assert len(rows(tmp_path / "t1_history.csv")) == ONE.training.epochs
 
 
 # Without a learning rate worth the name only the batch normalization's statistics move, and soon no more.
-STILL = dataclasses.replace(ONE, pretrain_learning_rate=1e-12, patience=2, epochs=50)
+STILL = ONE.replace({"training.pretrain_learning_rate": 1e-12, "training.patience": 2, "training.epochs": 50})
 
 
 def test_early_stopping_counts_the_epochs_before_an_interruption(patients, tmp_path, monkeypatch):
     pretrain_encoders(*patients, STILL, tmp_path / "undisturbed")
     losses = [float(row["val_loss"]) for row in rows(tmp_path / "undisturbed" / "t1_history.csv")]
     assert len(losses) < 50
-    assert losses.index(min(losses)) == len(losses) - 1 - STILL.patience
+    assert losses.index(min(losses)) == len(losses) - 1 - STILL.training.patience
 
     keep = training._KeepState.on_epoch_end
 
@@ -360,7 +388,7 @@ def no_training(monkeypatch):
 def run(tiny_cohort, tmp_path_factory):
     """The folder and the rows of a cross-validation, one fold of three."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, cross_validate(find_cases(tiny_cohort, COARSE), COARSE, folder, folds=[1])
+    return folder, cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder, folds=[1])
 
 
 def test_a_run_leaves_what_is_needed(run, tiny_cohort):
@@ -400,7 +428,9 @@ def test_the_numbers_are_those_of_the_written_masks(run, tiny_cohort):
 def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
     folder, result = run
     recipe = Recipe.load(folder / "recipe.json")
-    case = preprocess_case(read_case_folder(tiny_cohort / result[0]["patient"], recipe, require_mask=False), recipe)
+    case = preprocess_case(
+        read_case_folder(tiny_cohort / result[0]["patient"], recipe.data, require_mask=False), recipe.data
+    )
     mask, _ = segment_case(keras.models.load_model(folder / "fold_1" / "mmfnet.keras"), case, recipe)
     written = sitk.ReadImage(str(folder / "fold_1" / "masks" / f"{result[0]['patient']}.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(written))
@@ -408,33 +438,33 @@ def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
 
 def test_a_finished_fold_is_not_done_again(run, tiny_cohort, no_training):
     folder, result = run
-    assert cross_validate(find_cases(tiny_cohort, COARSE), COARSE, folder, folds=[1], resume=True) == result
+    assert cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder, folds=[1], resume=True) == result
 
 
 def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
     folder, _ = run
     with pytest.raises(ValueError, match=r"must hold no run.*Received: .*recipe\.json"):
-        cross_validate(find_cases(tiny_cohort, COARSE), COARSE, folder)
+        cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder)
 
 
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
-    other = dataclasses.replace(COARSE, epochs=7, spacing=3.0)
+    other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})
     with pytest.raises(
         ValueError, match=r"another recipe\. Received: spacing: 4.0 before, 3.0 now; epochs: 2 before, 7"
     ):
-        cross_validate(find_cases(tiny_cohort, COARSE), other, folder, resume=True)
+        cross_validate(find_cases(tiny_cohort, COARSE.data), other, folder, resume=True)
 
 
 def test_other_patients_are_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
     with pytest.raises(ValueError, match="other patients"):
-        cross_validate(find_cases(tiny_cohort, COARSE)[1:], COARSE, folder, resume=True)
+        cross_validate(find_cases(tiny_cohort, COARSE.data)[1:], COARSE, folder, resume=True)
 
 
 def test_an_unknown_fold_is_refused(tiny_cohort, tmp_path, no_training):
     with pytest.raises(ValueError, match=r"from 0 to 2\. Received: \[3\]"):
-        cross_validate(find_cases(tiny_cohort, COARSE), COARSE, tmp_path, folds=[3])
+        cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, tmp_path, folds=[3])
 
 
 # --- bad patients
@@ -491,7 +521,7 @@ def bad_cohort(request, tiny_cohort, tmp_path):
 def test_a_bad_patient_stops_the_run_with_its_name(bad_cohort, tmp_path, no_training):
     folder, file = bad_cohort
     with pytest.raises(CaseError, match=rf"^patient_03: .*{file}.*Received: "):
-        cross_validate(find_cases(folder, COARSE), COARSE, tmp_path / "run")
+        cross_validate(find_cases(folder, COARSE.data), COARSE, tmp_path / "run")
 
 
 def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path, monkeypatch):
@@ -504,7 +534,7 @@ def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "pretrain_encoders", stop)
     errors = []
-    cases = find_cases(folder, COARSE, on_error=errors.append)
+    cases = find_cases(folder, COARSE.data, on_error=errors.append)
     with pytest.raises(KeyboardInterrupt):
         cross_validate(cases, COARSE, tmp_path / "run", on_error=errors.append)
     assert trained
@@ -514,11 +544,11 @@ def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path, monkeypatch):
 
 
 def test_too_few_patients_for_the_folds(tiny_cohort, tmp_path, no_training):
-    recipe = dataclasses.replace(COARSE, folds=7)
+    recipe = COARSE.replace({"training.folds": 7})
     with pytest.raises(ValueError, match=r"7 folds.*Received: 6"):
-        cross_validate(find_cases(tiny_cohort, recipe), recipe, tmp_path)
+        cross_validate(find_cases(tiny_cohort, recipe.data), recipe, tmp_path)
 
 
 def test_an_empty_folder(tmp_path):
     with pytest.raises(ValueError, match=r"one folder per patient.*Received: "):
-        find_cases(tmp_path, COARSE)
+        find_cases(tmp_path, COARSE.data)

@@ -18,10 +18,10 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.images import Volume, read_image
 from keras_mmfnet.data.registration import Motion
 
-# A cache entry depends on these fields of the recipe, on the files' contents and on this number, which goes up when
+# A cache entry depends on these fields of a `DataRecipe`, on the files' contents and on this number, which goes up when
 # preprocessing or the layout of an entry changes.
 _FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 4
+_VERSION = 5
 
 
 def key(case, recipe):
@@ -29,8 +29,6 @@ def key(case, recipe):
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
     settings = {name: getattr(recipe, name) for name in _FIELDS}
-    # Registration alone draws at random.
-    settings["seed"] = recipe.seed if recipe.align == "rigid" else None
     content = json.dumps(
         [_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
         sort_keys=True,

@@ -40,9 +40,9 @@ def find_cases(directory, recipe, require_mask=True, on_error=None):
 
     Args:
         directory: The folder.
-        recipe: A `Recipe`.
+        recipe: A `DataRecipe`.
         require_mask: Whether a patient without a mask is an error. If not, one without some of the modalities is none
-            either, where the recipe has a `modality_dropout`.
+            either, where the recipe has `allow_missing`.
         on_error: Called with the `CaseError` of each patient that lacks something; that patient is then left out.
             `None`: the first such error is raised.
 
@@ -87,9 +87,9 @@ def read_case_folder(folder, recipe, require_mask=True):
 
     Args:
         folder: The patient's folder; its name is the patient's name.
-        recipe: A `Recipe`, which says what the files are called.
-        require_mask: Whether a missing mask is an error; if not, neither are missing modalities, where the recipe has a
-            `modality_dropout`.
+        recipe: A `DataRecipe`, which says what the files are called.
+        require_mask: Whether a missing mask is an error; if not, neither are missing modalities, where the recipe has
+            `allow_missing`.
 
     Returns:
         A `Case`.
@@ -127,7 +127,7 @@ def _read_folder(folder, recipe, require_mask):
 
 def _may_be_missing(recipe, require_mask):
     """Whether a patient may lack modalities: one to be segmented, by a network that was trained for it."""
-    return recipe.modality_dropout > 0 and not require_mask
+    return recipe.allow_missing and not require_mask
 
 
 def _find_file(folder, names, stems):

@@ -20,19 +20,21 @@ if keras.backend.backend() != "tensorflow":
     tf.config.set_visible_devices([], "GPU")
 
 
-def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
+def patch_dataset(cases, recipe, modalities=None, batch_size=8, training=True, seed=0, first_batch=0):
     """Batches of 3D patches of preprocessed patients, as a `tf.data.Dataset` on every backend (section IV-A).
 
     For training, every pass over the windows of all patients goes through them in a random order; each window is
     moved by a random offset, rotated in plane and mirrored, the same for all modalities and the mask, and the batches
-    never end. Every batch is a function of `recipe.seed` and its number alone. Otherwise each window comes once, as it
+    never end. Every batch is a function of `seed` and its number alone. Otherwise each window comes once, as it
     is. The patients' voxels that any window can reach are held once, in float16.
 
     Args:
         cases: `PreprocessedCase`s with a mask.
-        recipe: The `Recipe`; its patch shape, windows, augmentation, batch size and seed count here.
-        modalities: Names of the modalities in the batches; `None` for all of the recipe's.
+        recipe: The `PatchRecipe`: shape, windows and augmentation.
+        modalities: Names of the modalities in the batches; `None` for all of the first patient's.
+        batch_size: Patches per batch.
         training: Random and endless, or each window once.
+        seed: Seed of the order of the windows and of the augmentation.
         first_batch: Number of the batch to start from, to resume a training.
 
     Returns:
@@ -46,9 +48,9 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
             all windows in part.
     """
     cases = list(cases)
-    modalities = tuple(modalities or recipe.modalities)
     if not cases:
         raise ValueError("`cases` must hold at least one patient. Received: []")
+    modalities = tuple(modalities or cases[0].images)
     without = [case.name for case in cases if case.mask is None]
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
@@ -64,18 +66,18 @@ def patch_dataset(cases, recipe, modalities=None, training=True, first_batch=0):
         return _turn(box, angle, mirrored, margin, recipe)
 
     def random_patch(sample):
-        window, offset, angle, mirrored = _draw(sample, len(windows), recipe)
+        window, offset, angle, mirrored = _draw(sample, len(windows), recipe, seed)
         return _split(turn(_cut(volume, windows[window], offset, margin, recipe), angle, mirrored), modalities)
 
     def patch(sample):
         return _split(_cut(volume, windows[sample], np.zeros(3, int), np.zeros(2, int), recipe), modalities)
 
     if training:
-        samples = tf.data.Dataset.range(first_batch * recipe.batch_size, np.iinfo(np.int64).max)
+        samples = tf.data.Dataset.range(first_batch * batch_size, np.iinfo(np.int64).max)
     else:
-        samples = tf.data.Dataset.range(first_batch * recipe.batch_size, len(windows))
+        samples = tf.data.Dataset.range(first_batch * batch_size, len(windows))
     patches = samples.map(random_patch if training else patch, num_parallel_calls=tf.data.AUTOTUNE)
-    return patches.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
+    return patches.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
 def centre_patches(dataset, patch_shape, count=16, seed=0, first_batch=0):
@@ -128,7 +130,7 @@ def _margin(recipe):
     Half of what its bounding box has more than the patch, and one pixel to interpolate with.
     """
     sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
-    return np.ceil(sine / 2 * np.array(recipe.patch_shape[:0:-1])).astype(int) + 1
+    return np.ceil(sine / 2 * np.array(recipe.shape[:0:-1])).astype(int) + 1
 
 
 def _pack(cases, recipe, modalities, training):
@@ -138,12 +140,10 @@ def _pack(cases, recipe, modalities, training):
         The voxels, float16 `(height, width, slices, modalities + 1)` with the mask last, and the windows, int32
         `(windows, 5)`: first slice, row and column of each, and the first and last slice at which it may begin.
     """
-    starts = [
-        np.array(window_starts(case.shape, recipe.patch_shape, recipe.window_stride, case.centre)) for case in cases
-    ]
-    _warn(cases, starts, recipe.patch_shape)
+    starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
+    _warn(cases, starts, recipe.shape)
 
-    depth, *plane = recipe.patch_shape
+    depth, *plane = recipe.shape
     margin = _margin(recipe) + recipe.max_offset[1:] if training else np.zeros(2, int)
     reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
     slices = [max(case.shape[0], depth) for case in cases]
@@ -180,19 +180,19 @@ def _warn(cases, starts, patch_shape):
         warnings.warn(f"part of the tumour lies outside all windows: {', '.join(outside)}", stacklevel=3)
 
 
-def _draw(sample, windows, recipe):
+def _draw(sample, windows, recipe, seed):
     """The random window, offset, angle and mirroring of one training patch: a function of its number."""
     # Every pass over the windows has an order of its own.
-    order = tf.stack([recipe.seed, sample // windows])
+    order = tf.stack([seed, sample // windows])
     window = tf.random.experimental.index_shuffle(sample % windows, order, windows - 1)
-    numbers = tf.random.stateless_uniform([5], tf.stack([recipe.seed, sample]), -1.0, 1.0)
+    numbers = tf.random.stateless_uniform([5], tf.stack([seed, sample]), -1.0, 1.0)
     offset = tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32)
     return window, offset, numbers[3] * math.radians(recipe.max_rotation), numbers[4] > 0
 
 
 def _cut(volume, window, offset, margin, recipe):
     """A window of the packed patients, moved, with a margin: float32 `(height, width, depth, modalities + 1)`."""
-    depth, height, width = recipe.patch_shape
+    depth, height, width = recipe.shape
     top = tf.clip_by_value(window[0] + offset[0], window[3], window[4])
     row, column = tf.unstack(window[1:3] + offset[1:] - margin)
     height, width = height + 2 * margin[0], width + 2 * margin[1]
@@ -205,7 +205,7 @@ def _turn(box, angle, mirrored, margin, recipe):
 
     All slices and modalities of a pixel move together and lie together, so each of its four neighbours is one row.
     """
-    _, height, width = recipe.patch_shape
+    _, height, width = recipe.shape
     middle = np.array([(height - 1) / 2, (width - 1) / 2], np.float32)
     y = np.arange(height, dtype=np.float32)[:, None] - middle[0]
     x = np.arange(width, dtype=np.float32) - middle[1]

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ def preprocess_case(case, recipe, cache=None):
 
     Args:
         case: A `Case`.
-        recipe: A `Recipe`.
+        recipe: A `DataRecipe`.
         cache: A folder in which the result is kept and looked up, under a name made of the files' contents and of the
             recipe. The arrays are then read-only and lie in the file system's memory, once for all processes.
 
@@ -37,7 +36,7 @@ def preprocess_case(case, recipe, cache=None):
         A `PreprocessedCase`: float32 images and a uint8 mask {0, 1}, each `(depth, height, width)`.
 
     Raises:
-        CaseError: A modality is missing, and the recipe has no `modality_dropout`; a file is damaged or not a 3D image
+        CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
             of finite numbers; an image is constant, in all or inside the body; an image lies outside the first one's
             field of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of the
             labels wanted.
@@ -47,13 +46,13 @@ def preprocess_case(case, recipe, cache=None):
     present = tuple(modality for modality in recipe.modalities if modality in case.images)
     if present != recipe.modalities:
         missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
-        if not (present and recipe.modality_dropout):
+        if not (present and recipe.allow_missing):
             raise CaseError(
-                f"{case.name}: an image of {missing} is expected: the network was not trained for its absence "
-                f"(`modality_dropout` is {recipe.modality_dropout:g}). Received: {', '.join(case.images) or 'no image'}"
+                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was trained "
+                f"with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
             )
         mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
-        recipe = dataclasses.replace(recipe, modalities=present, mask_from=mask_from)
+        recipe = recipe.model_copy(update={"modalities": present, "mask_from": mask_from})
     if cache is None:
         return _preprocess(case, recipe)
     entry = Path(cache) / _cache.key(case, recipe)
@@ -90,7 +89,7 @@ def _preprocess_in(pool, case, recipe):
             if coverage < 0.5:
                 notes.append(f"{modality}: covers {coverage:.0%} of the field of view of {first}; the rest is filled")
             if recipe.align == "rigid":
-                motions[modality], note = _find_motion(fixed, image, recipe.seed, f"{case.name}: {modality}", where)
+                motions[modality], note = _find_motion(fixed, image, f"{case.name}: {modality}", where)
                 image = moved(image, motions[modality])
                 notes.append(f"{modality}: {note}")
         lowest = _require_contrast(sitk.GetArrayViewFromImage(image), where)
@@ -107,10 +106,10 @@ def _preprocess_in(pool, case, recipe):
     return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), motions)
 
 
-def _find_motion(fixed, image, seed, name, where):
+def _find_motion(fixed, image, name, where):
     """The rigid motion that brings an image onto the first modality's, and a note on it."""
     try:
-        motion, gain = register_rigid(fixed, image, seed, name)
+        motion, gain = register_rigid(fixed, image, name=name)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise CaseError(f"{where}: must be an image that can be aligned. Received: {reason}") from error
@@ -347,7 +346,7 @@ def read_tumour(case, recipe, preprocessed):
 
     Args:
         case: A `Case` with a mask.
-        recipe: The `Recipe`, whose `mask_labels` and `mask_from` choose what counts as tumour.
+        recipe: The `DataRecipe`, whose `mask_labels` and `mask_from` choose what counts as tumour.
         preprocessed: The `PreprocessedCase` of the same patient: its `source` is the grid, its `motions` bring masks
             drawn on other modalities there.
 

@@ -110,7 +110,7 @@ def load_network(path, recipe=None):
     if recipe is not None and not _is_over(recipe, model):
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
         raise ValueError(
-            f"{path}: must be a network from patches {tuple(recipe.patch_shape)} of {', '.join(recipe.modalities)} to "
+            f"{path}: must be a network from patches {tuple(recipe.patches.shape)} of {', '.join(recipe.data.modalities)} to "
             f"their probabilities, as the recipe says. Received: the {type(model).__name__} of {shapes}"
         )
     return model
@@ -118,11 +118,11 @@ def load_network(path, recipe=None):
 
 def _is_over(recipe, model):
     """Whether a network takes the recipe's patches, or such of any size, and gives one number per voxel."""
-    if not isinstance(inputs := getattr(model, "input", None), dict) or set(inputs) != set(recipe.modalities):
+    if not isinstance(inputs := getattr(model, "input", None), dict) or set(inputs) != set(recipe.data.modalities):
         return False
     shapes = [tensor.shape for tensor in (*inputs.values(), *keras.tree.flatten(model.output))]
-    wanted = (None, *recipe.patch_shape, 1)
-    return len(shapes) == len(recipe.modalities) + 1 and all(
+    wanted = (None, *recipe.patches.shape, 1)
+    return len(shapes) == len(recipe.data.modalities) + 1 and all(
         len(shape) == 5 and all(size in (None, want) for size, want in zip(shape, wanted, strict=True))
         for shape in shapes
     )

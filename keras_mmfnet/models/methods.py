@@ -22,7 +22,7 @@ class Method:
             self-transfer) to the network that is trained: a `keras.Model` from
             `{modality: (batch, depth, height, width, 1)}` to probabilities of the same shape, or a classifier of 2D
             patches.
-        changes: Fields of the recipe that differ for this method; the modalities above all.
+        changes: What differs for this method by the path of the recipe's field; `data.modalities` above all.
         encoders: By modality, the name of the method that lends its encoder; empty without self-transfer.
         samples: What the network learns from: `"volumes"`, 3D patches and their masks, or `"centres"`, 2D patches and
             the class of their centre.
@@ -43,11 +43,11 @@ class Method:
 
     def adapt(self, recipe):
         """The recipe as this method follows it."""
-        return dataclasses.replace(recipe, **self.changes)
+        return recipe.replace(self.changes)
 
     def over_volumes(self, network, recipe):
         """The trained network as one over volumes, for `predict_volume`."""
-        return SliceWise3D(network, recipe.patch_shape) if self.samples == "centres" else network
+        return SliceWise3D(network, recipe.patches.shape) if self.samples == "centres" else network
 
 
 METHODS: dict[str, Method] = {}
@@ -86,43 +86,37 @@ def build_mmfnet(recipe, dtype, encoders=None):
         The `MMFNet`.
     """
     settings = {
-        "modalities": recipe.modalities,
-        "patch_shape": recipe.patch_shape,
-        "filters": recipe.filters,
-        "reduction": recipe.reduction,
-        "channel_statistics": recipe.channel_statistics,
-        "spatial_statistics": recipe.spatial_statistics,
-        "shared_mlp": recipe.shared_mlp,
-        "bottleneck": recipe.bottleneck,
-        "modality_dropout": recipe.modality_dropout,
+        "modalities": recipe.data.modalities,
+        "patch_shape": recipe.patches.shape,
+        **recipe.network.model_dump(),
         "dtype": dtype,
     }
     return MMFNet.from_pretrained_encoders(encoders, **settings) if encoders else MMFNet(**settings)
 
 
 def _patch_cnn(recipe, dtype, encoders=None):
-    return PatchCNN(recipe.modalities[0], dtype=dtype)
+    return PatchCNN(recipe.data.modalities[0], dtype=dtype)
 
 
 def _siamese_patch_cnn(recipe, dtype, encoders=None):
-    return SiamesePatchCNN(recipe.modalities, dtype=dtype)
+    return SiamesePatchCNN(recipe.data.modalities, dtype=dtype)
 
 
 def _unet2d(recipe, dtype, encoders=None):
-    network = UNet2D(recipe.modalities[0], recipe.patch_shape[1:], recipe.filters, dtype=dtype)
-    return SliceWise3D(network, recipe.patch_shape)
+    network = UNet2D(recipe.data.modalities[0], recipe.patches.shape[1:], recipe.network.filters, dtype=dtype)
+    return SliceWise3D(network, recipe.patches.shape)
 
 
 def _unet3d(recipe, dtype, encoders=None):
-    return UNet3D(recipe.modalities[0], recipe.patch_shape, recipe.filters, dtype=dtype)
+    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, recipe.network.filters, dtype=dtype)
 
 
 def _single_encoder(recipe, dtype, encoders=None):
-    return SingleEncoderUNet3D(recipe.modalities, recipe.patch_shape, recipe.filters, dtype=dtype)
+    return SingleEncoderUNet3D(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, dtype=dtype)
 
 
 def _multi_encoder(recipe, dtype, encoders=None):
-    return MultiEncoderUNet3D(recipe.modalities, recipe.patch_shape, recipe.filters, dtype=dtype)
+    return MultiEncoderUNet3D(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, dtype=dtype)
 
 
 def _register_rows():
@@ -132,7 +126,10 @@ def _register_rows():
     def row(name, title, build, modalities, paper, encoders=(), samples="volumes", **changes):
         numbers = dict(zip(("dsc", "ap", "dice_loss"), paper, strict=True))
         donors = {modality: f"unet3d_{modality}" for modality in encoders}
-        register_method(Method(name, title, build, {"modalities": modalities, **changes}, donors, samples, numbers))
+        changes = {f"network.{field}": value for field, value in changes.items()}
+        register_method(
+            Method(name, title, build, {"data.modalities": modalities, **changes}, donors, samples, numbers)
+        )
 
     single = (
         # By modality: the paper's patch CNN, 2D and 3D U-net.

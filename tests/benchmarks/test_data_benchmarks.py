@@ -23,9 +23,9 @@ def monai_preprocessing(benchmarks):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_both_ways_of_preprocessing_see_the_same_patient(monai_preprocessing, tmp_path):
-    recipe = Recipe(spacing=1.0)
+    recipe = Recipe().replace({"data.spacing": 1.0})
     files = monai_preprocessing.write_patient(tmp_path, slices=6)
-    ours = preprocess_case(files, recipe)
+    ours = preprocess_case(files, recipe.data)
     theirs = monai_preprocessing.monai_transform(recipe)(files)
     for name, image in ours.images.items():
         other = np.asarray(theirs[name])[0].T
@@ -37,7 +37,7 @@ def test_both_ways_of_preprocessing_see_the_same_patient(monai_preprocessing, tm
 def test_our_batches(benchmarks):
     import pipeline
 
-    recipe = Recipe(batch_size=2)
+    recipe = Recipe().replace({"training.batch_size": 2})
     images, mask = next(pipeline.ours(pipeline.make_cases(1), recipe))
     assert mask.shape == (2, 16, 256, 256, 1)
     assert set(images) == {"t1", "t2", "cet1"}

@@ -18,7 +18,7 @@ from keras_mmfnet.models import METHODS, Method, UNet3D, register_method
 
 
 def build(recipe, dtype, encoders=None):
-    return UNet3D(recipe.modalities[0], recipe.patch_shape, (3,), dtype=dtype)
+    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, (3,), dtype=dtype)
 
 
 if "mine" not in METHODS:
@@ -34,7 +34,7 @@ def script(benchmarks, monkeypatch):
 
     def tiny(parsed):
         changes = {"filters": (2,), "warmup_epochs": 1, "batch_size": 2, "patch_shape": (16, 16, 16), "spacing": 4.0}
-        return dataclasses.replace(choose(parsed), **changes)
+        return choose(parsed).replace(changes)
 
     monkeypatch.setattr(module, "choose_recipe", tiny)
     monkeypatch.setattr(registry, "METHODS", METHODS)
@@ -104,8 +104,12 @@ def test_every_update_is_made_and_none_stops_early(benchmarks):
     script = importlib.import_module("reproduce_tables")
     parsed = script.parse_arguments(["--data", "x", "--out", "y", "--epochs", "7", "--learning-rate", "0.002"])
     recipe = script.choose_recipe(parsed)
-    assert (recipe.epochs, recipe.patience, recipe.schedule) == (7, 7, "cosine")
-    assert (recipe.pretrain_learning_rate, recipe.warmup_learning_rate, recipe.learning_rate) == (0.002, 0.002, 0.0002)
+    assert (recipe.training.epochs, recipe.training.patience, recipe.training.schedule) == (7, 7, "cosine")
+    assert (
+        recipe.training.pretrain_learning_rate,
+        recipe.training.warmup_learning_rate,
+        recipe.training.learning_rate,
+    ) == (0.002, 0.002, 0.0002)
     assert script.choose_recipe(script.parse_arguments(["--data", "x", "--out", "y", "--paper"])) == Recipe()
     assert [method.name for method in parsed.methods][:23] == list(METHODS)
 
@@ -114,7 +118,10 @@ def test_self_transfer_at_one_rate(script, benchmarks, monkeypatch):
     monkeypatch.setattr(registry, "METHODS", METHODS)
     try:
         script.import_file(benchmarks / "transfer_rate.py")
-        method, recipe = METHODS["mmfnet_transfer_fast"], Recipe(pretrain_learning_rate=1e-2, learning_rate=1e-3)
+        method, recipe = (
+            METHODS["mmfnet_transfer_fast"],
+            Recipe().replace({"training.pretrain_learning_rate": 1e-2, "training.learning_rate": 1e-3}),
+        )
         assert method.adapt(recipe).learning_rate == 1e-2
         assert method.encoders == METHODS["mmfnet_mlp_std_transfer"].encoders
         assert METHODS["mmfnet_mlp_std_transfer"].adapt(recipe).learning_rate == 1e-3
@@ -174,8 +181,15 @@ def test_a_method_is_claimed_by_one_process(script, tmp_path):
 def test_a_peer_goes_on_after_an_interruption(benchmarks, make_case, tmp_path, monkeypatch):
     peers = importlib.import_module("monai_peers")
     peer = peers.Peer("tiny", "Tiny", small_peer)
-    recipe = Recipe(
-        modalities=("t1", "t2"), patch_shape=(16, 16, 16), batch_size=2, steps_per_epoch=2, epochs=3, schedule="cosine"
+    recipe = Recipe().replace(
+        {
+            "data.modalities": ("t1", "t2"),
+            "patches.shape": (16, 16, 16),
+            "training.batch_size": 2,
+            "training.steps_per_epoch": 2,
+            "training.epochs": 3,
+            "training.schedule": "cosine",
+        }
     )
     cases = [make_case(f"patient {seed}", seed=seed) for seed in range(3)]
     predict, parameters, history = peers.train_peer(peer, cases[:2], cases[2:], recipe, tmp_path)
@@ -205,7 +219,7 @@ def test_a_peer_goes_on_after_an_interruption(benchmarks, make_case, tmp_path, m
 
 def test_peers_have_about_the_parameters_of_mmfnet(benchmarks):
     peers = importlib.import_module("monai_peers")
-    ours = METHODS["mmfnet_mlp_std"].build(Recipe(patch_shape=(16, 32, 32)), "float32").count_params()
+    ours = METHODS["mmfnet_mlp_std"].build(Recipe().replace({"patches.shape": (16, 32, 32)}), "float32").count_params()
     for peer in peers.PEERS.values():
         theirs = sum(weight.numel() for weight in peer.build(3).parameters())
         assert 0.85 < theirs / ours < 1.15

@@ -18,13 +18,16 @@ pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason=
 @pytest.fixture(scope="module")
 def trained(tiny_cohort, tmp_path_factory):
     """A folder as reproduce_tables.py leaves it, with a network that has been trained a little, and its recipe."""
-    folder, recipe = tmp_path_factory.mktemp("run"), Recipe.small(spacing=4.0, folds=3, patch_shape=(16, 16, 16))
-    cases = [case.name for case in find_cases(tiny_cohort, recipe)]
-    fold = five_folds(cases, 3, recipe.validation_fraction, recipe.seed)[0]
+    folder, recipe = (
+        tmp_path_factory.mktemp("run"),
+        Recipe.small().replace({"data.spacing": 4.0, "training.folds": 3, "patches.shape": (16, 16, 16)}),
+    )
+    cases = [case.name for case in find_cases(tiny_cohort, recipe.data)]
+    fold = five_folds(cases, 3, recipe.training.validation_fraction, recipe.training.seed)[0]
     (folder / "recipe.json").write_text(recipe.to_json())
     (folder / "cohort.json").write_text(json.dumps({"folds": [{"validation": fold.validation, "test": fold.test}]}))
     (folder / "fold_0").mkdir()
-    network = MMFNet(recipe.modalities, recipe.patch_shape, (2, 3), reduction=2)
+    network = MMFNet(recipe.data.modalities, recipe.patches.shape, (2, 3), reduction=2)
     rng = np.random.default_rng(0)
     network.set_weights([weight + 0.3 * rng.normal(size=weight.shape) for weight in network.get_weights()])
     network.layers[-1].bias.assign([0.0])
@@ -52,7 +55,7 @@ def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmark
     found = []
     for case in test:
         images = {**case.images, "t2": np.zeros_like(case.images["t2"])}
-        volume = predict_volume(load(), images, recipe.patch_shape, recipe.window_stride, case.centre)
+        volume = predict_volume(load(), images, recipe.patches.shape, recipe.patches.stride, case.centre)
         found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
     assert result["without"]["t2"]["dsc"] == pytest.approx(np.mean(found))
 

@@ -39,9 +39,9 @@ def no_preprocessing(monkeypatch):
 def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
     other = make_grid(spacing=(0.9, 0.9, 3.0))
     case, cache, recipe = make_case(tmp_path / "a", other_grid=other, mask_grid=other), tmp_path / "cache", Recipe()
-    expected = preprocess_case(case, recipe)
+    expected = preprocess_case(case, recipe.data)
     assert expected.notes
-    assert_same(preprocess_case(case, recipe, cache), expected)
+    assert_same(preprocess_case(case, recipe.data, cache), expected)
     (entry,) = entries(cache)
     assert sorted(os.listdir(cache / entry)) == [
         "case.json",
@@ -51,40 +51,42 @@ def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
         "mask.npy",
     ]
     no_preprocessing()
-    cached = preprocess_case(case, recipe, str(cache))
+    cached = preprocess_case(case, recipe.data, str(cache))
     assert_same(cached, expected)
     assert isinstance(cached.images["t1"], np.memmap)
     assert not cached.images["t1"].flags.writeable
-    renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe, cache)
+    renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe.data, cache)
     assert renamed.name == "bob"
 
 
 def test_the_cache_knows_content_and_recipe(tmp_path):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
-    preprocess_case(case, RAW, cache)
-    preprocess_case(case, dataclasses.replace(RAW, seed=5, epochs=7, patch_shape=(16, 32, 32)), cache)
+    preprocess_case(case, RAW.data, cache)
+    preprocess_case(
+        case, RAW.replace({"training.seed": 5, "training.epochs": 7, "patches.shape": (16, 32, 32)}).data, cache
+    )
     assert len(entries(cache)) == 1
-    preprocess_case(case, dataclasses.replace(RAW, spacing=1.5), cache)
-    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None), cache)
-    preprocess_case(case, dataclasses.replace(RAW, normalised_scale=None, clip={"t1": (-1, 1)}), cache)
-    preprocess_case(case, dataclasses.replace(RAW, mask_labels=(1,)), cache)
-    preprocess_case(only(case, "t1", "t2"), dataclasses.replace(RAW, modalities=("t1", "t2")), cache)
-    preprocess_case(dataclasses.replace(case, mask=None), RAW, cache)
+    preprocess_case(case, RAW.replace({"data.spacing": 1.5}).data, cache)
+    preprocess_case(case, RAW.replace({"data.normalised_scale": None}).data, cache)
+    preprocess_case(case, RAW.replace({"data.normalised_scale": None, "data.clip": {"t1": (-1, 1)}}).data, cache)
+    preprocess_case(case, RAW.replace({"data.mask_labels": (1,)}).data, cache)
+    preprocess_case(only(case, "t1", "t2"), RAW.replace({"data.modalities": ("t1", "t2")}).data, cache)
+    preprocess_case(dataclasses.replace(case, mask=None), RAW.data, cache)
     assert len(entries(cache)) == 7
     write(case.images["cet1"], make_grid(), head(make_grid(), seed=9))
-    changed = preprocess_case(case, RAW, cache)
+    changed = preprocess_case(case, RAW.data, cache)
     assert len(entries(cache)) == 8
-    assert_same(changed, preprocess_case(case, RAW))
+    assert_same(changed, preprocess_case(case, RAW.data))
 
 
 @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
 def test_the_cache_sees_voxels_in_a_file_of_their_own(tmp_path, suffix):
     case, cache = make_case(tmp_path / "a", suffix=suffix), tmp_path / "cache"
-    preprocess_case(case, RAW, cache)
+    preprocess_case(case, RAW.data, cache)
     header = case.images["t1"].read_bytes()
     write(case.images["t1"], make_grid(), head(make_grid(), seed=9).astype(np.int16))
     assert case.images["t1"].read_bytes() == header
-    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert_same(preprocess_case(case, RAW.data, cache), preprocess_case(case, RAW.data))
     assert len(entries(cache)) == 2
 
 
@@ -111,14 +113,14 @@ def damage_byte(path):
 )
 def test_a_damaged_entry_is_rebuilt(tmp_path, no_preprocessing, file, damage):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
-    preprocess_case(case, RAW, cache)
+    preprocess_case(case, RAW.data, cache)
     (entry,) = entries(cache)
     damage(cache / entry / file)
-    expected = preprocess_case(case, RAW)
-    assert_same(preprocess_case(case, RAW, cache), expected)
+    expected = preprocess_case(case, RAW.data)
+    assert_same(preprocess_case(case, RAW.data, cache), expected)
     assert entries(cache) == [entry]
     no_preprocessing()
-    assert_same(preprocess_case(case, RAW, cache), expected)
+    assert_same(preprocess_case(case, RAW.data, cache), expected)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
@@ -134,24 +136,24 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            preprocess_case(case, RAW, cache)
+            preprocess_case(case, RAW.data, cache)
     assert entries(cache) == []
-    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert_same(preprocess_case(case, RAW.data, cache), preprocess_case(case, RAW.data))
 
 
 def test_a_full_disk(tmp_path, full_disk):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
     with full_disk(1000), pytest.raises(OSError):  # noqa: PT011, in NumPy's words
-        preprocess_case(case, RAW, cache)
+        preprocess_case(case, RAW.data, cache)
     assert entries(cache) == []
-    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert_same(preprocess_case(case, RAW.data, cache), preprocess_case(case, RAW.data))
 
 
 def test_several_at_once_end_with_one_entry(tmp_path):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
-    expected = preprocess_case(case, RAW)
+    expected = preprocess_case(case, RAW.data)
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: preprocess_case(case, RAW, cache), range(8)))
+        results = list(pool.map(lambda _: preprocess_case(case, RAW.data, cache), range(8)))
     for result in results:
         assert_same(result, expected)
     assert len(entries(cache)) == 1
@@ -163,9 +165,9 @@ def test_an_entry_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
 
     def slow(case, recipe):
         monkeypatch.setattr(preprocess, "_preprocess", build)
-        preprocess_case(case, recipe, cache)
+        preprocess_case(case, recipe.data, cache)
         return build(case, recipe)
 
     monkeypatch.setattr(preprocess, "_preprocess", slow)
-    assert_same(preprocess_case(case, RAW, cache), preprocess_case(case, RAW))
+    assert_same(preprocess_case(case, RAW.data, cache), preprocess_case(case, RAW.data))
     assert len(entries(cache)) == 1

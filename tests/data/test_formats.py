@@ -57,7 +57,7 @@ def test_finds_patients_sorted_and_passes_over_the_rest(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "a" / "._t1.nii.gz").touch()
     (tmp_path / "a" / ".t2.nii.gz").touch()
-    cases = find_cases(tmp_path, RECIPE)
+    cases = find_cases(tmp_path, RECIPE.data)
     assert [case.name for case in cases] == ["a", "b"]
     assert {m: path.name for m, path in cases[1].images.items()} == {
         "t1": "t1.nii",
@@ -69,68 +69,68 @@ def test_finds_patients_sorted_and_passes_over_the_rest(tmp_path):
 
 def test_names_come_from_the_recipe(tmp_path):
     make_patient(tmp_path / "a", ("T1.5.nii.gz", "flair.nii.gz", "seg.nii.gz"))
-    recipe = Recipe(modalities=("T1.5", "flair"), mask="seg")
-    (case,) = find_cases(str(tmp_path), recipe)
+    recipe = Recipe().replace({"data.modalities": ("T1.5", "flair"), "data.mask": "seg"})
+    (case,) = find_cases(str(tmp_path), recipe.data)
     assert list(case.images) == ["T1.5", "flair"]
     assert case.mask.name == "seg.nii.gz"
 
 
 def test_a_mask_may_be_left_out(tmp_path):
     folder = make_patient(tmp_path / "a", FILES[:3])
-    assert find_cases(tmp_path, RECIPE, require_mask=False)[0].mask is None
-    assert read_case_folder(folder, RECIPE, require_mask=False).name == "a"
+    assert find_cases(tmp_path, RECIPE.data, require_mask=False)[0].mask is None
+    assert read_case_folder(folder, RECIPE.data, require_mask=False).name == "a"
     with pytest.raises(CaseError, match=r"^a: .*mask: is missing; .*Received: cet1.nii.gz, t1.nii.gz, t2.nii.gz$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_a_missing_or_empty_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not exist. Received: .*nowhere"):
-        find_cases(tmp_path / "nowhere", RECIPE)
+        find_cases(tmp_path / "nowhere", RECIPE.data)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"is a file. Received: .*file"):
-        find_cases(tmp_path / "file", RECIPE)
+        find_cases(tmp_path / "file", RECIPE.data)
     with pytest.raises(ValueError, match=r"one folder per patient with the files t1, t2, cet1, mask .*Received: "):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_a_patients_own_folder_is_not_a_directory_of_patients(tmp_path):
     folder = make_patient(tmp_path / "a")
     with pytest.raises(ValueError, match="one folder per patient"):
-        find_cases(folder, RECIPE)
+        find_cases(folder, RECIPE.data)
 
 
 def test_a_missing_modality_names_patient_and_file(tmp_path):
     make_patient(tmp_path / "a", ("t1.nii.gz", "cet1.nii.gz", "mask.nii.gz", "T2.nii.gz", "t2.img"))
     with pytest.raises(CaseError, match=r"^a: .*t2: is missing; .*\.nii\.gz.*Received: T2.nii.gz, .*t2.img$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_an_empty_patient_folder_is_refused(tmp_path):
     make_patient(tmp_path / "a", ())
     with pytest.raises(CaseError, match=r"^a: .*t1: is missing; .*Received: an empty folder$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_two_files_for_one_modality_are_refused(tmp_path):
     make_patient(tmp_path / "a", (*FILES, "t1.mha"))
     with pytest.raises(CaseError, match=r"^a: .*t1: must be one file. Received: t1.mha, t1.nii.gz$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_bad_patients_can_be_left_out(tmp_path):
     make_patient(tmp_path / "a", FILES[1:])
     make_patient(tmp_path / "b")
     errors = []
-    assert [case.name for case in find_cases(tmp_path, RECIPE, on_error=errors.append)] == ["b"]
+    assert [case.name for case in find_cases(tmp_path, RECIPE.data, on_error=errors.append)] == ["b"]
     assert [str(error)[:3] for error in errors] == ["a: "]
     (tmp_path / "b" / "t1.nii.gz").unlink()
     with pytest.raises(ValueError, match="with 2 folders and no such patient"):
-        find_cases(tmp_path, RECIPE, on_error=errors.append)
+        find_cases(tmp_path, RECIPE.data, on_error=errors.append)
 
 
 def test_a_missing_patient_folder_is_refused(tmp_path):
     with pytest.raises(CaseError, match=r"^nobody: .*Received: .*nobody$"):
-        read_case_folder(tmp_path / "nobody", RECIPE)
+        read_case_folder(tmp_path / "nobody", RECIPE.data)
 
 
 # --- other layouts
@@ -143,7 +143,7 @@ def test_brats(endings, mask, tmp_path, caplog):
     caplog.set_level("INFO")
     for name in ("BraTS-1", "BraTS-2"):
         make_patient(tmp_path / name, [f"{name}{ending}.nii.gz" for ending in (*endings, mask, "_flair", "-t2f")])
-    cases = find_cases(tmp_path, RECIPE)
+    cases = find_cases(tmp_path, RECIPE.data)
     assert [case.name for case in cases] == ["BraTS-1", "BraTS-2"]
     assert [path.name for path in cases[0].images.values()] == [f"BraTS-1{ending}.nii.gz" for ending in endings]
     assert cases[0].mask.name == f"BraTS-1{mask}.nii.gz"
@@ -152,7 +152,7 @@ def test_brats(endings, mask, tmp_path, caplog):
 
 def test_a_mask_of_each_modality(tmp_path):
     make_patient(tmp_path / "a", (*FILES[:3], "mask_t1.nii.gz", "t2_mask.nii.gz"))
-    [case] = find_cases(tmp_path, RECIPE)
+    [case] = find_cases(tmp_path, RECIPE.data)
     assert {modality: path.name for modality, path in case.mask.items()} == {
         "t1": "mask_t1.nii.gz",
         "t2": "t2_mask.nii.gz",
@@ -175,7 +175,7 @@ def test_nnunet(tmp_path, caplog):
     images = {f"imagesTr/{name}_{n:04d}.nii.gz": make_image(n) for name in ("x_01", "x_02") for n in range(4)}
     images |= {f"imagesTs/x_03_{n:04d}.nii.gz": make_image(n) for n in range(4)}
     make_dataset(tmp_path, described, images, ["labelsTr/x_01.nii.gz", "labelsTr/x_02.nii.gz"])
-    cases = find_cases(tmp_path, RECIPE)
+    cases = find_cases(tmp_path, RECIPE.data)
     assert [case.name for case in cases] == ["x_01", "x_02"]
     assert {modality: path.name for modality, path in cases[1].images.items()} == {
         "t1": "x_02_0001.nii.gz",
@@ -184,17 +184,17 @@ def test_nnunet(tmp_path, caplog):
     }
     assert cases[1].mask == tmp_path / "labelsTr" / "x_02.nii.gz"
     assert caplog.messages == ["nnU-Net: 2 patients"]
-    assert [case.name for case in find_cases(tmp_path, RECIPE, require_mask=False)] == ["x_01", "x_02", "x_03"]
+    assert [case.name for case in find_cases(tmp_path, RECIPE.data, require_mask=False)] == ["x_01", "x_02", "x_03"]
     (tmp_path / "imagesTr" / "x_01_0002.nii.gz").unlink()
     with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_decathlon(tmp_path):
     described = {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}, "labels": {}}
     volumes = [make_image(n) for n in range(4)]
     make_dataset(tmp_path, described, {"imagesTr/x_1.nii.gz": sitk.JoinSeries(volumes)}, ["labelsTr/x_1.nii.gz"])
-    [case] = find_cases(tmp_path, RECIPE)
+    [case] = find_cases(tmp_path, RECIPE.data)
     for modality, number in (("t1", 1), ("t2", 3), ("cet1", 2)):
         image = read_image(case.images[modality], case.name)
         np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(volumes[number]))
@@ -215,7 +215,7 @@ def test_decathlon(tmp_path):
 def test_a_dataset_that_cannot_be_used(content, message, tmp_path):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(ValueError, match=rf"dataset.json: .*{message}"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_dicom_series_find_their_modality(folders, tmp_path, caplog):
     for folder, descriptions in folders.items():
         for number, description in enumerate(descriptions.split("|")):
             write_series(tmp_path / "a" / folder, description=description, prefix=f"s{number}")
-    [case] = find_cases(tmp_path, RECIPE, require_mask=False)
+    [case] = find_cases(tmp_path, RECIPE.data, require_mask=False)
     assert caplog.messages == ["DICOM: 1 patient"]
     names = {m: f"{series.folder.relative_to(tmp_path)} {series.description}" for m, series in case.images.items()}
     assert "T1" in names["t1"].upper()
@@ -247,7 +247,7 @@ def test_masks_of_dicom_series(tmp_path):
         write_series(tmp_path / "a" / folder, description=folder)
     for name in ("ROI-T1WI.nii", "ROI-CE-T1WI.nii", "ROI-T2WI.nii"):
         write(tmp_path / "a" / name, make_image(dtype=np.uint8))
-    [case] = find_cases(tmp_path, RECIPE)
+    [case] = find_cases(tmp_path, RECIPE.data)
     assert {modality: path.name for modality, path in case.mask.items()} == {
         "t1": "ROI-T1WI.nii",
         "t2": "ROI-T2WI.nii",
@@ -259,29 +259,29 @@ def test_masks_of_dicom_series(tmp_path):
     # The only one, drawn on what its name says.
     for name, drawn_on in (("ROI-T1WI.nii", "t1"), ("ROI-T2WI.nii", "t2")):
         path = path.rename(tmp_path / "a" / name)
-        assert find_cases(tmp_path, RECIPE)[0].mask == {drawn_on: path}
+        assert find_cases(tmp_path, RECIPE.data)[0].mask == {drawn_on: path}
     path = path.rename(tmp_path / "a" / "roi.nii")
-    assert find_cases(tmp_path, RECIPE)[0].mask == path
+    assert find_cases(tmp_path, RECIPE.data)[0].mask == path
     path.unlink()
     with pytest.raises(CaseError, match=r"^a: .*must hold one mask, named 'mask' or ROI, .*Received: none$"):
-        find_cases(tmp_path, RECIPE)
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_series_that_could_be_the_same_are_listed_and_refused(tmp_path):
     for description in ("T1 ax", "T1 cor", "T2", "T1 Gd"):
         write_series(tmp_path / "a", description=description, prefix=description)
     with pytest.raises(CaseError, match=r"^a: .*one series of t1, .*Received: .*'T1 ax', 5 files.*; .*'T1 cor', 5"):
-        find_cases(tmp_path, RECIPE, require_mask=False)
-    recipe = Recipe(series={"t1": "t1 AX"})
-    assert find_cases(tmp_path, recipe, require_mask=False)[0].images["t1"].description == "T1 ax"
-    recipe = Recipe(series={"t1": "t1 ax", "t2": "pd"})
+        find_cases(tmp_path, RECIPE.data, require_mask=False)
+    recipe = Recipe().replace({"data.series": {"t1": "t1 AX"}})
+    assert find_cases(tmp_path, recipe.data, require_mask=False)[0].images["t1"].description == "T1 ax"
+    recipe = Recipe().replace({"data.series": {"t1": "t1 ax", "t2": "pd"}})
     with pytest.raises(CaseError, match=r"matches 'pd'; .*Received: .*T1 Gd"):
-        find_cases(tmp_path, recipe, require_mask=False)
+        find_cases(tmp_path, recipe.data, require_mask=False)
 
 
 def test_a_real_dicom_patient(test_data):
-    recipe = Recipe(modalities=("t1", "t2", "flair"), mask="roi")
-    case = read_case_folder(test_data / "brainix", recipe)
+    recipe = Recipe().replace({"data.modalities": ("t1", "t2", "flair"), "data.mask": "roi"})
+    case = read_case_folder(test_data / "brainix", recipe.data)
     assert {m: series.folder.name for m, series in case.images.items()} == {"t1": "T1", "t2": "T2", "flair": "FLAIR"}
     assert {modality: series.folder.name for modality, series in case.mask.items()} == {"flair": "ROI"}
 

@@ -11,7 +11,14 @@ from keras_mmfnet.data.patches import centre_patches
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import Recipe
 
-RECIPE = Recipe(modalities=("t1", "t2"), patch_shape=(16, 16, 16), batch_size=3, offset_fraction=(0.25, 0.125, 0.125))
+RECIPE = Recipe().replace(
+    {
+        "data.modalities": ("t1", "t2"),
+        "patches.shape": (16, 16, 16),
+        "training.batch_size": 3,
+        "patches.offset_fraction": (0.25, 0.125, 0.125),
+    }
+)
 
 
 def batches(dataset, count=None):
@@ -29,7 +36,10 @@ def joined(dataset, count=None):
 
 
 def test_batches_have_the_documented_shapes(make_case):
-    images, mask = batches(patch_dataset([make_case()], RECIPE), 1)[0]
+    images, mask = batches(
+        patch_dataset([make_case()], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed),
+        1,
+    )[0]
     assert list(images) == ["t1", "t2"]
     assert {image.shape for image in images.values()} == {(3, 16, 16, 16, 1)} == {mask.shape}
     assert {image.dtype for image in images.values()} == {np.dtype("float32")}
@@ -39,11 +49,15 @@ def test_batches_have_the_documented_shapes(make_case):
 
 def test_without_training_each_window_comes_once_as_it_is(make_case):
     cases = [make_case("anna", (21, 24, 28), seed=1), make_case("bert", (16, 30, 20), seed=2)]
-    images, mask = joined(patch_dataset(cases, RECIPE, training=False))
+    images, mask = joined(
+        patch_dataset(
+            cases, RECIPE.patches, training=False, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+        )
+    )
     windows = [
         (case, tuple(slice(a, a + 16) for a in start))
         for case in cases
-        for start in window_starts(case.shape, (16, 16, 16), RECIPE.window_stride, case.centre)
+        for start in window_starts(case.shape, (16, 16, 16), RECIPE.patches.stride, case.centre)
     ]
     assert len(mask) == len(windows) == 4
     for name in ("t1", "t2"):
@@ -53,14 +67,32 @@ def test_without_training_each_window_comes_once_as_it_is(make_case):
 
 
 def test_chosen_modalities_only(make_case):
-    images, _ = batches(patch_dataset([make_case()], RECIPE, ["t2"]), 1)[0]
+    images, _ = batches(
+        patch_dataset(
+            [make_case()], RECIPE.patches, ["t2"], batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+        ),
+        1,
+    )[0]
     assert list(images) == ["t2"]
 
 
 def test_the_same_seed_gives_the_same_batches(make_case):
     cases = [make_case(seed=seed) for seed in range(3)]
-    first, again = (joined(patch_dataset(cases, RECIPE), 4) for _ in range(2))
-    other = joined(patch_dataset(cases, dataclasses.replace(RECIPE, seed=1)), 4)
+    first, again = (
+        joined(
+            patch_dataset(cases, RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed), 4
+        )
+        for _ in range(2)
+    )
+    other = joined(
+        patch_dataset(
+            cases,
+            RECIPE.replace({"training.seed": 1}).patches,
+            batch_size=RECIPE.replace({"training.seed": 1}).training.batch_size,
+            seed=RECIPE.replace({"training.seed": 1}).training.seed,
+        ),
+        4,
+    )
     np.testing.assert_array_equal(first[0]["t1"], again[0]["t1"])
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[0]["t1"], other[0]["t1"])
@@ -68,18 +100,40 @@ def test_the_same_seed_gives_the_same_batches(make_case):
 
 def test_a_resumed_training_gets_the_batches_it_missed(make_case):
     cases = [make_case(seed=seed) for seed in range(3)]
-    whole = batches(patch_dataset(cases, RECIPE), 5)
-    rest = batches(patch_dataset(cases, RECIPE, first_batch=3), 2)
+    whole = batches(
+        patch_dataset(cases, RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed), 5
+    )
+    rest = batches(
+        patch_dataset(
+            cases, RECIPE.patches, first_batch=3, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+        ),
+        2,
+    )
     for (images, mask), (expected_images, expected_mask) in zip(rest, whole[3:], strict=True):
         np.testing.assert_array_equal(images["t2"], expected_images["t2"])
         np.testing.assert_array_equal(mask, expected_mask)
 
 
 def test_every_pass_has_each_window_once_in_an_order_of_its_own(make_case):
-    still = dataclasses.replace(RECIPE, batch_size=1, offset_fraction=(0, 0, 0), max_rotation=0, flip_axis=None)
+    still = RECIPE.replace(
+        {
+            "training.batch_size": 1,
+            "patches.offset_fraction": (0, 0, 0),
+            "patches.max_rotation": 0,
+            "patches.flip_axis": None,
+        }
+    )
     cases = [make_case(seed=seed, shape=(28, 16, 16)) for seed in range(3)]
-    windows = len(joined(patch_dataset(cases, still, training=False))[1])
-    images, _ = joined(patch_dataset(cases, still), 3 * windows)
+    windows = len(
+        joined(
+            patch_dataset(
+                cases, still.patches, training=False, batch_size=still.training.batch_size, seed=still.training.seed
+            )
+        )[1]
+    )
+    images, _ = joined(
+        patch_dataset(cases, still.patches, batch_size=still.training.batch_size, seed=still.training.seed), 3 * windows
+    )
     passes = [[patch.tobytes() for patch in images["t1"][i : i + windows]] for i in range(0, 3 * windows, windows)]
     assert all(len(set(one)) == windows for one in passes)
     assert all(set(one) == set(passes[0]) for one in passes)
@@ -89,23 +143,30 @@ def test_every_pass_has_each_window_once_in_an_order_of_its_own(make_case):
 def test_modalities_and_mask_are_moved_together(make_case):
     case = make_case(shape=(24, 40, 40))
     case.images.update(t1=case.mask.astype(np.float32), t2=-case.mask.astype(np.float32))
-    images, mask = joined(patch_dataset([case], RECIPE), 10)
+    images, mask = joined(
+        patch_dataset([case], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed), 10
+    )
     np.testing.assert_array_equal(images["t1"], -images["t2"])
     np.testing.assert_array_equal(images["t1"] >= 0.5, mask == 1)
     assert len({m.tobytes() for m in mask}) > 10  # they do move
 
 
 def test_offsets_reach_their_limits_and_no_further(make_case):
-    recipe = dataclasses.replace(RECIPE, max_rotation=0, flip_axis=None)
+    recipe = RECIPE.replace({"patches.max_rotation": 0, "patches.flip_axis": None})
     case = make_case(shape=(60, 40, 40), centre=(30, 20, 20))
     z, y, x = np.indices(case.shape).astype(np.float32)
     case.images.update(t1=y, t2=x)
-    images, _ = joined(patch_dataset([case], recipe), 100)
+    images, _ = joined(
+        patch_dataset([case], recipe.patches, batch_size=recipe.training.batch_size, seed=recipe.training.seed), 100
+    )
     for name in ("t1", "t2"):
         corners = images[name][:, 0, 0, 0, 0] - 12
         assert set(corners) == set(range(-2, 3))
     case.images.update(t1=z)
-    first = joined(patch_dataset([case], recipe, ["t1"]), 100)[0]["t1"][:, 0, 0, 0, 0]
+    first = joined(
+        patch_dataset([case], recipe.patches, ["t1"], batch_size=recipe.training.batch_size, seed=recipe.training.seed),
+        100,
+    )[0]["t1"][:, 0, 0, 0, 0]
     assert set(first) <= set(range(45))
     assert len({value % 4 for value in first}) == 4
 
@@ -114,16 +175,22 @@ def test_patches_stay_within_the_patients_slices(make_case):
     cases = [make_case(seed=seed, shape=(18, 20, 20)) for seed in (1, 2)]
     for value, case in enumerate(cases):
         case.images["t1"] = np.full(case.shape, value, np.float32)
-    images, _ = joined(patch_dataset(cases, RECIPE), 30)
+    images, _ = joined(
+        patch_dataset(cases, RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed), 30
+    )
     assert all(np.ptp(patch) < 1e-6 for patch in images["t1"])
     assert set(np.round(images["t1"][:, 0, 0, 0, 0])) == {0, 1}
 
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_mirroring_is_along_the_axis_of_the_recipe(make_case, axis):
-    recipe = dataclasses.replace(RECIPE, offset_fraction=(0, 0, 0), max_rotation=0, flip_axis=axis)
+    recipe = RECIPE.replace(
+        {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 0, "patches.flip_axis": axis}
+    )
     case = make_case(shape=(16, 16, 16))
-    images, mask = joined(patch_dataset([case], recipe), 20)
+    images, mask = joined(
+        patch_dataset([case], recipe.patches, batch_size=recipe.training.batch_size, seed=recipe.training.seed), 20
+    )
     plain = case.images["t1"].astype(np.float16).astype(np.float32)
     mirrored = np.flip(plain, axis)
     found = [np.array_equal(p[..., 0], plain) + 2 * np.array_equal(p[..., 0], mirrored) for p in images["t1"]]
@@ -134,11 +201,16 @@ def test_mirroring_is_along_the_axis_of_the_recipe(make_case, axis):
 
 
 def test_rotation_is_simpleitks(make_case):
-    recipe = dataclasses.replace(RECIPE, offset_fraction=(0, 0, 0), max_rotation=20, flip_axis=None)
+    recipe = RECIPE.replace(
+        {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 20, "patches.flip_axis": None}
+    )
     case = make_case(shape=(16, 48, 48))
     y, x = np.indices((48, 48)) / 6
     case.images.update(t1=np.broadcast_to(np.sin(x) + np.cos(1.3 * y), case.shape).astype(np.float32))
-    images, _ = joined(patch_dataset([case], recipe, ["t1"]), 4)
+    images, _ = joined(
+        patch_dataset([case], recipe.patches, ["t1"], batch_size=recipe.training.batch_size, seed=recipe.training.seed),
+        4,
+    )
     image = sitk.GetImageFromArray(case.images["t1"][0])
     angles = []
     for patch in images["t1"]:
@@ -156,7 +228,11 @@ def test_rotation_is_simpleitks(make_case):
 def test_a_small_volume_is_padded_with_its_background_and_named(make_case):
     case = make_case("carla", shape=(10, 12, 20))
     with pytest.warns(UserWarning, match=r"smaller than the patch \(16, 16, 16\).*carla"):
-        images, mask = joined(patch_dataset([case], RECIPE, training=False))
+        images, mask = joined(
+            patch_dataset(
+                [case], RECIPE.patches, training=False, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+            )
+        )
     patch = images["t1"][0, ..., 0]
     np.testing.assert_allclose(patch[3:13, 2:14], case.images["t1"][:, :, 2:18], atol=2e-3)
     outside = np.ones(patch.shape, bool)
@@ -168,15 +244,15 @@ def test_a_small_volume_is_padded_with_its_background_and_named(make_case):
 def test_a_tumour_outside_the_windows_is_named(make_case):
     case = make_case("doris", shape=(16, 60, 60), centre=(8, 52, 52))
     with pytest.warns(UserWarning, match=r"outside all windows: doris \(100%\)"):
-        patch_dataset([case], RECIPE)
+        patch_dataset([case], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed)
 
 
 def test_patients_without_a_mask_are_refused(make_case):
     case = dataclasses.replace(make_case("emil"), mask=None)
     with pytest.raises(ValueError, match=r"mask.*Received: .*emil"):
-        patch_dataset([case], RECIPE)
+        patch_dataset([case], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed)
     with pytest.raises(ValueError, match="at least one patient"):
-        patch_dataset([], RECIPE)
+        patch_dataset([], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed)
 
 
 def test_the_gpu_is_left_to_the_other_backends():
@@ -188,7 +264,12 @@ def test_the_gpu_is_left_to_the_other_backends():
 
 
 def test_centre_patches_are_cut_about_their_centres(make_case):
-    volumes = patch_dataset([make_case(seed=seed) for seed in range(3)], RECIPE)
+    volumes = patch_dataset(
+        [make_case(seed=seed) for seed in range(3)],
+        RECIPE.patches,
+        batch_size=RECIPE.training.batch_size,
+        seed=RECIPE.training.seed,
+    )
     shape, count = (7, 4), 6
     (images, mask), (patches, labels) = (
         batches(dataset, 1)[0] for dataset in (volumes, centre_patches(volumes, shape, count))
@@ -218,7 +299,9 @@ def test_centre_patches_are_a_function_of_seed_and_number(make_case):
     cases = [make_case(seed=seed) for seed in range(3)]
 
     def labels(first=0, seed=0):
-        volumes = patch_dataset(cases, RECIPE, first_batch=first)
+        volumes = patch_dataset(
+            cases, RECIPE.patches, first_batch=first, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+        )
         return [images["t1"] for images, _ in batches(centre_patches(volumes, (5, 5), 4, seed, first), 3)]
 
     np.testing.assert_array_equal(labels(), labels())
@@ -229,7 +312,9 @@ def test_centre_patches_are_a_function_of_seed_and_number(make_case):
 def test_centre_patches_without_a_tumour(make_case):
     case = make_case()
     empty = dataclasses.replace(case, mask=np.zeros_like(case.mask))
-    volumes = patch_dataset([empty], RECIPE, training=False)
+    volumes = patch_dataset(
+        [empty], RECIPE.patches, training=False, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
+    )
     (_, labels) = batches(centre_patches(volumes, (5, 5), 4), 1)[0]
     assert len(labels) >= 4
     assert not labels.any()

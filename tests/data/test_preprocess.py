@@ -47,7 +47,7 @@ def oblique(degrees=15.0):
 def refused(case, recipe, file):
     """The message of the error that names the patient first and then the file."""
     with pytest.raises(CaseError) as caught:
-        preprocess_case(case, recipe)
+        preprocess_case(case, recipe.data)
     message = str(caught.value)
     assert message.startswith(f"{case.name}: {file}: ")
     assert "Received: " in message
@@ -120,7 +120,7 @@ def test_resample_leaves_a_ramp_a_ramp():
 def test_values_are_the_files_where_nothing_is_resampled(tmp_path, direction):
     grid = make_grid(direction=direction)
     case = make_case(tmp_path, grid)
-    result = preprocess_case(case, RAW)
+    result = preprocess_case(case, RAW.data)
     for modality in MODALITIES:
         upright = sitk.DICOMOrient(sitk.ReadImage(str(case.images[modality])), "LPS")
         np.testing.assert_array_equal(result.images[modality], sitk.GetArrayFromImage(upright))
@@ -138,7 +138,7 @@ def test_modalities_come_onto_the_first_ones_grid_by_position(tmp_path):
     weights = np.array([2.0, -3.0, 5.0])
     ramp = (voxel_positions(other) @ weights).astype(np.float32)
     write(case.images["t2"], other, ramp)
-    result = preprocess_case(case, Recipe(spacing=1.0, normalised_scale=2.0))
+    result = preprocess_case(case, Recipe().replace({"data.spacing": 1.0, "data.normalised_scale": 2.0}).data)
     assert result.spacing == pytest.approx((4, 1, 1))
     expected = voxel_positions(result.grid) @ weights
     # Where the modality does not reach, its lowest value stands.
@@ -157,14 +157,14 @@ def test_a_modality_that_does_not_overlap_is_refused(tmp_path):
 
 def test_a_modality_that_covers_little_is_noted(tmp_path):
     case = make_case(tmp_path, other_grid=make_grid(middle=(1, -2, 30 + 20)))
-    t2, cet1 = preprocess_case(case, RAW).notes
+    t2, cet1 = preprocess_case(case, RAW.data).notes
     assert re.match(r"t2: covers 3\d% of the field of view of t1", t2)
     assert cet1.startswith("cet1: ")
 
 
 def test_slices_that_are_not_axial_are_noted(tmp_path):
     case = make_case(tmp_path, make_grid(direction=PERMUTED))
-    (note,) = preprocess_case(case, Recipe(spacing=1.0)).notes
+    (note,) = preprocess_case(case, Recipe().replace({"data.spacing": 1.0}).data).notes
     assert note.startswith("t1: the slices are not axial")
 
 
@@ -178,7 +178,7 @@ def test_slices_that_are_not_axial_are_noted(tmp_path):
 def test_a_mask_there_and_back_differs_only_at_its_rim(tmp_path, direction, spacing):
     grid = make_grid(direction=direction)
     case = make_case(tmp_path, grid)
-    result = preprocess_case(case, dataclasses.replace(RAW, spacing=spacing))
+    result = preprocess_case(case, RAW.replace({"data.spacing": spacing}).data)
     back, truth = result.to_source(result.mask, threshold=0.5), grid.image(tumour(grid))
     source = Grid.from_image(sitk.ReadImage(str(case.images["t1"])))
     assert Grid.from_image(back) == source
@@ -250,9 +250,10 @@ def test_bounding_box_passes_over_specks():
 def test_centre_is_the_heads(tmp_path, spacing):
     middle = (6.0, -5.0, 34.0)
     case = make_case(tmp_path, make_grid(size=(80, 70, 12), direction=REVERSED))
-    result = preprocess_case(case, Recipe(spacing=spacing))
+    result = preprocess_case(case, Recipe().replace({"data.spacing": spacing}).data)
     shifted = preprocess_case(
-        make_case(tmp_path / "b", make_grid(size=(80, 70, 12), middle=middle)), Recipe(spacing=spacing)
+        make_case(tmp_path / "b", make_grid(size=(80, 70, 12), middle=middle)),
+        Recipe().replace({"data.spacing": spacing}).data,
     )
     for one in (result, shifted):
         assert all(isinstance(index, int) for index in one.centre)
@@ -286,13 +287,13 @@ def test_z_score_refuses_what_does_not_vary():
 
 def test_images_are_scored_inside_the_body_and_clipped(tmp_path):
     case = make_case(tmp_path)
-    recipe = Recipe(spacing=None, clip={"t1": (-0.5, 0.25), "t2": (-3, 2)})
-    result = preprocess_case(case, recipe)
+    recipe = Recipe().replace({"data.spacing": None, "data.clip": {"t1": (-0.5, 0.25), "t2": (-3, 2)}})
+    result = preprocess_case(case, recipe.data)
     for modality in MODALITIES:
         raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images[modality]))).astype(np.float64)
         body = body_mask(raw.astype(np.float32), pixel=0.8)
         expected = (raw - raw[body].mean()) / raw[body].std()
-        expected = np.clip(expected, *recipe.clip.get(modality, (None, None)))
+        expected = np.clip(expected, *recipe.data.clip.get(modality, (None, None)))
         np.testing.assert_allclose(result.images[modality], expected, atol=1e-4)
     assert result.images["t1"].min() == -0.5
     assert result.images["t1"].max() == 0.25
@@ -300,7 +301,10 @@ def test_images_are_scored_inside_the_body_and_clipped(tmp_path):
 
 def test_normalised_images_are_only_divided(tmp_path):
     case = make_case(tmp_path)
-    result = preprocess_case(case, Recipe(spacing=None, normalised_scale=1000, clip={"t1": (-0.1, 0.1)}))
+    result = preprocess_case(
+        case,
+        Recipe().replace({"data.spacing": None, "data.normalised_scale": 1000, "data.clip": {"t1": (-0.1, 0.1)}}).data,
+    )
     raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images["t1"])))
     np.testing.assert_allclose(result.images["t1"], raw / 1000, rtol=1e-6)
     assert result.images["t1"].dtype == np.float32
@@ -326,7 +330,7 @@ def test_an_image_constant_in_the_field_of_view_is_refused(tmp_path):
 def test_an_image_constant_inside_the_body_is_refused(tmp_path):
     case = make_case(tmp_path)
     write(case.images["t2"], make_grid(), 100 * (distance(make_grid()) < 1).astype(np.int16))
-    message = refused(case, Recipe(spacing=None), case.images["t2"])
+    message = refused(case, Recipe().replace({"data.spacing": None}), case.images["t2"])
     assert re.search(r"inside the body must vary. Received: \d+ voxels, all of 100", message)
 
 
@@ -350,11 +354,11 @@ def test_a_truncated_file_is_refused(tmp_path, file):
 def test_a_missing_image_is_refused(tmp_path):
     case = make_case(tmp_path)
     with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected: .*Received: t1$"):
-        preprocess_case(only(case, "t1"), RAW)
+        preprocess_case(only(case, "t1"), RAW.data)
     case.images["t2"].unlink()
     assert "must be an undamaged image file" in refused(case, RAW, case.images["t2"])
     with pytest.raises(CaseError, match=r"must be a readable file. Received: No such file"):
-        preprocess_case(case, RAW, cache=tmp_path / "cache")
+        preprocess_case(case, RAW.data, cache=tmp_path / "cache")
 
 
 # --- the mask
@@ -391,7 +395,7 @@ def test_several_labels_are_refused(tmp_path):
 
 def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
     case = make_case(tmp_path)
-    message = refused(case, dataclasses.replace(RAW, mask_labels=(2, 4)), case.mask)
+    message = refused(case, RAW.replace({"data.mask_labels": (2, 4)}), case.mask)
     assert "must have a voxel with one of the labels 2, 4. Received: 1" in message
     write(case.mask, make_grid(), np.zeros(make_grid().shape, np.uint8))
     assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
@@ -400,7 +404,7 @@ def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
 def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
     mask_grid = make_grid(size=(100, 90, 30), spacing=(0.5, 0.5, 1.5), direction=oblique())
     case = make_case(tmp_path, mask_grid=mask_grid)
-    result = preprocess_case(case, RAW)
+    result = preprocess_case(case, RAW.data)
     (note,) = result.notes
     assert re.match(r"mask: lies on another grid than t1, resampled by position: 1\.\d+ ml, now 1\.\d+ ml", note)
     truth = tumour(result.grid)
@@ -411,7 +415,7 @@ def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
 def test_a_mask_in_another_order_of_the_axes_is_not_another_grid(tmp_path):
     case = make_case(tmp_path)
     sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(case.mask)), "RAS"), str(case.mask))
-    result = preprocess_case(case, RAW)
+    result = preprocess_case(case, RAW.data)
     assert result.notes == ()
     np.testing.assert_array_equal(result.mask, tumour(make_grid()))
 
@@ -429,7 +433,7 @@ def test_masks_of_several_modalities(tmp_path):
     case = dataclasses.replace(case, mask=masks)
 
     def found(**changes):
-        return preprocess_case(case, dataclasses.replace(RAW, **changes), cache=tmp_path / "cache").mask
+        return preprocess_case(case, RAW.replace(changes).data, cache=tmp_path / "cache").mask
 
     np.testing.assert_array_equal(found(), whole - half)
     np.testing.assert_array_equal(found(mask_from="cet1"), half)
@@ -448,7 +452,7 @@ def test_masks_of_several_modalities(tmp_path):
         found()
     case = dataclasses.replace(case, mask={"t2": masks["t2"]})
     np.testing.assert_array_equal(found(), found(mask_from="t2"))
-    assert "mask: drawn on t2, there is none on t1" in preprocess_case(case, RAW).notes
+    assert "mask: drawn on t2, there is none on t1" in preprocess_case(case, RAW.data).notes
     with pytest.raises(CaseError, match=r"a mask drawn on cet1 is expected, .*Received: masks of t2"):
         found(mask_from="cet1")
 
@@ -462,8 +466,10 @@ def test_a_dicom_patient(tmp_path):
         write_series(tmp_path / "dicom", Grid.from_image(image), name, prefix=name, array=array, order=-1)
         sitk.WriteImage(Grid.from_image(image).image(array), str(path))
     sitk.WriteImage(sitk.ReadImage(str(case.mask)), str(tmp_path / "dicom" / "mask.nii.gz"))
-    found = preprocess_case(read_case_folder(tmp_path / "dicom", Recipe()), Recipe(), cache=tmp_path / "cache")
-    expected = preprocess_case(case, Recipe())
+    found = preprocess_case(
+        read_case_folder(tmp_path / "dicom", Recipe().data), Recipe().data, cache=tmp_path / "cache"
+    )
+    expected = preprocess_case(case, Recipe().data)
     assert found.grid.matches(expected.grid)
     for name, image in expected.images.items():
         np.testing.assert_allclose(found.images[name], image, atol=1e-3)
@@ -478,8 +484,8 @@ def test_a_mask_outside_the_field_of_view_is_refused(tmp_path):
 
 def test_a_patient_without_a_mask(tmp_path):
     case = dataclasses.replace(make_case(tmp_path), mask=None)
-    assert preprocess_case(case, RAW).mask is None
-    assert preprocess_case(case, RAW, cache=tmp_path / "cache").mask is None
+    assert preprocess_case(case, RAW.data).mask is None
+    assert preprocess_case(case, RAW.data, cache=tmp_path / "cache").mask is None
 
 
 # --- real images
@@ -491,18 +497,18 @@ def brainix(test_data, tmp_path):
     for series, name in (("T1", "t1"), ("T2", "t2"), ("FLAIR", "flair"), ("ROI", "mask")):
         files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(test_data / "brainix" / series))
         sitk.WriteImage(sitk.ReadImage(files), str(tmp_path / f"{name}.nii"))
-    return read_case_folder(tmp_path, Recipe(modalities=("t1", "t2", "flair")))
+    return read_case_folder(tmp_path, Recipe().replace({"data.modalities": ("t1", "t2", "flair")}).data)
 
 
 def test_brainix(brainix):
-    recipe = Recipe(modalities=("t1", "t2", "flair"), spacing=1.0)
-    result = preprocess_case(brainix, recipe)
+    recipe = Recipe().replace({"data.modalities": ("t1", "t2", "flair"), "data.spacing": 1.0})
+    result = preprocess_case(brainix, recipe.data)
     assert result.shape == (22, 240, 240)
     assert result.spacing == pytest.approx((6, 1, 1))
     assert len(result.notes) == 1
     assert result.notes[0].startswith("mask: ")
     # The same head in every sequence: where one sees body, so do the others.
-    bodies = [result.images[m] > -1 for m in recipe.modalities]
+    bodies = [result.images[m] > -1 for m in recipe.data.modalities]
     for body in bodies[1:]:
         assert 2 * np.count_nonzero(body & bodies[0]) / (body.sum() + bodies[0].sum()) > 0.85
     # The lesion keeps its volume and place, and is bright on the FLAIR.
@@ -535,8 +541,8 @@ def test_npc_masks_come_onto_another_grid(test_data, tmp_path, patient):
     grid = in_plane_grid(own, 4.0)
     image = write(tmp_path / "t1.nii.gz", grid, np.random.default_rng(0).random(grid.shape, dtype=np.float32))
     mask = test_data / "npc_masks" / patient / "T2.nii.gz"
-    recipe = Recipe(modalities=("t1",), spacing=1.0, normalised_scale=1.0)
-    result = preprocess_case(Case(patient, {"t1": image}, mask), recipe)
+    recipe = Recipe().replace({"data.modalities": ("t1",), "data.spacing": 1.0, "data.normalised_scale": 1.0})
+    result = preprocess_case(Case(patient, {"t1": image}, mask), recipe.data)
     assert result.notes[0].startswith("mask: ")
     drawn = sitk.ReadImage(str(mask))
     voxels = np.argwhere(sitk.GetArrayViewFromImage(drawn) == 255)
@@ -552,9 +558,9 @@ def test_npc_masks_come_onto_another_grid(test_data, tmp_path, patient):
 
 
 def test_brats_tumour_core(test_data):
-    recipe = Recipe(modalities=("t1",), spacing=2.0, mask_labels=(1, 3, 4))
-    case = read_case_folder(test_data / "brats2013_patient", recipe)
-    result = preprocess_case(case, recipe)
+    recipe = Recipe().replace({"data.modalities": ("t1",), "data.spacing": 2.0, "data.mask_labels": (1, 3, 4)})
+    case = read_case_folder(test_data / "brats2013_patient", recipe.data)
+    result = preprocess_case(case, recipe.data)
     assert result.shape == (155, 120, 120)
     labels = sitk.ReadImage(str(case.mask))
     values = sitk.GetArrayViewFromImage(labels)
@@ -567,13 +573,13 @@ def test_brats_tumour_core(test_data):
     expected = [(low + high) / 2 for low, high in bounding_box(brain)]
     np.testing.assert_allclose(np.array(result.centre) * (1, 2, 2), expected, atol=8)
     with pytest.raises(CaseError, match=r"brats2013_patient: .*mask.mha: .*the labels 1, 2, 3, 4$"):
-        preprocess_case(case, dataclasses.replace(recipe, mask_labels=None))
+        preprocess_case(case, recipe.replace({"data.mask_labels": None}).data)
 
 
 def test_normalised_cubes_are_read_as_they_are(test_data):
     folder = min((test_data / "tumour_core_cubes").iterdir())
-    case = read_case_folder(folder, Recipe())
-    result = preprocess_case(case, Recipe(spacing=None, normalised_scale=1000.0))
+    case = read_case_folder(folder, Recipe().data)
+    result = preprocess_case(case, Recipe().replace({"data.spacing": None, "data.normalised_scale": 1000.0}).data)
     assert result.shape == (32, 32, 32)
     for modality in MODALITIES:
         raw = sitk.GetArrayFromImage(sitk.ReadImage(str(case.images[modality])))

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -92,23 +90,23 @@ def test_a_patient_who_moved(tmp_path):
         image, mask = phantom(inverted=name == "t2", seed=len(name))
         sitk.WriteImage(moved(image, motion), str(tmp_path / f"{name}.nii.gz"))
         sitk.WriteImage(moved(mask, motion), str(tmp_path / f"mask_{name}.nii.gz"))
-    recipe = Recipe(spacing=None, mask_from="t2", align="rigid")
-    files = read_case_folder(tmp_path, recipe)
-    case = preprocess_case(files, recipe, cache=tmp_path / "cache")
+    recipe = Recipe().replace({"data.spacing": None, "data.mask_from": "t2", "data.align": "rigid"})
+    files = read_case_folder(tmp_path, recipe.data)
+    case = preprocess_case(files, recipe.data, cache=tmp_path / "cache")
     truth = sitk.GetArrayFromImage(phantom()[1])
 
     def overlap(mask):
         return 2 * np.count_nonzero(mask & truth) / (mask.sum() + truth.sum())
 
     assert overlap(case.mask) > 0.93
-    assert overlap(read_tumour(files, recipe, case)) > 0.93
-    trusting = dataclasses.replace(recipe, align="header")
-    assert overlap(preprocess_case(files, trusting).mask) < 0.8
+    assert overlap(read_tumour(files, recipe.data, case)) > 0.93
+    trusting = recipe.replace({"data.align": "header"})
+    assert overlap(preprocess_case(files, trusting.data).mask) < 0.8
     t2 = next(note for note in case.notes if note.startswith("t2: aligned by "))
     assert 6 < float(t2.split()[3]) < 9
     assert 5 < float(t2.split()[6]) < 8
     # From the cache: the motions are part of it.
-    again = preprocess_case(files, recipe, cache=tmp_path / "cache")
+    again = preprocess_case(files, recipe.data, cache=tmp_path / "cache")
     assert again.motions == case.motions
     assert again.motions["t2"].shift > 6
     # The only mask there is moves with the sequence that its name, or the recipe, says.
@@ -116,14 +114,14 @@ def test_a_patient_who_moved(tmp_path):
         (tmp_path / f"mask_{name}.nii.gz").unlink()
     for only, mask_from in (("mask_t2.nii.gz", None), ("mask.nii.gz", "t2")):
         (tmp_path / "mask_t2.nii.gz").rename(tmp_path / only)
-        one = dataclasses.replace(recipe, mask_from=mask_from)
-        np.testing.assert_array_equal(preprocess_case(read_case_folder(tmp_path, one), one).mask, case.mask)
+        one = recipe.replace({"data.mask_from": mask_from})
+        np.testing.assert_array_equal(preprocess_case(read_case_folder(tmp_path, one.data), one.data).mask, case.mask)
 
 
 def test_the_cache_knows_the_seed_of_the_alignment(tiny_cohort):
-    files = read_case_folder(tiny_cohort / "patient_00", Recipe())
+    files = read_case_folder(tiny_cohort / "patient_00", Recipe().data)
     keys = {
-        (align, seed): _cache.key(files, Recipe(align=align, seed=seed))
+        (align, seed): _cache.key(files, Recipe().replace({"data.align": align, "training.seed": seed}).data)
         for align in ("header", "rigid")
         for seed in (0, 1)
     }
@@ -137,9 +135,9 @@ def test_a_known_motion_of_real_images(patient, modality, test_data):
 
     The sequences of brainix are a good millimetre apart from the beginning.
     """
-    recipe = Recipe(modalities=("t1", modality))
-    files = read_case_folder(test_data / patient, recipe, require_mask=False)
-    fixed, moving = (read_image(files.images[name], patient, sitk.sitkFloat32) for name in recipe.modalities)
+    recipe = Recipe().replace({"data.modalities": ("t1", modality)})
+    files = read_case_folder(test_data / patient, recipe.data, require_mask=False)
+    fixed, moving = (read_image(files.images[name], patient, sitk.sitkFloat32) for name in recipe.data.modalities)
     centre = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
     motion = Motion((0.07, -0.05, 0.14), (6.0, -9.0, 5.0), centre)
     found, gain = register_rigid(fixed, moved(moving, inverse(motion)))

@@ -7,13 +7,13 @@ import pytest
 from keras_mmfnet.models import MMFNet, MultiEncoderUNet3D, PatchCNN, UNet3D, load_network
 from keras_mmfnet.recipe import Recipe
 
-RECIPE = Recipe(modalities=("t1", "t2"), patch_shape=(4, 8, 8), filters=(2,))
+RECIPE = Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (4, 8, 8), "network.filters": (2,)})
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A network of the recipe, and its file."""
-    network = MMFNet(RECIPE.modalities, RECIPE.patch_shape, RECIPE.filters, reduction=2)
+    network = MMFNet(RECIPE.data.modalities, RECIPE.patches.shape, RECIPE.network.filters, reduction=2)
     path = tmp_path_factory.mktemp("saved") / "mmfnet.keras"
     network.save(path)
     return network, path
@@ -35,7 +35,7 @@ def test_a_network_comes_back(saved):
 
 
 def test_a_network_for_any_size_fits_every_recipe(tmp_path):
-    MultiEncoderUNet3D(RECIPE.modalities, (None, None, None), (2,)).save(tmp_path / "any.keras")
+    MultiEncoderUNet3D(RECIPE.data.modalities, (None, None, None), (2,)).save(tmp_path / "any.keras")
     assert load_network(tmp_path / "any.keras", RECIPE).patch_shape == (None, None, None)
 
 
@@ -83,7 +83,7 @@ def test_a_network_of_another_kind(network, message, tmp_path):
 
 
 def test_a_network_that_classifies(tmp_path):
-    inputs = {name: keras.Input((*RECIPE.patch_shape, 1), name=name) for name in RECIPE.modalities}
+    inputs = {name: keras.Input((*RECIPE.patches.shape, 1), name=name) for name in RECIPE.data.modalities}
     x = keras.layers.GlobalAveragePooling3D()(keras.layers.Concatenate()(list(inputs.values())))
     keras.Model(inputs, keras.layers.Dense(1)(x)).save(tmp_path / "classifier.keras")
     assert "the Functional of" in refused(tmp_path / "classifier.keras", RECIPE)

@@ -7,7 +7,7 @@ from checks import random_volume, to_numpy
 from keras_mmfnet.models import METHODS, Method, MMFNet, UNet3D, register_method
 from keras_mmfnet.recipe import Recipe
 
-RECIPE = Recipe(patch_shape=(4, 8, 8), filters=(2, 3))
+RECIPE = Recipe().replace({"patches.shape": (4, 8, 8), "network.filters": (2, 3)})
 # Tables I and II of the paper: DSC, AP, Dice loss. Two rows are in both.
 PAPER = """
 patch_cnn_t1 0.5195 0.5320 0.4818
@@ -51,8 +51,8 @@ def test_every_method_predicts_volumes(name):
     method = METHODS[name]
     recipe = method.adapt(RECIPE)
     network = method.over_volumes(method.build(recipe, "float32", encoders=None), recipe)
-    assert tuple(network.input) == recipe.modalities
-    volumes = {modality: random_volume(1, 4, 8, 8, 1) for modality in recipe.modalities}
+    assert tuple(network.input) == recipe.data.modalities
+    volumes = {modality: random_volume(1, 4, 8, 8, 1) for modality in recipe.data.modalities}
     probability = to_numpy(network(volumes))
     assert probability.shape == (1, 4, 8, 8, 1)
     assert 0 <= probability.min() <= probability.max() <= 1
@@ -94,7 +94,7 @@ def test_ablations(name, shared, channel, spatial, transfer):
 
 def test_self_transfer_copies_the_encoders():
     method = METHODS["mmfnet_t1_t2"]
-    donors = {name: UNet3D(name, RECIPE.patch_shape, RECIPE.filters) for name in ("t1", "t2")}
+    donors = {name: UNet3D(name, RECIPE.patches.shape, RECIPE.network.filters) for name in ("t1", "t2")}
     network = method.build(method.adapt(RECIPE), "float32", donors)
     for name, donor in donors.items():
         for ours, theirs in zip(network.encoder(name).weights, donor.encoder(name).weights, strict=True):
@@ -105,7 +105,7 @@ def test_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr("keras_mmfnet.models.methods.METHODS", dict(METHODS))
     mine = Method("mine", "My network", METHODS["unet3d_t1"].build, {"modalities": ("t1",), "filters": (4, 5)})
     assert register_method(mine) is mine
-    assert mine.adapt(RECIPE) == dataclasses.replace(RECIPE, modalities=("t1",), filters=(4, 5))
+    assert mine.adapt(RECIPE) == RECIPE.replace({"data.modalities": ("t1",), "network.filters": (4, 5)})
     with pytest.raises(ValueError, match=r"new\. Received: 'mine'"):
         register_method(mine)
     with pytest.raises(ValueError, match=r"encoders.*Received: \['nobody'\]"):
