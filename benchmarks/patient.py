@@ -21,7 +21,7 @@ from machine import machine, report
 from preprocessing import write_patient
 
 from keras_mmfnet.data import preprocess_case
-from keras_mmfnet.data.images import write_image
+from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe

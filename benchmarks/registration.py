@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from machine import machine, report
 
 from keras_mmfnet.data import read_case_folder
-from keras_mmfnet.data.images import read_image
+from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.registration import Motion, moved, register_rigid
 from keras_mmfnet.recipe import Recipe
 

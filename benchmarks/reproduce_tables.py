@@ -5,7 +5,7 @@
 
 Every method sees the same folds, patches and number of updates. Started again with the same --out, it goes on where it
 was stopped; started twice at the same time, the two share the work. A method of your own takes part through
---import my_methods.py, a file that calls keras_mmfnet.models.register_method.
+--import my_methods.py, a file that calls keras_mmfnet.methods.register_method.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.models import METHODS, MMFNet
+from keras_mmfnet.methods import METHODS
+from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 from keras_mmfnet.report import cohort_html, recipe_html, report_html, software_html
 from keras_mmfnet.training import preprocess_cases, train_method

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_mmfnet._files import write
 from keras_mmfnet.evaluation import metrics_csv, paired_difference, summarise
-from keras_mmfnet.models import METHODS
+from keras_mmfnet.methods import METHODS
 from keras_mmfnet.plots import plot_boxes, plot_learning_curves, plot_methods
 from keras_mmfnet.report import figure_html, shares_html, table_html
 

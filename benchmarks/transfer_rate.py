@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_mmfnet.models import METHODS, register_method
+from keras_mmfnet.methods import METHODS, register_method
 
 METHOD = METHODS["mmfnet_mlp_std_transfer"]
 
@@ -11,6 +11,6 @@ register_method(
         METHOD,
         name="mmfnet_transfer_fast",
         title=f"{METHOD.title}, rate 0.01 throughout",
-        changes={**METHOD.changes, "learning_rate": 1e-2},
+        changes={**METHOD.changes, "training.learning_rate": 1e-2},
     )
 )

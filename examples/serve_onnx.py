@@ -18,7 +18,7 @@ import onnxruntime
 import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.data.images import write_image
+from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.recipe import Recipe
 

@@ -20,10 +20,11 @@ from pathlib import Path
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 from keras_mmfnet._log import log_to_file, log_to_terminal
-from keras_mmfnet.data import find_cases, make_phantom_cohort
+from keras_mmfnet.data import find_cases
 from keras_mmfnet.evaluation import metrics_table
 from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
 from keras_mmfnet.report import write_run_report
+from keras_mmfnet.synthetic import make_synthetic_cohort
 from keras_mmfnet.training import cross_validate
 
 # The synthetic patients are easy enough to end the demonstration here.
@@ -75,7 +76,7 @@ def main():
             if parsed.resume and (out / "recipe.json").exists() and not data.exists():
                 raise ValueError(f"the run is of patients of your own: --data is expected. Received: {out}")
             logging.info("Making synthetic patients in %s", data)
-            make_phantom_cohort(data, seed=recipe.training.seed, modalities=recipe.data.modalities)
+            make_synthetic_cohort(data, seed=recipe.training.seed, modalities=recipe.data.modalities)
         left_out = []
         skip = left_out.append if parsed.skip_bad else None
         cases = find_cases(data, recipe.data, on_error=skip)

@@ -19,15 +19,15 @@ from keras_mmfnet._memory import keep_freed_memory
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.folds import five_folds
-from keras_mmfnet.data.images import write_image
+from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.data.preprocess import preprocess_case, read_tumour
 from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.losses import DiceLoss
+from keras_mmfnet.methods import METHODS, build_mmfnet
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
-from keras_mmfnet.models import METHODS, UNet3D, load_network
-from keras_mmfnet.models.methods import build_mmfnet
+from keras_mmfnet.models import UNet3D, load_network
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import Grid, PreprocessedCase, make_phantom_cohort
+from keras_mmfnet.data import Grid, PreprocessedCase
+from keras_mmfnet.synthetic import make_synthetic_cohort
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def full_disk():
 def cohort(tmp_path_factory):
     """A folder of six synthetic patients."""
     folder = tmp_path_factory.mktemp("cohort")
-    make_phantom_cohort(folder, patients=6)
+    make_synthetic_cohort(folder, patients=6)
     return folder
 
 

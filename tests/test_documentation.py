@@ -22,7 +22,8 @@ from dicom_files import write_series
 
 import keras_mmfnet
 from keras_mmfnet.data import Grid
-from keras_mmfnet.models import METHODS, MMFNet
+from keras_mmfnet.methods import METHODS
+from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe, recipe_changes
 
 ROOT = Path(__file__).parents[1]

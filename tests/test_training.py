@@ -16,7 +16,8 @@ from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, find_cases, preprocess_case, read_case_folder
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.models import METHODS, MMFNet, PatchCNN, UNet3D
+from keras_mmfnet.methods import METHODS
+from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import cross_validate, pretrain_encoders, train_mmfnet
 

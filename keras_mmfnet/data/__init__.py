@@ -1,7 +1,6 @@
 from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
 from keras_mmfnet.data.folds import Fold, five_folds
-from keras_mmfnet.data.formats import find_cases, read_case_folder
-from keras_mmfnet.data.phantom import make_phantom_cohort
+from keras_mmfnet.data.layouts import find_cases, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
 
 
@@ -22,7 +21,6 @@ __all__ = [
     "PreprocessedCase",
     "find_cases",
     "five_folds",
-    "make_phantom_cohort",
     "patch_dataset",
     "preprocess_case",
     "read_case_folder",

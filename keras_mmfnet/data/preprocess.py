@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data import _cache
+from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
-from keras_mmfnet.data.images import read_image
+from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.registration import moved, register_rigid
 
 _BINS = 1024
@@ -48,20 +48,20 @@ def preprocess_case(case, recipe, cache=None):
         missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
         if not (present and recipe.allow_missing):
             raise CaseError(
-                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was trained "
-                f"with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
+                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was "
+                f"trained with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
             )
         mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
         recipe = recipe.model_copy(update={"modalities": present, "mask_from": mask_from})
     if cache is None:
         return _preprocess(case, recipe)
-    entry = Path(cache) / _cache.key(case, recipe)
-    cached = _cache.load(entry, case.name)
+    entry = Path(cache) / cache_files.key(case, recipe)
+    cached = cache_files.load(entry, case.name)
     if cached is None:
         built = _preprocess(case, recipe)
-        _cache.store(built, entry)
+        cache_files.store(built, entry)
         # Another process may be putting its own, equal entry in place at this moment.
-        cached = _cache.load(entry, case.name) or built
+        cached = cache_files.load(entry, case.name) or built
     return cached
 
 

@@ -1,14 +1,11 @@
 from keras_mmfnet.models._network import load_network
-from keras_mmfnet.models.methods import METHODS, Method, register_method
 from keras_mmfnet.models.mmfnet import MMFNet, MultiEncoderUNet3D
 from keras_mmfnet.models.patch_cnn import PatchCNN, SiamesePatchCNN
 from keras_mmfnet.models.slice_wise_3d import SliceWise3D
 from keras_mmfnet.models.unet import SingleEncoderUNet3D, UNet2D, UNet3D
 
 __all__ = [
-    "METHODS",
     "MMFNet",
-    "Method",
     "MultiEncoderUNet3D",
     "PatchCNN",
     "SiamesePatchCNN",
@@ -17,5 +14,4 @@ __all__ = [
     "UNet2D",
     "UNet3D",
     "load_network",
-    "register_method",
 ]

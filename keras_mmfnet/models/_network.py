@@ -110,7 +110,7 @@ def load_network(path, recipe=None):
     if recipe is not None and not _is_over(recipe, model):
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
         raise ValueError(
-            f"{path}: must be a network from patches {tuple(recipe.patches.shape)} of {', '.join(recipe.data.modalities)} to "
+            f"{path}: must be a network from patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} to "
             f"their probabilities, as the recipe says. Received: the {type(model).__name__} of {shapes}"
         )
     return model

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from keras_mmfnet import training
-from keras_mmfnet.models import METHODS
+from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import methods as registry
 from keras_mmfnet.recipe import Recipe
 
 MINE = """
-from keras_mmfnet.models import METHODS, Method, UNet3D, register_method
+from keras_mmfnet.methods import METHODS, Method, register_method
+from keras_mmfnet.models import UNet3D
 
 
 def build(recipe, dtype, encoders=None):

@@ -114,7 +114,7 @@ def is_read(folder, paths, kind):
     """Whether the package reads the files or refuses them in its own words; all else is raised."""
     from keras_mmfnet.data.case import CaseError
     from keras_mmfnet.data.dicom import find_series
-    from keras_mmfnet.data.images import read_image
+    from keras_mmfnet.data.image_io import read_image
 
     try:
         for source in find_series(folder, "ann") if kind == ".dcm" else paths:

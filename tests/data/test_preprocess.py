@@ -20,7 +20,7 @@ from patients import (
 )
 
 from keras_mmfnet.data.case import Case, CaseError, Grid
-from keras_mmfnet.data.formats import read_case_folder
+from keras_mmfnet.data.layouts import read_case_folder
 from keras_mmfnet.data.preprocess import (
     body_mask,
     bounding_box,

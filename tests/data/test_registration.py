@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import _cache, preprocess_case, read_case_folder
+from keras_mmfnet.data import cache as cache_files
+from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.case import Grid
-from keras_mmfnet.data.images import read_image
+from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.data.registration import Motion, moved, register_rigid
 from keras_mmfnet.recipe import Recipe
@@ -121,7 +122,7 @@ def test_a_patient_who_moved(tmp_path):
 def test_the_cache_knows_the_seed_of_the_alignment(tiny_cohort):
     files = read_case_folder(tiny_cohort / "patient_00", Recipe().data)
     keys = {
-        (align, seed): _cache.key(files, Recipe().replace({"data.align": align, "training.seed": seed}).data)
+        (align, seed): cache_files.key(files, Recipe().replace({"data.align": align, "training.seed": seed}).data)
         for align in ("header", "rigid")
         for seed in (0, 1)
     }

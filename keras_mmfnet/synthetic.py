@@ -122,7 +122,7 @@ class _Patient:
     noise: dict[str, tuple[float, np.random.SeedSequence]]
 
 
-def make_phantom_cohort(
+def make_synthetic_cohort(
     directory: str | os.PathLike,
     patients: int = 16,
     seed: int = 0,

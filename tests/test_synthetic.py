@@ -5,8 +5,8 @@ import pytest
 import SimpleITK as sitk
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 
-from keras_mmfnet.data import phantom
-from keras_mmfnet.data.phantom import make_phantom_cohort
+from keras_mmfnet import synthetic
+from keras_mmfnet.synthetic import make_synthetic_cohort
 
 MODALITIES = ("t1", "t2", "cet1")
 PATIENTS = 4
@@ -15,7 +15,7 @@ PATIENTS = 4
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     """The patients' folders and, of each, the images by name."""
-    folders = make_phantom_cohort(tmp_path_factory.mktemp("cohort") / "new", patients=PATIENTS, seed=1)
+    folders = make_synthetic_cohort(tmp_path_factory.mktemp("cohort") / "new", patients=PATIENTS, seed=1)
     names = (*MODALITIES, "mask")
     return folders, [{name: sitk.ReadImage(folder / f"{name}.nii.gz") for name in names} for folder in folders]
 
@@ -104,7 +104,7 @@ def test_mask_is_one_tumour_on_the_grid_of_t1(cohort):
 
 
 def test_the_look_alikes_are_the_tumours_twins_but_for_one_modality():
-    patient = phantom._draw_patient(seed=1, index=2)
+    patient = synthetic._draw_patient(seed=1, index=2)
     tumour, *others = blobs = patient.shapes[-4:]
     assert tumour is patient.tumour
     assert [blob.layers[0][0] for blob in others] == list(MODALITIES)
@@ -112,7 +112,7 @@ def test_the_look_alikes_are_the_tumours_twins_but_for_one_modality():
         for name in MODALITIES:
             ratio = levels[name] / levels["tumour"]
             assert abs(ratio - 1) > 0.4 if name == modality else ratio == 1
-    inside = [phantom._inside(blob, patient.grids["t1"]) for blob in blobs]
+    inside = [synthetic._inside(blob, patient.grids["t1"]) for blob in blobs]
     assert np.max(np.sum(inside, axis=0)) == 1
     assert all(np.all(extent(one)[1:] * patient.grids["t1"].spacing[0] > 22) for one in inside)
 
@@ -120,7 +120,7 @@ def test_the_look_alikes_are_the_tumours_twins_but_for_one_modality():
 def test_neither_size_nor_place_tells_the_tumour():
     larger, farther = [], []
     for seed in range(16):
-        tumour, *others = phantom._draw_blobs(np.random.default_rng(seed), np.zeros(3), thickness=4.0)
+        tumour, *others = synthetic._draw_blobs(np.random.default_rng(seed), np.zeros(3), thickness=4.0)
         larger.append(sum(np.linalg.det(tumour.stretch) > np.linalg.det(other.stretch) for other in others))
         farther.append(sum(np.linalg.norm(tumour.centre) > np.linalg.norm(other.centre) for other in others))
     # Of four blobs, it takes every rank, and no rank most of the time.
@@ -155,14 +155,14 @@ def test_only_all_three_modalities_tell_the_tumour(cohort):
 def test_a_second_call_completes_and_repeats(cohort, tmp_path):
     (tmp_path / "patient_00").mkdir()
     (tmp_path / "patient_00" / "note").write_text("mine")
-    folders = make_phantom_cohort(tmp_path, patients=2, seed=1)
+    folders = make_synthetic_cohort(tmp_path, patients=2, seed=1)
     assert [path.name for path in folders[0].iterdir()] == ["note"]
     for path in folders[1].iterdir():  # the same patient, in a cohort of another size
         assert path.read_bytes() == (cohort[0][1] / path.name).read_bytes()
 
 
 def test_another_seed_is_another_patient():
-    one, other = (phantom._draw_patient(seed, 0) for seed in (1, 2))
+    one, other = (synthetic._draw_patient(seed, 0) for seed in (1, 2))
     assert not np.allclose(one.tumour.centre, other.tumour.centre)
 
 
@@ -171,14 +171,14 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path, monkeypatch):
         path.write_bytes(b"half an image")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(phantom, "_write", fail)
+    monkeypatch.setattr(synthetic, "_write", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        make_phantom_cohort(tmp_path, patients=1)
+        make_synthetic_cohort(tmp_path, patients=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_some_modalities_only(tmp_path):
-    (folder,) = make_phantom_cohort(tmp_path, patients=1, seed=3, modalities=["t2"])
+    (folder,) = make_synthetic_cohort(tmp_path, patients=1, seed=3, modalities=["t2"])
     images = {path.name: sitk.ReadImage(path) for path in folder.iterdir()}
     assert set(images) == {"t2.nii.gz", "mask.nii.gz"}
     np.testing.assert_allclose(geometry(images["t2.nii.gz"]), geometry(images["mask.nii.gz"]), atol=1e-5)
@@ -197,5 +197,5 @@ def test_some_modalities_only(tmp_path):
 )
 def test_errors(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_phantom_cohort(tmp_path / "new", **arguments)
+        make_synthetic_cohort(tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()

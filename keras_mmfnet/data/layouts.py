@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import find_series, is_dicom
-from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, image_suffix
+from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
 
 _CONTRAST = r"((?<![a-z])(ce|gd|gad[a-z]*|contrast|post|km|c\+)|\+ ?c)(?![a-z])"
 _FLAIR = r"flair|dark.?fluid"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from checks import random_volume, to_numpy
 
-from keras_mmfnet.models import METHODS, Method, MMFNet, UNet3D, register_method
+from keras_mmfnet.methods import METHODS, Method, register_method
+from keras_mmfnet.models import MMFNet, UNet3D
 from keras_mmfnet.recipe import Recipe
 
 RECIPE = Recipe().replace({"patches.shape": (4, 8, 8), "network.filters": (2, 3)})
@@ -102,7 +103,7 @@ def test_self_transfer_copies_the_encoders():
 
 
 def test_a_method_of_ones_own(monkeypatch):
-    monkeypatch.setattr("keras_mmfnet.models.methods.METHODS", dict(METHODS))
+    monkeypatch.setattr("keras_mmfnet.methods.METHODS", dict(METHODS))
     mine = Method("mine", "My network", METHODS["unet3d_t1"].build, {"modalities": ("t1",), "filters": (4, 5)})
     assert register_method(mine) is mine
     assert mine.adapt(RECIPE) == RECIPE.replace({"data.modalities": ("t1",), "network.filters": (4, 5)})

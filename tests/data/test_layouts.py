@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from dicom_files import write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.formats import find_cases, read_case_folder
-from keras_mmfnet.data.images import IMAGE_SUFFIXES, Volume, read_image, write_image
+from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_image, write_image
+from keras_mmfnet.data.layouts import find_cases, read_case_folder
 from keras_mmfnet.recipe import Recipe
 
 RECIPE = Recipe()

@@ -5,10 +5,16 @@ from collections.abc import Callable, Mapping
 
 import keras
 
-from keras_mmfnet.models.mmfnet import MMFNet, MultiEncoderUNet3D
-from keras_mmfnet.models.patch_cnn import PatchCNN, SiamesePatchCNN
-from keras_mmfnet.models.slice_wise_3d import SliceWise3D
-from keras_mmfnet.models.unet import SingleEncoderUNet3D, UNet2D, UNet3D
+from keras_mmfnet.models import (
+    MMFNet,
+    MultiEncoderUNet3D,
+    PatchCNN,
+    SiamesePatchCNN,
+    SingleEncoderUNet3D,
+    SliceWise3D,
+    UNet2D,
+    UNet3D,
+)
 
 
 @dataclasses.dataclass(frozen=True)

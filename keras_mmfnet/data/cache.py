@@ -15,7 +15,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
-from keras_mmfnet.data.images import Volume, read_image
+from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import Motion
 
 # A cache entry depends on these fields of a `DataRecipe`, on the files' contents and on this number, which goes up when
