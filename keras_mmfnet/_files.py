@@ -24,8 +24,16 @@ def write_once(path, text, other):
     """
     if not path.exists():
         return write(path, text)
-    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(text))
     differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     if differing:
         listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in differing.items())
         raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")
+
+
+def _flat(values, above=""):
+    """Nested dicts as one, by the path of each value."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat

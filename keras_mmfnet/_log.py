@@ -1,27 +1,32 @@
-"""What a run says while it works: on the terminal and in a file."""
+"""What a run says while it works."""
 
 import contextlib
 import logging
-import sys
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
-import keras
+_progress = logging.getLogger("keras_mmfnet.progress")
 
 
-def log_to_terminal(form="%(message)s", quiet=False):
-    """Shows messages on the terminal; only errors, and no bar of Keras, when `quiet`."""
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.ERROR if quiet else logging.INFO)
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[terminal])
-    if quiet:
-        keras.config.disable_interactive_logging()
+def progress(what: str | os.PathLike, done: int, total: int) -> None:
+    """Reports how far a piece of work is, to whoever listens to the logger `keras_mmfnet.progress`.
+
+    Args:
+        what: Path of the network that is trained, or the name of another work.
+        done: Updates or patients that are done.
+        total: How many there are.
+    """
+    _progress.debug("%s: %d of %d", what, done, total, extra={"what": what, "done": done, "total": total})
 
 
 @contextlib.contextmanager
-def log_to_file(path):
+def log_to_file(path: Path) -> Iterator[None]:
     """Adds all messages, and the error that ends the block, to the end of a file, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    file.setLevel(logging.INFO)
     root = logging.getLogger()
     root.addHandler(file)
     # Where others have set up logging before, it may let only warnings through.
@@ -37,13 +42,3 @@ def log_to_file(path):
         root.setLevel(level)
         root.removeHandler(file)
         file.close()
-
-
-def time_left(seconds, done, total):
-    """How long the rest will take, if it goes on as before, such as `, about 2 min left`; nothing at the end."""
-    rest = seconds / done * (total - done)
-    if done == total:
-        return ""
-    if rest < 60:
-        return ", less than a minute left"
-    return f", about {rest / 60:.0f} min left" if rest < 5400 else f", about {rest / 3600:.1f} h left"

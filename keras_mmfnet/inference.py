@@ -1,7 +1,6 @@
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet._memory import keep_freed_memory
 from keras_mmfnet.data.windows import cut, gaussian_weights, window_starts
 
 
@@ -38,7 +37,6 @@ def predict_volume(
     call = call if mirror_axis is None else _mirrored(call, mirror_axis + 1)
     weights = np.ones(patch_shape, np.float32) if weights is None else weights
 
-    keep_freed_memory()
     starts = window_starts(shape, patch_shape, stride, centre)
     fill = {name: image.min() for name, image in images.items()}
     total, count = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

@@ -33,17 +33,23 @@ class Method:
         samples: What the network learns from: `"volumes"`, 3D patches and their masks, or `"centres"`, 2D patches and
             the class of their centre.
         paper: `dsc`, `ap` and `dice_loss` in the paper, where it has them.
+        train: Trains another library's network in place of `build`: from the method, training and validation
+            patients, the recipe and a folder to `(predict, parameters, history)`, a callable for `predict_volume`, the
+            number of weights and a dict of numbers for each epoch.
     """
 
     name: str
     title: str
-    build: Callable[..., keras.Model]
+    build: Callable[..., keras.Model] | None = None
     changes: Mapping = dataclasses.field(default_factory=dict)
     encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     samples: str = "volumes"
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    train: Callable | None = None
 
     def __post_init__(self):
+        if not (self.build or self.train):
+            raise ValueError(f"a method must have `build` or `train`. Received: {self.name!r} with neither")
         if self.samples not in ("volumes", "centres"):
             raise ValueError(f"`samples` must be 'volumes' or 'centres'. Received: {self.samples!r}")
 
@@ -57,6 +63,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+# The single-modality networks that lend their encoders are called so, with the modality.
+_SINGLE = "unet3d_"
 
 
 def register_method(method):
@@ -78,6 +86,33 @@ def register_method(method):
         raise ValueError(f"`encoders` must name methods that are registered already. Received: {unknown}")
     METHODS[method.name] = method
     return method
+
+
+def method_of(recipe) -> Method:
+    """The method that a recipe describes: its MMFNet, with self-transfer if `training.self_transfer` says so.
+
+    Args:
+        recipe: The `Recipe`.
+
+    Returns:
+        A `Method` of the recipe's own modalities, which is not registered.
+    """
+    names = recipe.data.modalities if recipe.training.self_transfer else ()
+    return Method("mmfnet", "MMFNet", build_mmfnet, encoders={name: f"{_SINGLE}{name}" for name in names})
+
+
+def find_method(name: str) -> Method:
+    """The registered method of that name, or the 3D U-net of any modality for `unet3d_<modality>`.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    modality = name.removeprefix(_SINGLE)
+    if modality == name or not modality:
+        raise ValueError(f"a method's name must be one of {', '.join(METHODS)}. Received: {name!r}")
+    return Method(name, f"3D U-net ({modality})", _unet3d, {"data.modalities": (modality,)})
 
 
 def build_mmfnet(recipe, dtype, encoders=None):
@@ -131,7 +166,7 @@ def _register_rows():
 
     def row(name, title, build, modalities, paper, encoders=(), samples="volumes", **changes):
         numbers = dict(zip(("dsc", "ap", "dice_loss"), paper, strict=True))
-        donors = {modality: f"unet3d_{modality}" for modality in encoders}
+        donors = {modality: f"{_SINGLE}{modality}" for modality in encoders}
         changes = {f"network.{field}": value for field, value in changes.items()}
         register_method(
             Method(name, title, build, {"data.modalities": modalities, **changes}, donors, samples, numbers)

@@ -1,3 +1,5 @@
+"""Trains one network, so that it can be interrupted at any moment and resumed."""
+
 import csv
 import dataclasses
 import functools
@@ -6,257 +8,141 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
-import SimpleITK as sitk
 
-from keras_mmfnet._files import write, write_once
-from keras_mmfnet._log import time_left
-from keras_mmfnet._memory import keep_freed_memory
+from keras_mmfnet._files import write
+from keras_mmfnet._log import progress
 from keras_mmfnet._precision import dtype_policy
-from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.folds import five_folds
-from keras_mmfnet.data.image_io import write_image
+from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
-from keras_mmfnet.data.preprocess import preprocess_case, read_tumour
-from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
-from keras_mmfnet.inference import segment_case
+from keras_mmfnet.evaluation import metrics_csv
 from keras_mmfnet.losses import DiceLoss
-from keras_mmfnet.methods import METHODS, build_mmfnet
+from keras_mmfnet.methods import Method, find_method, method_of
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
-from keras_mmfnet.models import UNet3D, load_network
+from keras_mmfnet.models import load_network
+from keras_mmfnet.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
 
-def pretrain_encoders(training, validation, recipe, directory):
+def pretrain_encoders(
+    training: Sequence[PreprocessedCase],
+    validation: Sequence[PreprocessedCase],
+    recipe: Recipe,
+    directory: str | os.PathLike,
+) -> dict[str, Path]:
     """Trains one single-modality network per modality, the first half of self-transfer (section III-C).
 
     Args:
-        training: `PreprocessedCase`s to learn from.
-        validation: `PreprocessedCase`s that choose the best epoch.
+        training: Patients to learn from.
+        validation: Patients that choose the best epoch.
         recipe: The `Recipe`.
-        directory: Folder for `<modality>.keras` and `<modality>_history.csv`. A network that is there already is not
-            trained again, and one that was interrupted goes on after its last whole epoch.
+        directory: Folder for `unet3d_<modality>.keras` and `unet3d_<modality>_history.csv`; see `train_method`.
 
     Returns:
         `{modality: path of its network}`.
     """
-    directory = Path(directory)
-    paths = {modality: directory / f"{modality}.keras" for modality in recipe.data.modalities}
-    for modality, path in paths.items():
-        if not path.exists():
-            _log.info("Training the network for %s alone", modality)
-            build = functools.partial(UNet3D, modality, recipe.patches.shape, recipe.network.filters)
-            _train(build, training, validation, recipe, path)
+    paths = {}
+    for modality in recipe.data.modalities:
+        method = find_method(f"unet3d_{modality}")
+        train_method(method, training, validation, recipe, directory)
+        paths[modality] = Path(directory) / f"{method.name}.keras"
     return paths
 
 
-def train_mmfnet(training, validation, recipe, directory, encoders=None):
-    """Trains MMFNet: with encoders from `pretrain_encoders` first while these are frozen, then the whole of it.
+def train_mmfnet(
+    training: Sequence[PreprocessedCase],
+    validation: Sequence[PreprocessedCase],
+    recipe: Recipe,
+    directory: str | os.PathLike,
+    encoders: Mapping[str, keras.Model | str | os.PathLike] | None = None,
+) -> keras.Model:
+    """Trains MMFNet: with given encoders first while these are frozen, then the whole network.
 
     Args:
-        training: `PreprocessedCase`s to learn from.
-        validation: `PreprocessedCase`s that choose the best epoch.
+        training: Patients to learn from.
+        validation: Patients that choose the best epoch.
         recipe: The `Recipe`.
-        directory: Folder for `mmfnet.keras` and `mmfnet_history.csv`. If the network is there already it is only
-            loaded, and a training that was interrupted goes on after its last whole epoch.
-        encoders: `{modality: network or path}`, or `None` to start from random weights.
+        directory: Folder for `mmfnet.keras` and `mmfnet_history.csv`; see `train_method`.
+        encoders: `{modality: network or path}`, as `pretrain_encoders` returns them, or `None` to start from random
+            weights.
 
     Returns:
         The `MMFNet` with the weights of its best epoch.
     """
-    path = Path(directory) / "mmfnet.keras"
-    if path.exists():
-        return load_network(path, recipe)
-    _log.info("Training MMFNet")
-    build = functools.partial(build_mmfnet, recipe, encoders=encoders)
-    return _train(build, training, validation, recipe, path, frozen=recipe.data.modalities if encoders else ())
+    return train_method(method_of(recipe), training, validation, recipe, directory, encoders or {})
 
 
-def train_method(method, training, validation, recipe, directory):
-    """Trains the network of one of the tables' methods, and before it those that lend it their encoders.
+def train_method(
+    method: Method,
+    training: Sequence[PreprocessedCase],
+    validation: Sequence[PreprocessedCase],
+    recipe: Recipe,
+    directory: str | os.PathLike,
+    encoders: Mapping[str, keras.Model | str | os.PathLike] | None = None,
+) -> keras.Model:
+    """Trains the network of a method, and before it those that lend it their encoders.
 
     Args:
         method: A `Method`, such as `METHODS["multi_encoder"]`.
-        training: `PreprocessedCase`s to learn from.
-        validation: `PreprocessedCase`s that choose the best epoch.
-        recipe: The `Recipe`, of which the method changes what makes it this method.
+        training: Patients to learn from.
+        validation: Patients that choose the best epoch.
+        recipe: The `Recipe`; the method changes what makes it this method.
         directory: Folder for `<method>.keras` and `<method>_history.csv`, shared by all methods of a fold. A network
-            that is there already is only loaded, and a training that was interrupted goes on after its last whole
-            epoch.
+            that is there is only loaded, and an interrupted training goes on after its last whole epoch.
+        encoders: Networks that lend their encoders by modality, instead of those that the method names.
 
     Returns:
         The network with the weights of its best epoch.
+
+    Raises:
+        ValueError: A network in the directory is damaged or of another recipe.
+        FloatingPointError: The training diverged.
+        OSError: The disk is full.
     """
     recipe, path = method.adapt(recipe), Path(directory) / f"{method.name}.keras"
     if path.exists():
         return load_network(path, recipe if method.samples == "volumes" else None)
-    encoders = {
-        modality: train_method(METHODS[name], training, validation, recipe, directory)
-        for modality, name in method.encoders.items()
-    }
+    if encoders is None:
+        encoders = {
+            modality: train_method(find_method(name), training, validation, recipe, directory)
+            for modality, name in method.encoders.items()
+        }
     _log.info("Training %s", method.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
     build = functools.partial(method.build, recipe, encoders=encoders)
     return _train(build, training, validation, recipe, path, tuple(encoders), method.samples)
 
 
-def cross_validate(cases, recipe, directory, folds=None, resume=False, on_error=None):
-    """Trains MMFNet on the patients of each fold and evaluates it on those held back (section IV-C).
-
-    The directory gets `recipe.json`, `cohort.json` (patients, notes on them, folds), `metrics.json`, `metrics.csv`, and
-    for each fold a folder with the networks, their histories and the test patients' masks, each on the grid of the
-    patient's own first modality. Preprocessed patients are kept in `cache`.
-
-    Args:
-        cases: `Case`s with a mask.
-        recipe: The `Recipe`.
-        directory: Folder for the results.
-        folds: Numbers of the folds to run, from 0; `None` for all.
-        resume: Go on with what is in the directory, which a run of the same recipe and patients has left.
-        on_error: Called with the `CaseError` of each patient that cannot be used; that patient is then left out.
-            `None`: the first such error is raised.
-
-    Returns:
-        A list with a dict for each test patient of all folds run so far: `patient`, `fold`, the numbers of
-        `evaluate_case` (`None` where not defined) and `seconds`, the time from the preprocessed images to the written
-        mask.
-
-    Raises:
-        CaseError: A patient cannot be used.
-        ValueError: The directory holds a run already, or the run to be resumed is of another recipe or of other
-            patients; or there are too few patients for the folds.
-    """
-    directory = Path(directory)
-    _claim(directory, recipe, resume)
-    _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
-    patients, skipped = preprocess_cases(cases, recipe.data, directory / "cache", on_error)
-    splits = five_folds(
-        list(patients), recipe.training.folds, recipe.training.validation_fraction, recipe.training.seed
-    )
-    cohort = {
-        "patients": {name: list(patient.notes) for name, patient in patients.items()},
-        "skipped": skipped,
-        "folds": [dataclasses.asdict(split) for split in splits],
-    }
-    write_once(directory / "cohort.json", json.dumps(cohort, indent=2) + "\n", "other patients")
-    folds = range(len(splits)) if folds is None else folds
-    unknown = [fold for fold in folds if fold not in range(len(splits))]
-    if unknown:
-        raise ValueError(f"`folds` must be numbers from 0 to {len(splits) - 1}. Received: {unknown}")
-
-    files = {case.name: case for case in cases}
-    for fold in folds:
-        folder = directory / f"fold_{fold}"
-        if (folder / "metrics.json").exists():
-            continue
-        folder.mkdir(exist_ok=True)
-        training, validation, test = parts = [
-            [patients[n] for n in names] for names in dataclasses.astuple(splits[fold])
-        ]
-        _log.info("Fold %d: %d patients to learn from, %d to choose the best epoch, %d to test", fold, *map(len, parts))
-        encoders = pretrain_encoders(training, validation, recipe, folder) if recipe.training.self_transfer else None
-        model = train_mmfnet(training, validation, recipe, folder, encoders)
-        rows, start = [], time.monotonic()
-        for patient in test:
-            rows.append(_test(model, patient, files[patient.name], recipe, folder, fold))
-            left = time_left(time.monotonic() - start, len(rows), len(test))
-            _log.info("Segmented patient %d of %d: DSC %.4f%s", len(rows), len(test), rows[-1]["dsc"], left)
-        write(folder / "metrics.json", metrics_json(rows))
-
-    done = sorted(directory.glob("fold_*/metrics.json"), key=lambda path: int(path.parent.name.removeprefix("fold_")))
-    rows = [row for path in done for row in json.loads(path.read_text(encoding="utf-8"))["patients"]]
-    write(directory / "metrics.json", metrics_json(rows))
-    write(directory / "metrics.csv", metrics_csv(rows))
-    return rows
-
-
-def preprocess_cases(cases, recipe, cache, on_error=None):
-    """Preprocesses all patients of a run.
-
-    Args:
-        cases: `Case`s.
-        recipe: The `Recipe`.
-        cache: Folder that keeps them for the next time.
-        on_error: As for `cross_validate`.
-
-    Returns:
-        `({name: PreprocessedCase}, {name: why it was left out})`.
-
-    Raises:
-        CaseError: A patient cannot be used, and there is no `on_error`.
-    """
-    patients, skipped, start = {}, {}, time.monotonic()
-    for number, case in enumerate(cases, start=1):
-        try:
-            patient = preprocess_case(case, recipe.data, cache)
-        except CaseError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            skipped[case.name] = str(error)
-            continue
-        left, about = time_left(time.monotonic() - start, number, len(cases)), "; ".join([case.name, *patient.notes])
-        _log.info("Preprocessed patient %d of %d%s: %s", number, len(cases), left, about)
-        patients[case.name] = patient
-    return patients, skipped
-
-
-def _test(model, patient, case, recipe, folder, fold):
-    """Segments one patient, writes the mask and compares it with the expert's."""
-    start = time.perf_counter()
-    mask, probability = segment_case(model, patient, recipe)
-    path = folder / "masks" / f"{patient.name}.nii.gz"
-    path.parent.mkdir(exist_ok=True)
-    write_image(mask, path)
-    seconds = time.perf_counter() - start
-    truth = read_tumour(case, recipe.data, patient)
-    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
-    return {"patient": patient.name, "fold": fold, **numbers, "seconds": seconds}
-
-
-def _claim(directory, recipe, resume):
-    """Makes the directory this run's, or refuses it."""
-    ours = ("recipe.json", "cohort.json", "metrics.json", "metrics.csv", "cache", "fold_*")
-    found = sorted(path.name for pattern in ours for path in directory.glob(pattern))
-    if found and not resume:
-        raise ValueError(
-            f"the output folder must hold no run, unless that run is to be resumed. Received: {directory}, with "
-            f"{', '.join(found)}"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_once(directory / "recipe.json", recipe.to_json(), "another recipe")
-
-
 def _train(build, training, validation, recipe, path, frozen=(), samples="volumes"):
-    """Trains a network and writes it and its history: first, if any are `frozen`, with these encoders as they are."""
-    keep_freed_memory()
-    work = path.with_name(f".{path.stem}")
+    """Trains a network and writes it and its history: first, if any are `frozen`, with these encoders frozen."""
+    settings, work = recipe.training, path.with_name(f".{path.stem}")
 
     def start():
-        keras.utils.set_random_seed(recipe.training.seed)
-        return build(dtype=dtype_policy(recipe.training.mixed_precision))
+        keras.utils.set_random_seed(settings.seed)
+        return build(dtype=dtype_policy(settings.mixed_precision))
 
     fit = functools.partial(_fit, training=training, validation=validation, recipe=recipe, work=work, samples=samples)
     model, stages = start(), []
-    if frozen and recipe.training.warmup_epochs:
+    if frozen and settings.warmup_epochs:
         for modality in frozen:
             model.encoder(modality).trainable = False
-        epochs = min(recipe.training.warmup_epochs, recipe.training.epochs)
-        stages.append(
-            fit(model, name="encoders frozen", learning_rate=recipe.training.warmup_learning_rate, epochs=epochs)
-        )
+        epochs = min(settings.warmup_epochs, settings.epochs)
+        stages.append(fit(model, name="encoders frozen", learning_rate=settings.warmup_learning_rate, epochs=epochs))
         # A new model, since `fit` would start at the epoch at which it resumed the last one.
         model, warm = start(), model
         model.set_weights(warm.get_weights())
-    epochs = recipe.training.epochs - sum(len(stage.history) for stage in stages)
-    if epochs > 0:
-        rate = recipe.training.learning_rate if frozen else recipe.training.pretrain_learning_rate
-        stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=recipe.training.schedule))
-    return _finish(model, path, stages, work, recipe.training.steps_per_epoch)
+    past = sum(len(stage.history) for stage in stages)
+    if settings.epochs > past:
+        rate = settings.learning_rate if frozen else settings.pretrain_learning_rate
+        epochs, schedule = settings.epochs - past, settings.schedule
+        stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=schedule, past=past))
+    return _finish(model, path, stages, work, settings.steps_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,29 +155,31 @@ class _Stage:
     best_weights: Path
 
 
-def _fit(model, training, validation, recipe, work, samples, name, learning_rate, epochs, schedule="constant"):
+def _fit(model, training, validation, recipe, work, samples, name, learning_rate, epochs, schedule="constant", past=0):
     """`model.fit`, going on after the last whole epoch in `work`; the model has the last epoch's weights then.
 
     After each epoch everything that the next one depends on is copied into a folder of its own, which appears at once
     and whole, so that a process killed at any moment leaves one consistent state behind.
     """
-    work = work / name.replace(" ", "_")
+    settings, network, work = recipe.training, work.with_name(work.name[1:]), work / name.replace(" ", "_")
     live, best = work / "live", work / "live" / "best.weights.h5"
     shutil.rmtree(live, ignore_errors=True)
-    states = sorted(work.glob("epoch-*"))
-    if states:
-        shutil.copytree(states[-1], live)
+    state = _last_state(work)
+    if state:
+        shutil.copytree(state, live)
     live.mkdir(parents=True, exist_ok=True)
 
-    past = _read_history(live / "history.csv")
-    losses = [row["val_loss"] for row in past]
-    rate = learning_rate
+    history = read_history(live / "history.csv")
+    losses = [row["val_loss"] for row in history]
+    rate, steps = learning_rate, settings.steps_per_epoch
     if schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * recipe.training.steps_per_epoch)
-    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= recipe.training.patience
-    if len(past) >= epochs or stopped:
+        rate = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps)
+    stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= settings.patience
+    if len(history) >= epochs or stopped:
         model.load_weights(live / "backup" / "latest.weights.h5")
-        return _Stage(name, rate, past, best)
+        return _Stage(name, rate, history, best)
+    if history:
+        _log.info("%s: resumed after epoch %d of %d", network.name, past + len(history), settings.epochs)
 
     loss = keras.losses.BinaryCrossentropy() if samples == "centres" else DiceLoss()
     model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=[DiceScore(), AveragePrecision()])
@@ -300,7 +188,7 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
     logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
     callbacks = [
         keras.callbacks.TerminateOnNaN(),
-        _Seconds(),
+        _Progress(network, past, steps, settings.epochs),
         _RoomOnDisk(work),
         logger,
         keras.callbacks.ModelCheckpoint(
@@ -311,46 +199,37 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
             save_weights_only=True,
             initial_value_threshold=min(losses, default=None),
         ),
-        _EarlyStopping(past, monitor="val_loss", mode="min", patience=recipe.training.patience),
+        _EarlyStopping(history, monitor="val_loss", mode="min", patience=settings.patience),
         keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
-        _KeepState(live, work),
+        _SaveState(live, work),
     ]
-    modalities, first_batch = list(model.input), len(past) * recipe.training.steps_per_epoch
-    training = patch_dataset(
-        training,
-        recipe.patches,
-        modalities,
-        first_batch=first_batch,
-        batch_size=recipe.training.batch_size,
-        seed=recipe.training.seed,
+    first_batch = len(history) * steps
+    patches = functools.partial(
+        patch_dataset,
+        recipe=recipe.patches,
+        modalities=list(model.input),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
     )
-    validation = patch_dataset(
-        validation,
-        recipe.patches,
-        modalities,
-        training=False,
-        batch_size=recipe.training.batch_size,
-        seed=recipe.training.seed,
-    )
+    training, validation = patches(training, first_batch=first_batch), patches(validation, training=False)
     if samples == "centres":
         shape = model.patch_shape
-        training = centre_patches(training, shape, seed=recipe.training.seed, first_batch=first_batch)
-        validation = centre_patches(validation, shape, seed=recipe.training.seed)
+        training = centre_patches(training, shape, seed=settings.seed, first_batch=first_batch)
+        validation = centre_patches(validation, shape, seed=settings.seed)
     try:
         model.fit(
             training,
             validation_data=validation,
-            steps_per_epoch=recipe.training.steps_per_epoch,
+            steps_per_epoch=steps,
             epochs=epochs,
             shuffle=False,  # the dataset does
             callbacks=callbacks,
-            # A bar with the time left of the epoch for a person; each epoch is logged besides.
-            verbose=1 if sys.stdout.isatty() else 0,
+            verbose=0,
         )
     finally:
         # Closes its file, which it else leaves open when `fit` is interrupted.
         logger.on_train_end()
-    history = _read_history(live / "history.csv")
+    history = read_history(live / "history.csv")
     last = history[-1]
     if not (math.isfinite(last["loss"]) and math.isfinite(last["val_loss"])):
         raise FloatingPointError(
@@ -360,19 +239,24 @@ def _fit(model, training, validation, recipe, work, samples, name, learning_rate
     return _Stage(name, rate, history, best)
 
 
-class _Seconds(keras.callbacks.Callback):
-    """Adds to an epoch's numbers how many seconds it took, and logs them with the time left."""
+class _Progress(keras.callbacks.Callback):
+    """Reports each update and logs each epoch; adds the seconds that an epoch took to its numbers."""
+
+    def __init__(self, network, past, steps, epochs):
+        super().__init__()
+        self.network, self.past, self.steps, self.epochs = network, past, steps, epochs
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
+        self.epoch, self.start = self.past + epoch, time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        progress(self.network, self.epoch * self.steps + batch + 1, self.epochs * self.steps)
 
     def on_epoch_end(self, epoch, logs=None):
         logs["seconds"] = time.perf_counter() - self.start
-        total = self.params["epochs"]
-        # Of this epoch's length, which a compilation does not add to but in the first one.
-        left = time_left(logs["seconds"], 1, total - epoch)
         numbers = (logs[name] for name in ("loss", "val_loss", "val_dice_score"))
-        _log.info("Epoch %d of %d: loss %.4f, validation loss %.4f and DSC %.4f%s", epoch + 1, total, *numbers, left)
+        line = "Epoch %d of %d: loss %.4f, validation loss %.4f and DSC %.4f"
+        _log.info(line, self.epoch + 1, self.epochs, *numbers)
 
 
 class _RoomOnDisk(keras.callbacks.Callback):
@@ -383,8 +267,8 @@ class _RoomOnDisk(keras.callbacks.Callback):
         self.folder = folder
 
     def on_epoch_end(self, epoch, logs=None):
-        # The best weights, and those of the network and of Adam; the copy of all that; and the epoch before.
-        needed, free = 64 * self.model.count_params(), shutil.disk_usage(self.folder).free
+        # The best weights, and those of the network and of Adam; the copy of all that; and the two epochs before.
+        needed, free = 80 * self.model.count_params(), shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
                 f"{self.folder}: {needed / 1e6:.3g} MB must be free on the disk to keep the state of the training. "
@@ -405,8 +289,11 @@ class _EarlyStopping(keras.callbacks.EarlyStopping):
             self.on_epoch_end(row["epoch"], row)
 
 
-class _KeepState(keras.callbacks.Callback):
-    """Copies the files of the callbacks before it, after each epoch, into a folder that appears at once and whole."""
+class _SaveState(keras.callbacks.Callback):
+    """Copies the files of the callbacks before it, after each epoch, into a folder that appears at once and whole.
+
+    The state of the epoch before stays, in case the last one is damaged.
+    """
 
     def __init__(self, live, work):
         super().__init__()
@@ -416,21 +303,46 @@ class _KeepState(keras.callbacks.Callback):
         partial = self.work / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(self.live, partial)
-        older = list(self.work.glob("epoch-*"))
+        write(partial / "checksums.json", json.dumps(_checksums(partial)))
+        older = sorted(self.work.glob("epoch-*"))
         os.rename(partial, self.work / f"epoch-{epoch + 1:05d}")
-        for state in older:
+        for state in older[:-1]:
             shutil.rmtree(state)
 
 
-def _read_history(path):
-    """The rows that CSVLogger wrote, as numbers."""
-    if not path.exists():
+def _checksums(state):
+    """A checksum of each file of a training's state."""
+    files = (path for path in state.rglob("*") if path.is_file() and path.name != "checksums.json")
+    return {path.relative_to(state).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
+
+
+def _last_state(work):
+    """The folder of the last undamaged state of a training; damaged ones are removed. `None` if there is none."""
+    for state in sorted(work.glob("epoch-*"), reverse=True):
+        try:
+            if json.loads((state / "checksums.json").read_text(encoding="utf-8")) == _checksums(state):
+                return state
+        except (OSError, ValueError):
+            pass
+        _log.warning("%s: is damaged and was removed; the training goes on from the state before it", state)
+        shutil.rmtree(state)
+    return None
+
+
+def read_history(path: str | os.PathLike) -> list[dict]:
+    """The epochs of a training from its CSV file, in which numbers are numbers.
+
+    Args:
+        path: A `<network>_history.csv`; a file that is not there has no epochs.
+
+    Returns:
+        A dict for each epoch.
+    """
+    if not Path(path).exists():
         return []
+    kinds = {"epoch": int, "stage": str}
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            {key: int(value) if key == "epoch" else float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def _finish(model, path, stages, work, steps_per_epoch):
@@ -439,15 +351,13 @@ def _finish(model, path, stages, work, steps_per_epoch):
     # A new model, free of the optimizer, which differs between stages, and of what was frozen.
     model = type(model).from_config(model.get_config() | {"trainable": True})
     model.load_weights(best.best_weights)
-    rows, epoch = [], 0
+    rows = []
     for stage in stages:
         for number, row in enumerate(stage.history):
             rate = stage.learning_rate
             # That of the epoch's first update.
             rate = float(rate(number * steps_per_epoch)) if callable(rate) else rate
-            extra = {"epoch": epoch, "stage": stage.name, "learning_rate": rate}
-            rows.append({**row, **extra})
-            epoch += 1
+            rows.append({**row, "epoch": len(rows), "stage": stage.name, "learning_rate": rate})
     write(path.with_name(f"{path.stem}_history.csv"), metrics_csv(rows))
     partial = path.with_name(f".{path.name}")
     model.save(partial)

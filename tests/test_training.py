@@ -1,9 +1,6 @@
 import csv
 import dataclasses
-import gzip
-import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -13,13 +10,12 @@ import pytest
 import SimpleITK as sitk
 
 from keras_mmfnet import training
-from keras_mmfnet.data import CaseError, find_cases, preprocess_case, read_case_folder
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.training import cross_validate, pretrain_encoders, train_mmfnet
+from keras_mmfnet.training import pretrain_encoders, train_mmfnet
 
 TINY = Recipe().replace(
     {
@@ -84,10 +80,10 @@ def trained(tmp_path_factory, make_case):
 
 def test_one_network_per_modality(trained):
     folder, _, _ = trained
-    model = keras.models.load_model(folder / "t1.keras")
+    model = keras.models.load_model(folder / "unet3d_t1.keras")
     assert isinstance(model, UNet3D)
     assert (model.modality, model.patch_shape, model.filters) == ("t1", ONE.patches.shape, ONE.network.filters)
-    history = rows(folder / "t1_history.csv")
+    history = rows(folder / "unet3d_t1_history.csv")
     assert [row["epoch"] for row in history] == ["0", "1", "2", "3"]
     assert {float(row["learning_rate"]) for row in history} == {ONE.training.pretrain_learning_rate}
     assert {"loss", "val_loss", "dice_score", "val_average_precision"} <= set(history[0])
@@ -96,7 +92,7 @@ def test_one_network_per_modality(trained):
 def test_only_results_stay(trained):
     folder, _, _ = trained
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["mmfnet.keras", "mmfnet_history.csv", "t1.keras", "t1_history.csv"]
+    assert names == ["mmfnet.keras", "mmfnet_history.csv", "unet3d_t1.keras", "unet3d_t1_history.csv"]
 
 
 def test_encoders_learn_after_the_decoder_and_at_a_rate_of_their_own(trained):
@@ -123,7 +119,7 @@ def test_the_best_epoch_is_kept(trained):
 
 def test_a_trained_network_is_not_trained_again(trained, no_training):
     folder, parts, model = trained
-    assert pretrain_encoders(*parts, ONE, folder) == {"t1": folder / "t1.keras"}
+    assert pretrain_encoders(*parts, ONE, folder) == {"t1": folder / "unet3d_t1.keras"}
     again = train_mmfnet(*parts, TINY, folder, donors())
     for one, other in zip(weights(model), weights(again), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -213,8 +209,8 @@ def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
     def watch(self, epoch, logs=None):
         rates.append(float(self.model.optimizer.learning_rate))
 
-    monkeypatch.setattr(training._Seconds, "on_epoch_begin", watch, raising=True)
-    monkeypatch.setattr(training._Seconds, "on_epoch_end", lambda self, epoch, logs: logs.update(seconds=1.0))
+    monkeypatch.setattr(training._Progress, "on_epoch_begin", watch, raising=True)
+    monkeypatch.setattr(training._Progress, "on_epoch_end", lambda self, epoch, logs: logs.update(seconds=1.0))
     train_mmfnet(*patients, TINY.replace({"training.schedule": "cosine"}), tmp_path, donors())
     # Two epochs frozen at a constant rate; then two epochs, of which the second starts half way down.
     expected = [TINY.training.warmup_learning_rate] * 2 + [TINY.training.learning_rate, TINY.training.learning_rate / 2]
@@ -308,7 +304,7 @@ def test_a_patch_classifier_learns(patients, tmp_path):
 @pytest.mark.parametrize(("stop", "kept"), [(1, False), (3, True)])
 def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, monkeypatch, stop, kept):
     folder, parts, undisturbed = trained
-    keep, ends = training._KeepState.on_epoch_end, []
+    keep, ends = training._SaveState.on_epoch_end, []
 
     def interrupted(self, epoch, logs=None):
         ends.append(epoch)
@@ -317,7 +313,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, m
         if len(ends) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._KeepState, "on_epoch_end", interrupted)
+    monkeypatch.setattr(training._SaveState, "on_epoch_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_mmfnet(*parts, TINY, tmp_path, donors())
     assert not (tmp_path / "mmfnet.keras").exists()
@@ -339,10 +335,10 @@ def test_a_training_on_a_full_disk(patients, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"0.* MB must be free on the disk .*Received: 0.0001 MB"):
         pretrain_encoders(*patients, ONE, tmp_path)
-    assert not (tmp_path / "t1.keras").exists()
+    assert not (tmp_path / "unet3d_t1.keras").exists()
     monkeypatch.undo()
     pretrain_encoders(*patients, ONE, tmp_path)
-    assert len(rows(tmp_path / "t1_history.csv")) == ONE.training.epochs
+    assert len(rows(tmp_path / "unet3d_t1_history.csv")) == ONE.training.epochs
 
 
 # Without a learning rate worth the name only the batch normalization's statistics move, and soon no more.
@@ -351,23 +347,23 @@ STILL = ONE.replace({"training.pretrain_learning_rate": 1e-12, "training.patienc
 
 def test_early_stopping_counts_the_epochs_before_an_interruption(patients, tmp_path, monkeypatch):
     pretrain_encoders(*patients, STILL, tmp_path / "undisturbed")
-    losses = [float(row["val_loss"]) for row in rows(tmp_path / "undisturbed" / "t1_history.csv")]
+    losses = [float(row["val_loss"]) for row in rows(tmp_path / "undisturbed" / "unet3d_t1_history.csv")]
     assert len(losses) < 50
     assert losses.index(min(losses)) == len(losses) - 1 - STILL.training.patience
 
-    keep = training._KeepState.on_epoch_end
+    keep = training._SaveState.on_epoch_end
 
     def interrupted(self, epoch, logs=None):
         keep(self, epoch, logs)
         if epoch in (0, len(losses) - 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._KeepState, "on_epoch_end", interrupted)
+    monkeypatch.setattr(training._SaveState, "on_epoch_end", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pretrain_encoders(*patients, STILL, tmp_path / "resumed")
     pretrain_encoders(*patients, STILL, tmp_path / "resumed")
-    assert len(rows(tmp_path / "resumed" / "t1_history.csv")) == len(losses)
+    assert len(rows(tmp_path / "resumed" / "unet3d_t1_history.csv")) == len(losses)
 
 
 def test_a_training_that_diverges_says_so(patients, tmp_path):
@@ -380,176 +376,3 @@ def test_a_training_that_diverges_says_so(patients, tmp_path):
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
-
-
-# --- from files to files
-
-
-@pytest.fixture(scope="module")
-def run(tiny_cohort, tmp_path_factory):
-    """The folder and the rows of a cross-validation, one fold of three."""
-    folder = tmp_path_factory.mktemp("run")
-    return folder, cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder, folds=[1])
-
-
-def test_a_run_leaves_what_is_needed(run, tiny_cohort):
-    folder, result = run
-    assert Recipe.load(folder / "recipe.json") == COARSE
-    fold = json.loads((folder / "cohort.json").read_text())["folds"][1]
-    assert [row["patient"] for row in result] == fold["test"]
-    names = {path.name for path in (folder / "fold_1").iterdir()}
-    networks = ("t1", "t2", "cet1", "mmfnet")
-    expected = {f"{n}.keras" for n in networks} | {f"{n}_history.csv" for n in networks} | {"masks", "metrics.json"}
-    assert names == expected
-    model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
-    assert isinstance(model, MMFNet)
-    assert json.loads((folder / "metrics.json").read_text())["patients"] == result
-    assert [row["patient"] for row in rows(folder / "metrics.csv")] == fold["test"]
-    for row in result:
-        own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
-        mask = sitk.ReadImage(str(folder / "fold_1" / "masks" / f"{row['patient']}.nii.gz"))
-        assert mask.GetSize() == own.GetSize()
-        np.testing.assert_allclose(mask.GetOrigin(), own.GetOrigin(), atol=1e-3)
-        np.testing.assert_allclose(mask.GetSpacing(), own.GetSpacing(), rtol=1e-5)
-
-
-def test_the_numbers_are_those_of_the_written_masks(run, tiny_cohort):
-    folder, result = run
-    for row in result:
-        mask, truth = (
-            sitk.GetArrayFromImage(sitk.ReadImage(str(path))) > 0
-            for path in (
-                folder / "fold_1" / "masks" / f"{row['patient']}.nii.gz",
-                tiny_cohort / row["patient"] / "mask.nii.gz",
-            )
-        )
-        assert row["dsc"] == pytest.approx(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
-
-
-def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
-    folder, result = run
-    recipe = Recipe.load(folder / "recipe.json")
-    case = preprocess_case(
-        read_case_folder(tiny_cohort / result[0]["patient"], recipe.data, require_mask=False), recipe.data
-    )
-    mask, _ = segment_case(keras.models.load_model(folder / "fold_1" / "mmfnet.keras"), case, recipe)
-    written = sitk.ReadImage(str(folder / "fold_1" / "masks" / f"{result[0]['patient']}.nii.gz"))
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(written))
-
-
-def test_a_finished_fold_is_not_done_again(run, tiny_cohort, no_training):
-    folder, result = run
-    assert cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder, folds=[1], resume=True) == result
-
-
-def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
-    folder, _ = run
-    with pytest.raises(ValueError, match=r"must hold no run.*Received: .*recipe\.json"):
-        cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, folder)
-
-
-def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
-    folder, _ = run
-    other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})
-    with pytest.raises(
-        ValueError, match=r"another recipe\. Received: spacing: 4.0 before, 3.0 now; epochs: 2 before, 7"
-    ):
-        cross_validate(find_cases(tiny_cohort, COARSE.data), other, folder, resume=True)
-
-
-def test_other_patients_are_not_resumed(run, tiny_cohort, no_training):
-    folder, _ = run
-    with pytest.raises(ValueError, match="other patients"):
-        cross_validate(find_cases(tiny_cohort, COARSE.data)[1:], COARSE, folder, resume=True)
-
-
-def test_an_unknown_fold_is_refused(tiny_cohort, tmp_path, no_training):
-    with pytest.raises(ValueError, match=r"from 0 to 2\. Received: \[3\]"):
-        cross_validate(find_cases(tiny_cohort, COARSE.data), COARSE, tmp_path, folds=[3])
-
-
-# --- bad patients
-
-
-def _rewrite(path, change):
-    image = sitk.ReadImage(str(path))
-    array = sitk.GetArrayFromImage(image).astype(np.float32)
-    change(array)
-    changed = sitk.GetImageFromArray(array)
-    changed.CopyInformation(image)
-    sitk.WriteImage(changed, str(path))
-
-
-def _with_nan(array):
-    array[3, 10, 10] = np.nan
-
-
-def _constant(array):
-    array[:] = 7
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _truncate_whole_stream(path):
-    """Half of the voxels in a gzip stream that is whole."""
-    content = gzip.decompress(path.read_bytes())
-    path.write_bytes(gzip.compress(content[: len(content) // 2], 1))
-
-
-BAD = {
-    "lacks a modality": ("cet1", lambda path: path.unlink()),
-    "lacks the mask": ("mask", lambda path: path.unlink()),
-    "NaN": ("t2", lambda path: _rewrite(path, _with_nan)),
-    "constant": ("t1", lambda path: _rewrite(path, _constant)),
-    "truncated": ("t2", _truncate),
-    "truncated inside": ("cet1", _truncate_whole_stream),
-    "empty mask": ("mask", lambda path: _rewrite(path, lambda array: array.fill(0))),
-}
-
-
-@pytest.fixture(params=BAD)
-def bad_cohort(request, tiny_cohort, tmp_path):
-    """A copy of the cohort in which one file of patient_03 is bad, and that file's name."""
-    folder = tmp_path / "cohort"
-    shutil.copytree(tiny_cohort, folder)
-    file, spoil = BAD[request.param]
-    spoil(folder / "patient_03" / f"{file}.nii.gz")
-    return folder, file
-
-
-def test_a_bad_patient_stops_the_run_with_its_name(bad_cohort, tmp_path, no_training):
-    folder, file = bad_cohort
-    with pytest.raises(CaseError, match=rf"^patient_03: .*{file}.*Received: "):
-        cross_validate(find_cases(folder, COARSE.data), COARSE, tmp_path / "run")
-
-
-def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path, monkeypatch):
-    folder, file = bad_cohort
-    trained = []
-
-    def stop(training, *_):
-        trained.extend(case.name for case in training)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "pretrain_encoders", stop)
-    errors = []
-    cases = find_cases(folder, COARSE.data, on_error=errors.append)
-    with pytest.raises(KeyboardInterrupt):
-        cross_validate(cases, COARSE, tmp_path / "run", on_error=errors.append)
-    assert trained
-    assert "patient_03" not in trained
-    assert len(errors) == 1
-    assert file in str(errors[0])
-
-
-def test_too_few_patients_for_the_folds(tiny_cohort, tmp_path, no_training):
-    recipe = COARSE.replace({"training.folds": 7})
-    with pytest.raises(ValueError, match=r"7 folds.*Received: 6"):
-        cross_validate(find_cases(tiny_cohort, recipe.data), recipe, tmp_path)
-
-
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"one folder per patient.*Received: "):
-        find_cases(tmp_path, COARSE.data)

@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,19 @@ class CaseError(ValueError):
 
     The message starts with the patient's name, names the file, says what was expected and ends with what was found.
     """
+
+    @property
+    def patient(self) -> str:
+        """The patient's name."""
+        return str(self).partition(": ")[0]
+
+    @classmethod
+    def of_several(cls, errors: Sequence["CaseError"]) -> "CaseError":
+        """One error that lists those of several patients; a single one is returned as it is."""
+        if len(errors) == 1:
+            return errors[0]
+        listed = "\n".join(f"  {error}" for error in errors)
+        return cls(f"{len(errors)} patients cannot be used; --skip-bad leaves them out:\n{listed}")
 
 
 @dataclasses.dataclass(frozen=True)

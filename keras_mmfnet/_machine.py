@@ -1,0 +1,37 @@
+"""What numbers were taken on."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """The processor, the system, the memory allocator and the versions of packages.
+
+    Args:
+        packages: Names of installed packages; one that is not installed is left out.
+
+    Returns:
+        A dict that JSON can hold.
+    """
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    libc, preloaded = " ".join(platform.libc_ver()), os.environ.get("LD_PRELOAD", "")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": f"{processor}, {cores} cores",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        # The allocator decides much of the memory that a step takes, and some of its time.
+        "allocator": Path(preloaded).name if "malloc" in preloaded else libc,
+        **versions,
+    }

@@ -1,0 +1,378 @@
+"""The folder of a run: trains, segments and evaluates methods on the folds of a cross-validation."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import filelock
+import keras
+import SimpleITK as sitk
+
+from keras_mmfnet._files import write, write_once
+from keras_mmfnet._log import progress
+from keras_mmfnet._machine import machine
+from keras_mmfnet._precision import dtype_policy
+from keras_mmfnet.data import find_cases, five_folds, preprocess_case
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.folds import Fold
+from keras_mmfnet.data.image_io import write_image
+from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
+from keras_mmfnet.explain import cohort_shares
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.methods import METHODS, Method, find_method
+from keras_mmfnet.models import MMFNet
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.training import read_history, train_method
+
+_log = logging.getLogger(__name__)
+
+
+class RunLocked(RuntimeError):
+    """Another process is computing what was asked for."""
+
+
+class Run:
+    """A run folder: its files and what they hold. The only place that spells its paths.
+
+    | file | holds |
+    |---|---|
+    | `recipe.json` | the `Recipe` |
+    | `cohort.json` | the path of the data, the patients with notes on them, those left out, the folds |
+    | `cache/` | the preprocessed patients |
+    | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
+    | `fold_<n>/<method>.json` | the numbers of a method's test patients |
+    | `fold_<n>/masks/<method>/<patient>.nii.gz` | their predicted masks, each on the reference modality's own grid |
+    | `metrics.json`, `metrics.csv` | the numbers of one method over all folds run so far |
+    | `run.log`, `report.html` | what was said, and the report |
+
+    Args:
+        folder: The folder; `Run.start` makes a new one.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.recipe_file = self.folder / "recipe.json"
+        self.cohort_file = self.folder / "cohort.json"
+        self.cache = self.folder / "cache"
+        self.log_file = self.folder / "run.log"
+        self.report_file = self.folder / "report.html"
+
+    def __str__(self):
+        return str(self.folder)
+
+    # --- paths
+
+    def fold_folder(self, fold: int) -> Path:
+        """Folder of a fold."""
+        return self.folder / f"fold_{fold}"
+
+    def network(self, fold: int, name: str) -> Path:
+        """File of a trained network."""
+        return self.fold_folder(fold) / f"{name}.keras"
+
+    def history(self, fold: int, name: str) -> Path:
+        """CSV file of a network's epochs; see `training.read_history`."""
+        return self.fold_folder(fold) / f"{name}_history.csv"
+
+    def result(self, fold: int, name: str) -> Path:
+        """JSON file of a method's numbers on the test patients of a fold."""
+        return self.fold_folder(fold) / f"{name}.json"
+
+    def mask(self, fold: int, name: str, patient: str) -> Path:
+        """The mask that a method predicted for a test patient."""
+        return self.fold_folder(fold) / "masks" / name / f"{patient}.nii.gz"
+
+    def trained_folds(self, name: str = "mmfnet") -> list[int]:
+        """Numbers of the folds whose network of a method is trained."""
+        found = self.folder.glob(f"fold_*/{name}.keras")
+        return sorted(int(path.parent.name.removeprefix("fold_")) for path in found)
+
+    def results(self) -> dict[str, list[dict]]:
+        """The results so far, `{method: [that of a fold, ...]}`, in the order of the registry and then by name."""
+        found = {}
+        for path in self.folder.glob("fold_*/*.json"):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault(result["method"], []).append(result)
+        names = sorted(found, key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
+        return {name: sorted(found[name], key=lambda result: result["fold"]) for name in names}
+
+    # --- what the files hold
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """The run's `Recipe`."""
+        if not self.recipe_file.is_file():
+            raise ValueError(f"the folder of a run, with a recipe.json, is expected. Received: {self.folder}")
+        return Recipe.load(self.recipe_file)
+
+    @functools.cached_property
+    def cohort(self) -> dict:
+        """What `cohort.json` holds: `data`, `patients`, `skipped` and `folds`."""
+        if not self.cohort_file.is_file():
+            raise ValueError(f"the folder of a run, with a cohort.json, is expected. Received: {self.folder}")
+        return json.loads(self.cohort_file.read_text(encoding="utf-8"))
+
+    @property
+    def folds(self) -> list[Fold]:
+        """The folds of the cross-validation."""
+        return [Fold(**{part: tuple(names) for part, names in fold.items()}) for fold in self.cohort["folds"]]
+
+    @functools.cached_property
+    def cases(self) -> dict[str, Case]:
+        """The files of the run's patients by name."""
+        skipped = []
+        cases = {case.name: case for case in find_cases(self.cohort["data"], self.recipe.data, on_error=skipped.append)}
+        missing = sorted(set(self.cohort["patients"]) - set(cases))
+        if missing:
+            raise ValueError(
+                f"{self.cohort['data']}: must hold the patients of the run {self.folder}. Received: a folder without "
+                f"{', '.join(missing)}"
+            )
+        return {name: cases[name] for name in self.cohort["patients"]}
+
+    def patients(self, names: Iterable[str]) -> list[PreprocessedCase]:
+        """Preprocessed patients by name, from the cache."""
+        return [preprocess_case(self.cases[name], self.recipe.data, self.cache) for name in names]
+
+    # --- starting, and sharing the work
+
+    @classmethod
+    def start(
+        cls,
+        folder: str | os.PathLike,
+        data: str | os.PathLike,
+        recipe: Recipe,
+        resume: bool = False,
+        on_error: Callable[[CaseError], None] | None = None,
+    ) -> "Run":
+        """A new run over a folder of patients, or the one that is there; preprocesses the patients.
+
+        Nothing but the cache is written before all of it was validated.
+
+        Args:
+            folder: Folder for the results.
+            data: Folder of patients; see `find_cases`.
+            recipe: The `Recipe`.
+            resume: Go on with the run that is in the folder, of the same recipe and patients.
+            on_error: Called with the `CaseError` of each patient that cannot be used; that patient is then left out.
+                `None`: an error that lists all of them is raised.
+
+        Returns:
+            The `Run`.
+
+        Raises:
+            CaseError: A patient cannot be used.
+            ValueError: The folder holds another run, or there are too few patients for the folds, or the backend
+                cannot compute in the precision wanted.
+        """
+        run, data = cls(folder), Path(data).absolute()
+        if run.recipe_file.exists() and not resume:
+            raise ValueError(
+                f"{run}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
+                f"{run.recipe_file.name}"
+            )
+        _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
+        settings, bad = recipe.training, []
+        cases = find_cases(data, recipe.data, on_error=None if on_error is None else bad.append)
+        divide = functools.partial(
+            five_folds, folds=settings.folds, validation_fraction=settings.validation_fraction, seed=settings.seed
+        )
+        divide([case.name for case in cases])  # Too few patients are found before the long work.
+        patients = {}
+        for number, case in enumerate(cases, start=1):
+            try:
+                patients[case.name] = preprocess_case(case, recipe.data, run.cache)
+            except CaseError as error:
+                bad.append(error)
+                continue
+            about = "; ".join([case.name, *patients[case.name].notes])
+            _log.info("Preprocessed patient %d of %d: %s", number, len(cases), about)
+            progress("preprocessing", number, len(cases))
+        if bad and on_error is None:
+            raise CaseError.of_several(bad)
+        for error in bad:
+            on_error(error)
+        cohort = {
+            "data": str(data),
+            "patients": {name: list(patient.notes) for name, patient in patients.items()},
+            "skipped": {error.patient: str(error) for error in bad},
+            "folds": [dataclasses.asdict(fold) for fold in divide(patients)],
+        }
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_once(run.recipe_file, recipe.to_json(), "another recipe")
+        write_once(run.cohort_file, json.dumps(cohort, indent=2) + "\n", "other patients")
+        return run
+
+    @contextlib.contextmanager
+    def claim(self, fold: int, name: str, wait: bool = False) -> Iterator[None]:
+        """Holds a network of a fold for this process, until the end of the block or of the process.
+
+        Args:
+            fold: Number of the fold.
+            name: Name of the network.
+            wait: Wait for another process that holds it.
+
+        Raises:
+            RunLocked: Another process holds it, which the message names.
+        """
+        folder = self.fold_folder(fold)
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = folder / f".{name}.owner"
+        lock = filelock.FileLock(folder / f".{name}.lock", timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            raise RunLocked(f"{self}: fold {fold}, {name}: is being computed by {holder}") from None
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            write(owner, f"process {os.getpid()} on {platform.node()} since {since}")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
+    """Trains a method on one fold, segments its test patients and evaluates them; what is done is not done again.
+
+    The single-modality networks of a fold are trained once for all methods that borrow from them.
+
+    Args:
+        run: The `Run`.
+        method: The `Method`.
+        fold: Number of the fold, from 0.
+        wait: Wait for another process that computes the same, instead of an error.
+
+    Returns:
+        The result as it stands in `run.result(fold, method.name)`: `method`, `title`, `paper`, `fold`, `parameters`,
+        `updates`, `training_seconds`, `machine`, `history`, `patients` (a dict of `patient`, the numbers of
+        `evaluate_case` and `seconds` each) and `shares` of the fusion blocks.
+
+    Raises:
+        RunLocked: Another process computes the same.
+        ValueError: There is no such fold.
+    """
+    if fold not in range(len(run.folds)):
+        raise ValueError(f"a fold must be a number from 0 to {len(run.folds) - 1}. Received: {fold}")
+    path = run.result(fold, method.name)
+    with run.claim(fold, method.name, wait):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
+        about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
+        _log.info(about, method.title, fold, *map(len, parts))
+        training, validation, test = parts
+        recipe, folder, shares = method.adapt(run.recipe), run.fold_folder(fold), {}
+        if method.train:
+            predict, parameters, history = method.train(method, training, validation, recipe, folder)
+        else:
+            for name in method.encoders.values():
+                with run.claim(fold, name, wait=True):
+                    train_method(find_method(name), training, validation, run.recipe, folder)
+            network = train_method(method, training, validation, run.recipe, folder)
+            predict, parameters = method.over_volumes(network, recipe), network.count_params()
+            history = read_history(run.history(fold, method.name))
+            if isinstance(network, MMFNet):
+                shares = cohort_shares(network, test)
+        rows = []
+        for patient in test:
+            rows.append(_test(predict, patient, run, recipe, run.mask(fold, method.name, patient.name)))
+            _log.info("Segmented patient %d of %d: DSC %.4f", len(rows), len(test), rows[-1]["dsc"])
+            progress("segmenting", len(rows), len(test))
+        result = {
+            "method": method.name,
+            "title": method.title,
+            "paper": dict(method.paper),
+            "fold": fold,
+            "parameters": parameters,
+            "updates": len(history) * recipe.training.steps_per_epoch,
+            "training_seconds": sum(row["seconds"] for row in history),
+            "machine": machine("keras", "keras-mmfnet", "numpy", keras.backend.backend()),
+            "history": history,
+            "patients": rows,
+            "shares": {block: {name: x.tolist() for name, x in share.items()} for block, share in shares.items()},
+        }
+        write(path, json.dumps(result) + "\n")
+    keras.utils.clear_session()
+    return result
+
+
+def _test(predict, patient, run, recipe, path):
+    """Segments one patient, writes the mask and compares it with the expert's."""
+    start = time.perf_counter()
+    mask, probability = segment_case(predict, patient, recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(mask, path)
+    seconds = time.perf_counter() - start
+    truth = read_tumour(run.cases[patient.name], run.recipe.data, patient)
+    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
+    return {"patient": patient.name, **numbers, "seconds": seconds}
+
+
+def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None) -> list[dict]:
+    """Trains a method on the patients of each fold and evaluates it on those held back (section IV-C).
+
+    Writes `metrics.json` and `metrics.csv` over all folds run so far.
+
+    Args:
+        run: The `Run`.
+        method: The `Method`, such as `method_of(run.recipe)`.
+        folds: Numbers of the folds to run, from 0; `None` for all.
+
+    Returns:
+        A dict for each test patient of all folds run so far: `patient`, `fold`, the numbers of `evaluate_case` and
+        `seconds`, the time from the preprocessed images to the written mask.
+
+    Raises:
+        RunLocked: Another process computes one of the folds.
+        ValueError: There is no such fold.
+    """
+    for fold in range(len(run.folds)) if folds is None else folds:
+        run_fold(run, method, fold)
+    rows = [
+        {"patient": row["patient"], "fold": result["fold"], **row}
+        for result in run.results()[method.name]
+        for row in result["patients"]
+    ]
+    write(run.folder / "metrics.json", metrics_json(rows))
+    write(run.folder / "metrics.csv", metrics_csv(rows))
+    return rows
+
+
+def compare_methods(run: Run, methods: Sequence[Method], folds: Sequence[int] | None = None) -> dict[str, list[dict]]:
+    """Trains and evaluates several methods on the same folds, patches and numbers of updates.
+
+    Several processes share the work: each leaves to the others what they are computing, and waits for it in the end.
+
+    Args:
+        run: The `Run`.
+        methods: The methods.
+        folds: Numbers of the folds to run, from 0; `None` for all.
+
+    Returns:
+        `run.results()`.
+
+    Raises:
+        ValueError: There is no such fold.
+    """
+    tasks = [(fold, method) for fold in (range(len(run.folds)) if folds is None else folds) for method in methods]
+    for wait in (False, True):
+        for fold, method in tasks:
+            with contextlib.suppress(RunLocked):
+                run_fold(run, method, fold, wait)
+    return run.results()
+
+
+def modalities_of(methods: Iterable[Method], recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's modalities and, after them, those that only the methods look at."""
+    wanted = [name for method in methods for name in method.adapt(recipe).data.modalities]
+    return tuple(dict.fromkeys([*recipe.data.modalities, *wanted]))

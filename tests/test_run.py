@@ -1,0 +1,275 @@
+import gzip
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet import training
+from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
+from keras_mmfnet.inference import segment_case
+from keras_mmfnet.methods import method_of
+from keras_mmfnet.models import MMFNet
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run, cross_validate
+
+# For the patients in files, in voxels of 4 mm.
+COARSE = Recipe().replace(
+    {
+        "data.spacing": 4.0,
+        "patches.shape": (16, 16, 16),
+        "network.filters": (2,),
+        "training.batch_size": 2,
+        "training.steps_per_epoch": 2,
+        "training.epochs": 2,
+        "training.warmup_epochs": 1,
+        "training.learning_rate": 1e-3,
+        "training.folds": 3,
+    }
+)
+
+
+def cross(folder, data, recipe=COARSE, folds=None, **options):
+    return cross_validate(Run.start(folder, data, recipe, **options), method_of(recipe), folds)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cohort, tmp_path_factory):
+    """The folder and the rows of a cross-validation, one fold of three."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, cross(folder, tiny_cohort, folds=[1])
+
+
+def test_a_run_leaves_what_is_needed(run, tiny_cohort):
+    folder, result = run
+    assert Recipe.load(folder / "recipe.json") == COARSE
+    fold = json.loads((folder / "cohort.json").read_text())["folds"][1]
+    assert [row["patient"] for row in result] == fold["test"]
+    names = {path.name for path in (folder / "fold_1").iterdir()}
+    networks = ("unet3d_t1", "unet3d_t2", "unet3d_cet1", "mmfnet")
+    expected = {f"{n}.keras" for n in networks} | {f"{n}_history.csv" for n in networks} | {"masks", "mmfnet.json"}
+    assert {name for name in names if not name.endswith(".lock")} == expected
+    model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
+    assert isinstance(model, MMFNet)
+    assert json.loads((folder / "metrics.json").read_text())["patients"] == result
+    assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").open())] == fold["test"]
+    for row in result:
+        own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
+        mask = sitk.ReadImage(str(folder / "fold_1" / "masks" / "mmfnet" / f"{row['patient']}.nii.gz"))
+        assert mask.GetSize() == own.GetSize()
+        np.testing.assert_allclose(mask.GetOrigin(), own.GetOrigin(), atol=1e-3)
+        np.testing.assert_allclose(mask.GetSpacing(), own.GetSpacing(), rtol=1e-5)
+
+
+def test_the_numbers_are_those_of_the_written_masks(run, tiny_cohort):
+    folder, result = run
+    for row in result:
+        mask, truth = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(path))) > 0
+            for path in (
+                folder / "fold_1" / "masks" / "mmfnet" / f"{row['patient']}.nii.gz",
+                tiny_cohort / row["patient"] / "mask.nii.gz",
+            )
+        )
+        assert row["dsc"] == pytest.approx(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+
+
+def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
+    folder, result = run
+    recipe = Recipe.load(folder / "recipe.json")
+    case = preprocess_case(
+        read_case_folder(tiny_cohort / result[0]["patient"], recipe.data, require_mask=False), recipe.data
+    )
+    mask, _ = segment_case(keras.models.load_model(folder / "fold_1" / "mmfnet.keras"), case, recipe)
+    written = sitk.ReadImage(str(folder / "fold_1" / "masks" / "mmfnet" / f"{result[0]['patient']}.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(written))
+
+
+def test_a_finished_fold_is_not_done_again(run, tiny_cohort, no_training):
+    folder, result = run
+    assert cross(folder, tiny_cohort, folds=[1], resume=True) == result
+
+
+def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
+    folder, _ = run
+    with pytest.raises(ValueError, match=r"must hold no run.*Received: .*recipe\.json"):
+        cross(folder, tiny_cohort)
+
+
+def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
+    folder, _ = run
+    other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})
+    with pytest.raises(
+        ValueError, match=r"another recipe\. Received: data.spacing: 4.0 before, 3.0 now; training.epochs: 2 before, 7"
+    ):
+        Run.start(folder, tiny_cohort, other, resume=True)
+
+
+def test_other_patients_are_not_resumed(run, tiny_cohort, tmp_path, no_training):
+    folder, _ = run
+    shutil.copytree(tiny_cohort, tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer" / "patient_00")
+    with pytest.raises(ValueError, match="other patients"):
+        Run.start(folder, tmp_path / "fewer", COARSE, resume=True)
+
+
+def test_an_unknown_fold_is_refused(tiny_cohort, tmp_path, no_training):
+    with pytest.raises(ValueError, match=r"from 0 to 2\. Received: 3"):
+        cross(tmp_path, tiny_cohort, folds=[3])
+
+
+# --- bad patients
+
+
+def _rewrite(path, change):
+    image = sitk.ReadImage(str(path))
+    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    change(array)
+    changed = sitk.GetImageFromArray(array)
+    changed.CopyInformation(image)
+    sitk.WriteImage(changed, str(path))
+
+
+def _with_nan(array):
+    array[3, 10, 10] = np.nan
+
+
+def _constant(array):
+    array[:] = 7
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _truncate_whole_stream(path):
+    """Half of the voxels in a gzip stream that is whole."""
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content[: len(content) // 2], 1))
+
+
+BAD = {
+    "lacks a modality": ("cet1", lambda path: path.unlink()),
+    "lacks the mask": ("mask", lambda path: path.unlink()),
+    "NaN": ("t2", lambda path: _rewrite(path, _with_nan)),
+    "constant": ("t1", lambda path: _rewrite(path, _constant)),
+    "truncated": ("t2", _truncate),
+    "truncated inside": ("cet1", _truncate_whole_stream),
+    "empty mask": ("mask", lambda path: _rewrite(path, lambda array: array.fill(0))),
+}
+
+
+@pytest.fixture(params=BAD)
+def bad_cohort(request, tiny_cohort, tmp_path):
+    """A copy of the cohort in which one file of patient_03 is bad, and that file's name."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort, folder)
+    file, spoil = BAD[request.param]
+    spoil(folder / "patient_03" / f"{file}.nii.gz")
+    return folder, file
+
+
+def test_a_bad_patient_stops_the_run_with_its_name(bad_cohort, tmp_path, no_training):
+    folder, file = bad_cohort
+    with pytest.raises(CaseError, match=rf"^patient_03: .*{file}.*Received: "):
+        cross(tmp_path, folder / "run")
+
+
+def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path):
+    folder, file = bad_cohort
+    errors = []
+    run = Run.start(tmp_path / "run", folder, COARSE, on_error=errors.append)
+    assert "patient_03" not in {name for fold in run.folds for name in (*fold.train, *fold.validation, *fold.test)}
+    assert list(run.cohort["skipped"]) == ["patient_03"]
+    assert len(errors) == 1
+    assert file in str(errors[0])
+
+
+def test_all_bad_patients_are_listed(tiny_cohort, tmp_path):
+    folder = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort, folder)
+    for name in ("patient_01", "patient_04"):
+        _rewrite(folder / name / "t2.nii.gz", _with_nan)
+    with pytest.raises(CaseError, match=r"(?s)^2 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
+        Run.start(tmp_path / "run", folder, COARSE)
+    # Only the cache of the others is there, so that the same command can be started again.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
+
+
+def test_a_start_that_fails_leaves_nothing(tiny_cohort, tmp_path, monkeypatch):
+    recipe = COARSE.replace({"training.folds": 7})
+    with pytest.raises(ValueError, match=r"7 folds.*Received: 6"):
+        Run.start(tmp_path / "run", tiny_cohort, recipe)
+    if keras.backend.backend() == "tensorflow":
+        with pytest.raises(ValueError, match="mixed_precision"):
+            Run.start(tmp_path / "run", tiny_cohort, COARSE.replace({"training.mixed_precision": "float16"}))
+    with pytest.raises(ValueError, match=r"one folder per patient.*Received: "):
+        Run.start(tmp_path / "run", tmp_path, COARSE)
+    assert not (tmp_path / "run").exists()
+
+
+# --- sharing the work
+
+
+def hold(folder, held, done):
+    with Run(folder).claim(0, "mmfnet"):
+        held.set()
+        done.wait(120)
+
+
+def test_a_network_is_trained_by_one_process(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    copy = Run(tmp_path / "run")
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(copy.folder, held, done))
+    other.start()
+    assert held.wait(120)
+    with pytest.raises(RunLocked, match=rf"fold 0, mmfnet: is being computed by process {other.pid} on .* since"):
+        run_fold(copy, method_of(COARSE), 0)
+    other.kill()  # a process that dies gives its claim up
+    other.join()
+    with copy.claim(0, "mmfnet", wait=True):
+        pass
+
+
+def test_methods_share_the_single_modality_networks(run, tmp_path, monkeypatch):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    copy, fitted, fit = Run(tmp_path / "run"), [], training._fit
+
+    def watch(model, **kwargs):
+        fitted.append(type(model).__name__)
+        return fit(model, **kwargs)
+
+    monkeypatch.setattr(training, "_fit", watch)
+    results = compare_methods(copy, [METHODS["unet3d_t1"], METHODS["mmfnet_t1_t2"]], folds=[1])
+    assert fitted == ["MMFNet", "MMFNet"]
+    assert list(results) == ["unet3d_t1", "mmfnet_t1_t2", "mmfnet"]
+    assert set(results["mmfnet_t1_t2"][0]["shares"]["fusion1"]) == {"t1", "t2"}
+
+
+def test_a_network_of_another_library(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+
+    def train(method, training, validation, recipe, directory):
+        history = [{"epoch": 0, "loss": 0.5, "val_loss": 0.5, "seconds": 1.0}]
+        return lambda images: 1.0 * (images["t1"] > 0), 7, history
+
+    result = run_fold(Run(tmp_path / "run"), Method("other", "Other", train=train), 1)
+    assert (result["parameters"], result["updates"], result["training_seconds"]) == (7, 2, 1.0)
+    assert all(row["dsc"] > 0 for row in result["patients"])
+
+
+def test_modalities_that_only_a_method_looks_at():
+    method = Method("flair", "FLAIR", METHODS["unet3d_t1"].build, {"data.modalities": ("flair",)})
+    assert modalities_of([METHODS["unet3d_t2"], method], Recipe()) == ("t1", "t2", "cet1", "flair")
