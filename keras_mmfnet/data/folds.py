@@ -85,9 +85,10 @@ def five_folds(
         min(tests, key=lambda test: sum(len(units[one]) for one in test)).append(first)
     most = max(map(len, tests))
     if len(units) - most < 2:
+        one = "patient" if kind == "patients" else "group"
         raise ValueError(
-            f"{folds} folds must leave a {'group' if groups else 'patient'} to train on and one to validate beside "
-            f"{most} to test. Received: {len(units)} {kind}"
+            f"{folds} folds must leave a {one} to train on and one to validate beside {most} to test. "
+            f"Received: {len(units)} {kind}"
         )
     division = []
     for fold, test in enumerate(tests):

@@ -125,7 +125,9 @@ def find_patients(
         try:
             return [read_case_folder(path, recipe, require_mask=False)]
         except CaseError:
-            if not (any(_holds(folder, recipe, 2) for folder in folders) or _hint(path, recipe)):
+            if not any(_holds(one, recipe, 2) for one in folders) and (
+                _holds(path, recipe, 2) or not _hint(path, recipe)
+            ):
                 raise
     return _read_folders(path, recipe, False, on_error)
 
@@ -272,11 +274,13 @@ def _find_files(folder, names, recipe):
     return layout, images
 
 
-def _find_file(folder, names, stems):
+def _find_file(folder, names, stems, patient=None):
     """The one image file with one of these names before its ending, or `None`."""
     found = [name for name in names if (suffix := image_suffix(name)) and name[: -len(suffix)] in stems]
     if len(found) > 1:
-        raise CaseError(f"{folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}")
+        raise CaseError(
+            f"{patient or folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}"
+        )
     return folder / found[0] if found else None
 
 
@@ -285,18 +289,17 @@ def _brats_stems(folder, endings):
 
 
 def _missing(folder, names, stem, pattern, field, remedy=""):
-    """The error for a file that is missing, with the files whose names are near."""
+    """The error for a file that is missing; with the files whose names are near, where there are."""
     near = [
         path.name
         for start, path in _stems(folder).items()
         if re.search(pattern, start.lower()) and (pattern == _MASK or not re.search(_MASK, start.lower()))
     ]
-    meant = f"; did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
-    return CaseError(
-        f"{folder.name}: {folder / stem}: is missing; a file of that name with one of the endings "
-        f"{', '.join(IMAGE_SUFFIXES)} is expected{meant if near else ''}{remedy}. "
-        f"Received: {', '.join(names) or 'an empty folder'}"
-    )
+    expected = f"a file of that name with one of the endings {', '.join(IMAGE_SUFFIXES)} is expected{remedy}"
+    if near:
+        expected = f"did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
+    received = ", ".join(names) or ("a folder without files" if _folders(folder) else "an empty folder")
+    return CaseError(f"{folder.name}: {folder / stem}: is missing; {expected}. Received: {received}")
 
 
 def _find_mask(folder, names, recipe, required):
@@ -411,7 +414,7 @@ def _find_dataset_case(path, recipe):
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], 1)
         raise ValueError(f"{path}: does not exist{f'; did you mean {near[0]}' if near else ''}. Received: {path.name}")
-    if _holds(folder, recipe, 1):
+    if (suffix or is_dicom(path)) and _holds(folder, recipe, 2):
         raise ValueError(f"{path}: must be a folder; did you mean the patient's, {folder}. Received: a file")
     if suffix:
         raise _no_dataset(path)
@@ -424,17 +427,18 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
     layout, numbers = _channels(path, recipe, optional)
 
     def read(folder, stems, labels, label_names, name):
-        mask = _mask(lambda _: _find_file(labels, label_names, [name]), require_mask)
+        mask = _mask(lambda _: _find_file(labels, label_names, [name], name), require_mask)
         if not mask and require_mask and folder.name == "imagesTs":
             return None
         images = {modality: _channel(stems, name, number) for modality, number in numbers.items()}
         found = {modality: source for modality, source in images.items() if source}
         if not (len(found) == len(images) or (optional and found)) or (require_mask and not mask):
-            wanted = [f"{name}_{number:04d}" for number in numbers.values()]
+            wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())
+            label = f", and {labels.name} {name}" if require_mask else ""
+            received = [*(stem for stem in stems if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
             raise CaseError(
-                f"{name}: {folder}: must hold {', '.join(wanted)} or {name}, and {labels.name} {name}; "
-                f"{_ALLOW_MISSING}. Received: {', '.join(stem for stem in stems if stem.startswith(name))}, "
-                f"{'a' if mask else 'no'} label"
+                f"{name}: {folder}: must hold {wanted} or {name}{label}; {_ALLOW_MISSING}. "
+                f"Received: {', '.join(received)}"
             )
         return layout, Case(name, found, mask)
 
