@@ -223,7 +223,7 @@ class TrainingRecipe(_Part):
         folds: Folds of the cross-validation, by patient.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
-            person and stay in the same fold. `None`: each patient is another person.
+            person and stay in the same fold. `None`: no groups.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
 

@@ -48,8 +48,8 @@ def five_folds(
         validation_fraction: Share of the patients outside the test set that is held back for validation, rounded,
             at least one patient.
         seed: Another seed gives another division.
-        groups: By name, the person or group a patient belongs to, which is never divided among training, validation
-            and test; who is not named here is alone. Folds and validation sets are then as even as the groups allow.
+        groups: The group of each patient by name. A group is never divided among training, validation and test, so
+            the folds are only as even as the groups allow. A patient without an entry is a group of one.
 
     Returns:
         A list of `folds` times `Fold`, the names in each sorted.
@@ -106,18 +106,18 @@ def five_folds(
 
 
 def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[str, str]:
-    """Which patients are the same person, by their names; refuses the same images under names of several.
+    """Groups patients by their names, and refuses duplicates that are not in one group.
 
     Args:
         cases: The patients.
-        pattern: The recipe's `training.group`: a regular expression, searched in each name. `None`: nobody is.
+        pattern: The recipe's `training.group`: a regular expression, searched in each name. `None`: no groups.
 
     Returns:
-        The group by name, for `five_folds`: what the pattern's first group matched, or all of it where it has none.
+        The group by name, for `five_folds`: what the pattern's first group matched, or the whole match without one.
         Names that do not match are left out.
 
     Raises:
-        ValueError: The same images come under several names that are not of one group, as `find_duplicates` finds.
+        ValueError: `find_duplicates` finds patients that are not in one group.
     """
     matches = {case.name: re.search(pattern, case.name) for case in cases} if pattern is not None else {}
     groups = {name: match[1] if match.re.groups and match[1] else match[0] for name, match in matches.items() if match}
@@ -125,7 +125,7 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
     if apart:
         listed = "; ".join(" = ".join(names) for names in apart[:20])
         raise ValueError(
-            "the same images must not be several patients', whose folds would share them; remove the copies, or give "
+            "each patient must occur once, or training and test would share images; remove the copies, or give "
             "`training.group`, a regular expression that matches the same part of their names. "
             f"Received: {listed}{f'; ... and {len(apart) - 20} more' if len(apart) > 20 else ''}"
         )
@@ -133,17 +133,16 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
 
 
 def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
-    """Finds patients whose images are the same, by the reference modality: the first one that each has.
+    """Finds patients who are in the cohort several times, by the image of each one's first modality.
 
-    DICOM series are the same where PatientID and StudyInstanceUID are. Image files are where their voxels are, in
-    whatever format or compression; only those of equal size and spacing are read. Files that cannot be read are passed
-    over.
+    DICOM series are compared by PatientID and StudyInstanceUID, image files by their voxels, whatever the format,
+    pixel type or compression. Only files of equal size and spacing are read; those that cannot be read are passed over.
 
     Args:
         cases: The patients.
 
     Returns:
-        The names that belong together, two or more each.
+        The names of each patient who occurs more than once.
     """
     alike = [cases]
     with ThreadPoolExecutor() as pool:
@@ -159,7 +158,7 @@ def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
 
 
 def _header(case):
-    """What is equal in the headers of the same images; `None` for what cannot be read or told."""
+    """Size and spacing of an image file, PatientID and StudyInstanceUID of a DICOM series; `None` if unknown."""
     source = next(iter(case.images.values()))
     try:
         if not isinstance(source, Series):
@@ -176,7 +175,7 @@ def _header(case):
 
 
 def _voxels(case):
-    """A hash of the voxels of an image file; nothing for DICOM series, which the header has told."""
+    """A hash of the voxels of an image file; the same value for all DICOM series, which only the header compares."""
     source = next(iter(case.images.values()))
     try:
         return ("series",) if isinstance(source, Series) else sitk.Hash(read_image(source, case.name, sitk.sitkFloat32))

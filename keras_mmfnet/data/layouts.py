@@ -60,7 +60,7 @@ def find_cases(
         directory: The folder.
         recipe: What the images are called.
         require_mask: Whether a patient without a mask is an error. If not, one without some of the modalities is none
-            either, where the recipe has `allow_missing`, and a mask that is not clear is left out with a warning.
+            either, where the recipe has `allow_missing`, and an ambiguous mask is left out with a warning.
         on_error: Called with the `CaseError` of each patient that lacks something; that patient is then left out.
             `None`: all such errors are raised as one.
 
@@ -120,14 +120,15 @@ def find_patients(
         raise _no_dataset(path)
     folders, every = _folders(path), len(recipe.modalities)
     complete = list(itertools.islice((folder for folder in folders if _holds(folder, recipe, every)), 2))
+    # Two complete patients cannot be one; a single folder that is complete is the patient. Otherwise the DICOM series
+    # in all of the folders may be those of one patient.
     several = bool(folders) and len(complete) == min(2, len(folders))
     if not several and (_holds_dicom(path) or (_stems(path) and not complete)):
         try:
             return [read_case_folder(path, recipe, require_mask=False)]
         except CaseError:
-            if not any(_holds(one, recipe, 2) for one in folders) and (
-                _holds(path, recipe, 2) or not _hint(path, recipe)
-            ):
+            inside = any(_holds(folder, recipe, 2) for folder in folders)
+            if not inside and (_holds(path, recipe, 2) or not _hint(path, recipe)):
                 raise
     return _read_folders(path, recipe, False, on_error)
 
@@ -189,7 +190,7 @@ def _read_all(readers, on_error, expected, received, hint=str):
 
 
 def _hint(directory, recipe):
-    """Where the patients are if they are not the folders in this one, as the end of a sentence; or an empty text."""
+    """The folder that was probably meant, as the end of a sentence; an empty text if this one looks right."""
     folders = _folders(directory)
     if any(_holds(folder, recipe, 2) for folder in folders):
         return ""
@@ -232,7 +233,7 @@ def _holds(folder, recipe, count):
 
 
 def _mask(find, required):
-    """What `find` finds; a mask that is not needed stops nothing."""
+    """The mask that `find` gives; one that is ambiguous is an error only where a mask is required."""
     try:
         return find(required)
     except CaseError as error:
@@ -404,7 +405,7 @@ def _no_dataset(path):
 
 
 def _find_dataset_case(path, recipe):
-    """The one case with this name or this file, in a list."""
+    """The case of a dataset that a name or a file stands for, in a list."""
     folder, suffix, root = path.parent, image_suffix(path) or "", _dataset_root(path.parent)
     name = _CHANNEL.sub("", path.name[: len(path.name) - len(suffix)])
     if root and (suffix or not path.exists()):

@@ -416,7 +416,7 @@ def test_dicom_patients_who_lack_something(tmp_path):
         find_patients(tmp_path / "none", able)
 
 
-def test_a_mask_that_is_not_clear_stops_no_segmentation(tmp_path, caplog):
+def test_an_ambiguous_mask_stops_no_segmentation(tmp_path, caplog):
     make_patient(tmp_path / "ann", (*FILES, "mask.mha"))
     write_dicom_patient(tmp_path / "bob")
     for name in ("roi_1.nii", "roi_2.nii"):
