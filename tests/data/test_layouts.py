@@ -10,8 +10,8 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
 
-from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_image, write_image
+from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_grid, read_image, write_image
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.recipe import Recipe
 
@@ -552,6 +552,22 @@ def test_reads_every_format(tmp_path, suffix):
     np.testing.assert_allclose(back.GetSpacing(), image.GetSpacing(), rtol=1e-6)
     np.testing.assert_allclose(back.GetOrigin(), image.GetOrigin(), rtol=1e-6)
     np.testing.assert_allclose(back.GetDirection(), image.GetDirection(), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_reads_the_grid_from_the_header(tmp_path, suffix):
+    image = make_image()
+    image.SetOrigin((3.0, -4.0, 5.0))
+    image.SetDirection((0, 0, 1, -1, 0, 0, 0, -1, 0))
+    path = write(tmp_path / f"t1{suffix}", image)
+    volume = Volume(write(tmp_path / f"volumes{suffix}", sitk.JoinSeries([image, image])), 1)
+    for source in (path, volume):
+        assert read_grid(source, "ann").matches(Grid.from_image(image))
+    with pytest.raises(CaseError, match=r"^ann: .*must be a 3D image. Received: an image of 16 x 12 x 4 x 2 voxels"):
+        read_grid(volume.path, "ann")
+    path.write_bytes(b"no image")
+    with pytest.raises(CaseError, match=r"^ann: .*Received: "):
+        read_grid(path, "ann")
 
 
 def test_keeps_the_files_pixel_type(tmp_path):
