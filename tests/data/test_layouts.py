@@ -164,12 +164,12 @@ def test_all_bad_patients_are_listed_at_once(tmp_path):
     for number in range(25):
         make_patient(tmp_path / f"p{number:02d}", FILES if number == 3 else FILES[1:])
     for find in (find_cases, find_patients):
-        with pytest.raises(CaseError, match=r"^24 of 25 patients cannot be used; `--skip-bad`") as caught:
+        with pytest.raises(CaseError, match=r"^24 of 25 patients cannot be used; --skip-bad") as caught:
             find(tmp_path, RECIPE.data)
         _, *lines = str(caught.value).splitlines()
-        assert [line[:5] for line in lines[:20]] == [f"p{n:02d}: " for n in range(21) if n != 3]
+        assert [line[:7] for line in lines[:20]] == [f"  p{n:02d}: " for n in range(21) if n != 3]
         assert all("t1: is missing" in line for line in lines[:20])
-        assert lines[20:] == ["... and 4 more"]
+        assert lines[20:] == ["  ... and 4 more"]
         errors = []
         assert [case.name for case in find(tmp_path, RECIPE.data, on_error=errors.append)] == ["p03"]
         assert len(errors) == 24
@@ -258,7 +258,7 @@ def test_nnunet(tmp_path, caplog):
     assert caplog.messages == ["nnU-Net: 2 patients"]
     assert [case.name for case in find_cases(tmp_path, RECIPE.data, require_mask=False)] == ["x_01", "x_02", "x_03"]
     (tmp_path / "imagesTr" / "x_01_0002.nii.gz").unlink()
-    with pytest.raises(CaseError, match=r"^1 of 2 patients .*\nx_01: .*must hold x_01_0001, .*Received: .*, a label$"):
+    with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label \(--skip-bad "):
         find_cases(tmp_path, RECIPE.data)
 
 
@@ -405,7 +405,7 @@ def test_tells_a_dicom_patient_from_a_folder_of_them(inner, patient, tmp_path):
 def test_dicom_patients_who_lack_something(tmp_path):
     write_dicom_patient(tmp_path / "ann")
     write_dicom_patient(tmp_path / "bob", ("T1", "T2"), patient="2")
-    with pytest.raises(CaseError, match=r"^1 of 2 .*\nbob: .*one series of cet1, .*`data.series.cet1` .*allow_missing"):
+    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, .*`data.series.cet1` .*allow_missing"):
         find_patients(tmp_path, RECIPE.data)
     with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, "):
         find_patients(tmp_path / "bob", RECIPE.data)
@@ -490,9 +490,7 @@ def test_segments_a_folder_of_channels_with_a_dataset_json(inside, tmp_path):
         assert (case.name, case.mask) == ("x_2", None)
         assert case.images["t1"] == tmp_path / "inbox" / "x_2_0001.nii.gz"
     (tmp_path / "inbox" / "x_1_0002.nii.gz").unlink()
-    with pytest.raises(
-        CaseError, match=r"^1 of 2 .*\nx_1: .*x_1_0002 or x_1; .*`data.allow_missing`. Received: x_1_0000"
-    ):
+    with pytest.raises(CaseError, match=r"^x_1: .*x_1_0002 or x_1; .*`data.allow_missing`. Received: x_1_0000"):
         find_patients(tmp_path / "inbox", RECIPE.data)
     able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
     assert list(find_patients(tmp_path / "inbox", able)[0].images) == ["t1", "t2"]
@@ -534,7 +532,7 @@ def test_real_patients_to_segment(path, modalities, count, test_data):
 
 
 def test_real_masks_with_other_names(test_data):
-    with pytest.raises(CaseError, match=r"^2 of 2 patients .*\npatient_1: .*did you mean T1.nii.gz for t1\?"):
+    with pytest.raises(CaseError, match=r"^2 of 2 patients .*\n  patient_1: .*did you mean T1.nii.gz for t1\?"):
         find_patients(test_data / "npc_masks", RECIPE.data)
 
 
