@@ -394,6 +394,9 @@ def _dataset_root(folder):
 
 def _image_folders(folder, root):
     """Where the images of patients to be segmented may lie."""
+    if folder.name.startswith("labels"):
+        meant = folder.with_name(folder.name.replace("labels", "images"))
+        raise ValueError(f"{folder}: must be a folder of images; did you mean {meant}. Received: a folder of masks")
     return [root / "imagesTs", root / "imagesTr", root] if folder == root else [folder]
 
 

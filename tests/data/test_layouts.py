@@ -458,6 +458,9 @@ def test_segments_a_dataset_its_folders_and_its_cases(tmp_path):
             assert case.images["t2"] == tmp_path / folder / f"{case.name}_0003.nii.gz"
             label = tmp_path / folder.replace("images", "labels") / f"{case.name}.nii.gz"
             assert case.mask == (label if case.name in ("x_01", "x_03") else None)
+    for path in ("labelsTr", "labelsTr/x_01.nii.gz"):
+        with pytest.raises(ValueError, match=r"did you mean .*imagesTr. Received: a folder of masks"):
+            find_patients(tmp_path / path, RECIPE.data)
     shutil.rmtree(tmp_path / "imagesTs")
     assert names_of(find_patients(tmp_path, RECIPE.data)) == ["x_01", "x_02"]
     for path in ("x_09", "imagesTr/x_09"):
