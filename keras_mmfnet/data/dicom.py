@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -40,7 +41,7 @@ class Series:
         return f"{self.folder} (DICOM series {self.description!r}, {len(self.files)} files)"
 
 
-def find_series(folder, patient):
+def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
     """Finds the DICOM series in a folder and the folders in it; no voxel is read.
 
     DICOM files without an image are passed over, and other files, but for those that end in `.dcm` and empty ones
@@ -86,7 +87,7 @@ def find_series(folder, patient):
     return sorted(series, key=lambda one: (str(one.folder), one.description))
 
 
-def is_dicom(path):
+def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file starts as DICOM files do."""
     return _is_dicom(_start(path))
 

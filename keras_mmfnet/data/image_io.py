@@ -39,7 +39,7 @@ class Volume:
         return f"{self.path} (volume {self.index})"
 
 
-def image_suffix(path):
+def image_suffix(path: str | os.PathLike) -> str | None:
     """The ending of an image file's name in one of the formats that can be read, or `None`."""
     name = Path(path).name.lower()
     return next((suffix for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)

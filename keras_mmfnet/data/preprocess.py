@@ -1,6 +1,7 @@
 import math
+import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ _HALF = 0.5 - 1e-4
 _OVERSHOOT = 0.02
 
 
-def preprocess_case(case, recipe, cache=None):
+def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) -> PreprocessedCase:
     """Reads one patient and brings the images onto one grid and to one scale of intensity.
 
     The first modality's axes (of those that are there) are put into the order and direction of the patient's (left,
@@ -181,7 +182,7 @@ def upright_grid(grid: Grid) -> Grid:
     return Grid(size, spacing, tuple(grid.positions(corner).tolist()), direction)
 
 
-def in_plane_grid(grid, spacing):
+def in_plane_grid(grid: Grid, spacing: float | None) -> Grid:
     """The grid with pixels of `spacing` mm in plane, the same slices and the same first edges.
 
     Args:
@@ -200,7 +201,7 @@ def in_plane_grid(grid, spacing):
     return Grid(tuple(size.tolist()), new, tuple(grid.positions(first_centre).tolist()), grid.direction)
 
 
-def resample(image, grid, background):
+def resample(image: sitk.Image, grid: Grid, background: float) -> np.ndarray:
     """The values of a float image on a grid, by position: smoothed where voxels grow, then one linear interpolation.
 
     Along each axis on which the grid's voxels are larger than the image's, the image is first smoothed by the
@@ -255,13 +256,13 @@ def _otsu_levels(counts):
     return (first + last) / 2 + 1
 
 
-def otsu_threshold(volume):
+def otsu_threshold(volume: np.ndarray) -> float:
     """Otsu's threshold of a whole volume, from a histogram of 1024 bins."""
     counts, low, width = _slice_histograms(volume)
     return low + width * float(_otsu_levels(counts.sum(axis=0)))
 
 
-def body_mask(volume, pixel=1.0):
+def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.ndarray:
     """The voxels inside the body: each slice above half its Otsu threshold, closed, with what is enclosed.
 
     Args:
@@ -301,7 +302,7 @@ def _in_a_row(values, combine, length):
     return values
 
 
-def bounding_box(mask, share=0.01):
+def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int], ...]:
     """The box around a mask `(depth, height, width)`, as one `(low, high)` per axis, `high` excluded.
 
     A slice, row or column belongs to the box if it holds more than `share` of the voxels of the fullest one, so that
@@ -318,7 +319,7 @@ def bounding_box(mask, share=0.01):
 # --- intensity
 
 
-def z_score(volume, body):
+def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
     """The volume minus its mean inside the body, divided by its (population) standard deviation there.
 
     Args:
@@ -405,7 +406,7 @@ def _normalise(volume, grid, recipe, modality, where):
 # --- the mask
 
 
-def tumour_voxels(values, labels=None):
+def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
     """The voxels of a mask that are tumour.
 
     Args:
@@ -445,7 +446,7 @@ def _listed(values):
     return ", ".join(f"{value:g}" for value in values[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def read_tumour(case, recipe, preprocessed):
+def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> np.ndarray:
     """The expert's tumour of a patient on the first modality's own grid, by position.
 
     Args:
@@ -483,6 +484,13 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
             )
         return case.mask if several else {wanted: case.mask[wanted]}
     return {wanted: case.mask}
+
+
+def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
+    """Notes on which masks there are."""
+    if isinstance(case.mask, Mapping) and recipe.mask_from is None and recipe.modalities[0] not in case.mask:
+        return [f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}"]
+    return []
 
 
 def _tumour_on(case, recipe, grid, motions):
@@ -523,9 +531,7 @@ def _read_mask(case, recipe, grid, upright, motions):
             f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    notes = []
-    if isinstance(case.mask, Mapping) and recipe.mask_from is None and first not in case.mask:
-        notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {first}")
+    notes = mask_notes(case, recipe)
     if not all(upright.matches(own) for own in grids):
         notes.append(
             f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"
