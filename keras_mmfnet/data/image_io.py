@@ -96,11 +96,8 @@ def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
     else:
         spacing = reader.GetSpacing()
     _require_positive(spacing, refuse)
-    axes = len(reader.GetSize())
-    direction = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
-    return Grid(
-        reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
-    )
+    direction = tuple(_direction(reader).ravel().tolist())
+    return Grid(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction)
 
 
 def _refuser(source, patient):
@@ -181,7 +178,15 @@ def _read_header(source, refuse):
         raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
     if math.prod(size) > _PACKED * available:
         raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {available} bytes")
+    if not abs(np.linalg.det(_direction(reader))) > 1e-6:
+        raise refuse("an image with three directions", ", ".join(f"{value:g}" for value in reader.GetDirection()))
     return reader, path, index
+
+
+def _direction(reader):
+    """The 3x3 matrix of the first three axes."""
+    axes = len(reader.GetSize())
+    return np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
 
 
 def _require_positive(spacing, refuse):
