@@ -8,9 +8,8 @@ import SimpleITK as sitk
 from dicom_files import GRID, write_series
 from patients import RAW, head, make_case, make_grid, only, tumour, write
 
-from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.fingerprint import survey, survey_case
-from keras_mmfnet.data.image_io import Volume, read_grid, read_image
 from keras_mmfnet.data.layouts import find_cases, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.recipe import Recipe
@@ -120,20 +119,6 @@ def test_a_dicom_patient(tmp_path):
     assert row.mask is None
     next(case.images["t2"].folder.iterdir()).unlink()
     assert survey_case(case, RAW.data).problems == (refusal(case, RAW.data),)
-
-
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
-def test_the_grid_from_the_header_is_the_images(tmp_path, suffix):
-    grid = make_grid(direction=[[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
-    path = write(tmp_path / f"t1{suffix}", grid, head(grid))
-    assert read_grid(path, "ann") == Grid.from_image(read_image(path, "ann"))
-    several = sitk.JoinSeries([grid.image(head(grid)), grid.image(head(grid, 1))])
-    several.SetDirection(np.block([[np.reshape(grid.direction, (3, 3)), np.zeros((3, 1))], [np.zeros(3), 1]]).ravel())
-    volume = Volume(tmp_path / f"two{suffix}", 1)
-    sitk.WriteImage(several, str(volume.path))
-    assert read_grid(volume, "ann") == Grid.from_image(read_image(volume, "ann"))
-    with pytest.raises(CaseError, match=r"must be a 3D image. Received: an image of 60 x 50 x 8 x 2"):
-        read_grid(volume.path, "ann")
 
 
 def test_a_cohort_in_order_with_progress(tiny_cohort):
