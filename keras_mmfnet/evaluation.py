@@ -41,10 +41,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "dsc": Metric("DSC", "", "Dice coefficient: overlap of both masks, 1 where they are equal.", "higher", 4),
     "ap": Metric("AP", "", "Average precision of the probabilities, over all thresholds.", "higher", 4),
-    "dice_loss": Metric("Dice loss", "", "1 less the Dice coefficient of the probabilities themselves.", "lower", 4),
-    "hd95": Metric(
-        "HD95", "mm", "95% of each surface lie nearer than this to the other; far false islands raise it.", "lower", 2
-    ),
+    "dice_loss": Metric("Dice loss", "", "1 - Dice coefficient of the probabilities, without a threshold.", "lower", 4),
+    "hd95": Metric("HD95", "mm", "95% of each surface is nearer to the other; far false islands raise it.", "lower", 2),
     "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
     "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),
     "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
@@ -101,7 +99,7 @@ def evaluate_case(
         "precision": both / found if found else math.nan,
         "volume_ml": volume * voxel_ml,
         "predicted_ml": found * voxel_ml,
-        "false_islands": count - np.count_nonzero(np.unique(islands[truth])),
+        "false_islands": int(count - np.count_nonzero(np.unique(islands[truth]))),
     }
 
 

@@ -61,6 +61,7 @@ def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision,
     numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
     distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
     assert list(numbers) == [key for key in METRICS if key != "seconds"]
+    assert json.loads(json.dumps(numbers)) == pytest.approx(numbers, nan_ok=True)
     assert {name: numbers.pop(name) for name in ("hd95", "assd")} == distances
     expected = {"dsc": dsc, "ap": ap, "dice_loss": dice_loss, "sensitivity": sensitivity, "precision": precision}
     # Voxels of 4 cubic mm.
