@@ -185,8 +185,8 @@ def _origin(run, results):
     times = [row["seconds"] for result in results for row in result["patients"]]
     return _texts(
         *(f"Command: {command}" for command in commands),
-        f"Training took {_duration(trained)}, all networks of {len(folds)} folds together; segmenting {len(times)} "
-        f"times one patient took {_duration(sum(times))}.",
+        f"Training the networks of {len(folds)} folds took {_duration(trained)}, {len(times)} segmentations took "
+        f"{_duration(sum(times))}.",
     )
 
 
@@ -200,7 +200,7 @@ def _results(rows):
     summary = summarise(rows)
     metrics = {key: metric for key, metric in METRICS.items() if key in summary}
     lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
-    labels = {"mean": "mean", "low": "95% interval from", "high": "to", "std": "standard deviation"}
+    labels = {"mean": "mean", "low": "mean, 95% from", "high": "mean, 95% to", "std": "standard deviation"}
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
     folds = sorted({row["fold"] for row in rows})
     boxes = plot_boxes({f"fold {fold}": [row["dsc"] for row in rows if row["fold"] == fold] for fold in folds})
