@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import preprocess_case
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, summarise
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.report import write_comparison, write_report, write_tables
+from keras_mmfnet.report import analysis, write_comparison, write_report, write_tables
 from keras_mmfnet.report.analysis import compare_results, transfer_curves
 from keras_mmfnet.run import Run
 
@@ -187,6 +187,17 @@ def test_every_test_patient_has_its_slices(run, page):
         )
         assert f"{row['volume_ml']:.2f} ml" in page.texts
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+
+
+def test_the_slices_are_as_small_as_they_must_be(run, monkeypatch):
+    sides, strips = [], analysis.slice_strips
+    monkeypatch.setattr(analysis, "slice_strips", lambda *args: sides.append(args[-1]) or strips(*args))
+    write_report(run)
+    assert sides == [200] * 4
+    sides.clear()
+    monkeypatch.setattr(analysis, "_STRIP_BYTES", 1)
+    write_report(run)
+    assert sides == [200, 160, 128, 96, 72] * 4
 
 
 def test_what_the_cohort_is_like(run, page):

@@ -332,11 +332,10 @@ def _recipe(recipe):
     )
     differing = [[path, value, paper[path]] for path, value in ours.items() if value != paper[path]]
     same = [[path, value] for path, value in ours.items() if value == paper[path]]
-    return [
-        _texts(f"{len(differing)} of {len(ours)} values differ from the paper's."),
-        _table(["Differs", "This run", "Paper"], differing, left=3),
-        _table(["As in the paper", "Value"], same, left=2),
-    ]
+    blocks = [_texts(f"{len(differing)} of {len(ours)} values differ from the paper's.")]
+    if differing:
+        blocks.append(_table(["Differs", "This run", "Paper"], differing, left=3))
+    return [*blocks, _table(["As in the paper", "Value"], same, left=2)]
 
 
 def _software(result):
