@@ -1,4 +1,4 @@
-from keras_mmfnet.plots._colours import PREDICTION_COLOUR, TRUTH_COLOUR
+from keras_mmfnet.plots._colours import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 from keras_mmfnet.plots.charts import (
     plot_attention,
     plot_boxes,
@@ -7,10 +7,11 @@ from keras_mmfnet.plots.charts import (
     plot_reliability,
     plot_training,
 )
-from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot_segmentation
+from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot_segmentation, slice_strips
 from keras_mmfnet.plots.surfaces import plot_surfaces
 
 __all__ = [
+    "ERROR_COLOURS",
     "PREDICTION_COLOUR",
     "TRUTH_COLOUR",
     "plot_attention",
@@ -24,4 +25,5 @@ __all__ = [
     "plot_segmentation",
     "plot_surfaces",
     "plot_training",
+    "slice_strips",
 ]
