@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
+from keras_mmfnet.evaluation import metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
@@ -60,7 +61,7 @@ def test_a_run_leaves_what_is_needed(run, tiny_cohort):
     assert {name for name in names if not name.endswith(".lock")} == expected
     model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
     assert isinstance(model, MMFNet)
-    assert json.loads((folder / "metrics.json").read_text())["patients"] == result
+    assert (folder / "metrics.json").read_text() == metrics_json(result)
     assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())] == fold["test"]
     for row in result:
         own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
