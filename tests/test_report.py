@@ -4,6 +4,8 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +244,13 @@ def test_a_run_without_results_is_refused(run, tmp_path):
         write_report(Run(tmp_path))
     with pytest.raises(ValueError, match=r"the results of a method is expected\. Received: "):
         write_comparison(Run(tmp_path))
+
+
+def test_importing_it_loads_nothing_that_draws():
+    code = (
+        "import sys, keras_mmfnet.report as r; assert 'matplotlib' not in sys.modules; assert 'write_report' in dir(r)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # --- the comparison of methods
