@@ -200,7 +200,7 @@ def test_all_bad_patients_are_listed(tiny_cohort, tmp_path):
     shutil.copytree(tiny_cohort, folder)
     for name in ("patient_01", "patient_04"):
         _rewrite(folder / name / "t2.nii.gz", _with_nan)
-    with pytest.raises(CaseError, match=r"(?s)^2 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
+    with pytest.raises(CaseError, match=r"(?s)^2 of 6 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
         Run.start(tmp_path / "run", folder, COARSE)
     # Only the cache of the others is there, so that the same command can be started again.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
