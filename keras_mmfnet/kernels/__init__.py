@@ -157,12 +157,6 @@ def conv(x, kernel, strides, padding, data_format, dilation_rate):
     return _implementation("conv")(x, kernel, strides, padding, data_format, dilation_rate)
 
 
-def conv_transpose(x, kernel, strides, padding, data_format):
-    """A transposed convolution, as `keras.ops.conv_transpose`."""
-    kernel = keras.ops.convert_to_tensor(kernel)
-    return _implementation("conv_transpose")(x, kernel, strides, padding, data_format)
-
-
 def max_pool(x, pool_size, strides, padding, data_format):
     """Max-pooling, as `keras.ops.max_pool`."""
     return _implementation("max_pool")(x, pool_size, strides, padding, data_format)

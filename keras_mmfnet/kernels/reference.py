@@ -61,15 +61,11 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
 def conv(x, kernel, strides, padding, data_format, dilation_rate):
     if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         depth = x.shape[1 if data_format == "channels_last" else 2]
-        # On a CPU PyTorch gives garbage for the gradient of a kernel deeper than its volume.
-        if x.device.type == "cpu" and 1 < depth < kernel.shape[0]:
+        # On a CPU PyTorch's gradient of a kernel deeper than its volume is wrong.
+        if x.device.type == "cpu" and depth < kernel.shape[0]:
             x, kernel = ops.cast(x, "float32"), ops.cast(kernel, "float32")
             return ops.cast(ops.conv(x, kernel, strides, padding, data_format, dilation_rate), "bfloat16")
     return ops.conv(x, kernel, strides, padding, data_format, dilation_rate)
-
-
-def conv_transpose(x, kernel, strides, padding, data_format):
-    return ops.conv_transpose(x, kernel, strides, padding, data_format=data_format)
 
 
 def max_pool(x, pool_size, strides, padding, data_format):

@@ -376,7 +376,7 @@ def several_rows(x):
 
 def conv(x, kernel, strides, padding, data_format, dilation_rate):
     """Without Keras' copies to the order with the channels first: XX% of a training step over `reference`."""
-    in_float32 = x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 < x.shape[1] < kernel.shape[0]
+    in_float32 = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] < kernel.shape[0]
     usual = len(x.shape) == 5 and data_format == "channels_last" and padding == "same" and set(strides) == {1}
     if not usual or in_float32 or x.shape[-1] != kernel.shape[-2]:
         return reference.conv(x, kernel, strides, padding, data_format, dilation_rate)
@@ -386,15 +386,6 @@ def conv(x, kernel, strides, padding, data_format, dilation_rate):
             return functional.linear(x, kernel[0, 0, 0].T.contiguous())
         kernel = kernel.permute(4, 3, 0, 1, 2)
         return functional.conv3d(x.movedim(-1, 1), kernel, padding="same", dilation=dilation_rate).movedim(1, -1)
-
-
-def conv_transpose(x, kernel, strides, padding, data_format):
-    """Without Keras' copies: XX% of a training step over `reference`."""
-    if data_format != "channels_last" or len(x.shape) != 5 or tuple(strides) != tuple(kernel.shape[:3]):
-        return reference.conv_transpose(x, kernel, strides, padding, data_format)
-    with _saving_no_recomputed(x):
-        y = functional.conv_transpose3d(x.movedim(-1, 1), kernel.permute(4, 3, 0, 1, 2), stride=strides)
-    return y.movedim(1, -1)
 
 
 def max_pool(x, pool_size, strides, padding, data_format):
