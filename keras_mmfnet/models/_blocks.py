@@ -60,6 +60,7 @@ class Blocks:
     def decode(self, features, filters):
         """The decoder over the features of each level, and the head: probabilities in float32."""
         *skips, x = features
+        del features  # each is released after its last use
         for level in range(len(filters), 0, -1):
             count, name = filters[level - 1], f"decoder_block{level}"
             up = self._kind("Conv{}Transpose")
