@@ -76,14 +76,15 @@ def batch_norm_relu(shape, channels, axis, moments=None):
     def run(tensors):
         x, *affine = tensors
         affine = [ops.cast(tensor, "float32") for tensor in affine]
-        return kernels.batch_norm_relu(x, *affine, 1e-5, axis, moments and ops.convert_to_tensor(moments(count)))[0]
+        given = tuple(ops.convert_to_tensor(each) for each in moments(count)) if moments else None
+        return kernels.batch_norm_relu(x, *affine, 1e-5, axis, given)[0]
 
     return [2 * random_volume(*shaped(shape, count, axis)) + 1, gamma, beta], run
 
 
 def batch_norm_relu_of_moments(shape, channels, axis):
     def moments(count):
-        return np.stack([np.full(count, 0.5, "float32"), np.full(count, 2.0, "float32")])
+        return np.full(count, 0.5, "float32"), np.full(count, 2.0, "float32")
 
     return batch_norm_relu(shape, channels, axis, moments)
 
