@@ -207,7 +207,7 @@ def _product(x, kernels, axis):
 
 
 def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
-    """TensorFlow's one operation, for channels that come last and float32: a gain of XX% of a training step over `reference`."""
+    """TensorFlow's one operation, for channels that come last and float32."""
     # In half precision XLA's variance of a large constant comes out negative.
     if axis % len(x.shape) != len(x.shape) - 1 or x.dtype != tf.float32:
         return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, moments)

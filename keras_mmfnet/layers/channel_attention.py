@@ -55,13 +55,11 @@ class ChannelStdAttention3D(keras.layers.Layer):
             raise ValueError(f"the number of channels must be known. Received: input_shape={input_shape}")
         self.input_spec = keras.layers.InputSpec(ndim=5, axes={axis: channels})
         hidden = max(1, channels // self.reduction)
-        names = ["shared"] if self.shared_mlp else self.statistics
         self.hidden_layers, self.score_layers = [], []
-        for name in names:
-            self.hidden_layers.append(
-                keras.layers.Dense(hidden, activation="relu", dtype=self.dtype_policy, name=f"{name}_hidden")
-            )
-            self.score_layers.append(keras.layers.Dense(channels, dtype=self.dtype_policy, name=f"{name}_scores"))
+        for name in ["shared"] if self.shared_mlp else self.statistics:
+            options = {"dtype": self.dtype_policy}
+            self.hidden_layers.append(keras.layers.Dense(hidden, "relu", name=f"{name}_hidden", **options))
+            self.score_layers.append(keras.layers.Dense(channels, name=f"{name}_scores", **options))
             self.hidden_layers[-1].build((None, channels))
             self.score_layers[-1].build((None, hidden))
 

@@ -11,7 +11,7 @@ from keras_mmfnet.layers.spatial_attention import SpatialStdAttention3D
 class FusionBlock3D(keras.layers.Layer):
     """Fuses the features of several modalities into as many channels as one of them has (eq. 4-6).
 
-    `F_ori` is the features side by side, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
+    `F_ori` is the concatenated features, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
     output `Res(F_s + F_ori)`.
 
     Args:

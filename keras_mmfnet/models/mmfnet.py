@@ -114,7 +114,7 @@ class MMFNet(EncoderDecoder):
         if bottleneck not in ("fusion", "concat"):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
         if not 0 <= modality_dropout < 1:
-            raise ValueError(f"`modality_dropout` must be from 0 up to, but not, 1. Received: {modality_dropout!r}")
+            raise ValueError(f"`modality_dropout` must be in [0, 1). Received: {modality_dropout!r}")
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
         attention = {
