@@ -57,7 +57,7 @@ def _shift_and_scale(values, grads, count):
 
 
 def statistics_over_space(features, statistics, axis, training=False):
-    """A gain of XX% of a training step over `reference`."""
+    """Its gradient takes one compiled pass over the features."""
     axes = spatial_axes(axis)
 
     @tf.custom_gradient
@@ -109,7 +109,7 @@ def _grad_over_space(features, values, grad_output, statistics, axes, axis):
 
 
 def statistics_over_channels(features, statistics, axis, weights=None, training=False):
-    """A gain of XX% of a training step over `reference`."""
+    """The features are neither concatenated nor multiplied by the weights in memory."""
     run = _compiled_over_channels if training else _over_channels
     number = len(features)
 
@@ -177,7 +177,7 @@ def _grad_over_channels(weights, features, values, grad_output, statistics, axis
 
 
 def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
-    """`K F + W_s ((K W_c) F)`, in which no tensor has the size of the features: a gain of XX% of a step."""
+    """`K F + W_s ((K W_c) F)`, in which no tensor has the size of the features."""
 
     @tf.custom_gradient
     def compute(channel_weights, spatial_weights, kernel, *features):
