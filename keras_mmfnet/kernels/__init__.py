@@ -44,7 +44,7 @@ def get_kernels() -> str:
         return _chosen
     if kernels := os.environ.get("MMFNET_KERNELS"):
         return _checked("the environment variable MMFNET_KERNELS", kernels)
-    return "plain" if _on_gpu() else "fast"
+    return "plain" if keras.backend.backend() == "jax" or _on_gpu() else "fast"
 
 
 def _checked(name, kernels):
