@@ -51,8 +51,8 @@ def record(layer, axes):
     """A list to which the attention adds the mean of its weights at every call."""
     compute, weights = layer.scores, []
 
-    def scores(*parts, **options):
-        values = compute(*parts, **options)
+    def scores(*arguments, **options):
+        values = compute(*arguments, **options)
         weights.append(keras.ops.convert_to_numpy(values).mean(axis=axes, keepdims=True))
         return values
 
@@ -64,9 +64,9 @@ def fix(model, kind, means):
     """Puts these weights in the place of those that the inputs would give."""
     for layer, mean in zip(attentions(model, kind), means, strict=True):
 
-        def scores(*parts, mean=mean, **options):
-            batch = keras.ops.shape(parts[0])[0]
-            return keras.ops.repeat(keras.ops.cast(mean, parts[0].dtype), batch, axis=0)
+        def scores(features, *_, mean=mean, **options):
+            batch = keras.ops.shape(features[0])[0]
+            return keras.ops.repeat(keras.ops.cast(mean, features[0].dtype), batch, axis=0)
 
         layer.scores = scores
 

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                   # two CPU cores: TensorFlow and PyTorch
     python benchmarks/step.py --check                           # fails where a ratio is 20% worse than the one kept
+    python benchmarks/step.py --baseline ../before              # beside another checkout of this package
     python benchmarks/step.py --backends torch jax --name a100 --shape 8 16 256 256 --policy mixed_bfloat16     # a GPU
 
 Every contender lives in a process of its own, and they take turns, so that whatever else the machine does falls on all
@@ -40,10 +41,15 @@ class Contender:
     channels_last: bool = False
     compiled: bool = False
     memory_kept: bool = True
+    kernels: str | None = None
+    checkout: str | None = None
 
 
-def choose_contenders(backends, policy, gpu):
-    """The contenders of one run: plain PyTorch in its variants, and each backend with and without attention."""
+def choose_contenders(backends, policy, gpu, baseline=None):
+    """The contenders of one run: plain PyTorch in its variants, and each backend in the variants that count.
+
+    Those are without attention, with plain kernels, and from the checkout `baseline` where there is one.
+    """
     plain = [
         Contender("plain", policy=policy, memory_kept=False),
         Contender("plain, channels last", policy=policy, channels_last=True, memory_kept=False),
@@ -56,6 +62,9 @@ def choose_contenders(backends, policy, gpu):
     for backend in backends:
         ours.append(Contender(backend, backend, policy=policy))
         ours.append(Contender(f"{backend} without attention", backend, attention=False, policy=policy))
+        ours.append(Contender(f"{backend}, plain kernels", backend, policy=policy, kernels="plain"))
+        if baseline:
+            ours.append(Contender(f"{backend}, baseline", backend, policy=policy, checkout=str(baseline)))
         if policy != "float32":
             ours.append(Contender(f"{backend} in float32", backend))
     return plain + ours
@@ -72,6 +81,7 @@ def main():
     add("--turns", type=int, default=10, help="steps of each contender that count (10)")
     add("--name", default="cpu", help="name of the machine, for the file of results (cpu)")
     add("--check", action="store_true", help="compare with the results of that name that are kept")
+    add("--baseline", type=Path, metavar="DIR", help="another checkout of this package to measure beside this one")
     add("--out", type=Path, help=f"JSON file for the results (default: {RESULTS}/<name>.json, not with --check)")
     parsed = parser.parse_args()
     kept = RESULTS / f"{parsed.name}.json"
@@ -92,7 +102,7 @@ def measure(parsed):
 
     gpu = torch.cuda.is_available()
     context = multiprocessing.get_context("spawn")
-    contenders = choose_contenders(parsed.backends, parsed.policy, gpu)
+    contenders = choose_contenders(parsed.backends, parsed.policy, gpu, parsed.baseline)
     results, seconds = {}, {}
     # On a GPU one at a time: its memory is not for all of them.
     groups = [[contender] for contender in contenders] if gpu else [contenders]
@@ -163,6 +173,16 @@ def compare(results, seconds, backends):
         leanest = min(plain, key=lambda name: results[name][what])
         return {f"{backend}, {MEMORY[what]} / plain": round(results[backend][what] / results[leanest][what], 3)}
 
+    def beside(backend, variant):
+        other, found = f"{backend}, {variant}", {}
+        if other in results:
+            found = {f"{backend}, {what} / {variant}": ratio(backend, other, what) for what in ("train", "predict")}
+            for what in MEMORY.keys() & results[other].keys():
+                found[f"{backend}, {MEMORY[what]} / {variant}"] = round(
+                    results[backend][what] / results[other][what], 3
+                )
+        return found
+
     ratios = {}
     for backend in backends:
         for what in ("train", "predict"):
@@ -173,6 +193,7 @@ def compare(results, seconds, backends):
         if "peak_tensors_mib" in results[backend]:
             ratios |= memory(backend, "peak_tensors_mib")
         ratios[f"{backend}, train with / without attention"] = ratio(backend, f"{backend} without attention", "train")
+        ratios |= beside(backend, "plain kernels") | beside(backend, "baseline")
         if f"{backend} in float32" in results:
             ratios[f"{backend}, train / in float32"] = ratio(backend, f"{backend} in float32", "train")
     return ratios
@@ -180,6 +201,10 @@ def compare(results, seconds, backends):
 
 def work(connection, contender, shape, gpu):
     """One contender's process: makes its step, and runs it whenever it is told to."""
+    if contender.kernels:
+        os.environ["MMFNET_KERNELS"] = contender.kernels
+    if contender.checkout:
+        sys.path.insert(0, contender.checkout)
     from keras_mmfnet._memory import keep_freed_memory
 
     if contender.memory_kept:
@@ -236,16 +261,14 @@ def make_keras(contender, shape):
 
 
 def fusion_without_attention(filters, data_format, dtype, name, **attention):
-    """In place of a fusion block: the features side by side, then residual fusion alone."""
+    """In place of a fusion block: the features concatenated, then residual fusion alone."""
     import keras
 
     from keras_mmfnet.layers import ResidualFusion3D
 
-    def fuse(features):
-        merged = keras.layers.Concatenate(axis=-1 if data_format == "channels_last" else 1, dtype=dtype)(features)
-        return ResidualFusion3D(filters, data_format=data_format, dtype=dtype, name=name)(merged)
-
-    return fuse
+    concatenate = keras.layers.Concatenate(axis=-1 if data_format == "channels_last" else 1, dtype=dtype)
+    fuse = ResidualFusion3D(filters, data_format=data_format, dtype=dtype, name=name)
+    return lambda features: fuse(concatenate(features))
 
 
 def make_plain(contender, shape):

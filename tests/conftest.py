@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
@@ -22,6 +23,16 @@ from keras_mmfnet.synthetic import make_synthetic_cohort
 def same_numbers_in_every_run():
     """Draws the same initial weights each time, so that a test passes always or never."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(params=kernels.KERNELS)
+def each_kind(request):
+    """Each implementation of the kernels in turn."""
+    if request.param == "fast" and keras.backend.backend() == "jax":
+        pytest.skip("no faster kernels than the plain ones")
+    kernels.set_kernels(request.param)
+    yield request.param
+    kernels.set_kernels(None)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import keras
+from keras import ops
 
 from keras_mmfnet.models._network import Network
 
@@ -11,15 +12,28 @@ class EncoderDecoder(Network):
 
     Args:
         inputs: Symbolic inputs by modality, from `make_inputs`.
-        features: Symbolic features of each level, from the finest to the bottom, for the decoder.
-        blocks: The `Blocks` that made the features.
+        compute_features: A function from inputs by modality to the features of each level for the decoder, from the
+            finest to the bottom, by layers of `blocks`.
+        blocks: The network's `Blocks`.
         filters: Filters of the decoder, from the finest level.
         settings: The arguments of the subclass, kept as attributes and in the config.
         **kwargs: `name` and `trainable`, as for every model.
     """
 
-    def __init__(self, inputs, features, blocks, filters, settings, **kwargs):
-        super().__init__(inputs, blocks.decode(features, filters), blocks.dtype, settings, **kwargs)
+    def __init__(self, inputs, compute_features, blocks, filters, settings, **kwargs):
+        def compute(inputs):
+            return blocks.decode(compute_features(inputs), filters)
+
+        super().__init__(inputs, compute(inputs), blocks.dtype, settings, **kwargs)
+        self._compute = compute
+
+    def call(self, inputs, training=None, mask=None):
+        """Calls the layers in the order in which the network is written, in place of Keras' order by depth.
+
+        Features are released after their last use, and a level is fused before the next one is encoded. A backward pass
+        goes the opposite way: it reaches the largest features when it has released those of the other levels.
+        """
+        return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
 
     def encoder(self, modality):
         """One modality's encoder, as a model over the same layers.

@@ -1,6 +1,3 @@
-import functools
-import gc
-
 import keras
 
 from keras_mmfnet.models._blocks import Blocks
@@ -23,55 +20,6 @@ class Network(keras.Model):
         self._setting_names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
-
-    @functools.cached_property
-    def _order(self):
-        """The graph's nodes in an order that needs little memory, each with the tensors that none after it needs.
-
-        Keras runs a node as late as it can. PyTorch goes back the same way, so that it would take the gradients of the
-        finest features, the largest, while it still keeps all that those of the others need.
-        """
-        depths, makers = {id(tensor): 0 for tensor in self.inputs}, {}
-        for _, nodes in sorted(self._nodes_by_depth.items(), reverse=True):
-            for node in nodes:
-                for tensor in node.outputs if not node.is_input else ():
-                    depths[id(tensor)] = 1 + max(depths[id(needed)] for needed in node.input_tensors)
-                    makers[id(tensor)] = node
-        order = {}
-
-        def visit(tensor):
-            node = makers.get(id(tensor))
-            if node is None or node in order:
-                return
-            for needed in sorted(node.input_tensors, key=lambda tensor: depths[id(tensor)]):
-                visit(needed)
-            order[node] = None
-
-        for tensor in self.outputs:
-            visit(tensor)
-        steps, needed = [], {id(tensor) for tensor in self.outputs}
-        for node in reversed(order):
-            used = {id(tensor) for tensor in node.input_tensors}
-            steps.append((node, used - needed))
-            needed |= used
-        return steps[::-1]
-
-    def _run_through_graph(self, inputs, operation_fn=lambda operation: operation, call_fn=None):
-        """Runs the graph, as Keras does, but in `_order` on PyTorch, and without keeping every output until the end."""
-        if keras.backend.backend() != "torch" or call_fn is not None:
-            return super()._run_through_graph(inputs, operation_fn, call_fn)
-        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, keras.tree.flatten(inputs), strict=True)}
-        for node, unneeded in self._order:
-            args, kwargs = node.arguments.fill_in(tensors)
-            (symbol,) = node.outputs
-            tensors[id(symbol)] = operation_fn(node.operation)(*args, **kwargs)
-            del args, kwargs
-            for key in unneeded:
-                del tensors[key]
-            if len(node.input_tensors) > 1:
-                # Keras leaves several inputs in cycles of references, which only this takes apart.
-                gc.collect(0)
-        return keras.tree.pack_sequence_as(self._outputs_struct, [tensors[id(symbol)] for symbol in self.outputs])
 
     def export(self, filepath, **kwargs):
         """Writes the network for use without Keras, as every Keras model does; also one that was only just loaded.

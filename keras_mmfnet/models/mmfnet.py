@@ -9,14 +9,15 @@ from keras_mmfnet.models._network import load_network, make_blocks, make_inputs
 
 
 def _encode_each(inputs, filters, blocks):
-    """For each level, the features of every modality's own encoder."""
-    encoded = [blocks.encode(x, filters, modality) for modality, x in inputs.items()]
-    return [list(level) for level in zip(*encoded, strict=True)]
+    """Yields, for each level, the features of every modality's own encoder."""
+    encoders = [blocks.encode(x, filters, modality) for modality, x in inputs.items()]
+    for level in zip(*encoders, strict=True):
+        yield list(level)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class MultiEncoderUNet3D(EncoderDecoder):
-    """One encoder per modality and one decoder, their features side by side: MMFNet without fusion blocks.
+    """One encoder per modality and one decoder, their features concatenated: MMFNet without fusion blocks.
 
     Args:
         modalities: Names of the modalities.
@@ -48,13 +49,13 @@ class MultiEncoderUNet3D(EncoderDecoder):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
         inputs = make_inputs(modalities, patch_shape, filters)
-        levels = _encode_each(inputs, filters, blocks)
-        features = [
-            level[0] if len(level) == 1 else blocks.join(level, f"join{index}")
-            for index, level in enumerate(levels, start=1)
-        ]
+
+        def compute_features(inputs):
+            levels = enumerate(_encode_each(inputs, filters, blocks), start=1)
+            return [blocks.join(level, f"join{index}") for index, level in levels]
+
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
+        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -70,7 +71,7 @@ class MMFNet(EncoderDecoder):
         spatial_statistics: The same for the spatial attention.
         shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
         bottleneck: How the encoders' last features are joined, on which the paper is silent: `"fusion"` by a fusion
-            block as on the other levels, or `"concat"` side by side.
+            block as on the other levels, or `"concat"`.
         modality_dropout: Probability with which each modality of each patch in training is replaced by zeros, the
             mean of a normalised image; at least one stays.
         dtype: Dtype policy of the layers, or `None` for Keras' own.
@@ -113,7 +114,7 @@ class MMFNet(EncoderDecoder):
         if bottleneck not in ("fusion", "concat"):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
         if not 0 <= modality_dropout < 1:
-            raise ValueError(f"`modality_dropout` must be from 0 up to, but not, 1. Received: {modality_dropout!r}")
+            raise ValueError(f"`modality_dropout` must be in [0, 1). Received: {modality_dropout!r}")
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
         attention = {
@@ -123,20 +124,22 @@ class MMFNet(EncoderDecoder):
             "shared_mlp": shared_mlp,
         }
 
-        def fuse(level, count, name):
-            block = FusionBlock3D(count, **attention, data_format=blocks.data_format, dtype=blocks.dtype, name=name)
-            return block(level)
+        def fuse(level, name, count):
+            if name == "fusion_bottom" and bottleneck == "concat":
+                return blocks.join(level, "join_bottom")
+            return blocks.layer(name, FusionBlock3D, count, **attention, data_format=blocks.data_format)(level)
+
+        names = [*(f"fusion{index}" for index in range(1, len(filters) + 1)), "fusion_bottom"]
+        counts = [*filters, filters[-1]]
+
+        def compute_features(inputs):
+            # A generator: each level is fused before the next one is encoded.
+            return [fuse(*level) for level in zip(_encode_each(inputs, filters, blocks), names, counts, strict=True)]
 
         inputs = make_inputs(modalities, patch_shape, filters)
-        *skips, bottom = _encode_each(inputs, filters, blocks)
-        features = [fuse(skip, filters[index], f"fusion{index + 1}") for index, skip in enumerate(skips)]
-        if bottleneck == "fusion":
-            features.append(fuse(bottom, filters[-1], "fusion_bottom"))
-        else:
-            features.append(blocks.join(bottom, "join_bottom"))
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters, **attention}
         settings |= {"bottleneck": bottleneck, "modality_dropout": modality_dropout}
-        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
+        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)
         if modality_dropout:
             self.seed_generator = keras.random.SeedGenerator()
 

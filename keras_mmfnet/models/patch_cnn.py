@@ -94,7 +94,7 @@ def _classifier(modalities, patch_shape, filters, dtype):
                 x = blocks.conv(x, count, f"{name}_block{level + 1}_{step}", padding="valid", dilation=2**level)
             x = _max_of_neighbours(x, 2**level)
         branches.append(x)
-    x = blocks.join(branches, "joined") if len(branches) > 1 else branches[0]
+    x = blocks.join(branches, "joined")
     kernel = tuple(int(size) for size in remaining)
     x = blocks.conv(x, filters[-1], "dense", kernel_size=kernel, padding="valid", dilation=spread)
     return inputs, blocks.head(x), blocks.dtype

@@ -69,9 +69,8 @@ def _single(modality, patch_shape, filters, dtype, rank):
     """The parts of a U-net over one modality, as `EncoderDecoder` takes them."""
     patch_shape, filters, blocks = tuple(patch_shape), tuple(filters), make_blocks(dtype, rank)
     inputs = make_inputs((modality,), patch_shape, filters, rank)
-    features = blocks.encode(inputs[modality], filters, modality)
     settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
-    return inputs, features, blocks, filters, settings
+    return inputs, lambda inputs: blocks.encode(inputs[modality], filters, modality), blocks, filters, settings
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -111,7 +110,10 @@ class SingleEncoderUNet3D(EncoderDecoder):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
         inputs = make_inputs(modalities, patch_shape, filters)
-        stacked = blocks.join(list(inputs.values()), "stacked")
-        features = blocks.encode(stacked, [len(modalities) * count for count in filters], "stacked")
+
+        def compute_features(inputs):
+            stacked = blocks.join(list(inputs.values()), "stacked")
+            return blocks.encode(stacked, [len(modalities) * count for count in filters], "stacked")
+
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(inputs, features, blocks, filters, settings, **kwargs)
+        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)

@@ -26,8 +26,11 @@ def test_the_contenders(step):
         "plain, compiled",
         "torch",
         "torch without attention",
+        "torch, plain kernels",
         "torch in float32",
     ]
+    names = [contender.name for contender in step.choose_contenders(["torch"], "float32", False, "before")]
+    assert names[-1] == "torch, baseline"
     assert all(contender.policy == "float32" for contender in step.choose_contenders(["jax"], "float32", gpu=False))
 
 
@@ -56,6 +59,19 @@ def test_the_ratios_are_medians_over_the_turns(step):
         "jax, tensors / plain": 0.8,
         "jax, train with / without attention": 1.25,
     }
+
+
+@pytest.mark.parametrize("variant", ["plain kernels", "baseline"])
+def test_the_ratios_beside_a_variant(step, variant):
+    names = {"plain": 4.0, step.KEPT: 3.0, "torch": 1.0, "torch without attention": 0.8, f"torch, {variant}": 2.0}
+    results = {
+        name: {"train_seconds": x, "predict_seconds": x, "peak_mib": 100 * x, "peak_tensors_mib": 10 * x}
+        for name, x in names.items()
+    }
+    seconds = {(name, what): [x, x] for name, x in names.items() for what in ("train", "predict")}
+    ratios = step.compare(results, seconds, ["torch"])
+    found = {name.split(" / ")[0]: ratio for name, ratio in ratios.items() if name.endswith(f" / {variant}")}
+    assert found == {"torch, train": 0.5, "torch, predict": 0.5, "torch, memory": 0.5, "torch, tensors": 0.5}
 
 
 def test_the_compiled_variant_has_a_ratio_of_its_own(step):

@@ -119,7 +119,7 @@ def test_modality_dropout():
     config = model.get_config()
     assert config["modality_dropout"] == 0.5
     assert MMFNet.from_config(config).modality_dropout == 0.5
-    with pytest.raises(ValueError, match=r"`modality_dropout` must be from 0 up to, but not, 1. Received: 1"):
+    with pytest.raises(ValueError, match=r"`modality_dropout` must be in \[0, 1\). Received: 1"):
         MMFNet(**arguments, modality_dropout=1)
 
 

@@ -1,8 +1,8 @@
 import keras
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers._batch_normalization import RectifiedBatchNormalization
-from keras_mmfnet.layers._volumes import Conv3D
+from keras_mmfnet.layers.batch_norm_relu import BatchNormReLU
+from keras_mmfnet.layers.volumes import Conv3D
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -60,13 +60,8 @@ class ResidualFusion3D(keras.layers.Layer):
 
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
-        self.norm = RectifiedBatchNormalization(
-            axis=_axes.channel_axis(self.data_format),
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype_policy,
-            name="norm",
-        )
+        axis = _axes.channel_axis(self.data_format)
+        self.norm = BatchNormReLU(axis, momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="norm")
         self.refine2 = conv(kernel_size, "refine2")
 
     def build(self, input_shape):
@@ -78,10 +73,10 @@ class ResidualFusion3D(keras.layers.Layer):
             layer.build(reduced)
 
     def call(self, inputs, training=None):
-        return self.refine(self.reduce(inputs), training=training)
+        return self.refine(self.reduce(inputs), training=training)  # F_r = conv(F) (eq. 12)
 
     def refine(self, reduced, training=None):
-        """The residual part, from the reduced channels on."""
+        """`F_r + conv(relu(batch_norm(conv(F_r))))` (eq. 13)."""
         return reduced + self.refine2(self.norm(self.refine1(reduced), training=training))
 
     def compute_output_shape(self, input_shape):

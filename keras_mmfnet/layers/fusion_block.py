@@ -1,18 +1,17 @@
 import keras
 from keras import ops
 
-from keras_mmfnet import _axes
-from keras_mmfnet.layers._gradients import join, split_as, with_gradient
-from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
-from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
-from keras_mmfnet.layers.spatial_std_attention_3d import SpatialStdAttention3D
+from keras_mmfnet import _axes, kernels
+from keras_mmfnet.layers.channel_attention import ChannelStdAttention3D
+from keras_mmfnet.layers.residual_fusion import ResidualFusion3D
+from keras_mmfnet.layers.spatial_attention import SpatialStdAttention3D
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class FusionBlock3D(keras.layers.Layer):
     """Fuses the features of several modalities into as many channels as one of them has (eq. 4-6).
 
-    `F_ori` is the features side by side, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
+    `F_ori` is the concatenated features, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
     output `Res(F_s + F_ori)`.
 
     Args:
@@ -80,15 +79,19 @@ class FusionBlock3D(keras.layers.Layer):
         self.residual_fusion.build(merged)
 
     def call(self, inputs, training=None, return_attention_scores=False):
-        parts = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-        channel_weights = self.channel_attention.scores(*parts, training=training)
-        spatial_weights = self.spatial_attention.scores(*parts, weights=channel_weights, training=training)
-        reduce = self.residual_fusion.reduce
-        reduced = _reduce(parts, channel_weights, spatial_weights, reduce.kernel, self.data_format)
-        bias = ops.reshape(reduce.bias, _axes.with_channels((1,) * 5, self.filters, self.data_format))
-        reduced = reduced + ops.cast(bias, reduced.dtype)
-        outputs = self.residual_fusion.refine(reduced, training=training)
-        return (outputs, channel_weights, spatial_weights) if return_attention_scores else outputs
+        features = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]  # F_ori, concatenated
+        w_c = self.channel_attention.scores(features, training)  # F_c = W_c * F_ori (eq. 4)
+        w_s = self.spatial_attention.scores(features, w_c, training)  # F_s = W_s * F_c (eq. 5)
+        reduced = self._reduce(features, w_c, w_s)
+        outputs = self.residual_fusion.refine(reduced, training=training)  # Res(F_s + F_ori) (eq. 6)
+        return (outputs, w_c, w_s) if return_attention_scores else outputs
+
+    def _reduce(self, features, w_c, w_s):
+        """`F_r` of `F_s + F_ori`, which is `F_ori * (1 + W_s * W_c)` (eq. 12)."""
+        conv, axis = self.residual_fusion.reduce, _axes.channel_axis(self.data_format)
+        kernel, bias = (ops.cast(weight, features[0].dtype) for weight in (conv.kernel, conv.bias))
+        reduced = kernels.weighted_reduction(features, w_c, w_s, kernel[0, 0, 0], axis)
+        return reduced + ops.reshape(bias, _axes.with_channels((1,) * 5, self.filters, self.data_format))
 
     def compute_output_shape(self, input_shape):
         return _axes.with_channels(self._merged_shape(input_shape), self.filters, self.data_format)
@@ -126,78 +129,3 @@ class FusionBlock3D(keras.layers.Layer):
             "shared_mlp": self.shared_mlp,
             "data_format": self.data_format,
         }
-
-
-def _reduce(parts, channel_weights, spatial_weights, kernel, data_format):
-    """The 1x1x1 convolution of `F_s + F_ori`, of which neither is computed nor kept for the gradient.
-
-    It is linear, so that it may come before the spatial weights: `K F_ori + W_s * ((K * W_c) F_ori)`.
-    """
-    axis = _axes.channel_axis(data_format)
-
-    def compute(channel_weights, spatial_weights, kernel, *parts):
-        weights = ops.reshape(channel_weights, (-1, kernel.shape[0], 1))
-        kernels = ops.concatenate([ops.broadcast_to(kernel, ops.shape(weights * kernel)), weights * kernel], -1)
-        plain, weighted = ops.split(_transform(parts, kernels, axis), 2, axis=axis)
-        reduced = _multiply_add(weighted, spatial_weights, plain)
-        return reduced, {"weights": weights, "kernels": kernels, "weighted": weighted}
-
-    def differentiate(tensors, kept, upstream):
-        channel_weights, spatial_weights, kernel, *parts = tensors
-        by_spatial = ops.sum(upstream * kept["weighted"], axis=axis, keepdims=True)
-        upstreams = ops.concatenate([upstream, upstream * spatial_weights], axis=axis)
-        by_plain, by_weighted = ops.split(_products(parts, upstreams, axis), 2, axis=-1)
-        by_kernel = ops.sum(by_plain + kept["weights"] * by_weighted, axis=0)
-        by_channel = ops.reshape(ops.sum(kernel * by_weighted, axis=-1), ops.shape(channel_weights))
-        return by_channel, by_spatial, by_kernel, *_transform_back(upstreams, kept["kernels"], parts, axis)
-
-    kernel = ops.cast(ops.convert_to_tensor(kernel)[0, 0, 0], parts[0].dtype)
-    return with_gradient(compute, differentiate)(channel_weights, spatial_weights, kernel, *parts)
-
-
-def _multiply_add(x, factor, summand):
-    """`x * factor + summand`, on PyTorch in one pass too."""
-    if keras.backend.backend() != "torch":
-        return x * factor + summand
-    import torch
-
-    return torch.addcmul(summand, x, factor)
-
-
-def _rows(x, axis):
-    """A volume as one matrix for each patch, whose other side is the channels."""
-    return ops.reshape(x, (ops.shape(x)[0], -1, x.shape[-1]) if axis == -1 else (*ops.shape(x)[:2], -1))
-
-
-def _transform(parts, kernels, axis):
-    """The channels of all parts times a matrix for each patch, `(batch, channels, filters)`."""
-    shape, filters = ops.shape(parts[0]), kernels.shape[-1]
-    shape = (*shape[:-1], filters) if axis == -1 else (shape[0], filters, *shape[2:])
-    rows = [_rows(part, axis) for part in parts]
-    if keras.backend.backend() != "torch":
-        product = "bnc,bcf->bnf" if axis == -1 else "bcn,bcf->bfn"
-        return ops.reshape(ops.einsum(product, join(rows, axis), kernels), shape)
-    import torch
-
-    # The parts side by side would be a copy.
-    pairs = zip(rows, split_as(parts, kernels, 1, axis), strict=True)
-    first, *others = pairs if axis == -1 else [(kernel.mT, rows) for rows, kernel in pairs]
-    product = torch.bmm(*first)
-    for pair in others:
-        torch.baddbmm(product, *pair, out=product)
-    return product.reshape(shape)
-
-
-def _products(parts, upstreams, axis):
-    """The gradient by the matrices of `_transform`."""
-    product = "bnc,bnf->bcf" if axis == -1 else "bcn,bfn->bcf"
-    return join([ops.einsum(product, _rows(part, axis), _rows(upstreams, axis)) for part in parts], 1)
-
-
-def _transform_back(upstreams, kernels, parts, axis):
-    """The gradients by the parts of `_transform`."""
-    kernels = ops.transpose(kernels, (0, 2, 1))
-    if keras.backend.backend() == "torch":
-        # Eight columns alone take as long as all together.
-        return split_as(parts, _transform([upstreams], kernels, axis), axis)
-    return [_transform([upstreams], part, axis) for part in split_as(parts, kernels, 2, axis)]

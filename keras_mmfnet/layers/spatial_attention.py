@@ -1,8 +1,7 @@
 import keras
 
-from keras_mmfnet import _axes
-from keras_mmfnet.layers._statistics import check_statistics, statistics_over_channels
-from keras_mmfnet.layers._volumes import Conv3D
+from keras_mmfnet import _axes, kernels
+from keras_mmfnet.layers.volumes import Conv3D
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -40,7 +39,7 @@ class SpatialStdAttention3D(keras.layers.Layer):
     def __init__(self, kernel_size=3, statistics=("avg", "max", "std"), data_format=None, **kwargs):
         super().__init__(**kwargs)
         self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.statistics = check_statistics(statistics)
+        self.statistics = kernels.check_statistics(statistics)
         self.data_format = _axes.standardize(data_format)
         self.input_spec = keras.layers.InputSpec(ndim=5)
         self.conv = Conv3D(
@@ -56,20 +55,20 @@ class SpatialStdAttention3D(keras.layers.Layer):
     def build(self, input_shape):
         self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
 
-    def scores(self, *parts, weights=None, training=False):
-        """The weights `W_s` of features, or of parts of them by channel times `weights`; 1 channel."""
+    def scores(self, features, channel_weights=None, training=False):
+        """`W_s` of a list of features, which are concatenated and multiplied by `W_c` where it is given (eq. 11)."""
         axis = _axes.channel_axis(self.data_format)
-        return self.conv(statistics_over_channels(parts, self.statistics, axis, weights, training))
+        return self.conv(kernels.statistics_over_channels(features, self.statistics, axis, channel_weights, training))
 
-    def call(self, inputs, return_attention_scores=False):
-        weights = self.scores(inputs)
-        outputs = inputs * weights
+    def call(self, inputs, training=None, return_attention_scores=False):
+        weights = self.scores([inputs], training=training)  # W_s
+        outputs = weights * inputs  # F_s = W_s * F_c (eq. 5)
         return (outputs, weights) if return_attention_scores else outputs
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
-    def compute_output_spec(self, inputs, return_attention_scores=False):
+    def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
         outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return outputs

@@ -2,19 +2,15 @@ import keras
 import numpy as np
 import pytest
 import torch
-from checks import dtype_of, gradient_function, random_volume, to_numpy
+from checks import BACKEND, dtype_of, gradient_function, random_volume, to_numpy
 from keras import ops
 
-from keras_mmfnet.layers._gradients import EPSILON
-from keras_mmfnet.layers._statistics import (
-    STATISTICS,
-    check_statistics,
-    formulas,
-    statistics_over_channels,
-    statistics_over_space,
-)
+from keras_mmfnet.kernels import STATISTICS, check_statistics, statistics_over_channels, statistics_over_space
+from keras_mmfnet.kernels.reference import EPSILON
 
-# Channels of the parts.
+pytestmark = pytest.mark.usefixtures("each_kind")
+
+# Channels of the features.
 SIZES = (1, 3, 2)
 
 
@@ -23,16 +19,18 @@ def cut(x, axis, sizes=SIZES):
     return np.split(x, np.cumsum(sizes)[:-1], axis=axis)
 
 
-def over_space(parts, statistics, axes, training=False):
-    """The statistics by name."""
+def over_space(features, statistics, axes, training=False):
+    """The statistics by name, with sizes of 1 for depth, height and width."""
     axis = 1 if axes == (2, 3, 4) else -1
-    values = statistics_over_space(parts, statistics, axes, axis, training)
-    return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
+    values = statistics_over_space(features, statistics, axis, training)
+    shape = [-1, 1, 1, 1, 1]
+    shape[axis] = values.shape[-1]
+    return {name: ops.reshape(values[:, index], shape) for index, name in enumerate(statistics)}
 
 
-def over_channels(parts, statistics, axis, weights=None, training=False):
+def over_channels(features, statistics, axis, weights=None, training=False):
     """The statistics by name."""
-    values = statistics_over_channels(parts, statistics, axis, weights, training)
+    values = statistics_over_channels(features, statistics, axis, weights, training)
     return dict(zip(statistics, ops.split(values, len(statistics), axis=axis), strict=True))
 
 
@@ -80,8 +78,8 @@ def test_order_follows_the_names():
     x = ops.convert_to_tensor(np.array([1.0, 5.0], "float32").reshape(1, 1, 1, 1, 2))
     for names, expected in [(("std", "avg"), [2, 3]), (("max", "std"), [5, 2]), (("max", "avg"), [5, 3])]:
         assert to_numpy(statistics_over_channels([x], names, -1)).ravel() == pytest.approx(expected, rel=1e-5)
-        by_space = statistics_over_space([ops.reshape(x, (1, 2, 1, 1, 1))], names, (1, 2, 3), -1)
-        assert tuple(by_space.shape) == (1, 1, 1, 1, 2)
+        by_space = statistics_over_space([ops.reshape(x, (1, 2, 1, 1, 1))], names, -1)
+        assert tuple(by_space.shape) == (1, 2, 1)
         assert to_numpy(by_space).ravel() == pytest.approx(expected, rel=1e-5)
 
 
@@ -227,7 +225,7 @@ def test_gradient_where_values_are_equal():
     check_gradient_over_space(np.minimum(random_volume(2, 3, 4, 5, 6), 0), STATISTICS, (1, 2, 3))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the one backend whose tensors can be overwritten")
+@pytest.mark.skipif(BACKEND != "torch", reason="the one backend whose tensors can be overwritten")
 @pytest.mark.parametrize("statistics", SUBSETS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_features_are_not_overwritten(weighted, statistics):
@@ -241,12 +239,15 @@ def test_features_are_not_overwritten(weighted, statistics):
         torch.testing.assert_close(tensor.detach(), old, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the one backend whose compiler rounds as it likes")
 def test_gradient_where_the_largest_was_rounded_otherwise():
     # As when a compiler computes a feature once for the maximum and once more for its gradient.
+    from keras_mmfnet.kernels import tensorflow as fast
+
     x = ops.convert_to_tensor(random_volume(2, 3, 4, 5, 6))
     for axes, gradient_over in [
-        ((1, 2, 3), lambda *numbers: formulas.gradient_over_space((x,), *numbers, (1, 2, 3), -1)),
-        (-1, lambda *numbers: formulas.gradient_over_channels((), (x,), *numbers, -1)),
+        ((1, 2, 3), lambda *numbers: fast._grad_over_space((x,), *numbers, (1, 2, 3), -1)),
+        (-1, lambda *numbers: fast._grad_over_channels((), (x,), *numbers, -1)),
     ]:
         above = ops.max(x, axis=axes, keepdims=True) + 1e-6
         [found] = gradient_over({"max": above}, ops.ones_like(above), ["max"])

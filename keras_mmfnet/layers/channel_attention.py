@@ -1,8 +1,7 @@
 import keras
 from keras import ops
 
-from keras_mmfnet import _axes
-from keras_mmfnet.layers._statistics import check_statistics, statistics_over_space
+from keras_mmfnet import _axes, kernels
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -44,7 +43,7 @@ class ChannelStdAttention3D(keras.layers.Layer):
         if not isinstance(reduction, int) or reduction < 1:
             raise ValueError(f"`reduction` must be a positive integer. Received: {reduction!r}")
         self.reduction = reduction
-        self.statistics = check_statistics(statistics)
+        self.statistics = kernels.check_statistics(statistics)
         self.shared_mlp = bool(shared_mlp)
         self.data_format = _axes.standardize(data_format)
         self.input_spec = keras.layers.InputSpec(ndim=5)
@@ -56,40 +55,34 @@ class ChannelStdAttention3D(keras.layers.Layer):
             raise ValueError(f"the number of channels must be known. Received: input_shape={input_shape}")
         self.input_spec = keras.layers.InputSpec(ndim=5, axes={axis: channels})
         hidden = max(1, channels // self.reduction)
-        names = ["shared"] if self.shared_mlp else self.statistics
         self.hidden_layers, self.score_layers = [], []
-        for name in names:
-            self.hidden_layers.append(
-                keras.layers.Dense(hidden, activation="relu", dtype=self.dtype_policy, name=f"{name}_hidden")
-            )
-            self.score_layers.append(keras.layers.Dense(channels, dtype=self.dtype_policy, name=f"{name}_scores"))
+        for name in ["shared"] if self.shared_mlp else self.statistics:
+            options = {"dtype": self.dtype_policy}
+            self.hidden_layers.append(keras.layers.Dense(hidden, "relu", name=f"{name}_hidden", **options))
+            self.score_layers.append(keras.layers.Dense(channels, name=f"{name}_scores", **options))
             self.hidden_layers[-1].build((None, channels))
             self.score_layers[-1].build((None, hidden))
 
-    def scores(self, *parts, training=False):
-        """The weights `W_c` of features, or of parts of them by channel: `(batch, 1, 1, 1, channels)`, or second."""
-        channel_axis, axes = _axes.channel_axis(self.data_format), _axes.spatial_axes(self.data_format)
-        channels = self.input_spec.axes[channel_axis]
-        values = statistics_over_space(parts, self.statistics, axes, channel_axis, training)
-        values = ops.reshape(values, (-1, len(self.statistics), channels))
-        logits = 0
-        for index in range(len(self.statistics)):
-            mlp = 0 if self.shared_mlp else index
-            hidden = self.hidden_layers[mlp](values[:, index])
-            logits = logits + self.score_layers[mlp](hidden)
-        shape = [-1, 1, 1, 1, 1]
-        shape[channel_axis] = channels
+    def scores(self, features, training=False):
+        """`W_c` of a list of features, which are concatenated along the channels (eq. 7)."""
+        axis = _axes.channel_axis(self.data_format)
+        pooled = kernels.statistics_over_space(features, self.statistics, axis, training)
+        mlps = list(zip(self.hidden_layers, self.score_layers, strict=True))
+        if self.shared_mlp:
+            mlps *= len(self.statistics)
+        logits = sum(score(hidden(pooled[:, index])) for index, (hidden, score) in enumerate(mlps))
+        shape = _axes.with_channels((-1, 1, 1, 1, 1), pooled.shape[-1], self.data_format)
         return ops.reshape(ops.sigmoid(logits), shape)
 
-    def call(self, inputs, return_attention_scores=False):
-        weights = self.scores(inputs)
-        outputs = inputs * weights
+    def call(self, inputs, training=None, return_attention_scores=False):
+        weights = self.scores([inputs], training)  # W_c
+        outputs = weights * inputs  # F_c = W_c * F_ori (eq. 4)
         return (outputs, weights) if return_attention_scores else outputs
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
-    def compute_output_spec(self, inputs, return_attention_scores=False):
+    def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
         outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return outputs

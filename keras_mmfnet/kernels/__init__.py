@@ -1,0 +1,162 @@
+"""The operations of the layers: what each computes, and which implementation computes it.
+
+`reference` has each operation in plain Keras ops, with Keras' own gradient. The modules named after a backend have
+faster implementations of the same operations. `MMFNET_KERNELS=plain` or `fast` in the environment, or `set_kernels`,
+chooses between them; by default they are fast on a CPU, and plain on a GPU and on JAX. Layers are traced once: choose
+before a model is trained.
+
+`axis` is the axis of the channels, -1 or 1.
+"""
+
+import functools
+import importlib
+import os
+
+import keras
+
+from keras_mmfnet.kernels import reference
+
+STATISTICS = ("avg", "max", "std")
+KERNELS = ("plain", "fast")
+_chosen = None
+
+
+def set_kernels(kernels):
+    """Chooses the implementation for this process.
+
+    Args:
+        kernels: `"plain"`, `"fast"`, or `None` for the environment's choice or else the default.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    global _chosen
+    _chosen = kernels if kernels is None else _checked("`kernels`", kernels)
+
+
+def get_kernels() -> str:
+    """The implementation in use, `"plain"` or `"fast"`.
+
+    Raises:
+        ValueError: The environment variable `MMFNET_KERNELS` is neither.
+    """
+    if _chosen:
+        return _chosen
+    if kernels := os.environ.get("MMFNET_KERNELS"):
+        return _checked("the environment variable MMFNET_KERNELS", kernels)
+    return "plain" if keras.backend.backend() == "jax" or _on_gpu() else "fast"
+
+
+def _checked(name, kernels):
+    if kernels not in KERNELS:
+        raise ValueError(f"{name} must be 'plain' or 'fast'. Received: {kernels!r}")
+    return kernels
+
+
+@functools.cache
+def _on_gpu():
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_logical_devices("GPU"))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return False
+
+
+def _implementation(name):
+    """The function `name` of the backend's module, or of `reference` where there is no faster one."""
+    backend = keras.backend.backend()
+    if backend in ("tensorflow", "torch") and get_kernels() == "fast":
+        module = importlib.import_module(f"{__name__}.{backend}")
+        return getattr(module, name, None) or getattr(reference, name)
+    return getattr(reference, name)
+
+
+def check_statistics(statistics):
+    """The names as a tuple; raises `ValueError` unless they are distinct and known."""
+    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(STATISTICS):
+        raise ValueError(f"`statistics` must be one or more of {STATISTICS}, each once. Received: {statistics!r}")
+    return names
+
+
+def statistics_over_space(features, statistics, axis, training=False):
+    """Statistics of each channel over depth, height and width (eq. 8-10).
+
+    The standard deviation is that of the population, `sqrt(var + 1e-6)`. Where several values are the largest, they
+    share the gradient of the maximum.
+
+    Args:
+        features: A list of tensors of five axes that are concatenated along the channels.
+        statistics: Names of the statistics, of `STATISTICS`.
+        axis: Axis of the channels.
+        training: Whether it may be compiled; a compiled operation cannot be exported.
+
+    Returns:
+        A float32 tensor `(batch, statistics, channels)`.
+    """
+    return _implementation("statistics_over_space")(features, statistics, axis, training)
+
+
+def statistics_over_channels(features, statistics, axis, weights=None, training=False):
+    """Statistics of each voxel over the channels of features times `weights` (eq. 11), as in `statistics_over_space`.
+
+    Args:
+        features: A list of tensors of five axes that are concatenated along the channels.
+        statistics: Names of the statistics, of `STATISTICS`.
+        axis: Axis of the channels.
+        weights: A factor for each channel, with sizes of 1 for depth, height and width, or `None`.
+        training: Whether it may be compiled; a compiled operation cannot be exported.
+
+    Returns:
+        A float32 tensor like the features with the statistics in place of the channels.
+    """
+    return _implementation("statistics_over_channels")(features, statistics, axis, weights, training)
+
+
+def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
+    """The 1x1x1 convolution of `F (1 + W_s W_c)`, where `F` is the features (eq. 6 and 12).
+
+    Args:
+        features: A list of tensors of five axes that are concatenated along the channels.
+        channel_weights: `W_c`, with sizes of 1 for depth, height and width.
+        spatial_weights: `W_s`, of 1 channel.
+        kernel: `(channels, filters)`.
+        axis: Axis of the channels.
+
+    Returns:
+        A tensor like the features, of `filters` channels.
+    """
+    return _implementation("weighted_reduction")(features, channel_weights, spatial_weights, kernel, axis)
+
+
+def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
+    """Batch normalization and ReLU.
+
+    Args:
+        x: A tensor of any number of axes.
+        gamma: Scale of each channel, float32.
+        beta: Offset of each channel, float32.
+        epsilon: Added to the variance.
+        axis: Axis of the channels.
+        moments: `(mean, variance)` of each channel, or `None` for those of `x`.
+
+    Returns:
+        `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the population's moments that were used, in
+        float32 and without a gradient.
+    """
+    return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)
+
+
+def conv(x, kernel, strides, padding, data_format, dilation_rate):
+    """A convolution, as `keras.ops.conv`."""
+    kernel = keras.ops.convert_to_tensor(kernel)
+    return _implementation("conv")(x, kernel, strides, padding, data_format, dilation_rate)
+
+
+def max_pool(x, pool_size, strides, padding, data_format):
+    """Max-pooling, as `keras.ops.max_pool`."""
+    return _implementation("max_pool")(x, pool_size, strides, padding, data_format)

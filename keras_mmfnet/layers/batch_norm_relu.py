@@ -1,0 +1,63 @@
+import keras
+
+from keras_mmfnet import kernels
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+class BatchNormReLU(keras.layers.Layer):
+    """Batch normalization and ReLU: `relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
+
+    The moments are those of the batch in training, and their moving averages otherwise or if the layer is frozen.
+
+    Args:
+        axis: Axis of the channels.
+        momentum: Share of the old value in each update of a moving average.
+        epsilon: Added to the variance.
+        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor of any number of axes, of which the channels must be known.
+        training: Whether the moments are those of the batch.
+
+    Returns:
+        A tensor like the inputs.
+
+    Raises:
+        ValueError: The number of channels is unknown.
+    """
+
+    def __init__(self, axis=-1, momentum=0.9, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        channels = input_shape[self.axis]
+        if channels is None:
+            raise ValueError(f"the number of channels must be known. Received: input_shape={input_shape}")
+
+        def add(name, initializer, trainable=True):
+            return self.add_weight((channels,), initializer, trainable=trainable, autocast=False, name=name)
+
+        self.gamma = add("gamma", "ones")
+        self.beta = add("beta", "zeros")
+        self.moving_mean = add("moving_mean", "zeros", trainable=False)
+        self.moving_variance = add("moving_variance", "ones", trainable=False)
+
+    def call(self, inputs, training=None):
+        of_batch = training and self.trainable
+        moments = None if of_batch else (self.moving_mean.value, self.moving_variance.value)
+        outputs, mean, variance = kernels.batch_norm_relu(
+            inputs, self.gamma.value, self.beta.value, self.epsilon, self.axis, moments
+        )
+        if of_batch:
+            for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+                average.assign(average.value * self.momentum + value * (1 - self.momentum))
+        return outputs
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "axis": self.axis, "momentum": self.momentum, "epsilon": self.epsilon}
