@@ -22,8 +22,8 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.dicom import Series
-from keras_mmfnet.data.dicom_export import write_rtstruct, write_segmentation
 from keras_mmfnet.data.image_io import write_image
+from keras_mmfnet.export import write_rtstruct, write_segmentation
 from keras_mmfnet.inference import segment_ensemble
 from keras_mmfnet.models import load_network
 from keras_mmfnet.plots import plot_segmentation

@@ -1,4 +1,6 @@
 import builtins
+import subprocess
+import sys
 
 import numpy as np
 import pydicom
@@ -9,7 +11,8 @@ from matplotlib.path import Path as Polygon
 
 from keras_mmfnet.data.case import Grid
 from keras_mmfnet.data.dicom import find_series, read_series
-from keras_mmfnet.data.dicom_export import write_rtstruct, write_segmentation
+from keras_mmfnet.export import write_rtstruct, write_segmentation
+from keras_mmfnet.version import __version__
 
 
 def oblique_grid():
@@ -150,13 +153,51 @@ def test_images_that_cannot_be_referred_to(write, change, received, tmp_path, re
 
 
 @pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
-def test_a_structure_may_have_an_umlaut(write, tmp_path):
+def test_a_structure_may_have_any_letters(write, tmp_path):
+    write_series(tmp_path / "t1", oblique_grid())
+    for path in (tmp_path / "t1").iterdir():
+        image = pydicom.dcmread(path)
+        image.SpecificCharacterSet, image.PatientName = "ISO_IR 100", "Größe^Änne"
+        image.save_as(path)
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid = Grid.from_image(read_series(series, "ann"))
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm", name="Größe 腫瘍")
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    assert str(written.PatientName) == "Größe^Änne"
+    if write is write_rtstruct:
+        assert written.StructureSetROISequence[0].ROIName == "Größe 腫瘍"
+    else:
+        assert written.SegmentSequence[0].SegmentLabel == "Größe 腫瘍"
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_what_a_file_says_of_itself(write, tmp_path):
     write_series(tmp_path / "t1", oblique_grid())
     [series] = find_series(tmp_path / "t1", "ann")
     grid = Grid.from_image(read_series(series, "ann"))
-    write(grid.image(ring(grid)), series, tmp_path / "out.dcm", name="Größe")
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm")
     written = pydicom.dcmread(tmp_path / "out.dcm")
+    assert written.Manufacturer == "keras-mmfnet"
+    assert written.ManufacturerModelName == "MMFNet"
+    assert written.SoftwareVersions == __version__
+    assert written.SeriesDescription == "MMFNet (AI, not reviewed)"
+    assert "InstitutionName" not in written
     if write is write_rtstruct:
-        assert written.StructureSetROISequence[0].ROIName == "Größe"
+        assert written.StructureSetLabel == "AI not reviewed"
+        assert written.StructureSetDescription == "AI, not reviewed"
+        assert written.ApprovalStatus == "UNAPPROVED"
+        assert written.StructureSetROISequence[0].ROIGenerationAlgorithm == "AUTOMATIC"
+        assert written.RTROIObservationsSequence[0].RTROIInterpretedType == "GTV"
+        assert written.RTROIObservationsSequence[0].ROIObservationDescription == "AI, not reviewed"
     else:
-        assert written.SegmentSequence[0].SegmentLabel == "Größe"
+        assert written.ContentLabel == "AI_NOT_REVIEWED"
+        assert written.ContentDescription == "AI, not reviewed"
+        [segment] = written.SegmentSequence
+        assert segment.SegmentAlgorithmType == "AUTOMATIC"
+        assert segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Neoplasm"
+
+
+def test_importing_loads_no_dicom_library():
+    code = "import sys, keras_mmfnet.export; print({'pydicom', 'highdicom', 'rt_utils'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
