@@ -180,7 +180,7 @@ def compare(results, seconds, backends):
 
 def work(connection, contender, shape, gpu):
     """One contender's process: makes its step, and runs it whenever it is told to."""
-    from keras_mmfnet._memory import keep_freed_memory
+    from keras_mmfnet.cli.memory import keep_freed_memory
 
     if contender.memory_kept:
         keep_freed_memory()

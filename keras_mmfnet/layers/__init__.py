@@ -1,3 +1,4 @@
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 from keras_mmfnet.layers.channel_std_attention_3d import ChannelStdAttention3D
 from keras_mmfnet.layers.fusion_block_3d import FusionBlock3D
 from keras_mmfnet.layers.residual_fusion_3d import ResidualFusion3D
