@@ -66,6 +66,21 @@ def require_new(path: Path, option: str) -> None:
         raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}")
 
 
+def open_run(folder: Path):
+    """The `Run` of a folder; the backend must have been started."""
+    from keras_mmfnet.cli._process import silenced
+
+    with silenced():
+        from keras_mmfnet.run import Run
+    return Run(folder)
+
+
+def require_folder(path: Path, what: str) -> None:
+    """Finds a mistyped folder before the backend is imported, which takes seconds."""
+    if not path.is_dir():
+        raise ValueError(f"{what}: a folder is expected. Received: {path}, which {'is a file' if path.exists() else 'does not exist'}")
+
+
 def load_networks(run, folds: list[int] | None = None):
     """The trained networks of a run's folds; of all that there are if `None`."""
     from keras_mmfnet.models import load_network

@@ -1,5 +1,122 @@
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._terminal import session
+
+_log = logging.getLogger(__name__)
+_TITLES = {"dsc": "DSC", "hd95": "HD95 mm", "assd": "ASSD mm", "volume": "volume ml", "expert_volume": "expert's ml"}
+_MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
 
 
-def evaluate(data: options.Data):
-    """TODO."""
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of predicted masks.")],
+    truth: Annotated[
+        Path, typer.Argument(metavar="TRUTH", help="Folder of the expert's masks, or of patients' folders with one.")
+    ],
+    labels: Annotated[
+        str | None, typer.Option(metavar="1,4", help="Values that count as tumour; if there are several.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each patient's numbers as CSV.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON.")] = None,
+    quiet: options.Quiet = False,
+):
+    """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
+    with session(quiet) as terminal:
+        from keras_mmfnet.evaluation import metrics_csv
+
+        for path in filter(None, (csv, as_json)):
+            options.require_new(path, "--csv, --json")
+        predicted, expert = _find_masks(predictions), _find_masks(truth)
+        for name in sorted(set(predicted) ^ set(expert)):
+            _log.warning("%s: has %s", name, "no prediction" if name in expert else "no mask of the expert")
+        rows = []
+        numbers = tuple(options.parse_changes([f"labels={labels},"])["labels"][:-1]) if labels else None
+        for number, name in enumerate(sorted(set(predicted) & set(expert)), start=1):
+            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], numbers)})
+        if not rows:
+            raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
+        means = {key: _mean(rows, key) for key in _TITLES}
+        lines = [[row["patient"], *(f"{row[key]:.4f}" if key == "dsc" else f"{row[key]:.2f}" for key in _TITLES)] for row in rows]
+        lines.append([f"mean of {len(rows)}", *(f"{means[key]['mean']:.{4 if key == 'dsc' else 2}f}" for key in _TITLES)])
+        lines.append(["95% interval", *(_interval(means[key], 4 if key == "dsc" else 2) for key in _TITLES)])
+        terminal.table(["patient", *_TITLES.values()], lines)
+        if csv:
+            csv.write_text(metrics_csv(rows), encoding="utf-8")
+        if as_json:
+            as_json.write_text(json.dumps({"patients": rows, "summary": means}, indent=2) + "\n", encoding="utf-8")
+        if quiet:
+            print(f"{means['dsc']['mean']:.4f}")
+
+
+def _find_masks(folder):
+    """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder."""
+    from keras_mmfnet.data.image_io import image_suffix
+
+    options.require_folder(folder, "PREDICTIONS, TRUTH")
+    images = [path for path in sorted(folder.iterdir()) if path.is_file() and image_suffix(path)]
+    masks = {_stem(path): path for path in images if not re.search("_(probability|disagreement)$", _stem(path))}
+    for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
+        found = [path for path in patient.iterdir() if image_suffix(path) and _MASK.search(_stem(path))]
+        if len(found) > 1:
+            listed = ", ".join(path.name for path in found)
+            raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
+        masks |= {patient.name: path for path in found}
+    if not masks:
+        raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
+    return masks
+
+
+def _stem(path):
+    from keras_mmfnet.data.image_io import image_suffix
+
+    return path.name.removesuffix(path.name[-len(image_suffix(path)) :])
+
+
+def _compare(name, predicted, expert, labels):
+    """The numbers of one patient."""
+    import numpy as np
+    import SimpleITK as sitk
+
+    from keras_mmfnet.data import Grid
+    from keras_mmfnet.data.image_io import read_image
+    from keras_mmfnet.data.preprocess import tumour_voxels
+    from keras_mmfnet.evaluation import evaluate_case
+
+    images = [read_image(path, name) for path in (predicted, expert)]
+    grids = [Grid.from_image(image) for image in images]
+    if not grids[0].matches(grids[1]):
+        sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)
+        raise ValueError(f"{name}: both masks must lie on one grid. Received: {predicted} and {expert} with {sizes}")
+    masks, volumes = [], []
+    for path, image in zip((predicted, expert), images, strict=True):
+        array = sitk.GetArrayFromImage(image)
+        try:
+            masks.append(tumour_voxels(array, labels) if array.any() else array > 0)
+        except ValueError as error:
+            raise ValueError(f"{name}: {path}: {error}; --labels says which count") from None
+        volumes.append(float(masks[-1].sum() * np.prod(image.GetSpacing()) / 1000))
+    numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])
+    return {**{key: numbers[key] for key in ("dsc", "hd95", "assd")}, "volume": volumes[0], "expert_volume": volumes[1]}
+
+
+def _mean(rows, key):
+    """A number's mean over patients and its 95% bootstrap interval."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    values = np.array([row[key] for row in rows])
+    mean = {"mean": float(values.mean()), "low": None, "high": None, "patients": len(values)}
+    if len(values) < 2:
+        return mean
+    low, high = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return {**mean, "low": float(low), "high": float(high)}
+
+
+def _interval(mean, digits):
+    return "" if mean["low"] is None else f"{mean['low']:.{digits}f} to {mean['high']:.{digits}f}"

@@ -18,14 +18,14 @@ def export(
 ):
     """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel."""
     with session(quiet) as terminal:
+        options.require_folder(run, "RUN")
         options.require_new(out, "--out")
         if out.suffix not in _FORMATS:
             raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")
         start_backend()
-        with silenced():
-            from keras_mmfnet.run import Run
-        network = options.load_networks(Run(run), [fold])[0]
+        opened = options.open_run(run)
+        (network,) = options.load_networks(opened, [fold])
         with silenced():
             network.export(out, format=_FORMATS[out.suffix], verbose=False)
-        terminal.say(f"Use it with {Run(run).recipe_file}, as examples/serve_onnx.py does")
+        terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
         print(out)

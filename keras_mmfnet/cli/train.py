@@ -42,9 +42,9 @@ def train(
 def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers."""
     from keras_mmfnet._log import log_to_file
-    from keras_mmfnet.cli.report import write_report
     from keras_mmfnet.evaluation import metrics_table
     from keras_mmfnet.methods import method_of
+    from keras_mmfnet.report import write_report
     from keras_mmfnet.run import Run, cross_validate
 
     left_out = []
