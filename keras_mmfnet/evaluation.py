@@ -1,56 +1,127 @@
+"""The metrics of a patient, their summary over patients, and how they are written."""
+
 import csv
+import dataclasses
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 
-def evaluate_case(probability, truth, spacing, threshold=0.5):
-    """The numbers of one patient, over all voxels of the volume (section IV-B), and the distances of the surfaces.
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a number of a patient is called and means.
 
     Args:
-        probability: Probabilities `(depth, height, width)` from 0 to 1.
+        label: Its short name.
+        unit: Its unit, `""` for none.
+        about: One line that explains it.
+        better: `"higher"`, `"lower"`, or `""` where neither is.
+        digits: Decimals shown.
+    """
+
+    label: str
+    unit: str
+    about: str
+    better: str
+    digits: int
+
+    @property
+    def title(self) -> str:
+        """The label with the unit."""
+        return f"{self.label} {self.unit}".strip()
+
+    def text(self, value: float | None) -> str:
+        """A value with its decimals, `-` where it is not defined."""
+        return "-" if value is None or math.isnan(value) else f"{value:.{self.digits}f}"
+
+
+METRICS: dict[str, Metric] = {
+    "dsc": Metric("DSC", "", "Dice coefficient: overlap of both masks, 1 where they are equal.", "higher", 4),
+    "ap": Metric("AP", "", "Average precision of the probabilities, over all thresholds.", "higher", 4),
+    "dice_loss": Metric("Dice loss", "", "1 less the Dice coefficient of the probabilities themselves.", "lower", 4),
+    "hd95": Metric(
+        "HD95", "mm", "95% of each surface lie nearer than this to the other; far false islands raise it.", "lower", 2
+    ),
+    "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
+    "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),
+    "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
+    "volume_ml": Metric("Expert", "ml", "Volume of the expert's mask.", "", 2),
+    "predicted_ml": Metric("Predicted", "ml", "Volume of the predicted mask.", "", 2),
+    "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 0),
+    "seconds": Metric("Time", "s", "From the preprocessed images to the written mask.", "lower", 2),
+}
+
+
+def evaluate_case(
+    probability: np.ndarray, truth: np.ndarray, spacing_zyx: Sequence[float], threshold: float = 0.5
+) -> dict[str, float]:
+    """The metrics of one patient, over all voxels of the volume (section IV-B).
+
+    | metric | definition | truth empty | prediction empty | both empty |
+    |---|---|---|---|---|
+    | `dsc` | 2 TP / (P + G), eq. 14 | 0 | 0 | 1 |
+    | `ap` | average precision, eq. 15-17, by scikit-learn | NaN | that of the probabilities | NaN |
+    | `dice_loss` | 1 - (2 I + 1) / (P + G + 1) of the probabilities, eq. 1 | as defined | as defined | as defined |
+    | `hd95`, `assd` | mm, see `surface_distances` | volume's diagonal | volume's diagonal | 0 |
+    | `sensitivity` | TP / G | NaN | 0 | NaN |
+    | `precision` | TP / P | 0 | NaN | NaN |
+    | `volume_ml`, `predicted_ml` | G and P in ml | 0, P | G, 0 | 0, 0 |
+    | `false_islands` | components of the prediction (26 neighbours) without a voxel of truth | all | 0 | 0 |
+
+    Args:
+        probability: Probabilities `(depth, height, width)` in [0, 1].
         truth: The expert's mask of 0 and 1, of the same shape.
-        spacing: Size of a voxel in mm, `(z, y, x)`.
+        spacing_zyx: Size of a voxel in mm.
         threshold: A voxel counts as tumour from this probability on.
 
     Returns:
-        A dict of floats: `dsc`, the Dice similarity coefficient (eq. 14), 1 where truth and prediction are both
-        empty; `ap`, the average precision (eq. 15-17) as scikit-learn computes it, NaN for an empty truth;
-        `dice_loss`, `1 - (2 I + 1) / (P + G + 1)` (eq. 1); and `hd95` and `assd` in mm, see `surface_distances`.
+        The numbers by the keys of `METRICS`, without `seconds`.
 
     Raises:
         ValueError: The shapes differ.
     """
+    from scipy import ndimage
     from sklearn.metrics import average_precision_score
 
     probability, truth = np.asarray(probability), np.asarray(truth) > 0
+    _check_shapes(probability, truth)
+    predicted = probability >= threshold
+    both, found, volume = (float(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth))
+    soft, voxel_ml = probability.sum(dtype=np.float64), float(np.prod(spacing_zyx)) / 1000
+    islands, count = ndimage.label(predicted, np.ones((3, 3, 3)))
+    return {
+        "dsc": 2 * both / (found + volume) if found + volume else 1.0,
+        "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
+        "dice_loss": float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1)),
+        **surface_distances(predicted, truth, spacing_zyx),
+        "sensitivity": both / volume if volume else math.nan,
+        "precision": both / found if found else math.nan,
+        "volume_ml": volume * voxel_ml,
+        "predicted_ml": found * voxel_ml,
+        "false_islands": count - np.count_nonzero(np.unique(islands[truth])),
+    }
+
+
+def _check_shapes(probability, truth):
     if probability.shape != truth.shape:
         raise ValueError(
             f"`probability` and `truth` must have one shape. Received: {probability.shape} and {truth.shape}"
         )
-    predicted = probability >= threshold
-    size, volume = predicted.sum() + truth.sum(), float(truth.sum())
-    soft = probability.sum(dtype=np.float64)
-    return {
-        "dsc": float(2 * (predicted & truth).sum() / size) if size else 1.0,
-        "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
-        "dice_loss": float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1)),
-        **surface_distances(predicted, truth, spacing),
-    }
 
 
-def surface_distances(one, other, spacing):
+def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[float]) -> dict[str, float]:
     """How far apart the surfaces of two masks are.
 
-    A mask's surface is its voxels that touch, by a face, one that is not of it; the volume's outside is not of it. The
+    A mask's surface is its voxels with a face on the background; outside the volume is background. The
     distances are those from each surface voxel's centre to the nearest one's of the other surface.
 
     Args:
         one: Mask `(depth, height, width)`.
         other: Mask of the same shape.
-        spacing: Size of a voxel in mm, `(z, y, x)`.
+        spacing_zyx: Size of a voxel in mm.
 
     Returns:
         `hd95`, the larger of the two directions' 95th percentiles, and `assd`, the mean over all voxels of both
@@ -64,14 +135,14 @@ def surface_distances(one, other, spacing):
     if not len(found[0]):
         return {"hd95": 0.0, "assd": 0.0}
     if not (one.any() and other.any()):
-        diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing)))
+        diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing_zyx)))
         return {"hd95": diagonal, "assd": diagonal}
-    # Only the part with both masks, and a voxel of rim.
+    # Only the part with both masks, and one voxel around it.
     box = tuple(slice(index.min(), index.max() + 1) for index in found)
     maps, surfaces = [], []
     for mask in (one, other):
         image = sitk.GetImageFromArray(np.pad(mask[box], 1).astype(np.uint8))
-        image.SetSpacing([float(size) for size in spacing[::-1]])
+        image.SetSpacing([float(size) for size in spacing_zyx[::-1]])
         surface = sitk.BinaryContour(image, fullyConnected=False)
         distance = sitk.SignedMaurerDistanceMap(surface, squaredDistance=False, useImageSpacing=True)
         surfaces.append(sitk.GetArrayFromImage(surface) > 0)
@@ -83,39 +154,88 @@ def surface_distances(one, other, spacing):
     }
 
 
-def summarise(rows):
-    """Mean and standard deviation of every number over patients.
+def calibration(
+    probability: np.ndarray, truth: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Whether probabilities mean what they say: how often there is tumour where a network gives which probability.
 
     Args:
-        rows: Dicts with a `patient`, a `fold` and numbers.
+        probability: Probabilities in [0, 1].
+        truth: The expert's mask of 0 and 1, of the same shape.
+        bins: Bins of equal width; each includes its upper end, the first one both.
 
     Returns:
-        `{number: {"mean": ..., "std": ..., "patients": ...}}`, over the patients for whom the number is defined; the
-        population's standard deviation.
+        `(mean, share, voxels, error)`: mean probability and share of tumour of each bin that is not empty, the number
+        of voxels of every bin `(bins,)`, and the expected calibration error: `|mean - share|`, averaged over voxels.
+
+    Raises:
+        ValueError: The shapes differ.
     """
-    names = [name for name in rows[0] if name not in ("patient", "fold")] if rows else []
+    from sklearn.calibration import calibration_curve
+
+    probability, truth = np.asarray(probability, float), np.asarray(truth) > 0
+    _check_shapes(probability, truth)
+    share, mean = calibration_curve(truth.ravel(), probability.ravel(), n_bins=bins)
+    voxels = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probability.ravel()), minlength=bins)
+    return mean, share, voxels, float(np.average(np.abs(mean - share), weights=voxels[voxels > 0]))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean over patients, by the percentile bootstrap of `scipy.stats`, always the same.
+
+    Args:
+        values: A finite number for each patient, at least one.
+
+    Returns:
+        `(low, high)`; of one patient, twice its number.
+    """
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, float)
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    found = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
+    """Mean, standard deviation and interval of every number over patients.
+
+    Args:
+        rows: Dicts with a `patient`, a `fold` and numbers; `None`, NaN or no such key where one is not defined.
+
+    Returns:
+        `{number: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
+        number is defined, `None` where there are none; the population's standard deviation, and the 95% interval of
+        the mean, see `mean_interval`.
+    """
     summary = {}
-    for name in names:
-        values = np.array([row[name] for row in rows], float)
+    for name in _keys(rows):
+        if name in ("patient", "fold"):
+            continue
+        values = np.array([row.get(name) for row in rows], float)
         values = values[np.isfinite(values)]
-        defined = {"mean": float(values.mean()), "std": float(values.std())} if len(values) else {}
-        summary[name] = {"mean": None, "std": None, **defined, "patients": len(values)}
+        numbers = (float(values.mean()), float(values.std()), *mean_interval(values)) if len(values) else [None] * 4
+        summary[name] = {**dict(zip(("mean", "std", "low", "high"), numbers, strict=True)), "patients": len(values)}
     return summary
 
 
-def paired_difference(values, baseline, samples=10_000, seed=0):
+def _keys(rows):
+    """The keys of all rows, since those of earlier versions have fewer."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     """How much one method differs from another on the same patients.
 
     Args:
         values: A number for each patient.
         baseline: The other method's numbers for the same patients, in the same order.
-        samples: Bootstrap samples of the patients.
-        seed: Seed of the bootstrap.
 
     Returns:
-        A dict: `mean`, the mean of `values - baseline`; `low` and `high`, its 95% interval by the percentile
-        bootstrap over patients; `p`, of the two-sided Wilcoxon signed-rank test (1 where no patient differs); and
-        `patients`, how many there are. Patients without a number in either are left out.
+        A dict: `mean`, the mean of `values - baseline`; `low` and `high`, its 95% interval, see `mean_interval`; `p`,
+        of the two-sided Wilcoxon signed-rank test (1 where no patient differs); and `patients`, how many there are.
+        Patients without a number in either are left out.
 
     Raises:
         ValueError: The lengths differ, or no patient has both numbers.
@@ -130,46 +250,45 @@ def paired_difference(values, baseline, samples=10_000, seed=0):
     differences = (values - baseline)[np.isfinite(values - baseline)]
     if not len(differences):
         raise ValueError("at least one patient must have both numbers. Received: none")
-    chosen = np.random.default_rng(seed).integers(len(differences), size=(samples, len(differences)))
-    low, high = np.percentile(differences[chosen].mean(axis=1), [2.5, 97.5])
+    low, high = mean_interval(differences)
     return {
         "mean": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
         "patients": len(differences),
     }
 
 
-def metrics_json(rows):
+def metrics_json(rows: Sequence[Mapping]) -> str:
     """The numbers of each patient and their summary as JSON text; a number that is not defined is `null`."""
     patients = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     return json.dumps({"patients": patients, "summary": summarise(rows)}, indent=2, allow_nan=False) + "\n"
 
 
-def metrics_csv(rows):
-    """Dicts with the same keys as CSV text, one row each."""
+def metrics_csv(rows: Sequence[Mapping]) -> str:
+    """Dicts as CSV text, one row each."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=_keys(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def metrics_table(rows):
-    """The numbers of each patient and their mean as a plain-text table."""
+def metrics_table(rows: Sequence[Mapping]) -> str:
+    """The numbers of each patient, their mean and its 95% interval as a plain-text table."""
     summary = summarise(rows)
-    header = ["patient", "fold", "DSC", "AP", "Dice loss", "HD95 mm", "ASSD mm", "seconds"]
-    keys = ("dsc", "ap", "dice_loss", "hd95", "assd", "seconds")
-    lines = [[row["patient"], str(row["fold"]), *(_number(row[key]) for key in keys)] for row in rows]
-    lines.append(["mean", "", *(_number(summary[key]["mean"]) for key in keys)])
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    metrics = {key: metric for key, metric in METRICS.items() if key in summary}
+    lines = [["patient", "fold", *(metric.title for metric in metrics.values())]]
+    lines += [
+        [row["patient"], str(row.get("fold", "")), *(metric.text(row.get(key)) for key, metric in metrics.items())]
+        for row in rows
+    ]
+    for name, label in (("mean", "mean"), ("low", "95% from"), ("high", "to")):
+        lines.append([label, "", *(metric.text(summary[key][name]) for key, metric in metrics.items())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))])
-        for line in [header, *lines]
+        for line in lines
     ]
-    return "\n".join([*text[:-1], "-" * len(text[0]), text[-1]])
-
-
-def _number(value):
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "\n".join([*text[:-3], "-" * len(text[0]), *text[-3:]])

@@ -1,13 +1,75 @@
 """What a network looks at: its fusion blocks' own attention, and gradients of a score (TensorFlow only)."""
 
+import logging
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_mmfnet.data.windows import cut, window_starts
+from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.layers import FusionBlock3D
 
-METHODS = ("gradcam", "gradcam++", "saliency")
+_TITLES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "saliency": "saliency"}
+METHODS = tuple(_TITLES)
+
+_log = logging.getLogger(__name__)
+
+
+def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) -> dict:
+    """Pictures of what a network looks at in one patient.
+
+    Args:
+        model: An `MMFNet`.
+        case: A `PreprocessedCase`; the contour of its mask is drawn, or without one that of the prediction.
+        recipe: The network's `Recipe`.
+        methods: Gradient maps to make, of `METHODS`; on another backend than TensorFlow they are left out.
+
+    Returns:
+        `{name: Matplotlib figure}`: `attention`, how much each fusion block listens to each modality about the
+        tumour; `spatial_<block>`, where it looks; and a gradient map for each method (`gradcam`, `gradcampp`,
+        `saliency`). Maps are shown on the slice with most of the predicted tumour.
+
+    Raises:
+        ValueError: The network has no fusion block, or there is no such method.
+    """
+    from keras_mmfnet.plots import plot_attention, plot_heat
+
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise ValueError(f"`methods` must be of {', '.join(METHODS)}. Received: {unknown}")
+    images, patches = case.images_of(recipe.data.modalities), recipe.patches
+
+    def whole(call):
+        return predict_volume(call, images, patches.shape, patches.stride, case.centre)
+
+    _log.info("Segmenting %s", case.name)
+    probability = whole(model)
+    predicted, depth = probability >= 0.5, int(np.argmax(probability.sum(axis=(1, 2))))
+    contour = {"prediction": predicted} if case.mask is None else {"truth": case.mask}
+    batch, start = tumour_window(images, predicted, patches.shape, case.centre)
+    share = fusion_attention(model, batch)[2]
+    title = f"{case.name}: share of each modality in the features a fusion block passes on"
+    figures = {"attention": plot_attention(share, title)}
+    for block in share:
+        heat = dict.fromkeys(images, whole(spatial_attention(model, block)))
+        title = f"{case.name}: where {block} looks (spatial attention, 0 to 1)"
+        figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contour)
+    if methods and keras.backend.backend() != "tensorflow":
+        _log.warning("Gradient maps need TensorFlow: start this again with KERAS_BACKEND=tensorflow")
+        return figures
+    if methods and not predicted.any():
+        _log.warning("No tumour is predicted: the mean probability of the whole window is explained")
+    window = {name: image[0, ..., 0] for name, image in batch.items()}
+    contour = {name: cut(np.asarray(mask), start, patches.shape, 0) for name, mask in contour.items()}
+    inside = min(max(depth - start[0], 0), patches.shape[0] - 1)
+    for method in methods:
+        maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
+        title = f"{case.name}: what the predicted tumour depends on ({_TITLES[method]}, the window about it)"
+        figure = plot_heat(window, maps, case.spacing, inside, title, **contour)
+        figures[method.replace("+", "p")] = figure
+    return figures
 
 
 def fusion_attention(model, images):

@@ -5,10 +5,15 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from scipy.ndimage import binary_erosion
+from scipy.spatial.distance import cdist
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
 from keras_mmfnet.evaluation import (
+    METRICS,
+    calibration,
     evaluate_case,
+    mean_interval,
     metrics_csv,
     metrics_json,
     metrics_table,
@@ -35,25 +40,56 @@ ROWS = [
 ]
 
 
+nan = math.nan
+
+
 @pytest.mark.parametrize(
-    ("probability", "truth", "dsc", "ap", "dice_loss"),
+    ("probability", "truth", "dsc", "ap", "dice_loss", "sensitivity", "precision", "volumes", "false_islands"),
     [
-        (TRUTH, TRUTH, 1, 1, 0),
-        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9),
-        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5),
-        (NOTHING, NOTHING, 1, math.nan, 0),
-        (TRUTH, NOTHING, 0, math.nan, 1 - 1 / 5),
+        (TRUTH, TRUTH, 1, 1, 0, 1, 1, (4, 4), 0),
+        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9, 0, 0, (4, 4), 1),
+        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5, 0, nan, (4, 0), 0),
+        (NOTHING, NOTHING, 1, nan, 0, nan, nan, (0, 0), 0),
+        (TRUTH, NOTHING, 0, nan, 1 - 1 / 5, nan, 0, (0, 4), 1),
         # Half of the truth, and as much beside it: I = 2, P = G = 4.
-        (np.array([1, 1, 0, 0, 1, 1, 0, 0]).reshape(2, 2, 2), TRUTH, 0.5, 0.5, 1 - 5 / 9),
+        (np.array([1, 1, 0, 0, 1, 1, 0, 0]).reshape(2, 2, 2), TRUTH, 0.5, 0.5, 1 - 5 / 9, 0.5, 0.5, (4, 4), 0),
         # One half counts as tumour.
-        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7),
+        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7, 1, 1, (4, 4), 0),
     ],
 )
-def test_by_hand(probability, truth, dsc, ap, dice_loss):
+def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision, volumes, false_islands):
     numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
     distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
+    assert list(numbers) == [key for key in METRICS if key != "seconds"]
     assert {name: numbers.pop(name) for name in ("hd95", "assd")} == distances
-    assert numbers == pytest.approx({"dsc": dsc, "ap": ap, "dice_loss": dice_loss}, nan_ok=True)
+    expected = {"dsc": dsc, "ap": ap, "dice_loss": dice_loss, "sensitivity": sensitivity, "precision": precision}
+    # Voxels of 4 cubic mm.
+    expected |= dict(zip(("volume_ml", "predicted_ml"), np.multiply(volumes, 0.004), strict=True))
+    assert numbers == pytest.approx({**expected, "false_islands": false_islands}, nan_ok=True)
+
+
+def test_against_independent_formulas():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.random((2, 6, 9, 8)) < 0.2
+    spacing = (3.0, 1.0, 0.7)
+    found = evaluate_case(predicted.astype(np.float32), truth, spacing)
+    assert found["dsc"] == pytest.approx(f1_score(truth.ravel(), predicted.ravel()))
+    assert found["sensitivity"] == pytest.approx(recall_score(truth.ravel(), predicted.ravel()))
+    assert found["precision"] == pytest.approx(precision_score(truth.ravel(), predicted.ravel()))
+    one, other = (np.argwhere(mask & ~binary_erosion(mask)) * spacing for mask in (predicted, truth))
+    distances = cdist(one, other)
+    expected = max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1))
+    assert found["hd95"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_false_islands_are_parts_without_tumour():
+    truth, predicted = np.zeros((2, 5, 20, 20), bool)
+    truth[2, 2:6, 2:6] = True
+    predicted[2, 5, 5] = predicted[3, 6, 6] = True  # one part, joined at a corner, with one voxel of tumour
+    predicted[2, 10, 10:12] = True
+    predicted[4, 15, 15] = predicted[2, 15, 15] = True
+    predicted[1, 1, 1] = True  # beside the tumour, not in it
+    assert evaluate_case(predicted, truth, (1, 1, 1))["false_islands"] == 4
 
 
 def test_average_precision_is_scikit_learns():
@@ -72,9 +108,12 @@ def test_shapes_must_agree():
 def test_the_summary_is_over_the_patients_for_whom_a_number_is_defined():
     summary = summarise(ROWS)
     assert list(summary) == ["dsc", "ap", "dice_loss", "hd95", "assd", "seconds"]
-    assert summary["dsc"] == {"mean": 0.75, "std": 0.25, "patients": 2}
-    assert summary["ap"] == {"mean": 0.25, "std": 0.0, "patients": 1}
-    assert summarise(ROWS[1:])["ap"] == {"mean": None, "std": None, "patients": 0}
+    assert summary["dsc"] == {"mean": 0.75, "std": 0.25, "low": 0.5, "high": 1.0, "patients": 2}
+    assert summary["ap"] == {"mean": 0.25, "std": 0.0, "low": 0.25, "high": 0.25, "patients": 1}
+    assert summarise(ROWS[1:])["ap"] == {"mean": None, "std": None, "low": None, "high": None, "patients": 0}
+    # Rows of earlier versions have fewer numbers.
+    both = summarise([*ROWS, {"patient": "carl", "fold": 1, "precision": 0.5}])
+    assert (both["dsc"]["patients"], both["precision"]["mean"]) == (2, 0.5)
     assert summarise([]) == {}
 
 
@@ -92,14 +131,53 @@ def test_csv_has_a_row_per_patient():
     read = list(csv.DictReader(io.StringIO(metrics_csv(ROWS))))
     assert [row["patient"] for row in read] == ["anna", "bert"]
     assert float(read[0]["dsc"]) == 0.5
+    read = list(csv.DictReader(io.StringIO(metrics_csv([*ROWS, {"patient": "carl", "precision": 0.5}]))))
+    assert (read[0]["precision"], read[2]["precision"], read[2]["dsc"]) == ("", "0.5", "")
 
 
-def test_the_table_ends_with_the_mean():
+def test_the_table_ends_with_the_mean_and_its_interval():
     lines = metrics_table(ROWS).splitlines()
-    assert lines[0].split() == "patient fold DSC AP Dice loss HD95 mm ASSD mm seconds".split()
-    assert lines[2].split() == ["bert", "1", "1.0000", "-", "0.0000", "0.0000", "0.0000", "3.0000"]
-    assert lines[-1].split() == ["mean", "0.7500", "0.2500", "0.2500", "2.0000", "1.0000", "2.0000"]
+    assert lines[0].split() == "patient fold DSC AP Dice loss HD95 mm ASSD mm Time s".split()
+    assert lines[2].split() == ["bert", "1", "1.0000", "-", "0.0000", "0.00", "0.00", "3.00"]
+    assert lines[-3].split() == ["mean", "0.7500", "0.2500", "0.2500", "2.00", "1.00", "2.00"]
+    assert lines[-2].split()[:3] == ["95%", "from", "0.5000"]
+    assert lines[-1].split()[:2] == ["to", "1.0000"]
     assert len({len(line) for line in lines}) == 1
+    assert "precision" not in metrics_table(ROWS)
+
+
+def test_every_metric_is_explained():
+    titles = [metric.title for metric in METRICS.values()]
+    assert len(set(titles)) == len(titles)
+    for metric in METRICS.values():
+        assert metric.about.endswith(".")
+        assert metric.better in ("higher", "lower", "")
+    assert METRICS["hd95"].text(1.234) == "1.23"
+    assert METRICS["dsc"].text(None) == METRICS["dsc"].text(nan) == "-"
+
+
+def test_the_interval_of_a_mean():
+    values = np.random.default_rng(1).normal(0.5, 0.1, 400)
+    low, high = mean_interval(values)
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.001)
+    assert mean_interval(values) == (low, high)
+    assert mean_interval([0.25]) == mean_interval([0.25] * 3) == (0.25, 0.25)
+
+
+def test_calibration_against_every_bin():
+    rng = np.random.default_rng(0)
+    probability = rng.random((3, 10, 10)) ** 2
+    probability[0, 0, :2] = 0, 1
+    truth = rng.random(probability.shape) < probability**1.5
+    mean, share, voxels, error = calibration(probability, truth, bins=4)
+    inside = [(probability > low) & (probability <= low + 0.25) for low in (0, 0.25, 0.5, 0.75)]
+    inside[0] |= probability == 0
+    np.testing.assert_allclose(mean, [probability[some].mean() for some in inside])
+    np.testing.assert_allclose(share, [truth[some].mean() for some in inside])
+    np.testing.assert_array_equal(voxels, [some.sum() for some in inside])
+    assert error == pytest.approx(sum(some.mean() * abs(m - s) for some, m, s in zip(inside, mean, share, strict=True)))
+    mean, _, voxels, error = calibration(np.array([0.0, 1.0, 1.0]), np.array([0, 1, 0]))
+    assert (len(mean), len(voxels), error) == (2, 10, pytest.approx(1 / 3))
 
 
 # --- surfaces

@@ -7,7 +7,7 @@ from keras_mmfnet.plots.charts import (
     plot_reliability,
     plot_training,
 )
-from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot_segmentation
+from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot_segmentation, slice_strips
 from keras_mmfnet.plots.surfaces import plot_surfaces
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "plot_segmentation",
     "plot_surfaces",
     "plot_training",
+    "slice_strips",
 ]

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from keras_mmfnet.evaluation import calibration, mean_interval
 from keras_mmfnet.plots._colours import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 
 
@@ -25,15 +26,11 @@ def plot_methods(scores, label="DSC"):
     empty = [title for title, (values, _) in scores.items() if not len(values)]
     if not scores or empty:
         raise ValueError(f"`scores` must hold methods with patients. Received: {empty or 'no method'}")
-    rng = np.random.default_rng(0)
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(scores)), layout="constrained")
     axes = figure.subplots()
     for line, (values, paper) in enumerate(scores.values()):
-        values = np.asarray(values, float)
-        means = values[rng.integers(len(values), size=(2000, len(values)))].mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        axes.plot([low, high], [line, line], color=PREDICTION_COLOUR, linewidth=3, solid_capstyle="butt")
-        axes.plot(values.mean(), line, "o", color=LINE_COLOURS[0])
+        axes.plot(mean_interval(values), [line, line], color=PREDICTION_COLOUR, linewidth=3, solid_capstyle="butt")
+        axes.plot(np.mean(values), line, "o", color=LINE_COLOURS[0])
         if paper is not None:
             axes.plot(paper, line, "D", markerfacecolor="none", color=TRUTH_COLOUR)
     axes.plot([], [], "o-", color=LINE_COLOURS[0], label="here: mean over patients, 95% interval")
@@ -184,8 +181,7 @@ def plot_reliability(probabilities, bins=10):
     curves, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     curves.plot([0, 1], [0, 1], ":", color="0.4")
     for number, (title, (probability, truth)) in enumerate(probabilities.items()):
-        mean, share, voxels = calibration(probability, truth, bins)
-        error = calibration_error(mean, share, voxels)
+        mean, share, voxels, error = calibration(probability, truth, bins)
         curves.plot(mean, share, "o-", markersize=4, color=_colour(number), label=f"{title}, ECE {error:.4f}")
         counts.stairs(voxels, np.linspace(0, 1, bins + 1), color=_colour(number), baseline=None)
     curves.set(ylabel="share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -198,52 +194,12 @@ def plot_reliability(probabilities, bins=10):
     return figure
 
 
-def calibration(probability, truth, bins=10):
-    """Mean probability, share of tumour and number of voxels of each bin of probabilities.
-
-    Args:
-        probability: Probabilities from 0 to 1.
-        truth: The expert's mask of 0 and 1, of the same shape.
-        bins: Bins of equal width; each holds its lower end, the last one both.
-
-    Returns:
-        Three arrays `(bins,)`; the first two are NaN where there is no voxel.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    probability, truth = np.asarray(probability, float), np.asarray(truth) > 0
-    if probability.shape != truth.shape:
-        raise ValueError(
-            f"`probability` and `truth` must have one shape. Received: {probability.shape} and {truth.shape}"
-        )
-    number = np.minimum((probability * bins).astype(int), bins - 1).ravel()
-    voxels = np.bincount(number, minlength=bins)
-    sums = (np.bincount(number, values.ravel(), bins) for values in (probability, truth))
-    mean, share = (np.divide(total, voxels, out=np.full(bins, np.nan), where=voxels > 0) for total in sums)
-    return mean, share, voxels
-
-
-def calibration_error(mean, share, voxels):
-    """The expected calibration error: `|mean probability - share of tumour|`, averaged over all voxels' bins.
-
-    Args:
-        mean: Mean probability of each bin, as `calibration` gives it.
-        share: Share of tumour of each bin.
-        voxels: Number of voxels of each bin.
-
-    Returns:
-        A number from 0 to 1.
-    """
-    some = voxels > 0
-    return float(np.average(np.abs(mean - share)[some], weights=voxels[some]))
-
-
-def plot_attention(share):
+def plot_attention(share, title=None):
     """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
 
     Args:
         share: `{block: {modality: (patients or windows,)}}`, as `explain.fusion_attention` returns it.
+        title: Title of the figure.
 
     Returns:
         A Matplotlib figure: a group of bars per block, their mean and, of several, the standard deviation.
@@ -262,7 +218,8 @@ def plot_attention(share):
     axes.axhline(1 / len(modalities), color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(share)), list(share))
     axes.set_ylabel("share of the weighted features")
-    figure.legend(loc="outside upper center", ncols=len(modalities), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(modalities), frameon=False)
+    figure.suptitle(title or "", fontsize=10)
     return figure
 
 

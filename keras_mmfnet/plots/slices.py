@@ -135,34 +135,113 @@ def plot_montage(image, prediction, truth=None, spacing=(1.0, 1.0, 1.0), margin=
     return figure
 
 
-def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None):
-    """One slice of each modality with a map over it; the patient's right is on the left.
+def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None, title=None, truth=None, prediction=None):
+    """One slice of each modality, cropped to the body, with a map over it; the patient's right is on the left.
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         maps: `{modality: map of the images' shape}`.
         spacing: Voxel size in mm, `(z, y, x)`.
         depth: Number of the slice; `None` for the one with the largest sum of the maps.
+        title: What the map shows.
+        truth: The expert's mask, whose contour is drawn, or `None`.
+        prediction: The predicted mask, likewise.
 
     Returns:
         A Matplotlib figure, one panel per modality and one scale for all.
+
+    Raises:
+        ValueError: The shapes differ.
     """
+    masks = expert_and_prediction(truth, prediction)
+    union({**images, **{f"map of {name}": heat for name, heat in maps.items()}}, masks)
     total = sum(np.asarray(heat, np.float64) for heat in maps.values())
     depth = int(np.argmax(total.sum(axis=(1, 2)))) if depth is None else depth
     low, high = (function([function(heat) for heat in maps.values()]) for function in (np.min, np.max))
-    figure = _dark_figure(3.4 * len(images) + 0.6, 3.9)
+    view = _body_view(images)
+    figure = _dark_figure(3.4 * len(images) + 0.6, 4.2)
     panels = figure.subplots(1, len(images), squeeze=False)[0]
     for axes, (name, image) in zip(panels, images.items(), strict=True):
-        _show(axes, image[depth], tuple(slice(0, size) for size in image.shape[1:]), spacing)
-        extent = _extent(image.shape[1:], spacing)
+        _show(axes, image[depth], view, spacing)
         heat = maps[name][depth]
         # Clear where it is cold, so that the anatomy is seen.
         alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
+        extent = _extent(heat.shape, spacing)
         shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
+        _outline(axes, masks, depth, spacing)
         axes.set_title(name, color="white")
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
-    figure.suptitle(f"slice {depth + 1} of {len(total)}", color="white")
+    where = f"slice {depth + 1} of {len(total)}"
+    figure.suptitle(f"{title}\n{where}" if title else where, color="white", fontsize=11)
+    if masks:
+        _legend(figure, {name: colour for name, (_, colour) in masks.items()})
     return figure
+
+
+def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, margin=30.0):
+    """The slices about a tumour one below another, modalities beside each other, and what to mark in them.
+
+    For a page that shows one slice after another. The patient's right is on the left; the lowest slice comes first.
+
+    Args:
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
+        prediction: Mask of 0 and 1, of the images' shape.
+        truth: The expert's mask, of the same shape.
+        spacing: Voxel size in mm, `(z, y, x)`.
+        side: Pixels of the longer side of one slice of one modality, at most.
+        margin: Shown about the masks, in mm in plane; along z, two slices.
+
+    Returns:
+        `(strip, marks, first)`: grey values, uint8 `(slices * height, modalities * width, 3)`; the contours of both
+        masks and, translucent, what the prediction adds and misses, uint8 RGBA of twice as many pixels per length;
+        and the number of the first slice, from 0.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    from matplotlib.colors import to_rgba_array
+    from scipy import ndimage
+
+    masks = expert_and_prediction(truth, prediction)
+    either = union(images, masks)
+    view = _view(either.any(axis=0), spacing, margin)
+    held = np.flatnonzero(either.any(axis=(1, 2))) if either.any() else np.arange(len(either))
+    part = (slice(max(held[0] - 2, 0), held[-1] + 3), *view)
+    size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing[1:], strict=True)])
+    # Pixels of fewer mm than the images' would show nothing more.
+    pixel = max(max(size) / side, min(spacing[1:]))
+
+    def scaled(volume, times):
+        shape = np.maximum(np.round(size / pixel), 1) * times
+        zoom = (1, *(shape / volume.shape[1:]))
+        return ndimage.zoom(np.asarray(volume, np.float32), zoom, order=1, mode="nearest", grid_mode=True)
+
+    strips = []
+    for image in images.values():
+        low, high = _grey_limits(image[part])
+        grey = scaled(np.clip((image[part] - low) / (high - low), 0, 1), 1)
+        strips.append(np.round(255 * grey).astype(np.uint8).reshape(-1, grey.shape[2]))
+    expert, predicted = (scaled(mask[part], 2) >= 0.5 for mask, _ in masks.values())
+    lines = [mask & ~ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2) for mask in (expert, predicted)]
+    marks = np.zeros((*expert.shape, 4))
+    shown = (predicted & ~expert, expert & ~predicted, *lines)
+    colours = to_rgba_array([*list(ERROR_COLOURS.values())[1:], *(colour for _, colour in masks.values())])
+    for where, colour, alpha in zip(shown, colours, (0.45, 0.45, 1, 1), strict=True):
+        marks[where] = (*colour[:3], alpha)
+    marks = np.round(255 * marks).astype(np.uint8).reshape(-1, expert.shape[2], 4)
+    strip = np.repeat(np.concatenate(strips, axis=1)[..., None], 3, axis=-1)
+    return strip, np.tile(marks, (1, len(images), 1)), part[0].start
+
+
+def _body_view(images):
+    """The rows and the columns of the body, as two slices: where any image is above its Otsu threshold."""
+    from keras_mmfnet.data.preprocess import bounding_box, otsu_threshold
+
+    whole = [(0, size) for size in np.shape(next(iter(images.values())))[1:]]
+    # A missing modality is constant.
+    found = [bounding_box(image > otsu_threshold(image))[1:] for image in images.values() if np.ptp(image)]
+    boxes = np.array(found or [whole])
+    return tuple(slice(*pair) for pair in zip(boxes[..., 0].min(axis=0), boxes[..., 1].max(axis=0), strict=True))
 
 
 def _largest(mask):
