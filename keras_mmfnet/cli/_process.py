@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-
 def start_backend(device: str | None = None) -> str:
     """Imports Keras and its backend without their messages, and lets it compute on the device wanted.
 

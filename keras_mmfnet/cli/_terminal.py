@@ -16,6 +16,7 @@ import rich.table
 import typer
 
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
+_SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision", "volume_ml", "predicted_ml")
 
 
 class Plan:
@@ -100,6 +101,16 @@ class Terminal(logging.Handler):
             table.add_row(*map(rich.markup.escape, row))
         if not self.quiet:
             rich.console.Console(highlight=False).print(table)
+
+    def metrics(self, rows: Iterable[Mapping]) -> None:
+        """Prints the numbers of each patient, their mean and its 95% interval; not if quiet."""
+        from keras_mmfnet.evaluation import METRICS, summarise
+
+        shown, summary = {key: METRICS[key] for key in _SHOWN}, summarise(rows)
+        lines = [[row["patient"], *(metric.text(row.get(key)) for key, metric in shown.items())] for row in rows]
+        for name, label in (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to")):
+            lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
+        self.table(["patient", *(metric.title for metric in shown.values())], lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == "keras_mmfnet.progress":

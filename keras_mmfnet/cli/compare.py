@@ -1,6 +1,5 @@
 import importlib.util
 import logging
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,9 @@ _CHANGES = {
 
 def compare(
     data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="Folder for the results; a run there goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder for the results; a run there goes on.")
+    ] = None,
     methods: Annotated[str, typer.Option(metavar="NAMES", help="Methods, separated by commas; all; or list.")] = "all",
     module: Annotated[
         Path | None, typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own.")
@@ -79,17 +80,19 @@ def import_file(path: Path) -> None:
 def run_comparison(terminal, out: Path, data: Path, recipe, methods, folds, baseline, skip_bad=False) -> None:
     """Trains and evaluates methods, writes the tables and the report and prints where they are."""
     from keras_mmfnet._log import log_to_file
-    from keras_mmfnet.cli.train import plan_of
+    from keras_mmfnet.cli.train import log_command, plan_of
     from keras_mmfnet.report import write_comparison
     from keras_mmfnet.run import Run, compare_methods
 
     left_out = []
     with log_to_file(Run(out).log_file):
+        log_command()
         run = Run.start(out, data, recipe, Run(out).recipe_file.exists(), left_out.append if skip_bad else None)
         for error in left_out:
             _log.warning("Left out: %s", error)
         terminal.follow(plan_of(run, methods, folds))
         compare_methods(run, methods, folds)
-        table = write_comparison(run, baseline)
+        page = write_comparison(run, baseline)
+    table = run.folder / "table.md"
     terminal.say(f"\n{table.read_text(encoding='utf-8')}")
-    print(table if terminal.quiet else f"Report: {run.report_file}")
+    print(table if terminal.quiet else f"Report: {page}")

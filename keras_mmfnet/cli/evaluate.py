@@ -1,4 +1,3 @@
-import json
 import logging
 import re
 from pathlib import Path
@@ -10,7 +9,6 @@ from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._terminal import session
 
 _log = logging.getLogger(__name__)
-_TITLES = {"dsc": "DSC", "hd95": "HD95 mm", "assd": "ASSD mm", "volume": "volume ml", "expert_volume": "expert's ml"}
 _MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
 
 
@@ -28,30 +26,32 @@ def evaluate(
 ):
     """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
     with session(quiet) as terminal:
-        from keras_mmfnet.evaluation import metrics_csv
+        from keras_mmfnet._files import write
+        from keras_mmfnet._log import progress
+        from keras_mmfnet.evaluation import metrics_csv, metrics_json, summarise
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
+        counted = None if labels is None else tuple(int(label) for label in labels.split(","))
         predicted, expert = _find_masks(predictions), _find_masks(truth)
         for name in sorted(set(predicted) ^ set(expert)):
             _log.warning("%s: has %s", name, "no prediction" if name in expert else "no mask of the expert")
+        names = sorted(set(predicted) & set(expert))
+        if not names:
+            raise ValueError(
+                f"masks of the same names are expected. Received: {predictions} and {truth} without a pair"
+            )
         rows = []
-        numbers = tuple(options.parse_changes([f"labels={labels},"])["labels"][:-1]) if labels else None
-        for number, name in enumerate(sorted(set(predicted) & set(expert)), start=1):
-            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], numbers)})
-        if not rows:
-            raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
-        means = {key: _mean(rows, key) for key in _TITLES}
-        lines = [[row["patient"], *(f"{row[key]:.4f}" if key == "dsc" else f"{row[key]:.2f}" for key in _TITLES)] for row in rows]
-        lines.append([f"mean of {len(rows)}", *(f"{means[key]['mean']:.{4 if key == 'dsc' else 2}f}" for key in _TITLES)])
-        lines.append(["95% interval", *(_interval(means[key], 4 if key == "dsc" else 2) for key in _TITLES)])
-        terminal.table(["patient", *_TITLES.values()], lines)
+        for number, name in enumerate(names, start=1):
+            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], counted)})
+            progress("comparing", number, len(names))
         if csv:
-            csv.write_text(metrics_csv(rows), encoding="utf-8")
+            write(csv, metrics_csv(rows))
         if as_json:
-            as_json.write_text(json.dumps({"patients": rows, "summary": means}, indent=2) + "\n", encoding="utf-8")
+            write(as_json, metrics_json(rows))
+        terminal.metrics(rows)
         if quiet:
-            print(f"{means['dsc']['mean']:.4f}")
+            print(summarise(rows)["dsc"]["mean"])
 
 
 def _find_masks(folder):
@@ -93,30 +93,13 @@ def _compare(name, predicted, expert, labels):
     if not grids[0].matches(grids[1]):
         sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)
         raise ValueError(f"{name}: both masks must lie on one grid. Received: {predicted} and {expert} with {sizes}")
-    masks, volumes = [], []
+    masks = []
     for path, image in zip((predicted, expert), images, strict=True):
         array = sitk.GetArrayFromImage(image)
         try:
             masks.append(tumour_voxels(array, labels) if array.any() else array > 0)
         except ValueError as error:
-            raise ValueError(f"{name}: {path}: {error}; --labels says which count") from None
-        volumes.append(float(masks[-1].sum() * np.prod(image.GetSpacing()) / 1000))
+            raise ValueError(f"{name}: {path}: {error}; --labels says which ones count") from None
     numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])
-    return {**{key: numbers[key] for key in ("dsc", "hd95", "assd")}, "volume": volumes[0], "expert_volume": volumes[1]}
-
-
-def _mean(rows, key):
-    """A number's mean over patients and its 95% bootstrap interval."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    values = np.array([row[key] for row in rows])
-    mean = {"mean": float(values.mean()), "low": None, "high": None, "patients": len(values)}
-    if len(values) < 2:
-        return mean
-    low, high = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return {**mean, "low": float(low), "high": float(high)}
-
-
-def _interval(mean, digits):
-    return "" if mean["low"] is None else f"{mean['low']:.{digits}f} to {mean['high']:.{digits}f}"
+    # Those of probabilities say nothing about a mask.
+    return {key: value for key, value in numbers.items() if key not in ("ap", "dice_loss")}

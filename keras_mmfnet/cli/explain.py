@@ -39,7 +39,9 @@ def explain(
         cases = find_patients(patient, opened.recipe, None)
         if len(cases) > 1:
             raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
-        for path in draw_explanations(network, preprocess_case(cases[0], opened.recipe.data), opened.recipe, out, chosen):
+        for path in draw_explanations(
+            network, preprocess_case(cases[0], opened.recipe.data), opened.recipe, out, chosen
+        ):
             print(path)
 
 
@@ -48,6 +50,7 @@ def draw_explanations(model, case, recipe, out: Path, methods: list[str]):
     import keras
     import numpy as np
 
+    from keras_mmfnet.data.windows import cut
     from keras_mmfnet.explain import fusion_attention, gradient_maps, spatial_attention, tumour_window
     from keras_mmfnet.inference import predict_volume
     from keras_mmfnet.plots import plot_attention, plot_heat
@@ -70,7 +73,8 @@ def draw_explanations(model, case, recipe, out: Path, methods: list[str]):
     yield save(plot_attention(share), "attention")
     for block in share:
         heat = whole(spatial_attention(model, block))
-        yield save(plot_heat(images, dict.fromkeys(images, heat), case.spacing, depth), f"spatial_{block}")
+        maps, title = dict.fromkeys(images, heat), f"Spatial attention of {block}"
+        yield save(plot_heat(images, maps, case.spacing, depth, title, case.mask, tumour), f"spatial_{block}")
     if methods and keras.backend.backend() != "tensorflow":
         _log.warning("gradient maps need TensorFlow: start this again with KERAS_BACKEND=tensorflow")
         return
@@ -80,4 +84,6 @@ def draw_explanations(model, case, recipe, out: Path, methods: list[str]):
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
         inside = min(max(depth - start[0], 0), recipe.patches.shape[0] - 1)
         window = {name: image[0, ..., 0] for name, image in batch.items()}
-        yield save(plot_heat(window, maps, case.spacing, inside), method.replace("+", "p"))
+        masks = [mask if mask is None else cut(mask, start, recipe.patches.shape, 0) for mask in (case.mask, tumour)]
+        title = f"{method}: what the predicted tumour depends on"
+        yield save(plot_heat(window, maps, case.spacing, inside, title, *masks), method.replace("+", "p"))

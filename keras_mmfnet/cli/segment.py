@@ -61,7 +61,7 @@ def segment(
                 _log.warning("%d of %d: %s", number, len(todo), error)
             progress("segmenting", number, len(todo))
         if failed:
-            several = f"{len(failed)} of {len(cases) + len(failed)} patients were not segmented" 
+            several = f"{len(failed)} of {len(cases) + len(failed)} patients were not segmented"
             raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
         print(out)
 
@@ -113,7 +113,9 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
     about = [case.name, *patient.notes]
     about.append(f"{array.sum()} voxels of tumour, {array.sum() * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
     if not array.any():
-        about[-1] = "no tumour was found, the mask is empty" + (set(files) & set(_DICOM) and ", and no DICOM file was written" or "")
+        about[-1] = "no tumour was found, the mask is empty" + (
+            (set(files) & set(_DICOM) and ", and no DICOM file was written") or ""
+        )
     if case.mask is not None:
         try:
             truth = read_tumour(case, recipe.data, patient)

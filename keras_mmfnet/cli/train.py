@@ -1,5 +1,6 @@
 import logging
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,13 +43,13 @@ def train(
 def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers."""
     from keras_mmfnet._log import log_to_file
-    from keras_mmfnet.evaluation import metrics_table
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.report import write_report
     from keras_mmfnet.run import Run, cross_validate
 
     left_out = []
     with log_to_file(Run(out).log_file):
+        log_command()
         run = Run.start(out, data, recipe, resume, left_out.append if skip_bad else None)
         for error in left_out:
             _log.warning("Left out: %s", error)
@@ -62,11 +63,16 @@ def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=Fals
         terminal.follow(plan)
         rows = cross_validate(run, method, folds)
         page = write_report(run)
-    terminal.say(f"\n{metrics_table(rows)}\n")
+    terminal.metrics(rows)
     terminal.say(f"Networks, masks and numbers: {run}\nReport: {page}")
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
         print(run.folder / "metrics.csv")
+
+
+def log_command() -> None:
+    """Adds the command to the log, not to what the terminal shows."""
+    logging.getLogger("mmfnet").info("Command: %s", shlex.join(["mmfnet", *sys.argv[1:]]))
 
 
 def plan_of(run, methods, folds) -> Plan:
