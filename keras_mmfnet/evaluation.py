@@ -101,7 +101,7 @@ def evaluate_case(
         "precision": both / found if found else math.nan,
         "volume_ml": volume * voxel_ml,
         "predicted_ml": found * voxel_ml,
-        "false_islands": count - np.count_nonzero(np.unique(islands[truth])),
+        "false_islands": int(count - np.count_nonzero(np.unique(islands[truth]))),
     }
 
 

@@ -78,9 +78,8 @@ def open_run(folder: Path):
 def require_folder(path: Path, what: str) -> None:
     """Finds a mistyped folder before the backend is imported, which takes seconds."""
     if not path.is_dir():
-        raise ValueError(
-            f"{what}: a folder is expected. Received: {path}, which {'is a file' if path.exists() else 'does not exist'}"
-        )
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{what}: a folder is expected. Received: {path}, which {problem}")
 
 
 def load_networks(run, folds: list[int] | None = None):

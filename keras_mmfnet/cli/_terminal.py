@@ -16,7 +16,7 @@ import rich.table
 import typer
 
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
-_SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision", "volume_ml", "predicted_ml")
+_SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
 
 
 class Plan:
@@ -96,7 +96,7 @@ class Terminal(logging.Handler):
         """Prints a table, the first column to the left; not if quiet."""
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+            table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
         for row in rows:
             table.add_row(*map(rich.markup.escape, row))
         if not self.quiet:

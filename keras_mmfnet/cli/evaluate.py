@@ -66,7 +66,7 @@ def _find_masks(folder):
         if len(found) > 1:
             listed = ", ".join(path.name for path in found)
             raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
-        masks |= {patient.name: path for path in found}
+        masks.update({patient.name: found[0]} if found else {})
     if not masks:
         raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
     return masks

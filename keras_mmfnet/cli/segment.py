@@ -36,7 +36,7 @@ def segment(
     """Segments one patient or a folder of patients with the networks of a run."""
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
-    with session(quiet) as terminal:
+    with session(quiet):
         options.require_folder(run, "RUN")
         if not 1 <= len(structure) <= 64 or "\\" in structure:
             raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
@@ -113,9 +113,8 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
     about = [case.name, *patient.notes]
     about.append(f"{array.sum()} voxels of tumour, {array.sum() * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
     if not array.any():
-        about[-1] = "no tumour was found, the mask is empty" + (
-            (set(files) & set(_DICOM) and ", and no DICOM file was written") or ""
-        )
+        without = ", no DICOM file was written" if set(files) & set(_DICOM) else ""
+        about[-1] = f"no tumour was found, the mask is empty{without}"
     if case.mask is not None:
         try:
             truth = read_tumour(case, recipe.data, patient)
