@@ -90,6 +90,11 @@ class Run:
         """The mask that a method predicted for a test patient."""
         return self.fold_folder(fold) / "masks" / name / f"{patient}.nii.gz"
 
+    def histories(self, fold: int) -> dict[str, list[dict]]:
+        """The epochs of every network that was trained in a fold, by its name; see `training.read_history`."""
+        paths = sorted(self.fold_folder(fold).glob("*_history.csv"))
+        return {path.name.removesuffix("_history.csv"): read_history(path) for path in paths}
+
     def trained_folds(self, name: str = "mmfnet") -> list[int]:
         """Numbers of the folds whose network of a method is trained."""
         found = self.folder.glob(f"fold_*/{name}.keras")

@@ -1,4 +1,4 @@
-from keras_mmfnet.plots._colours import PREDICTION_COLOUR, TRUTH_COLOUR
+from keras_mmfnet.plots._colours import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 from keras_mmfnet.plots.charts import (
     plot_attention,
     plot_boxes,
@@ -11,6 +11,7 @@ from keras_mmfnet.plots.slices import plot_errors, plot_heat, plot_montage, plot
 from keras_mmfnet.plots.surfaces import plot_surfaces
 
 __all__ = [
+    "ERROR_COLOURS",
     "PREDICTION_COLOUR",
     "TRUTH_COLOUR",
     "plot_attention",

@@ -178,10 +178,10 @@ def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None, title=None, tru
     return figure
 
 
-def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, margin=30.0):
-    """The slices about a tumour one below another, modalities beside each other, and what to mark in them.
+def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, margin=30.0, most=64):
+    """The slices about a tumour one below another, and what to mark in them, for a page that shows one at a time.
 
-    For a page that shows one slice after another. The patient's right is on the left; the lowest slice comes first.
+    The patient's right is on the left; the lowest slice comes first.
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
@@ -190,11 +190,12 @@ def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, m
         spacing: Voxel size in mm, `(z, y, x)`.
         side: Pixels of the longer side of one slice of one modality, at most.
         margin: Shown about the masks, in mm in plane; along z, two slices.
+        most: Of more slices than these only every second, third, ... is shown.
 
     Returns:
-        `(strip, marks, first)`: grey values, uint8 `(slices * height, modalities * width, 3)`; the contours of both
-        masks and, translucent, what the prediction adds and misses, uint8 RGBA of twice as many pixels per length;
-        and the number of the first slice, from 0.
+        `(strip, marks, numbers)`: grey values with the modalities beside each other, uint8
+        `(slices * height, modalities * width, 3)`; the contours of both masks and, translucent, what the prediction
+        adds and misses, uint8 RGBA `(slices * 2 * height, 2 * width, 4)`; and the slices' numbers, from 0.
 
     Raises:
         ValueError: The shapes differ.
@@ -206,7 +207,9 @@ def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, m
     either = union(images, masks)
     view = _view(either.any(axis=0), spacing, margin)
     held = np.flatnonzero(either.any(axis=(1, 2))) if either.any() else np.arange(len(either))
-    part = (slice(max(held[0] - 2, 0), held[-1] + 3), *view)
+    numbers = np.arange(max(held[0] - 2, 0), min(held[-1] + 3, len(either)))
+    numbers = numbers[:: math.ceil(len(numbers) / most)]
+    part = (numbers, *view)
     size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing[1:], strict=True)])
     # Pixels of fewer mm than the images' would show nothing more.
     pixel = max(max(size) / side, min(spacing[1:]))
@@ -230,7 +233,7 @@ def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, m
         marks[where] = (*colour[:3], alpha)
     marks = np.round(255 * marks).astype(np.uint8).reshape(-1, expert.shape[2], 4)
     strip = np.repeat(np.concatenate(strips, axis=1)[..., None], 3, axis=-1)
-    return strip, np.tile(marks, (1, len(images), 1)), part[0].start
+    return strip, marks, numbers.tolist()
 
 
 def _body_view(images):

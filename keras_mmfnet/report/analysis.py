@@ -1,0 +1,464 @@
+"""What a report shows: headings over tables, figures, texts and patients, each a dict that the template shows."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import keras
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.image import imsave
+
+from keras_mmfnet._files import write
+from keras_mmfnet._machine import machine
+from keras_mmfnet.evaluation import METRICS, metrics_csv, paired_difference, summarise
+from keras_mmfnet.methods import METHODS, method_of
+from keras_mmfnet.plots import (
+    ERROR_COLOURS,
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
+    plot_attention,
+    plot_boxes,
+    plot_learning_curves,
+    plot_methods,
+    plot_training,
+    slice_strips,
+)
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run
+
+_PACKAGES = ("keras-mmfnet", "keras", "tensorflow", "torch", "jax", "numpy", "SimpleITK", "scikit-learn", "matplotlib")
+# Of all strips of slices together; base64 takes a third more.
+_STRIP_BYTES = 3_300_000
+# The metrics of a comparison, and those of them that the paper gives.
+_COMPARED, _OF_PAPER = ("dsc", "ap", "dice_loss", "hd95", "assd"), ("dsc", "ap", "dice_loss")
+_COLUMNS = (
+    "Method",
+    *(
+        name
+        for key in _COMPARED
+        for name in ([f"{METRICS[key].title} paper"] * (key in _OF_PAPER) + [METRICS[key].title])
+    ),
+    *("DSC less the baseline's [95%]", "p", "Folds", "Patients", "Parameters", "Training s", "Patient s"),
+)
+# The metrics beside a patient's slices.
+_SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml")
+_BOXES = "DSC of the test patients: quartiles, and a dot for each patient; in brackets how many they are."
+
+
+def write_report(run: Run) -> Path:
+    """Writes `report.html` about a run of `cross_validate`, as far as it has come.
+
+    One page, which needs no other file and no network.
+
+    Args:
+        run: The `Run`, with one finished fold or more of its recipe's own method.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: No fold is finished, or a patient of the run is no longer where its data was.
+    """
+    method = method_of(run.recipe)
+    results = run.results().get(method.name)
+    if not results:
+        raise ValueError(f"{run}: must hold a finished fold of {method.title}. Received: a run without results of it")
+    rows = [{"patient": row["patient"], "fold": result["fold"], **row}
+            for result in results for row in result["patients"]]  # fmt: skip
+    rows.sort(key=lambda row: row["dsc"])
+    dsc = summarise(rows)["dsc"]
+    facts = [
+        ("Mean DSC", f"{dsc['mean']:.3f}", f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"),
+        ("Patients tested", str(len(rows)), f"of {len(run.cohort['patients'])}, by networks that had not seen them"),
+        ("Folds", f"{len(results)} of {len(run.folds)}", "of the cross-validation"),
+        ("Method", method.title, "with self-transfer" if method.encoders else "without self-transfer"),
+    ]
+    sections = [
+        ("Run", [_origin(run, results)]),
+        ("Results", _results(rows)),
+        ("Patients, worst first", _patients(run, method.name, rows)),
+        ("Which modality is listened to", _attention({method.title: results})),
+        ("Training", _training(run, method)),
+        *_setting(run, results),
+    ]
+    return _write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections)
+
+
+def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
+    """Writes the tables, the charts and `report.html` about a run of `compare_methods`, as far as it has come.
+
+    Args:
+        run: The `Run`, with one finished fold or more of any method.
+        baseline: Name of the method that the others are compared with.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: There are no results, or a patient of the run is no longer where its data was.
+    """
+    results = run.results()
+    write_tables(results, run.folder, baseline)
+    rows = compare_results(results, baseline)
+    best = max(rows, key=lambda row: row["dsc"])
+    facts = [
+        ("Highest mean DSC", f"{best['dsc']:.3f}", best["title"]),
+        ("Methods", str(len(results)), f"compared with {METHODS[baseline].title if baseline in METHODS else baseline}"),
+        ("Patients tested", str(max(row["patients"] for row in rows)), f"of {len(run.cohort['patients'])}"),
+        ("Folds", f"{max(row['folds'] for row in rows)} of {len(run.folds)}", "of the cross-validation"),
+    ]
+    every = [result for folds in results.values() for result in folds]
+    scores = {folds[0]["title"]: [row["dsc"] for row in _by_patient(folds).values()] for folds in results.values()}
+    charts = [_figure(*chart) for chart in _charts(results).values()]
+    attention = _attention({folds[0]["title"]: folds for folds in results.values()})
+    sections = [
+        ("Run", [_origin(run, every)]),
+        ("Results", [_table(_COLUMNS, _cells(rows, baseline)), _explained(_COMPARED)]),
+        ("Charts", [*charts, _figure(plot_boxes(scores), _BOXES)]),
+        ("Which modality is listened to", attention),
+        *_setting(run, every),
+    ]
+    return _write_page(run.report_file, f"Comparison: {run.folder.resolve().name}", facts, sections)
+
+
+def _write_page(path, title, facts, sections):
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    legend = {
+        "expert's contour": ("line", TRUTH_COLOUR),
+        "predicted contour": ("line", PREDICTION_COLOUR),
+        "missed tumour": ("area", ERROR_COLOURS["false negative"]),
+        "false tumour": ("area", ERROR_COLOURS["false positive"]),
+    }
+    sections = [(heading, blocks) for heading, blocks in sections if blocks]
+    page = environment.get_template("page.html.j2")
+    write(path, page.render(title=title, facts=facts, sections=sections, legend=legend))
+    return path
+
+
+# --- the blocks of a page
+
+
+def _texts(*lines):
+    return {"kind": "texts", "lines": lines}
+
+
+def _table(header, rows, left=1):
+    """A table whose first columns are texts, on the left; floats get two decimals."""
+    texts = [["-" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return {"kind": "table", "header": header, "rows": texts, "left": left}
+
+
+def _figure(figure, caption):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return {"kind": "figure", "picture": _uri(png, "png"), "caption": caption}
+
+
+def _uri(content, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _explained(keys):
+    better = {"higher": " Higher is better.", "lower": " Lower is better.", "": ""}
+    terms = [(METRICS[key].title, METRICS[key].about + better[METRICS[key].better]) for key in keys]
+    return {"kind": "terms", "terms": terms}
+
+
+# --- what they hold
+
+
+def _origin(run, results):
+    """The command, if the log has it, and how long it took."""
+    log = run.log_file.read_text(encoding="utf-8") if run.log_file.exists() else ""
+    commands = dict.fromkeys(line.partition("Command: ")[2] for line in log.splitlines() if "Command: " in line)
+    folds = sorted({result["fold"] for result in results})
+    trained = sum(row["seconds"] for fold in folds for epochs in run.histories(fold).values() for row in epochs)
+    times = [row["seconds"] for result in results for row in result["patients"]]
+    return _texts(
+        *(f"Command: {command}" for command in commands),
+        f"Training took {_duration(trained)}, all networks of {len(folds)} folds together; segmenting {len(times)} "
+        f"times one patient took {_duration(sum(times))}.",
+    )
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _results(rows):
+    summary = summarise(rows)
+    metrics = {key: metric for key, metric in METRICS.items() if key in summary}
+    lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
+    for name, label in (("mean", "mean"), ("std", "standard deviation"), ("low", "mean, 95% from"), ("high", "to")):
+        lines.append([label, "", *(m.text(summary[key][name]) for key, m in metrics.items())])
+    folds = sorted({row["fold"] for row in rows})
+    boxes = plot_boxes({f"fold {fold}": [row["dsc"] for row in rows if row["fold"] == fold] for fold in folds})
+    titles = [metric.title for metric in metrics.values()]
+    return [_table(["Patient", "Fold", *titles], lines), _explained(metrics), _figure(boxes, _BOXES)]
+
+
+def _patients(run, method, rows):
+    """A block for each test patient, with the slices about the tumour."""
+    blocks = []
+    for row in rows:
+        (patient,) = run.patients([row["patient"]])
+        mask = sitk.ReadImage(str(run.mask(row["fold"], method, patient.name)))
+        predicted = patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
+        for side in (200, 160, 128, 96, 72):
+            strip, marks, numbers = slice_strips(patient.images, predicted, patient.mask, patient.spacing, side)
+            jpeg, png = io.BytesIO(), io.BytesIO()
+            imsave(jpeg, strip, format="jpeg", pil_kwargs={"quality": 65})
+            imsave(png, marks, format="png", pil_kwargs={"optimize": True})
+            if len(jpeg.getvalue()) + len(png.getvalue()) <= _STRIP_BYTES / len(rows):
+                break
+        largest = np.count_nonzero((predicted | (patient.mask > 0))[numbers], axis=(1, 2)).argmax()
+        texts = {key: f"{METRICS[key].text(row.get(key))} {METRICS[key].unit}".strip() for key in METRICS}
+        islands = {None: "", 0: ", no false island", 1: ", 1 false island"}
+        found = row.get("false_islands")
+        texts["hd95"] += islands.get(found, f", {found} false islands")
+        blocks.append(
+            {
+                "kind": "patient",
+                "name": patient.name,
+                "fold": row["fold"],
+                "numbers": [(METRICS[key].label, texts[key]) for key in _SHOWN if row.get(key) is not None],
+                "modalities": list(patient.images),
+                "strip": _uri(jpeg, "jpeg"),
+                "marks": _uri(png, "png"),
+                "slices": [number + 1 for number in numbers],
+                "start": int(largest),
+                "depth": patient.shape[0],
+                "width": strip.shape[1],
+                "height": strip.shape[0] // len(numbers),
+            }
+        )
+    return blocks
+
+
+def _attention(results):
+    """How much the fusion blocks of each method listen to each modality of its test patients; see `run_fold`."""
+    blocks = []
+    for title, folds in results.items():
+        # Methods without fusion blocks have none, and results of earlier versions do not have them.
+        found = [result["shares"] for result in folds if result.get("shares")]
+        if not found:
+            continue
+        shares = {
+            block: {name: np.concatenate([share[block][name] for share in found]) for name in found[0][block]}
+            for block in found[0]
+        }
+        mean = {name: np.mean([share[name] for share in shares.values()]) for name in next(iter(shares.values()))}
+        most = ", ".join(f"{name} {mean[name]:.0%}" for name in sorted(mean, key=mean.get, reverse=True))
+        blocks += [
+            _texts(f"{title}: {most}, over all fusion blocks and test patients."),
+            _figure(
+                plot_attention(shares),
+                f"{title}: each modality's share of the features that a fusion block passes on, the mean and standard "
+                "deviation over the test patients; the finest level first.",
+            ),
+        ]
+    return blocks
+
+
+def _training(run, method):
+    """The curves of the method's training in each fold, and of the single-modality networks before it."""
+    blocks, single = [], {}
+    for fold in range(len(run.folds)):
+        histories = run.histories(fold)
+        if method.name in histories:
+            blocks.append(_figure(plot_training(histories[method.name]), f"{method.title}, fold {fold}."))
+        for modality, name in method.encoders.items():
+            if name in histories:
+                updates = [(row["epoch"] + 1) * run.recipe.training.steps_per_epoch for row in histories[name]]
+                losses = [row["val_loss"] for row in histories[name]]
+                single.setdefault(modality, {})[f"fold {fold}"] = updates, losses
+    if single:
+        caption = f"The single-modality networks, before {method.title}."
+        blocks.append(_figure(plot_learning_curves(single), caption))
+    return blocks
+
+
+def _setting(run, results):
+    """The sections about the patients, the recipe and the software."""
+    return [
+        ("Patients", _cohort(run)),
+        ("Recipe", _recipe(run.recipe)),
+        ("Software", [_table(["", "Version"], _software(results[0]).items(), left=2)]),
+    ]
+
+
+def _cohort(run):
+    """How many patients there are, how they were divided, what their images and tumours are like."""
+    cohort = run.cohort
+    patients = run.patients(cohort["patients"])
+    values = {
+        "slices": [patient.source.size[2] for patient in patients],
+        "distance of slices, mm": [patient.source.spacing[2] for patient in patients],
+        "rows of a slice": [patient.source.size[1] for patient in patients],
+        "columns of a slice": [patient.source.size[0] for patient in patients],
+        "size of a pixel, mm": [patient.source.spacing[0] for patient in patients],
+        "tumour, ml": [np.count_nonzero(p.mask) * float(np.prod(p.spacing)) / 1000 for p in patients],
+    }
+    lines = [[name, float(np.median(some)), min(some), max(some)] for name, some in values.items()]
+    folds = [[number, len(fold.train), len(fold.validation), len(fold.test)] for number, fold in enumerate(run.folds)]
+    blocks = [
+        _texts(f"{len(patients)} patients. The sizes are those of the reference modality's images as they came."),
+        _table(["", "Median", "Smallest", "Largest"], lines),
+        _table(["Fold", "Training", "Validation", "Test"], folds),
+    ]
+    if cohort["skipped"]:
+        blocks.append(_texts(f"Left out ({len(cohort['skipped'])}):"))
+        blocks.append(_table(["Patient", "Why"], cohort["skipped"].items(), left=2))
+    notes = [(name, "; ".join(some)) for name, some in cohort["patients"].items() if some]
+    return [*blocks, _table(["Patient", "Note"], notes, left=2)] if notes else blocks
+
+
+def _recipe(recipe):
+    """The fields that differ from the paper's, by path, and then the others."""
+    paper, ours = (
+        {f"{part}.{field}": value for part, fields in r.model_dump(mode="json").items() for field, value in fields.items()}
+        for r in (Recipe(), recipe)
+    )  # fmt: skip
+    differing = [
+        [path, json.dumps(value), json.dumps(paper[path])] for path, value in ours.items() if value != paper[path]
+    ]
+    same = [[path, json.dumps(value)] for path, value in ours.items() if value == paper[path]]
+    return [
+        _texts(f"{len(differing)} of {len(ours)} values differ from the paper's."),
+        _table(["Differs", "This run", "Paper"], differing, left=3),
+        _table(["As in the paper", "Value"], same, left=2),
+    ]
+
+
+def _software(result):
+    """The backend, the machine and the versions: those of the first result, and of what else is installed."""
+    return {"backend of Keras": keras.backend.backend(), **machine(*_PACKAGES), **result["machine"]}
+
+
+# --- the comparison of methods
+
+
+def write_tables(results: Mapping[str, Sequence[Mapping]], folder: Path, baseline: str = "multi_encoder") -> None:
+    """Writes `table.md`, `table.csv`, `methods.png` and, with results of both kinds, `self_transfer.png`.
+
+    Args:
+        results: As `Run.results` returns them.
+        folder: Folder for the tables and the charts.
+        baseline: Name of the method that the others are compared with.
+
+    Raises:
+        ValueError: There are no results.
+    """
+    if not results:
+        raise ValueError(f"a run with the results of a method is expected. Received: {folder}")
+    rows = compare_results(results, baseline)
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
+    for row, (title, *cells) in zip(rows, _cells(rows, baseline), strict=True):
+        title = f"**{title}**" if row["method"] == baseline else title
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    write(folder / "table.md", "\n".join(lines) + "\n")
+    write(folder / "table.csv", metrics_csv(rows))
+    for name, (figure, _) in _charts(results).items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+
+
+def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> list[dict]:
+    """One dict for each method: what its row of the table shows.
+
+    Args:
+        results: As `Run.results` returns them.
+        baseline: Name of the method that the others are compared with, on the patients that both have.
+
+    Returns:
+        Dicts of `method`, `title`, `folds`, `patients`, means and standard deviations of the metrics, the paper's,
+        the numbers of `paired_difference` in DSC, `parameters` and times in seconds.
+    """
+    reference, rows = _by_patient(results.get(baseline, [])), []
+    for name, folds in results.items():
+        patients = _by_patient(folds)
+        summary = summarise(list(patients.values()))
+        row = {"method": name, "title": folds[0]["title"], "folds": len(folds), "patients": len(patients)}
+        for key in _COMPARED:
+            if key in _OF_PAPER:
+                row[f"paper_{key}"] = folds[0]["paper"].get(key)
+            row[key], row[f"{key}_std"] = summary[key]["mean"], summary[key]["std"]
+        common = [patient for patient in patients if patient in reference]
+        same = name == baseline or not common
+        difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
+        row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
+        row["parameters"] = folds[0]["parameters"]
+        row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
+        row["patient_seconds"] = summary["seconds"]["mean"]
+        rows.append(row)
+    return rows
+
+
+def _by_patient(folds):
+    """`{patient: numbers}` over the folds of a method."""
+    return {row["patient"]: row for result in folds for row in result["patients"]}
+
+
+def _cells(rows, baseline):
+    """The table's lines, a text for each of `_COLUMNS`."""
+    lines = []
+    for row in rows:
+        cells = [row["title"]]
+        for key in _COMPARED:
+            metric = METRICS[key]
+            if key in _OF_PAPER:
+                cells.append("" if row[f"paper_{key}"] is None else metric.text(row[f"paper_{key}"]))
+            cells.append("" if row[key] is None else f"{metric.text(row[key])} ± {metric.text(row[f'{key}_std'])}")
+        if row["difference_mean"] is None:
+            cells += ["baseline" if row["method"] == baseline else "", ""]
+        else:
+            low, high, p = row["difference_low"], row["difference_high"], row["difference_p"]
+            cells += [f"{row['difference_mean']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
+        cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
+        cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}"]
+        lines.append(cells)
+    return lines
+
+
+def _charts(results):
+    """What can be drawn of the results: `{name of the file: (figure, caption)}`."""
+    scores = {
+        folds[0]["title"]: ([row["dsc"] for row in _by_patient(folds).values()], folds[0]["paper"].get("dsc"))
+        for folds in results.values()
+    }
+    charts = {"methods": (plot_methods(scores), "Each method's mean DSC, beside the paper's.")}
+    losses = transfer_curves(results)
+    if losses:
+        charts["self_transfer"] = plot_learning_curves(losses), "Without and with self-transfer; mean of the folds."
+    return charts
+
+
+def transfer_curves(results: Mapping[str, Sequence[Mapping]]) -> dict[str, dict]:
+    """Validation loss against updates, without and with self-transfer, of the methods that have both.
+
+    Args:
+        results: As `Run.results` returns them.
+
+    Returns:
+        `{title: {curve: (updates, losses)}}` for `plot_learning_curves`, the mean of the folds that both have.
+    """
+    charts = {}
+    for name in results:
+        pair = {"from random weights": results[name], "with self-transfer": results.get(f"{name}_transfer", [])}
+        folds = set.intersection(*[{result["fold"] for result in found} for found in pair.values()])
+        losses = {
+            label: [[epoch["val_loss"] for epoch in result["history"]] for result in found if result["fold"] in folds]
+            for label, found in pair.items()
+        }
+        first = results[name][0]
+        updates = first["updates"] / len(first["history"]) * np.arange(1, len(first["history"]) + 1)
+        if folds:
+            charts[first["title"]] = {label: (updates, np.mean(lines, axis=0)) for label, lines in losses.items()}
+    return charts
