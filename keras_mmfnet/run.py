@@ -214,6 +214,7 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_once(run.recipe_file, recipe.to_json(), "another recipe")
         write_once(run.cohort_file, json.dumps(cohort, indent=2) + "\n", "other patients")
+        run.cases = {case.name: case for case in cases if case.name in patients}
         return run
 
     @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import signal
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +18,7 @@ import rich.table
 import typer
 
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
 
 
@@ -43,7 +46,9 @@ class Plan:
         self.worked += self.weights[path] * (done / total - self.shares[path])
         self.shares[path] = done / total
         self.position = f"{path.parent.name.replace('_', ' ')}, {path.name}"
-        self.epoch, self.epochs = (done - 1) // self.steps, total // self.steps
+        # The last whole epoch: the state after an epoch is there once the next one begins.
+        self.epochs = total // self.steps
+        self.epoch = self.epochs if done == total else (done - 1) // self.steps
 
     @property
     def done(self) -> float:
@@ -75,9 +80,9 @@ class Terminal(logging.Handler):
 
     def __init__(self, quiet: bool = False):
         super().__init__(logging.ERROR if quiet else logging.DEBUG)
-        self.quiet, self.plan = quiet, None
+        self.quiet, self.plan, self.stopped = quiet, None, None
         self.console = rich.console.Console(stderr=True, highlight=False)
-        columns = ("[progress.description]{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
+        columns = ("{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
         self.bar = rich.progress.Progress(*columns, console=self.console, transient=True)
         self.bar.disable = quiet or not self.console.is_terminal
         self.task = self.bar.add_task("", total=None, left="", visible=False)
@@ -112,7 +117,16 @@ class Terminal(logging.Handler):
             lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
         self.table(["patient", *(metric.title for metric in shown.values())], lines)
 
+    def stop(self, number: int, frame: object = None) -> None:
+        """Takes a signal: ends the work here or, if Python swallows that in a callback, at the next message."""
+        self.stopped = number
+        for one in _SIGNALS:
+            signal.signal(one, signal.SIG_DFL)  # A second time is at once.
+        raise KeyboardInterrupt
+
     def emit(self, record: logging.LogRecord) -> None:
+        if self.stopped and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
         if record.name == "keras_mmfnet.progress":
             self._advance(record.what, record.done, record.total)
         elif record.levelno >= logging.ERROR or record.name.partition(".")[0] in ("keras_mmfnet", "py"):
@@ -124,7 +138,7 @@ class Terminal(logging.Handler):
     def _advance(self, what, done, total):
         if self.plan and what in self.plan.weights:
             self.plan.advance(what, done, total)
-            about = f"{self.plan.position}: epoch {self.plan.epoch + 1} of {self.plan.epochs}"
+            about = f"{self.plan.position}: epoch {min(self.plan.epoch + 1, self.plan.epochs)} of {self.plan.epochs}"
             self._show(about, self.plan.done, self.plan.total, self.plan.left)
         elif self.plan:
             self._show(f"{what}: {done} of {total}", self.plan.done, self.plan.total, self.plan.left)
@@ -144,16 +158,15 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
         quiet: Show errors only.
         go_on: The command that goes on where this one was stopped, once it has begun to train; `None` for the same.
     """
-    terminal, root, stopped = Terminal(quiet), logging.getLogger(), []
+    terminal, root = Terminal(quiet), logging.getLogger()
     progress, levels = logging.getLogger("keras_mmfnet.progress"), (root.level, logging.NOTSET)
 
-    def stop(number, frame):
-        stopped.append(number)
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_DFL)  # A second time is at once.
-        raise KeyboardInterrupt
+    def unraisable(info):
+        if info.exc_type is not KeyboardInterrupt:
+            hook(info)
 
-    signals = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {number: signal.signal(number, terminal.stop) for number in _SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     form, warnings.formatwarning = warnings.formatwarning, lambda message, *_: str(message)
     logging.captureWarnings(True)
     root.addHandler(terminal)
@@ -164,9 +177,9 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
             yield terminal
     except KeyboardInterrupt:
         plan, again = terminal.plan, "start the same command again to go on"
-        where = f" {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
+        where = f": {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
         terminal.console.print(f"stopped{where}; {f'go on with: {go_on}' if plan and go_on else again}", soft_wrap=True)
-        raise typer.Exit(128 + (stopped or [signal.SIGINT])[0]) from None
+        raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
     except _MISTAKES as error:
         terminal.console.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -175,6 +188,6 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
         root.setLevel(levels[0])
         root.removeHandler(terminal)
         logging.captureWarnings(False)
-        warnings.formatwarning = form
+        warnings.formatwarning, sys.unraisablehook = form, hook
         for number, handler in signals.items():
             signal.signal(number, handler)
