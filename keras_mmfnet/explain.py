@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 import keras
 import numpy as np
 from keras import ops

@@ -27,7 +27,8 @@ def compare(
     ] = None,
     methods: Annotated[str, typer.Option(metavar="NAMES", help="Methods, separated by commas; all; or list.")] = "all",
     module: Annotated[
-        Path | None, typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own.")
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own."),
     ] = None,
     baseline: Annotated[str, typer.Option(metavar="NAME", help="What the others are compared with.")] = "multi_encoder",
     recipe: options.RecipeFile = None,
@@ -44,8 +45,8 @@ def compare(
         with silenced():
             from keras_mmfnet.methods import METHODS
             from keras_mmfnet.recipe import Recipe
-        if module:
-            import_file(module)
+        for file in module or ():
+            import_file(file)
         if methods == "list":
             print("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()))
             return
