@@ -33,12 +33,17 @@ def _distinct(names: tuple) -> tuple:
     return names
 
 
+def _pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression ({error})") from error
+    return pattern
+
+
 def _patterns(patterns: Mapping[str, str]) -> Mapping[str, str]:
     for pattern in patterns.values():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"must be regular expressions by modality ({error})") from error
+        _pattern(pattern)
     return patterns
 
 
@@ -217,6 +222,8 @@ class TrainingRecipe(_Part):
         patience: Epochs without a better validation loss before a training ends.
         folds: Folds of the cross-validation, by patient.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
+        group: Regular expression; patients whose names match with the same first group (or whole match) are one
+            person and stay in the same fold. `None`: no groups.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
 
@@ -236,6 +243,7 @@ class TrainingRecipe(_Part):
     patience: _Positive = 10
     folds: Annotated[int, Field(ge=2)] = 5
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    group: Annotated[str, AfterValidator(_pattern)] | None = None
     mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
 

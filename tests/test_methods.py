@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from checks import random_volume, to_numpy
 
-from keras_mmfnet.methods import METHODS, Method, register_method
+from keras_mmfnet.methods import METHODS, Method, find_method, method_of, register_method
 from keras_mmfnet.models import MMFNet, UNet3D
 from keras_mmfnet.recipe import Recipe
 
@@ -62,11 +62,11 @@ def test_every_method_predicts_volumes(name):
 def test_modalities():
     single = [name for name in METHODS if name.startswith(("patch_cnn", "unet"))]
     for name in single:
-        assert METHODS[name].adapt(RECIPE).modalities == (name.rsplit("_", 1)[1],)
-    assert METHODS["mmfnet_t1_t2"].adapt(RECIPE).modalities == ("t1", "t2")
-    assert METHODS["mmfnet_t1_cet1"].adapt(RECIPE).modalities == ("t1", "cet1")
-    assert METHODS["mmfnet_t2_cet1"].adapt(RECIPE).modalities == ("t2", "cet1")
-    assert METHODS["siamese_patch_cnn"].adapt(RECIPE).modalities == ("t1", "t2", "cet1")
+        assert METHODS[name].adapt(RECIPE).data.modalities == (name.rsplit("_", 1)[1],)
+    assert METHODS["mmfnet_t1_t2"].adapt(RECIPE).data.modalities == ("t1", "t2")
+    assert METHODS["mmfnet_t1_cet1"].adapt(RECIPE).data.modalities == ("t1", "cet1")
+    assert METHODS["mmfnet_t2_cet1"].adapt(RECIPE).data.modalities == ("t2", "cet1")
+    assert METHODS["siamese_patch_cnn"].adapt(RECIPE).data.modalities == ("t1", "t2", "cet1")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,9 @@ def test_self_transfer_copies_the_encoders():
 
 def test_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr("keras_mmfnet.methods.METHODS", dict(METHODS))
-    mine = Method("mine", "My network", METHODS["unet3d_t1"].build, {"modalities": ("t1",), "filters": (4, 5)})
+    mine = Method(
+        "mine", "My network", METHODS["unet3d_t1"].build, {"data.modalities": ("t1",), "network.filters": (4, 5)}
+    )
     assert register_method(mine) is mine
     assert mine.adapt(RECIPE) == RECIPE.replace({"data.modalities": ("t1",), "network.filters": (4, 5)})
     with pytest.raises(ValueError, match=r"new\. Received: 'mine'"):
@@ -113,3 +115,22 @@ def test_a_method_of_ones_own(monkeypatch):
         register_method(dataclasses.replace(mine, name="other", encoders={"t1": "nobody"}))
     with pytest.raises(ValueError, match=r"samples.*Received: 'points'"):
         dataclasses.replace(mine, samples="points")
+    with pytest.raises(ValueError, match=r"`build` or `train`.*Received: 'none' with neither"):
+        Method("none", "No network")
+
+
+def test_the_method_of_a_recipe():
+    recipe = RECIPE.replace({"data.modalities": ("t1", "flair"), "network.shared_mlp": True})
+    method = method_of(recipe)
+    assert method.encoders == {"t1": "unet3d_t1", "flair": "unet3d_flair"}
+    network = method.build(method.adapt(recipe), "float32")
+    assert (network.modalities, network.shared_mlp) == (("t1", "flair"), True)
+    assert not method_of(recipe.replace({"training.self_transfer": False})).encoders
+
+
+def test_a_single_modality_network_of_any_modality():
+    assert find_method("unet3d_t1") is METHODS["unet3d_t1"]
+    method = find_method("unet3d_flair")
+    assert method.build(method.adapt(RECIPE), "float32").modality == "flair"
+    with pytest.raises(ValueError, match=r"one of patch_cnn_t1.*Received: 'unet4d'"):
+        find_method("unet4d")

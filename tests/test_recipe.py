@@ -1,9 +1,6 @@
-import argparse
-import dataclasses
-
 import pytest
 
-from keras_mmfnet.recipe import Recipe, add_recipe_arguments, recipe_changes
+from keras_mmfnet.recipe import Recipe, RecipeError, TrainingRecipe
 
 
 def test_the_defaults_are_the_papers():
@@ -32,9 +29,9 @@ def test_the_defaults_are_the_papers():
 
 def test_the_small_recipe_has_the_papers_field_of_view():
     small, paper = Recipe.small(), Recipe()
-    assert [n * small.spacing for n in small.patch_shape[1:]] == [n * paper.spacing for n in paper.patch_shape[1:]]
-    assert [n * small.spacing for n in small.max_offset[1:]] == [n * paper.spacing for n in paper.max_offset[1:]]
-    assert Recipe.small().replace({"training.epochs": 3}).epochs == 3
+    for length in ("shape", "max_offset"):
+        ours, papers = (getattr(recipe.patches, length)[1:] for recipe in (small, paper))
+        assert [n * small.data.spacing for n in ours] == [n * paper.data.spacing for n in papers]
 
 
 @pytest.mark.parametrize(
@@ -62,52 +59,52 @@ def test_json_and_back(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("modalities", ()),
-        ("modalities", ("t1", "t1")),
-        ("mask", "t1"),
-        ("mask_labels", ()),
-        ("series", {"t1": "("}),
-        ("mask_from", "flair"),
-        ("align", "affine"),
-        ("spacing", 0),
-        ("normalised_scale", -1),
-        ("clip", {"t1": (1, -2)}),
-        ("patch_shape", (16, 256)),
-        ("patch_shape", (15, 256, 256)),
-        ("patch_shape", (16, 0, 256)),
-        ("window_stride", (0, None, None)),
-        ("offset_fraction", (0.25, 0.25, 1.5)),
-        ("max_rotation", -1),
-        ("flip_axis", 0),
-        ("filters", ()),
-        ("filters", (8, 0)),
-        ("reduction", 0),
-        ("channel_statistics", ("mean",)),
-        ("spatial_statistics", ()),
-        ("bottleneck", "none"),
-        ("modality_dropout", 1.0),
-        ("batch_size", 0),
-        ("steps_per_epoch", 2.5),
-        ("epochs", 0),
-        ("warmup_epochs", -1),
-        ("pretrain_learning_rate", 0),
-        ("warmup_learning_rate", 0),
-        ("learning_rate", -1e-4),
-        ("schedule", "linear"),
-        ("patience", 0),
-        ("folds", 1),
-        ("validation_fraction", 1.0),
-        ("mixed_precision", "float64"),
-        ("seed", -1),
+        ("data.modalities", ()),
+        ("data.modalities", ("t1", "t1")),
+        ("data.mask", "t1"),
+        ("data.mask_labels", ()),
+        ("data.series", {"t1": "("}),
+        ("data.mask_from", "flair"),
+        ("data.align", "affine"),
+        ("data.spacing", 0),
+        ("data.normalised_scale", -1),
+        ("data.clip", {"t1": (1, -2)}),
+        ("patches.shape", (16, 256)),
+        ("patches.shape", (15, 256, 256)),
+        ("patches.shape", (16, 0, 256)),
+        ("patches.stride", (0, None, None)),
+        ("patches.offset_fraction", (0.25, 0.25, 1.5)),
+        ("patches.max_rotation", -1),
+        ("patches.flip_axis", 0),
+        ("network.filters", ()),
+        ("network.filters", (8, 0)),
+        ("network.reduction", 0),
+        ("network.channel_statistics", ("mean",)),
+        ("network.spatial_statistics", ()),
+        ("network.bottleneck", "none"),
+        ("network.modality_dropout", 1.0),
+        ("training.batch_size", 0),
+        ("training.steps_per_epoch", 2.5),
+        ("training.epochs", 0),
+        ("training.warmup_epochs", -1),
+        ("training.pretrain_learning_rate", 0),
+        ("training.warmup_learning_rate", 0),
+        ("training.learning_rate", -1e-4),
+        ("training.schedule", "linear"),
+        ("training.patience", 0),
+        ("training.folds", 1),
+        ("training.validation_fraction", 1.0),
+        ("training.mixed_precision", "float64"),
+        ("training.seed", -1),
     ],
 )
 def test_a_value_outside_its_range_is_named(field, value):
-    with pytest.raises(ValueError, match=rf"`{field}` must be .*Received: {field}="):
-        dataclasses.replace(Recipe(), **{field: value})
+    with pytest.raises(RecipeError, match=rf"^`{field}[.\w]*` must .*Received: "):
+        Recipe().replace({field: value})
 
 
 def test_fewer_halvings_allow_smaller_steps():
-    assert Recipe().replace({"network.filters": (8, 16), "patches.shape": (12, 20, 20)}).patch_shape == (12, 20, 20)
+    assert Recipe().replace({"network.filters": (8, 16), "patches.shape": (12, 20, 20)}).patches.shape == (12, 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +112,10 @@ def test_fewer_halvings_allow_smaller_steps():
     [
         ("{", "must be JSON"),
         ("[1]", "must be a JSON object"),
-        ('{"epoch": 3}', r"no such fields\. Received: \['epoch'\]"),
-        ('{"epochs": 0}', "`epochs` must be"),
+        ('{"epochs": 3}', '"format": 1'),
+        ('{"format": 2}', '"format": 1'),
+        ('{"format": 1, "epochs": 3}', "`epochs` is no field of a recipe"),
+        ('{"format": 1, "training": {"epochs": 0}}', "`training.epochs` must be"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, text, message):
@@ -126,22 +125,45 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
         Recipe.load(path)
 
 
-def test_command_line():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data")
-    add_recipe_arguments(parser)
-    assert recipe_changes(parser.parse_args(["--data", "x"])) == {}
-    text = "--mask-name gtv --mask-labels 1 4 --normalised --spacing 0.7 --epochs 3 --mixed-precision off"
-    changes = {"mask": "gtv", "mask_labels": [1, 4], "normalised_scale": 1.0, "spacing": 0.7, "epochs": 3}
-    assert recipe_changes(parser.parse_args(text.split())) == {**changes, "mixed_precision": "off"}
-    text = "--mask-from union --series t1=t1.*tra t2=a=b"
-    changes = {"mask_from": "union", "series": {"t1": "t1.*tra", "t2": "a=b"}}
-    assert recipe_changes(parser.parse_args(text.split())) == changes
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"training.epoch": 3},
+            r"^`training.epoch` is no field of a recipe; did you mean `training.epochs`\?",
+        ),
+        ({"epochs": 3}, r"^`epochs` is no field of a recipe; did you mean `training.epochs`\?"),
+        ({"nothing.like.it": 3}, r"^`nothing.like.it` is no field of a recipe; there are data.modalities, "),
+        ({"data": 3}, "^`data` is no field of a recipe"),
+        ({"data.allow_missing": True}, r"`data.allow_missing` must go with a `network.modality_dropout` above 0"),
+        ({"training.epochs": 0, "data.spacing": -1}, r"(?s)`data.spacing` must be.*`training.epochs` must be .*: 0$"),
+    ],
+)
+def test_a_change_that_cannot_be(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe().replace(changes)
 
 
-def test_a_pattern_without_a_modality_is_refused(capsys):
-    parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--series", "t1"])
-    assert "--series: MODALITY=PATTERN is expected. Received: t1" in capsys.readouterr().err
+def test_a_part_by_itself_names_its_fields():
+    with pytest.raises(ValueError, match=r"^`epochs` must be greater than or equal to 1. Received: 0$"):
+        TrainingRecipe(epochs=0)
+    with pytest.raises(ValueError, match=r"^`training.epochs` must be"):
+        Recipe(training={"epochs": 0})
+    with pytest.raises(ValueError, match=r"^`epoch` is no field of a recipe; did you mean `epochs`\?"):
+        TrainingRecipe(epoch=3)
+
+
+def test_one_entry_of_a_field_by_modality():
+    recipe = Recipe().replace({"data.series.t1": "t1.*tra", "data.clip.flair": (-1, 1)})
+    assert recipe.data.series == {"t1": "t1.*tra"}
+    assert recipe.data.clip == {**Recipe().data.clip, "flair": (-1, 1)}
+
+
+def test_one_value_stands_for_a_tuple():
+    recipe = Recipe().replace({"data.modalities": "flair", "data.mask_labels": 4, "network.filters": 8})
+    assert (recipe.data.modalities, recipe.data.mask_labels, recipe.network.filters) == (("flair",), (4,), (8,))
+
+
+def test_a_recipe_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().training.epochs = 3

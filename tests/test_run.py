@@ -1,5 +1,7 @@
+import csv
 import gzip
 import json
+import multiprocessing
 import shutil
 
 import keras
@@ -10,10 +12,10 @@ import SimpleITK as sitk
 from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.methods import method_of
+from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.run import Run, cross_validate
+from keras_mmfnet.run import Run, RunLocked, compare_methods, cross_validate, modalities_of, run_fold
 
 # For the patients in files, in voxels of 4 mm.
 COARSE = Recipe().replace(
@@ -59,7 +61,7 @@ def test_a_run_leaves_what_is_needed(run, tiny_cohort):
     model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
     assert isinstance(model, MMFNet)
     assert json.loads((folder / "metrics.json").read_text())["patients"] == result
-    assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").open())] == fold["test"]
+    assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())] == fold["test"]
     for row in result:
         own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
         mask = sitk.ReadImage(str(folder / "fold_1" / "masks" / "mmfnet" / f"{row['patient']}.nii.gz"))
@@ -179,7 +181,7 @@ def bad_cohort(request, tiny_cohort, tmp_path):
 def test_a_bad_patient_stops_the_run_with_its_name(bad_cohort, tmp_path, no_training):
     folder, file = bad_cohort
     with pytest.raises(CaseError, match=rf"^patient_03: .*{file}.*Received: "):
-        cross(tmp_path, folder / "run")
+        Run.start(tmp_path / "run", folder, COARSE)
 
 
 def test_a_bad_patient_can_be_left_out(bad_cohort, tmp_path):

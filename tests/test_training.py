@@ -150,7 +150,7 @@ from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import train_mmfnet
 
 recipe = Recipe.load(sys.argv[2])
-cases = [preprocess_case(case, recipe) for case in find_cases(sys.argv[1], recipe)]
+cases = [preprocess_case(case, recipe.data) for case in find_cases(sys.argv[1], recipe.data)]
 one, other = (
     train_mmfnet(cases[:3], cases[3:4], recipe, pathlib.Path(sys.argv[2]).parent / name).get_weights()
     for name in ("one", "other")
@@ -209,8 +209,7 @@ def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
     def watch(self, epoch, logs=None):
         rates.append(float(self.model.optimizer.learning_rate))
 
-    monkeypatch.setattr(training._Progress, "on_epoch_begin", watch, raising=True)
-    monkeypatch.setattr(training._Progress, "on_epoch_end", lambda self, epoch, logs: logs.update(seconds=1.0))
+    monkeypatch.setattr(training._RoomOnDisk, "on_epoch_begin", watch, raising=False)
     train_mmfnet(*patients, TINY.replace({"training.schedule": "cosine"}), tmp_path, donors())
     # Two epochs frozen at a constant rate; then two epochs, of which the second starts half way down.
     expected = [TINY.training.warmup_learning_rate] * 2 + [TINY.training.learning_rate, TINY.training.learning_rate / 2]
@@ -376,3 +375,38 @@ def test_a_training_that_diverges_says_so(patients, tmp_path):
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+
+
+@pytest.mark.parametrize("damage", ["backup/latest.weights.h5", "history.csv", "checksums.json"])
+def test_a_damaged_state_falls_back_to_the_one_before(patients, tmp_path, monkeypatch, caplog, damage):
+    save, ends = training._SaveState.on_epoch_end, []
+
+    def interrupted(self, epoch, logs=None):
+        ends.append(epoch)
+        save(self, epoch, logs)
+        if len(ends) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._SaveState, "on_epoch_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_encoders(*patients, ONE, tmp_path)
+    work = tmp_path / ".unet3d_t1" / "all"
+    assert [state.name for state in sorted(work.glob("epoch-*"))] == ["epoch-00002", "epoch-00003"]
+    (work / "epoch-00003" / damage).write_bytes(b"epoch")
+    pretrain_encoders(*patients, ONE, tmp_path)
+    assert ends == [0, 1, 2, 2, 3]
+    assert "epoch-00003: is damaged" in caplog.text
+    assert [row["epoch"] for row in rows(tmp_path / "unet3d_t1_history.csv")] == ["0", "1", "2", "3"]
+
+
+def test_the_history_is_read_as_numbers(trained, tmp_path):
+    folder, _, _ = trained
+    history = training.read_history(folder / "mmfnet_history.csv")
+    assert [(row["epoch"], row["stage"]) for row in history] == [
+        (0, "encoders frozen"),
+        (1, "encoders frozen"),
+        (2, "all"),
+        (3, "all"),
+    ]
+    assert all(isinstance(row["val_loss"], float) for row in history)
+    assert training.read_history(tmp_path / "nothing.csv") == []

@@ -1,6 +1,6 @@
 from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
-from keras_mmfnet.data.folds import Fold, five_folds
-from keras_mmfnet.data.layouts import find_cases, read_case_folder
+from keras_mmfnet.data.folds import Fold, find_duplicates, five_folds, group_patients
+from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
 
 
@@ -20,7 +20,10 @@ __all__ = [
     "Grid",
     "PreprocessedCase",
     "find_cases",
+    "find_duplicates",
+    "find_patients",
     "five_folds",
+    "group_patients",
     "patch_dataset",
     "preprocess_case",
     "read_case_folder",

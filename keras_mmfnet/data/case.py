@@ -18,12 +18,23 @@ class CaseError(ValueError):
         return str(self).partition(": ")[0]
 
     @classmethod
-    def of_several(cls, errors: Sequence["CaseError"]) -> "CaseError":
-        """One error that lists those of several patients; a single one is returned as it is."""
+    def of_several(cls, errors: Sequence["CaseError"], patients: int | None = None) -> "CaseError":
+        """One error for the patients who cannot be used.
+
+        Args:
+            errors: Their errors, one or more.
+            patients: How many patients there are in all, where that is known.
+
+        Returns:
+            An error that counts and lists them, at most 20; or the only one, with its remedy if there are others.
+        """
         if len(errors) == 1:
-            return errors[0]
-        listed = "\n".join(f"  {error}" for error in errors)
-        return cls(f"{len(errors)} patients cannot be used; --skip-bad leaves them out:\n{listed}")
+            return errors[0] if patients in (None, 1) else cls(f"{errors[0]} (--skip-bad leaves this patient out)")
+        listed = [f"  {error}" for error in errors[:20]]
+        if len(errors) > 20:
+            listed.append(f"  ... and {len(errors) - 20} more")
+        count = f"{len(errors)} of {patients}" if patients else len(errors)
+        return cls("\n".join([f"{count} patients cannot be used; --skip-bad leaves them out:", *listed]))
 
 
 @dataclasses.dataclass(frozen=True)

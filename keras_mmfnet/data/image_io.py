@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, Grid
 from keras_mmfnet.data.dicom import Series, read_series
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
@@ -59,10 +59,7 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
         CaseError: The file is unreadable, truncated or damaged; is not one 3D volume of one number per voxel; has a
             spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
     """
-
-    def refuse(expected, received):
-        return CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
-
+    refuse = _refuse(patient, source)
     if isinstance(source, Series):
         image = read_series(source, patient, pixel_type)
     else:
@@ -73,6 +70,26 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
         not_finite = np.count_nonzero(~np.isfinite(values))
         raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
     return image
+
+
+def read_grid(source: Path | Volume, patient: str) -> Grid:
+    """Reads where the voxels of an image file are, from its header alone.
+
+    Args:
+        source: The file's path, or a `Volume` of a file.
+        patient: The patient's name, for messages.
+
+    Returns:
+        The `Grid` of the first three axes.
+
+    Raises:
+        CaseError: The header is unreadable or damaged, or is not one of a 3D image.
+    """
+    reader, _ = _open(source, _refuse(patient, source))
+    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3]
+    return Grid(
+        reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
+    )
 
 
 def write_image(image, path):
@@ -107,9 +124,13 @@ def write_image(image, path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_file(source, refuse, pixel_type):
-    path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
+def _refuse(patient, source):
+    return lambda expected, received: CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
 
+
+def _open(source, refuse):
+    """SimpleITK's reader after it has read the header, and the path."""
+    path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
     available = _inspect_text_header(path, refuse) if path.suffix.lower() in _TEXT_HEADERS else math.inf
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -117,7 +138,7 @@ def _read_file(source, refuse, pixel_type):
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise refuse("an undamaged image file", _reason(error)) from error
-    components, size, spacing = reader.GetNumberOfComponents(), reader.GetSize(), reader.GetSpacing()
+    components, size = reader.GetNumberOfComponents(), reader.GetSize()
     if components != 1:
         raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
     if len(size) < 3 or (math.prod(size[3:]) != 1 if index is None else len(size) != 4 or index >= size[3]):
@@ -125,6 +146,12 @@ def _read_file(source, refuse, pixel_type):
         raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
     if math.prod(size) > _PACKED * available:
         raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {available} bytes")
+    return reader, path
+
+
+def _read_file(source, refuse, pixel_type):
+    reader, path = _open(source, refuse)
+    size, spacing = reader.GetSize(), reader.GetSpacing()
     if path.name.lower().endswith((".nii", ".nii.gz")):
         # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
         try:
@@ -138,7 +165,7 @@ def _read_file(source, refuse, pixel_type):
     if not all(0 < step < math.inf for step in spacing[:3]):
         raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing[:3])} mm")
     reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
-    reader.SetExtractIndex([0] * 3 + [index or 0] * (len(size) - 3))
+    reader.SetExtractIndex([0] * 3 + [source.index if isinstance(source, Volume) else 0] * (len(size) - 3))
     reader.SetOutputPixelType(pixel_type)
     try:
         return reader.Execute()

@@ -1,12 +1,20 @@
+import difflib
+import functools
+import itertools
 import json
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import find_series, is_dicom
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
+from keras_mmfnet.recipe import DataRecipe
+
+_log = logging.getLogger(__name__)
 
 _CONTRAST = r"((?<![a-z])(ce|gd|gad[a-z]*|contrast|post|km|c\+)|\+ ?c)(?![a-z])"
 _FLAIR = r"flair|dark.?fluid"
@@ -21,9 +29,19 @@ _PATTERNS = {
 # What BraTS calls its files after the patient's name, in 2020 and from 2023.
 _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
 _BRATS_MASK = ("seg",)
+_ALLOW_MISSING = "only a patient to be segmented may lack it, with `data.allow_missing`"
+# The number of the channel, at the end of the name of a file in a dataset.
+_CHANNEL = re.compile(r"_\d{4}$")
+# What the file of a mask may be called.
+_MASK = r"(?<![a-z])(mask|label|roi|seg|gtv)"
 
 
-def find_cases(directory, recipe, require_mask=True, on_error=None):
+def find_cases(
+    directory: str | os.PathLike,
+    recipe: DataRecipe,
+    require_mask: bool = True,
+    on_error: Callable[[CaseError], None] | None = None,
+) -> list[Case]:
     """Finds the patients in a folder, in any of these layouts; no voxel is read.
 
     | layout | what is there |
@@ -40,17 +58,17 @@ def find_cases(directory, recipe, require_mask=True, on_error=None):
 
     Args:
         directory: The folder.
-        recipe: A `DataRecipe`.
+        recipe: What the images are called.
         require_mask: Whether a patient without a mask is an error. If not, one without some of the modalities is none
-            either, where the recipe has `allow_missing`.
+            either, where the recipe has `allow_missing`, and an ambiguous mask is left out with a warning.
         on_error: Called with the `CaseError` of each patient that lacks something; that patient is then left out.
-            `None`: the first such error is raised.
+            `None`: all such errors are raised as one.
 
     Returns:
-        A list of `Case`, sorted by name.
+        The patients, sorted by name.
 
     Raises:
-        CaseError: A patient lacks a modality, or two files or series could be the same one.
+        CaseError: Patients lack a modality, or two files or series could be the same one.
         ValueError: The directory is missing, or there is no patient in it.
     """
     directory = Path(directory)
@@ -58,41 +76,74 @@ def find_cases(directory, recipe, require_mask=True, on_error=None):
         problem = "is a file" if directory.exists() else "does not exist"
         raise ValueError(f"the patients' directory {problem}. Received: {directory}")
     if (directory / "dataset.json").is_file():
-        return _find_dataset(directory, recipe, require_mask, on_error)
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    cases, layouts = [], Counter()
-    for folder in folders:
+        folders = [directory / "imagesTr", directory / "imagesTs"]
+        return _read_dataset(directory, folders, recipe, require_mask, on_error)
+    return _read_folders(directory.absolute(), recipe, require_mask, on_error)
+
+
+def find_patients(
+    path: str | os.PathLike, recipe: DataRecipe, on_error: Callable[[CaseError], None] | None = None
+) -> list[Case]:
+    """Finds the patients to segment: one or many, in any layout of `find_cases`; no voxel is read.
+
+    Masks are taken where they are, but none is needed. The path may be:
+
+    - a patient's folder, or a folder of such folders;
+    - a dataset of nnU-Net or the Decathlon: the cases in its `imagesTs`, or else in its `imagesTr`;
+    - a folder with images as in such a dataset, with a `dataset.json` in it or one folder above;
+    - one case in such a folder: its name (`imagesTs/case_01`) or one of its files (`imagesTs/case_01_0000.nii.gz`).
+
+    A folder of DICOM series is one patient if it holds one series of each modality.
+
+    Args:
+        path: The patient or the folder of patients.
+        recipe: What the images are called.
+        on_error: Called with the `CaseError` of each of many patients that lacks something; that patient is then left
+            out. `None`: all such errors are raised as one.
+
+    Returns:
+        The patients, sorted by name.
+
+    Raises:
+        CaseError: Patients lack a modality, or two files or series could be the same one.
+        ValueError: The path is none of these.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        return _find_dataset_case(path, recipe)
+    if any(_find_files(path, _names(path), recipe)[1].values()):
+        return [read_case_folder(path, recipe, require_mask=False)]
+    root = _dataset_root(path)
+    if root and (folders := [folder for folder in _image_folders(path, root) if _stems(folder)][:1]):
+        return _read_dataset(root, folders, recipe, False, on_error)
+    if any(_CHANNEL.search(stem) for stem in _stems(path)):
+        raise _no_dataset(path)
+    folders, every = _folders(path), len(recipe.modalities)
+    complete = list(itertools.islice((folder for folder in folders if _holds(folder, recipe, every)), 2))
+    # Two complete patients cannot be one; a single folder that is complete is the patient. Otherwise the DICOM series
+    # in all of the folders may be those of one patient.
+    several = bool(folders) and len(complete) == min(2, len(folders))
+    if not several and (_holds_dicom(path) or (_stems(path) and not complete)):
         try:
-            layout, case = _read_folder(folder.absolute(), recipe, require_mask)
-        except CaseError as error:
-            if on_error is None:
+            return [read_case_folder(path, recipe, require_mask=False)]
+        except CaseError:
+            inside = any(_holds(folder, recipe, 2) for folder in folders)
+            if not inside and (_holds(path, recipe, 2) or not _hint(path, recipe)):
                 raise
-            on_error(error)
-        else:
-            cases.append(case)
-            layouts[layout] += 1
-    if not cases:
-        files = ", ".join([*recipe.modalities, *([recipe.mask] if require_mask else [])])
-        raise ValueError(
-            f"the patients' directory must hold one folder per patient with the files {files} "
-            f"({', '.join(IMAGE_SUFFIXES)}) or with DICOM series, or a dataset.json. "
-            f"Received: {directory}, with {len(folders)} folders and no such patient"
-        )
-    _log(layouts)
-    return cases
+    return _read_folders(path, recipe, False, on_error)
 
 
-def read_case_folder(folder, recipe, require_mask=True):
+def read_case_folder(folder: str | os.PathLike, recipe: DataRecipe, require_mask: bool = True) -> Case:
     """Finds the files of the one patient in a folder, as `find_cases` does; no voxel is read.
 
     Args:
         folder: The patient's folder; its name is the patient's name.
-        recipe: A `DataRecipe`, which says what the files are called.
+        recipe: What the files are called.
         require_mask: Whether a missing mask is an error; if not, neither are missing modalities, where the recipe has
             `allow_missing`.
 
     Returns:
-        A `Case`.
+        The patient.
 
     Raises:
         CaseError: The folder, an image or a required mask is missing, or two files or series could be the same one.
@@ -100,29 +151,96 @@ def read_case_folder(folder, recipe, require_mask=True):
     return _read_folder(Path(folder).absolute(), recipe, require_mask)[1]
 
 
-def _log(layouts):
+def _read_folders(directory, recipe, require_mask, on_error):
+    """The patients that have a folder each."""
+    folders = _folders(directory)
+    files = ", ".join([*recipe.modalities, *([recipe.mask] if require_mask else [])])
+    return _read_all(
+        [functools.partial(_read_folder, folder, recipe, require_mask) for folder in folders],
+        on_error,
+        f"the patients' directory must hold one folder per patient with the files {files} "
+        f"({', '.join(IMAGE_SUFFIXES)}) or with DICOM series, or a dataset.json",
+        f"{directory}, with {len(folders)} folders and no such patient",
+        functools.partial(_hint, directory, recipe),
+    )
+
+
+def _read_all(readers, on_error, expected, received, hint=str):
+    """The cases that the readers find, sorted by name; each gives the layout and a `Case`, or `None` to pass over."""
+    cases, layouts, errors = [], Counter(), []
+    for read in readers:
+        try:
+            found = read()
+        except CaseError as error:
+            errors.append(error)
+            if on_error:
+                on_error(error)
+        else:
+            if found:
+                layouts[found[0]] += 1
+                cases.append(found[1])
+    meant = "" if cases else hint()
+    if errors and not on_error and not meant:
+        raise CaseError.of_several(errors, len(cases) + len(errors))
+    if not cases:
+        raise ValueError(f"{expected}{meant}. Received: {received}")
     for layout, count in sorted(layouts.items()):
-        logging.getLogger(__name__).info("%s: %d patient%s", layout, count, "" if count == 1 else "s")
+        _log.info("%s: %d patient%s", layout, count, "" if count == 1 else "s")
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _hint(directory, recipe):
+    """The folder that was probably meant, as the end of a sentence; an empty text if this one looks right."""
+    folders = _folders(directory)
+    if any(_holds(folder, recipe, 2) for folder in folders):
+        return ""
+    if _dataset_root(directory.parent) == directory.parent:
+        return f"; did you mean the dataset {directory.parent}"
+    if _holds(directory, recipe, 2):
+        return f"; this is one patient's folder: did you mean the parent folder {directory.parent}"
+    for folder in folders:
+        if (folder / "dataset.json").is_file() or any(_holds(inner, recipe, 2) for inner in _folders(folder)):
+            return f"; the patients lie one folder deeper: did you mean {folder}"
+    return ""
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def _stems(folder):
+    """The image files in a folder by their names without the ending."""
+    files = [name for name in _names(folder) if image_suffix(name) and name[0] != "."]
+    return {name[: -len(image_suffix(name))]: folder / name for name in files}
+
+
+def _folders(directory):
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _read_folder(folder, recipe, require_mask):
     """The name of the layout, and the `Case`."""
-    if not folder.is_dir():
-        raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    images, layout = {}, "plain"
-    for modality in recipe.modalities:
-        images[modality] = _find_file(folder, names, [modality])
-        if not images[modality]:
-            images[modality] = _find_file(folder, names, _brats_stems(folder, _BRATS.get(modality, (modality,))))
-            layout = "BraTS" if images[modality] else layout
-    if not any(images.values()) and _holds_dicom(folder):
-        return "DICOM", _read_dicom(folder, recipe, require_mask)
-    for modality, path in images.items():
-        if not path and not (_may_be_missing(recipe, require_mask) and any(images.values())):
-            raise _missing(folder, names, modality)
-    images = {modality: path for modality, path in images.items() if path}
-    return layout, Case(folder.name, images, _find_mask(folder, names, recipe, require_mask))
+    layout, images, find_mask = _find_images(folder, recipe, _may_be_missing(recipe, require_mask))
+    return layout, Case(folder.name, images, _mask(find_mask, require_mask))
+
+
+def _holds(folder, recipe, count):
+    """Whether a folder holds so many of one patient's modalities, or all if they are fewer."""
+    try:
+        return len(_find_images(folder, recipe, optional=True)[1]) >= min(count, len(recipe.modalities))
+    except CaseError:
+        return False
+
+
+def _mask(find, required):
+    """The mask that `find` gives; one that is ambiguous is an error only where a mask is required."""
+    try:
+        return find(required)
+    except CaseError as error:
+        if required:
+            raise
+        _log.warning("%s; the mask is not used", error)
+        return None
 
 
 def _may_be_missing(recipe, require_mask):
@@ -130,11 +248,40 @@ def _may_be_missing(recipe, require_mask):
     return recipe.allow_missing and not require_mask
 
 
-def _find_file(folder, names, stems):
+def _find_images(folder, recipe, optional):
+    """The name of the layout, the images by modality, and a function that finds the mask."""
+    if not folder.is_dir():
+        raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
+    names = _names(folder)
+    layout, images = _find_files(folder, names, recipe)
+    if not any(images.values()) and _holds_dicom(folder):
+        return "DICOM", *_find_dicom(folder, recipe, optional)
+    for modality, path in images.items():
+        if not path and not (optional and any(images.values())):
+            like = next((p for p in _PATTERNS.values() if re.search(p, modality.lower())), _pattern(modality, recipe))
+            raise _missing(folder, names, modality, like, "data.modalities", f"; {_ALLOW_MISSING}")
+    images = {modality: path for modality, path in images.items() if path}
+    return layout, images, functools.partial(_find_mask, folder, names, recipe)
+
+
+def _find_files(folder, names, recipe):
+    """The name of the layout, and by modality the file or `None`."""
+    images, layout = {}, "plain"
+    for modality in recipe.modalities:
+        images[modality] = _find_file(folder, names, [modality])
+        if not images[modality]:
+            images[modality] = _find_file(folder, names, _brats_stems(folder, _BRATS.get(modality, (modality,))))
+            layout = "BraTS" if images[modality] else layout
+    return layout, images
+
+
+def _find_file(folder, names, stems, patient=None):
     """The one image file with one of these names before its ending, or `None`."""
     found = [name for name in names if (suffix := image_suffix(name)) and name[: -len(suffix)] in stems]
     if len(found) > 1:
-        raise CaseError(f"{folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}")
+        raise CaseError(
+            f"{patient or folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}"
+        )
     return folder / found[0] if found else None
 
 
@@ -142,11 +289,18 @@ def _brats_stems(folder, endings):
     return [f"{folder.name}{separator}{ending}" for separator in "_-" for ending in endings]
 
 
-def _missing(folder, names, stem):
-    return CaseError(
-        f"{folder.name}: {folder / stem}: is missing; a file of that name with one of the endings "
-        f"{', '.join(IMAGE_SUFFIXES)} is expected. Received: {', '.join(names) or 'an empty folder'}"
-    )
+def _missing(folder, names, stem, pattern, field, remedy=""):
+    """The error for a file that is missing; with the files whose names are near, where there are."""
+    near = [
+        path.name
+        for start, path in _stems(folder).items()
+        if re.search(pattern, start.lower()) and (pattern == _MASK or not re.search(_MASK, start.lower()))
+    ]
+    expected = f"a file of that name with one of the endings {', '.join(IMAGE_SUFFIXES)} is expected{remedy}"
+    if near:
+        expected = f"did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
+    received = ", ".join(names) or ("a folder without files" if _folders(folder) else "an empty folder")
+    return CaseError(f"{folder.name}: {folder / stem}: is missing; {expected}. Received: {received}")
 
 
 def _find_mask(folder, names, recipe, required):
@@ -157,7 +311,7 @@ def _find_mask(folder, names, recipe, required):
     masks = {m: _find_file(folder, names, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
     masks = {modality: path for modality, path in masks.items() if path}
     if required and not masks:
-        raise _missing(folder, names, recipe.mask)
+        raise _missing(folder, names, recipe.mask, _MASK, "data.mask")
     return masks or None
 
 
@@ -172,8 +326,8 @@ def _pattern(modality, recipe):
     return recipe.series.get(modality) or _PATTERNS.get(modality) or rf"(?<![a-z0-9]){re.escape(modality)}(?![a-z0-9])"
 
 
-def _read_dicom(folder, recipe, require_mask):
-    """The `Case` of one patient's DICOM series and the masks beside them."""
+def _find_dicom(folder, recipe, optional):
+    """The series of one patient by modality, and a function that finds the mask among the others and files."""
     mask_pattern = recipe.series.get(recipe.mask) or rf"(?<![a-z])({re.escape(recipe.mask.lower())}|roi|seg|gtv)"
     images, masks = {}, {}
     for one in find_series(folder, folder.name):
@@ -183,13 +337,11 @@ def _read_dicom(folder, recipe, require_mask):
         name = str(path.relative_to(folder)).lower()
         if image_suffix(path) and not path.name.startswith(".") and re.search(mask_pattern, path.name.lower()):
             masks[path] = name
-    optional = _may_be_missing(recipe, require_mask)
     chosen = {modality: _choose(folder, images, modality, recipe, optional) for modality in recipe.modalities}
-    return Case(
-        folder.name,
-        {modality: series for modality, series in chosen.items() if series},
-        _choose_masks(folder, masks, recipe, require_mask),
-    )
+    if not any(chosen.values()):
+        _choose(folder, images, recipe.modalities[0], recipe, False)
+    chosen = {modality: series for modality, series in chosen.items() if series}
+    return chosen, functools.partial(_choose_masks, folder, masks, recipe)
 
 
 def _choose(folder, named, modality, recipe, optional):
@@ -203,8 +355,8 @@ def _choose(folder, named, modality, recipe, optional):
     listed = "; ".join(str(source) for source in found or named) or "no series"
     names = f"matches {pattern!r}" if modality in recipe.series else "names it"
     raise CaseError(
-        f"{folder.name}: {folder}: must hold one series of {modality}, one whose folder or description {names}; the "
-        f"recipe's `series` may say another pattern. Received: {listed}"
+        f"{folder.name}: {folder}: must hold one series of {modality}, one whose folder or description {names}; "
+        f"`data.series.{modality}` may give another pattern{'' if found else f'; {_ALLOW_MISSING}'}. Received: {listed}"
     )
 
 
@@ -235,9 +387,77 @@ def _choose_masks(folder, named, recipe, required):
 # --- datasets of nnU-Net and the Medical Segmentation Decathlon
 
 
-def _find_dataset(directory, recipe, require_mask, on_error):
-    """The patients that a `dataset.json` describes."""
-    path = directory / "dataset.json"
+def _dataset_root(folder):
+    """The folder or the one above, where the `dataset.json` is; or `None`."""
+    return next((root for root in (folder, folder.parent) if (root / "dataset.json").is_file()), None)
+
+
+def _image_folders(folder, root):
+    """Where the images of patients to be segmented may lie."""
+    if folder.name.startswith("labels"):
+        meant = folder.with_name(folder.name.replace("labels", "images"))
+        raise ValueError(f"{folder}: must be a folder of images; did you mean {meant}. Received: a folder of masks")
+    return [root / "imagesTs", root / "imagesTr", root] if folder == root else [folder]
+
+
+def _no_dataset(path):
+    return ValueError(
+        f"{path}: must have a dataset.json beside the images or one folder above, as the dataset has that the network "
+        f"was trained on: its `channel_names` say which modality is channel 0000. Received: no dataset.json"
+    )
+
+
+def _find_dataset_case(path, recipe):
+    """The case of a dataset that a name or a file stands for, in a list."""
+    folder, suffix, root = path.parent, image_suffix(path) or "", _dataset_root(path.parent)
+    name = _CHANNEL.sub("", path.name[: len(path.name) - len(suffix)])
+    if root and (suffix or not path.exists()):
+        for images in _image_folders(folder, root):
+            if name in {_CHANNEL.sub("", stem) for stem in _stems(images)}:
+                return _read_dataset(root, [images], recipe, False, None, name)
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], 1)
+        raise ValueError(f"{path}: does not exist{f'; did you mean {near[0]}' if near else ''}. Received: {path.name}")
+    if (suffix or is_dicom(path)) and _holds(folder, recipe, 2):
+        raise ValueError(f"{path}: must be a folder; did you mean the patient's, {folder}. Received: a file")
+    if suffix:
+        raise _no_dataset(path)
+    raise ValueError(f"{path}: must be a folder, or a case of a dataset. Received: a file")
+
+
+def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
+    """The patients that a `dataset.json` describes, in some folders: all, or `only` the one of this name."""
+    path, optional = root / "dataset.json", _may_be_missing(recipe, require_mask)
+    layout, numbers = _channels(path, recipe, optional)
+
+    def read(folder, stems, labels, label_names, name):
+        mask = _mask(lambda _: _find_file(labels, label_names, [name], name), require_mask)
+        if not mask and require_mask and folder.name == "imagesTs":
+            return None
+        images = {modality: _channel(stems, name, number) for modality, number in numbers.items()}
+        found = {modality: source for modality, source in images.items() if source}
+        if not (len(found) == len(images) or (optional and found)) or (require_mask and not mask):
+            wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())
+            label = f", and {labels.name} {name}" if require_mask else ""
+            received = [*(stem for stem in stems if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
+            raise CaseError(
+                f"{name}: {folder}: must hold {wanted} or {name}{label}; {_ALLOW_MISSING}. "
+                f"Received: {', '.join(received)}"
+            )
+        return layout, Case(name, found, mask)
+
+    readers = []
+    for folder in folders:
+        stems, labels = _stems(folder), folder.with_name(folder.name.replace("images", "labels"))
+        label_names = _names(labels) if labels != folder else []
+        for name in dict.fromkeys(_CHANNEL.sub("", stem) for stem in stems):
+            if only in (None, name):
+                readers.append(functools.partial(read, folder, stems, labels, label_names, name))
+    return _read_all(readers, on_error, f"{path}: must lie beside imagesTr with images", f"no patient in {root}")
+
+
+def _channels(path, recipe, optional):
+    """The name of the layout, and the number of each modality's channel."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         channels = described.get("channel_names") or described["modality"]
@@ -249,41 +469,14 @@ def _find_dataset(directory, recipe, require_mask, on_error):
         found = [number for number, name in channels.items() if name == modality.lower()] or [
             number for number, name in channels.items() if re.search(_pattern(modality, recipe), name, re.IGNORECASE)
         ]
-        if len(found) != 1:
-            raise ValueError(f"{path}: must name one channel of {modality}. Received: {', '.join(channels.values())}")
-        numbers[modality] = found[0]
-
-    cases, layout = [], "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon"
-    for folder, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-        files = sorted(file for file in (directory / folder).glob("*") if image_suffix(file) and file.name[0] != ".")
-        stems = {file.name[: -len(image_suffix(file))]: file for file in files}
-        names = dict.fromkeys(re.sub(r"_\d{4}$", "", stem) for stem in stems)
-        for name in names:
-            mask = _find_file(directory / labels, _names(directory / labels), [name])
-            if not mask and require_mask and folder == "imagesTs":
-                continue
-            try:
-                images = {modality: _channel(stems, name, number) for modality, number in numbers.items()}
-                if not all(images.values()) or (require_mask and not mask):
-                    wanted = [f"{name}_{number:04d}" for number in numbers.values()]
-                    raise CaseError(
-                        f"{name}: {directory / folder}: must hold {', '.join(wanted)} or {name}, and {labels} {name}. "
-                        f"Received: {', '.join(stem for stem in stems if stem.startswith(name))}, "
-                        f"{'a' if mask else 'no'} label"
-                    )
-                cases.append(Case(name, images, mask))
-            except CaseError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-    if not cases:
-        raise ValueError(f"{path}: must lie beside imagesTr with images. Received: no patient in {directory}")
-    _log({layout: len(cases)})
-    return sorted(cases, key=lambda case: case.name)
-
-
-def _names(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if len(found) != 1 and (found or not optional):
+            raise ValueError(
+                f"{path}: must name one channel of {modality}; `data.series.{modality}` may give a pattern for its "
+                f"name. Received: {', '.join(channels.values())}"
+            )
+        if found:
+            numbers[modality] = found[0]
+    return "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon", numbers
 
 
 def _channel(stems, name, number):

@@ -165,7 +165,7 @@ def test_an_entry_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
 
     def slow(case, recipe):
         monkeypatch.setattr(preprocess, "_preprocess", build)
-        preprocess_case(case, recipe.data, cache)
+        preprocess_case(case, recipe, cache)
         return build(case, recipe)
 
     monkeypatch.setattr(preprocess, "_preprocess", slow)

@@ -38,6 +38,19 @@ def test_case_error_is_a_value_error():
     assert issubclass(CaseError, ValueError)
 
 
+def test_case_errors_are_listed_together():
+    errors = [CaseError(f"p{number}: lacks t2. Received: t1") for number in range(21)]
+    assert CaseError.of_several(errors[:1]) is CaseError.of_several(errors[:1], 1) is errors[0]
+    one = CaseError.of_several(errors[:1], 9)
+    assert (str(one), one.patient) == ("p0: lacks t2. Received: t1 (--skip-bad leaves this patient out)", "p0")
+    head, *lines = str(CaseError.of_several(errors[:2], 9)).splitlines()
+    assert head == "2 of 9 patients cannot be used; --skip-bad leaves them out:"
+    assert lines == ["  p0: lacks t2. Received: t1", "  p1: lacks t2. Received: t1"]
+    assert str(CaseError.of_several(errors[:20])).startswith("20 patients cannot be used")
+    assert str(CaseError.of_several(errors[:20])).endswith("\n  p19: lacks t2. Received: t1")
+    assert str(CaseError.of_several(errors)).endswith("\n  p19: lacks t2. Received: t1\n  ... and 1 more")
+
+
 @pytest.mark.parametrize("direction", [IDENTITY, REVERSED, oblique()], ids=["identity", "reversed", "oblique"])
 def test_grid_has_the_positions_of_the_image(direction):
     grid = make_grid(direction=direction)

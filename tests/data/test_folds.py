@@ -2,10 +2,20 @@ import random
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from dicom_files import write_series
 
-from keras_mmfnet.data.folds import Fold, five_folds
+from keras_mmfnet.data import folds
+from keras_mmfnet.data.case import Case
+from keras_mmfnet.data.folds import Fold, find_duplicates, five_folds, group_patients
+from keras_mmfnet.data.image_io import Volume
+from keras_mmfnet.data.layouts import find_cases
+from keras_mmfnet.recipe import Recipe
 
 NAMES = [f"patient_{i}" for i in range(23)]
+# The numbers of the patients with seed 3, in the order of their names.
+STORED_TEST = [(1, 10, 14, 17, 3), (0, 12, 4, 6, 7), (16, 18, 2, 21, 22), (11, 13, 15, 8), (19, 20, 5, 9)]
+STORED_VALIDATION = [(0, 16, 18, 19), (11, 18, 19, 2), (1, 10, 8, 9), (0, 14, 19, 22, 9), (15, 17, 18, 2, 21)]
 
 
 @pytest.mark.parametrize("count", [5, 6, 9, 23, 149])
@@ -72,3 +82,142 @@ def test_the_validation_fraction_is_rounded_and_leaves_someone_to_train():
 def test_impossible_divisions_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         five_folds(**arguments)
+
+
+# --- groups
+
+
+def test_the_division_without_groups_is_stored():
+    # Of 23 patients, as divided before there were groups.
+    division = five_folds(NAMES, seed=3)
+    assert [tuple(int(name.removeprefix("patient_")) for name in fold.test) for fold in division] == STORED_TEST
+    assert [
+        tuple(int(name.removeprefix("patient_")) for name in fold.validation) for fold in division
+    ] == STORED_VALIDATION
+    assert division == five_folds(NAMES, seed=3, groups={})
+    assert division == five_folds(NAMES, seed=3, groups={"somebody else": "patient_1"})
+    assert division == five_folds(NAMES, seed=3, groups={name: f"person of {name}" for name in NAMES[:7]})
+
+
+@pytest.mark.parametrize("sizes", [[1] * 5, [2] * 10, [5, 1, 1, 1, 1, 1, 1], [1, 2, 3, 4] * 6, [30, 1, 2, 1, 2, 9, 9]])
+def test_no_group_is_divided(sizes):
+    names = [f"{group}-{number}" for group, size in enumerate(sizes) for number in range(size)]
+    # Who is alone need not be named.
+    groups = {name: name.split("-")[0] for name in names if sizes[int(name.split("-")[0])] > 1}
+    for seed in range(5):
+        division = five_folds(names, seed=seed, groups=groups)
+        assert division == five_folds(random.Random(seed).sample(names, len(names)), seed=seed, groups=groups)
+        assert sorted(name for fold in division for name in fold.test) == sorted(names)
+        for fold in division:
+            parts = fold.train, fold.validation, fold.test
+            assert all(parts)
+            assert sorted(name for part in parts for name in part) == sorted(names)
+            people = [{name.split("-")[0] for name in part} for part in parts]
+            assert sum(map(len, people)) == len(set.union(*people))
+
+
+def test_folds_of_groups_are_as_even_as_may_be():
+    names = [f"{group}-{number}" for group in range(24) for number in range(1 + group % 4)]
+    division = five_folds(names, groups={name: name.split("-")[0] for name in names})
+    assert [len(fold.test) for fold in division] == [12] * 5
+    assert all(abs(len(fold.validation) - 12) <= 3 for fold in division)
+
+
+def test_too_few_groups_are_refused():
+    groups = {name: name[0] for name in ("a1", "a2", "a3", "b1", "b2", "c", "d", "e")}
+    with pytest.raises(ValueError, match=r"6 folds need at least 6 groups of patients. Received: 5 groups of patients"):
+        five_folds(groups, folds=6, groups=groups)
+    with pytest.raises(
+        ValueError, match=r"a group to train on and one to validate beside 4 to test. Received: 5 groups"
+    ):
+        five_folds([f"a{n}" for n in range(9)] + list("bcde"), folds=2, groups={f"a{n}": "a" for n in range(9)})
+
+
+# --- the same patient several times
+
+
+def save(path, array, spacing=(1.0, 1.0, 4.0), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path), **options)
+    return path
+
+
+@pytest.fixture
+def voxels():
+    return np.random.default_rng(0).integers(0, 1000, (3, 8, 9)).astype(np.int16)
+
+
+def test_finds_the_same_voxels_whatever_the_file(tmp_path, voxels):
+    others = voxels.copy()
+    others[1, 2, 3] += 1
+    cases = [
+        Case("ann", {"t1": save(tmp_path / "ann.nii.gz", voxels), "t2": save(tmp_path / "t2.nii", others)}),
+        Case("bob", {"t1": save(tmp_path / "bob.nii.gz", others)}),
+        Case("copy", {"t1": save(tmp_path / "copy.mha", voxels.astype(np.float32), useCompression=True)}),
+        Case("dan", {"t1": save(tmp_path / "dan.nii", voxels[:2])}),
+        Case("eve", {"t1": save(tmp_path / "eve.nii", voxels, spacing=(1.0, 1.0, 5.0))}),
+        Case("volume", {"t1": Volume(save_volumes(tmp_path / "4d.nii.gz", others, voxels), 1)}),
+    ]
+    assert find_duplicates(cases) == [("ann", "copy", "volume")]
+    assert find_duplicates(cases[1:2]) == find_duplicates([]) == []
+
+
+def save_volumes(path, *arrays):
+    images = [sitk.GetImageFromArray(array) for array in arrays]
+    for image in images:
+        image.SetSpacing((1.0, 1.0, 4.0))
+    sitk.WriteImage(sitk.JoinSeries(images), str(path))
+    return path
+
+
+def test_reads_only_what_could_be_the_same(tmp_path, voxels, monkeypatch):
+    cases = [Case(f"p{n}", {"t1": save(tmp_path / f"{n}.nii", voxels[:, n // 2 :])}) for n in range(5)]
+    seen = []
+    read = folds.read_image
+    monkeypatch.setattr(folds, "read_image", lambda path, name, *rest: seen.append(name) or read(path, name, *rest))
+    assert find_duplicates(cases) == [("p0", "p1"), ("p2", "p3")]
+    assert sorted(seen) == ["p0", "p1", "p2", "p3"]
+
+
+def test_what_cannot_be_read_is_no_duplicate(tmp_path, voxels):
+    whole = save(tmp_path / "whole.nii", voxels)
+    for name in ("cut_1", "cut_2"):
+        (tmp_path / f"{name}.nii").write_bytes(whole.read_bytes()[:-50])
+    for name in ("empty_1.nii", "empty_2.mha"):
+        (tmp_path / name).touch()
+    assert find_duplicates([Case(path.stem, {"t1": path}) for path in tmp_path.iterdir()]) == []
+
+
+def test_finds_the_same_study(tmp_path):
+    # The files of `write_series` are all of one study.
+    for name, patient in {"ann": "1", "bob": "2", "again": "1", "nobody_1": "", "nobody_2": ""}.items():
+        write_series(tmp_path / name, patient=patient, seed=len(name))
+    cases = find_cases(tmp_path, Recipe().replace({"data.modalities": "t1"}).data, require_mask=False)
+    assert find_duplicates(cases) == [("again", "ann")]
+
+
+def test_duplicates_are_refused_unless_they_are_one_group(tmp_path, voxels):
+    path = save(tmp_path / "t1.nii", voxels)
+    cases = [Case(name, {"t1": path}) for name in ("p7_before", "p7_after")]
+    cases += [Case("p8", {"t1": save(tmp_path / "other.nii", voxels + 1)})]
+    for pattern in (None, "before", "p7_before|p8", "_.*"):
+        with pytest.raises(ValueError, match=r"give `training.group`, .*Received: p7_after = p7_before$"):
+            group_patients(cases, pattern)
+    assert group_patients(cases, r"^(p\d+)") == {"p7_before": "p7", "p7_after": "p7", "p8": "p8"}
+    assert group_patients(cases, r"^p7") == {"p7_before": "p7", "p7_after": "p7"}
+    assert group_patients(cases[1:]) == {}
+    assert group_patients(cases[1:], "(a)?p") == {"p7_after": "p", "p8": "p"}
+
+
+def test_real_patients_are_all_different(test_data):
+    recipe = Recipe().replace({"data.modalities": ("flair", "t1", "cet1")})
+    assert find_duplicates(find_cases(test_data / "lgg_patients", recipe.data)[:20]) == []
+
+
+def test_the_pattern_of_groups_is_checked():
+    assert Recipe().training.group is None
+    assert Recipe().replace({"training.group": r"(p\d+)_"}).training.group == r"(p\d+)_"
+    with pytest.raises(ValueError, match=r"`training.group` must be a regular expression .*Received: '\(p'"):
+        Recipe().replace({"training.group": "(p"})

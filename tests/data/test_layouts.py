@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import struct
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
 
-from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_image, write_image
-from keras_mmfnet.data.layouts import find_cases, read_case_folder
+from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_grid, read_image, write_image
+from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.recipe import Recipe
 
 RECIPE = Recipe()
@@ -103,6 +104,37 @@ def test_a_missing_modality_names_patient_and_file(tmp_path):
     make_patient(tmp_path / "a", ("t1.nii.gz", "cet1.nii.gz", "mask.nii.gz", "T2.nii.gz", "t2.img"))
     with pytest.raises(CaseError, match=r"^a: .*t2: is missing; .*\.nii\.gz.*Received: T2.nii.gz, .*t2.img$"):
         find_cases(tmp_path, RECIPE.data)
+    (tmp_path / "a" / "T2.nii.gz").unlink()
+    expected = (
+        r"t2: is missing; .*endings \.nii, \.nii\.gz.* only a patient to be segmented .*`data.allow_missing`. Rec"
+    )
+    with pytest.raises(CaseError, match=expected):
+        find_cases(tmp_path, RECIPE.data)
+
+
+@pytest.mark.parametrize(
+    ("modality", "name"),
+    [
+        *[("cet1", name) for name in ("t1c", "t1ce", "t1gd", "T1_CE", "t1_km", "a_T1Gd", "CE-T1WI", "CET1")],
+        *[("t1", name) for name in ("T1", "t1w", "a-T1WI")],
+        ("t2", "a_T2w"),
+        ("t1c", "cet1"),
+        ("pet", "PET_ac"),
+    ],
+)
+def test_a_missing_modality_suggests_the_file_whose_name_is_near(modality, name, tmp_path):
+    others = ("t1", "t2") if modality not in ("t1", "t2") else ("cet1",)
+    files = [f"{one}.nii.gz" for one in (*others, "flair", name, "mask_t1", "ROI-CE-T1", "t2_seg")]
+    make_patient(tmp_path / "a", files)
+    data = RECIPE.replace({"data.modalities": (*others, modality)}).data
+    with pytest.raises(CaseError, match=rf"did you mean {name}.nii.gz for {modality}\? Rename it, .*`data.modalities`"):
+        find_patients(tmp_path, data)
+
+
+def test_a_missing_mask_suggests_the_file_whose_name_is_near(tmp_path):
+    make_patient(tmp_path / "a", (*FILES[:3], "Seg.nii.gz"))
+    with pytest.raises(CaseError, match=r"did you mean Seg.nii.gz for mask\? Rename it, or say in `data.mask`"):
+        find_cases(tmp_path, RECIPE.data)
 
 
 def test_an_empty_patient_folder_is_refused(tmp_path):
@@ -126,6 +158,45 @@ def test_bad_patients_can_be_left_out(tmp_path):
     (tmp_path / "b" / "t1.nii.gz").unlink()
     with pytest.raises(ValueError, match="with 2 folders and no such patient"):
         find_cases(tmp_path, RECIPE.data, on_error=errors.append)
+
+
+def test_all_bad_patients_are_listed_at_once(tmp_path):
+    for number in range(25):
+        make_patient(tmp_path / f"p{number:02d}", FILES if number == 3 else FILES[1:])
+    for find in (find_cases, find_patients):
+        with pytest.raises(CaseError, match=r"^24 of 25 patients cannot be used; --skip-bad") as caught:
+            find(tmp_path, RECIPE.data)
+        _, *lines = str(caught.value).splitlines()
+        assert [line[:7] for line in lines[:20]] == [f"  p{n:02d}: " for n in range(21) if n != 3]
+        assert all("t1: is missing" in line for line in lines[:20])
+        assert lines[20:] == ["  ... and 4 more"]
+        errors = []
+        assert [case.name for case in find(tmp_path, RECIPE.data, on_error=errors.append)] == ["p03"]
+        assert len(errors) == 24
+
+
+@pytest.mark.parametrize("find", [find_cases, find_patients])
+def test_a_folder_above_the_patients_is_refused_with_the_one_that_is_meant(find, tmp_path):
+    make_patient(tmp_path / "hospital" / "a")
+    make_patient(tmp_path / "hospital" / "b")
+    with pytest.raises(ValueError, match=r"one folder deeper: did you mean .*hospital. Received: "):
+        find(tmp_path, RECIPE.data)
+    make_dataset(tmp_path / "hospital", {}, {}, [])
+    with pytest.raises(ValueError, match=r"one folder deeper: did you mean .*hospital. Received: "):
+        find(tmp_path, RECIPE.data)
+
+
+def test_a_folder_below_the_patients_is_refused_with_the_one_that_is_meant(tmp_path):
+    make_patient(tmp_path / "plain" / "a")
+    for description in ("T1", "T2", "T1 Gd"):
+        write_series(tmp_path / "dicom" / "a" / description, description=description)
+    for layout in ("plain", "dicom"):
+        with pytest.raises(ValueError, match=rf"did you mean the parent folder .*{layout}. Received: "):
+            find_cases(tmp_path / layout / "a", RECIPE.data)
+    (tmp_path / "imagesTr").mkdir()
+    make_dataset(tmp_path, {}, {}, [])
+    with pytest.raises(ValueError, match=rf"did you mean the dataset {tmp_path}. Received: "):
+        find_cases(tmp_path / "imagesTr", RECIPE.data)
 
 
 def test_a_missing_patient_folder_is_refused(tmp_path):
@@ -160,6 +231,7 @@ def test_a_mask_of_each_modality(tmp_path):
 
 
 def make_dataset(folder, described, images, labels):
+    folder.mkdir(exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps(described))
     for name, image in images.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -186,7 +258,7 @@ def test_nnunet(tmp_path, caplog):
     assert caplog.messages == ["nnU-Net: 2 patients"]
     assert [case.name for case in find_cases(tmp_path, RECIPE.data, require_mask=False)] == ["x_01", "x_02", "x_03"]
     (tmp_path / "imagesTr" / "x_01_0002.nii.gz").unlink()
-    with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label$"):
+    with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label \(--skip-bad "):
         find_cases(tmp_path, RECIPE.data)
 
 
@@ -208,7 +280,7 @@ def test_decathlon(tmp_path):
     [
         ("{", "must name the channels of the images. Received: "),
         ("[]", "must name the channels of the images. Received: "),
-        ('{"modality": {"0": "T1", "1": "T2"}}', "must name one channel of cet1. Received: t1, t2"),
+        ('{"modality": {"0": "T1", "1": "T2"}}', "one channel of cet1; `data.series.cet1` may .*Received: t1, t2"),
         ('{"modality": {"0": "t1", "1": "t2", "2": "cet1"}}', "beside imagesTr with images. Received: no patient"),
     ],
 )
@@ -286,6 +358,187 @@ def test_a_real_dicom_patient(test_data):
     assert {modality: series.folder.name for modality, series in case.mask.items()} == {"flair": "ROI"}
 
 
+# --- the patients to segment
+
+
+def names_of(cases):
+    return [case.name for case in cases]
+
+
+def test_segments_one_patient_or_many(tmp_path, monkeypatch):
+    make_patient(tmp_path / "cohort" / "ann")
+    make_patient(tmp_path / "cohort" / "bob", [f"bob_{end}.nii.gz" for end in ("t1", "t2", "t1ce")])
+    assert names_of(find_patients(tmp_path / "cohort", RECIPE.data)) == ["ann", "bob"]
+    [ann] = find_patients(tmp_path / "cohort" / "ann", RECIPE.data)
+    assert (ann.name, ann.mask.name) == ("ann", "mask.nii.gz")
+    [bob] = find_patients(str(tmp_path / "cohort" / "bob"), RECIPE.data)
+    assert (bob.name, bob.mask, bob.images["cet1"].name) == ("bob", None, "bob_t1ce.nii.gz")
+    monkeypatch.chdir(tmp_path / "cohort" / "ann")
+    assert names_of(find_patients(".", RECIPE.data)) == ["ann"]
+    assert names_of(find_patients("../bob", RECIPE.data)) == ["bob"]
+    assert names_of(find_patients("..", RECIPE.data)) == ["ann", "bob"]
+
+
+def write_dicom_patient(folder, modalities=("T1", "T2", "T1 Gd"), patient="1", inner=True):
+    for description in modalities:
+        path = folder / description if inner else folder
+        write_series(path, description=description, patient=patient, prefix=description)
+
+
+@pytest.mark.parametrize("patient", ["1", "2"], ids=["same PatientID", "other PatientID"])
+@pytest.mark.parametrize("inner", [True, False], ids=["folder per series", "one folder"])
+def test_tells_a_dicom_patient_from_a_folder_of_them(inner, patient, tmp_path):
+    able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
+    write_dicom_patient(tmp_path / "one" / "ann", inner=inner)
+    write_dicom_patient(tmp_path / "two" / "ann", inner=inner)
+    write_dicom_patient(tmp_path / "two" / "bob", patient=patient, inner=inner)
+    for data in (RECIPE.data, able):
+        [case] = find_patients(tmp_path / "one" / "ann", data)
+        assert (case.name, list(case.images)) == ("ann", ["t1", "t2", "cet1"])
+        assert names_of(find_patients(tmp_path / "one", data)) == ["ann"]
+        assert names_of(find_patients(tmp_path / "two", data)) == ["ann", "bob"]
+    (tmp_path / "visits" / "other").mkdir(parents=True)
+    write_dicom_patient(tmp_path / "visits" / "first", inner=inner)
+    assert names_of(find_patients(tmp_path / "visits", RECIPE.data)) == ["visits"]
+
+
+def test_dicom_patients_who_lack_something(tmp_path):
+    write_dicom_patient(tmp_path / "ann")
+    write_dicom_patient(tmp_path / "bob", ("T1", "T2"), patient="2")
+    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, .*`data.series.cet1` .*allow_missing"):
+        find_patients(tmp_path, RECIPE.data)
+    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, "):
+        find_patients(tmp_path / "bob", RECIPE.data)
+    able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
+    assert [list(case.images) for case in find_patients(tmp_path, able)] == [["t1", "t2", "cet1"], ["t1", "t2"]]
+    write_series(tmp_path / "none" / "ADC", description="ADC")
+    with pytest.raises(CaseError, match=r"^none: .*one series of t1, "):
+        find_patients(tmp_path / "none", able)
+
+
+def test_an_ambiguous_mask_stops_no_segmentation(tmp_path, caplog):
+    make_patient(tmp_path / "ann", (*FILES, "mask.mha"))
+    write_dicom_patient(tmp_path / "bob")
+    for name in ("roi_1.nii", "roi_2.nii"):
+        (tmp_path / "bob" / name).touch()
+    make_dataset(tmp_path / "set", CHANNELS, nnunet_files(), ["labelsTs/x_03.nii.gz"])
+    write(tmp_path / "set" / "labelsTs" / "x_03.nrrd", make_image())
+    for path in ("ann", "bob", "set"):
+        assert [case.mask for case in find_patients(tmp_path / path, RECIPE.data)] == [None]
+    assert [message.split(":")[0] for message in caplog.messages] == ["ann", "bob", "x_03"]
+    assert all(message.endswith("; the mask is not used") for message in caplog.messages)
+    with pytest.raises(CaseError, match=r"ann: .*mask: must be one file"):
+        find_cases(tmp_path, RECIPE.data)
+
+
+CHANNELS = {"channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1Gd", "3": "T2w"}}
+
+
+def nnunet_files(training=(), test=("x_03",)):
+    names = [*(f"imagesTr/{name}" for name in training), *(f"imagesTs/{name}" for name in test)]
+    return {f"{name}_{n:04d}.nii.gz": make_image(n) for name in names for n in range(4)}
+
+
+def test_segments_a_dataset_its_folders_and_its_cases(tmp_path):
+    labels = ["labelsTr/x_01.nii.gz", "labelsTs/x_03.nii.gz"]
+    make_dataset(tmp_path, CHANNELS, nnunet_files(("x_01", "x_02"), ("x_03", "x_04")), labels)
+    for path, names in {
+        "": ["x_03", "x_04"],
+        "imagesTs": ["x_03", "x_04"],
+        "imagesTr": ["x_01", "x_02"],
+        "x_01": ["x_01"],
+        "imagesTs/x_03": ["x_03"],
+        "imagesTr/x_02": ["x_02"],
+        "imagesTs/x_04_0002.nii.gz": ["x_04"],
+    }.items():
+        cases = find_patients(tmp_path / path, RECIPE.data)
+        assert names_of(cases) == names
+        for case in cases:
+            folder = "imagesTr" if case.name in ("x_01", "x_02") else "imagesTs"
+            assert case.images["t2"] == tmp_path / folder / f"{case.name}_0003.nii.gz"
+            label = tmp_path / folder.replace("images", "labels") / f"{case.name}.nii.gz"
+            assert case.mask == (label if case.name in ("x_01", "x_03") else None)
+    for path in ("labelsTr", "labelsTr/x_01.nii.gz"):
+        with pytest.raises(ValueError, match=r"did you mean .*imagesTr. Received: a folder of masks"):
+            find_patients(tmp_path / path, RECIPE.data)
+    shutil.rmtree(tmp_path / "imagesTs")
+    assert names_of(find_patients(tmp_path, RECIPE.data)) == ["x_01", "x_02"]
+    for path in ("x_09", "imagesTr/x_09"):
+        with pytest.raises(ValueError, match="x_09: does not exist"):
+            find_patients(tmp_path / path, RECIPE.data)
+
+
+def test_segments_files_of_four_axes(tmp_path):
+    described = {"modality": {"0": "T1w", "1": "T2w", "2": "t1gd"}}
+    volumes = sitk.JoinSeries([make_image(n) for n in range(3)])
+    make_dataset(tmp_path, described, {"imagesTs/case_1.nii.gz": volumes}, [])
+    for path in ("", "imagesTs", "imagesTs/case_1", "imagesTs/case_1.nii.gz"):
+        [case] = find_patients(tmp_path / path, RECIPE.data)
+        assert (case.name, case.mask) == ("case_1", None)
+        assert case.images["cet1"] == Volume(tmp_path / "imagesTs" / "case_1.nii.gz", 2)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["beside", "above"])
+def test_segments_a_folder_of_channels_with_a_dataset_json(inside, tmp_path):
+    for name in nnunet_files(test=("x_1", "x_2")):
+        (tmp_path / "inbox").mkdir(exist_ok=True)
+        (tmp_path / "inbox" / name.split("/")[1]).touch()
+    for path in ("inbox", "inbox/x_1_0000.nii.gz"):
+        with pytest.raises(ValueError, match=r"must have a dataset.json beside the images or one folder above, .*Rece"):
+            find_patients(tmp_path / path, RECIPE.data)
+    make_dataset(tmp_path / "inbox" if inside else tmp_path, CHANNELS, {}, [])
+    assert names_of(find_patients(tmp_path / "inbox", RECIPE.data)) == ["x_1", "x_2"]
+    for path in ("inbox/x_2", "inbox/x_2_0000.nii.gz"):
+        [case] = find_patients(tmp_path / path, RECIPE.data)
+        assert (case.name, case.mask) == ("x_2", None)
+        assert case.images["t1"] == tmp_path / "inbox" / "x_2_0001.nii.gz"
+    (tmp_path / "inbox" / "x_1_0002.nii.gz").unlink()
+    with pytest.raises(CaseError, match=r"^x_1: .*x_1_0002 or x_1; .*`data.allow_missing`. Received: x_1_0000"):
+        find_patients(tmp_path / "inbox", RECIPE.data)
+    able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
+    assert list(find_patients(tmp_path / "inbox", able)[0].images) == ["t1", "t2"]
+
+
+def test_what_is_no_patient_is_refused(tmp_path):
+    make_patient(tmp_path / "ann")
+    write_series(tmp_path / "bob", description="T1", prefix="t1")
+    write_series(tmp_path / "bob", description="T2", prefix="t2")
+    (tmp_path / "notes.txt").touch()
+    make_patient(tmp_path / "empty", ())
+    for path, message in {
+        "anna": "does not exist; did you mean ann. Received: anna",
+        "nowhere/x": "does not exist. Received: x",
+        "notes.txt": "must be a folder, or a case of a dataset. Received: a file",
+        "ann/t1.nii.gz": "must be a folder; did you mean the patient's, .*ann. Received: a file",
+        "bob/t1_00.dcm": "must be a folder; did you mean the patient's, .*bob. Received: a file",
+        "empty": "must hold one folder per patient .*, with 0 folders and no such patient",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            find_patients(tmp_path / path, RECIPE.data)
+
+
+@pytest.mark.parametrize(
+    ("path", "modalities", "count"),
+    [
+        ("tumour_core_cubes", ("t1", "t2", "cet1"), 284),
+        ("tumour_core_cubes/BraTS20_Training_001", ("t1", "t2", "cet1"), 1),
+        ("lgg_patients", ("flair", "t1", "cet1"), 75),
+        ("sts_patients", ("t1", "ct", "pet"), 3),
+        ("brats2013_patient", ("t1", "t2", "cet1"), 1),
+        ("brainix", ("t1", "t2", "flair"), 1),
+    ],
+)
+def test_real_patients_to_segment(path, modalities, count, test_data):
+    cases = find_patients(test_data / path, RECIPE.replace({"data.modalities": modalities}).data)
+    assert len(cases) == count
+    assert all(case.mask and tuple(case.images) == modalities for case in cases)
+
+
+def test_real_masks_with_other_names(test_data):
+    with pytest.raises(CaseError, match=r"^2 of 2 patients .*\n  patient_1: .*did you mean T1.nii.gz for t1\?"):
+        find_patients(test_data / "npc_masks", RECIPE.data)
+
+
 # --- reading a file
 
 
@@ -300,6 +553,22 @@ def test_reads_every_format(tmp_path, suffix):
     np.testing.assert_allclose(back.GetSpacing(), image.GetSpacing(), rtol=1e-6)
     np.testing.assert_allclose(back.GetOrigin(), image.GetOrigin(), rtol=1e-6)
     np.testing.assert_allclose(back.GetDirection(), image.GetDirection(), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_reads_the_grid_from_the_header(tmp_path, suffix):
+    image = make_image()
+    image.SetOrigin((3.0, -4.0, 5.0))
+    image.SetDirection((0, 0, 1, -1, 0, 0, 0, -1, 0))
+    path = write(tmp_path / f"t1{suffix}", image)
+    volume = Volume(write(tmp_path / f"volumes{suffix}", sitk.JoinSeries([image, image])), 1)
+    for source in (path, volume):
+        assert read_grid(source, "ann").matches(Grid.from_image(image))
+    with pytest.raises(CaseError, match=r"^ann: .*must be a 3D image. Received: an image of 16 x 12 x 4 x 2 voxels"):
+        read_grid(volume.path, "ann")
+    path.write_bytes(b"no image")
+    with pytest.raises(CaseError, match=r"^ann: .*Received: "):
+        read_grid(path, "ann")
 
 
 def test_keeps_the_files_pixel_type(tmp_path):

@@ -353,7 +353,7 @@ def test_a_truncated_file_is_refused(tmp_path, file):
 
 def test_a_missing_image_is_refused(tmp_path):
     case = make_case(tmp_path)
-    with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected: .*Received: t1$"):
+    with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected, or `data.allow.*Received: t1$"):
         preprocess_case(only(case, "t1"), RAW.data)
     case.images["t2"].unlink()
     assert "must be an undamaged image file" in refused(case, RAW, case.images["t2"])
@@ -433,6 +433,7 @@ def test_masks_of_several_modalities(tmp_path):
     case = dataclasses.replace(case, mask=masks)
 
     def found(**changes):
+        changes = {f"data.{name}": value for name, value in changes.items()}
         return preprocess_case(case, RAW.replace(changes).data, cache=tmp_path / "cache").mask
 
     np.testing.assert_array_equal(found(), whole - half)
