@@ -27,8 +27,7 @@ def explain(
         options.require_folder(run, "RUN")
         options.require_new(out, "--out")
         _log.info("Computing with %s", start_backend(device))
-        from keras_mmfnet.cli.segment import find_patients
-        from keras_mmfnet.data import preprocess_case
+        from keras_mmfnet.data import find_patients, preprocess_case
         from keras_mmfnet.explain import METHODS
 
         chosen = methods.split(",") if methods else []
@@ -36,7 +35,7 @@ def explain(
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")
         opened = options.open_run(run)
         (network,) = options.load_networks(opened, [fold])
-        cases = find_patients(patient, opened.recipe, None)
+        cases = find_patients(patient, opened.recipe.data)
         if len(cases) > 1:
             raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
         for path in draw_explanations(

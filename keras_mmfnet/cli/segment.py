@@ -42,9 +42,11 @@ def segment(
             raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
         _log.info("Computing with %s", start_backend(device))
         from keras_mmfnet._log import progress
+        from keras_mmfnet.data import find_patients
 
         opened, failed = options.open_run(run), []
-        cases = find_patients(patients, opened.recipe, failed.append)
+        cases = find_patients(patients, opened.recipe.data, failed.append)
+        total = len(cases) + len(failed)
         todo = [case for case in cases if _missing(out, case, wanted)]
         if len(todo) < len(cases):
             _log.info("%d of %d patients are segmented already", len(cases) - len(todo), len(cases))
@@ -61,19 +63,9 @@ def segment(
                 _log.warning("%d of %d: %s", number, len(todo), error)
             progress("segmenting", number, len(todo))
         if failed:
-            several = f"{len(failed)} of {len(cases) + len(failed)} patients were not segmented"
+            several = f"{len(failed)} of {total} patients were not segmented"
             raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
         print(out)
-
-
-def find_patients(path: Path, recipe, on_error) -> list:
-    """One patient or several, in every layout that trains; masks are optional."""
-    from keras_mmfnet.data import find_cases, read_case_folder
-
-    try:
-        return [read_case_folder(path, recipe.data, require_mask=False)]
-    except ValueError:
-        return find_cases(path, recipe.data, require_mask=False, on_error=on_error)
 
 
 def _missing(out, case, wanted):

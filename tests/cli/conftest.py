@@ -11,19 +11,20 @@ TINY = """data.spacing=4 patches.shape=16,16,16 network.filters=2 network.reduct
 training.steps_per_epoch=2 training.epochs=2 training.warmup_epochs=1 training.folds=3 training.self_transfer=false"""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """The options of a training of a few seconds, of MMFNet alone."""
     return [part for change in TINY.split() for part in ("--set", change)]
 
 
-@pytest.fixture
-def mmfnet(monkeypatch):
-    """Runs the command in this process."""
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)
+@pytest.fixture(scope="session")
+def mmfnet():
+    """Runs the command in this process; what it writes, and the exit code that is expected."""
 
     def call(*arguments, code=0):
-        result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "keep_freed_memory", lambda: False)
+            result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output

@@ -75,12 +75,19 @@ def test_a_folder_that_cannot_be_written(mmfnet, tiny_cohort, tmp_path, tiny):
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    return tmp_path_factory.mktemp("train") / "run"
+def first(mmfnet, tiny_cohort, tmp_path_factory, tiny):
+    """The folder of a finished run of one fold, and what the command said."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    return out, mmfnet("train", tiny_cohort, "--out", out, *tiny, "--fold", 1)
 
 
-def test_a_run_says_how_far_it_is_and_what_comes_next(mmfnet, tiny_cohort, started, tiny):
-    done = mmfnet("train", tiny_cohort, "--out", started, *tiny, "--fold", 1)
+@pytest.fixture
+def started(first):
+    return first[0]
+
+
+def test_a_run_says_how_far_it_is_and_what_comes_next(first):
+    started, done = first
     assert "Computing with " in done.stderr
     assert "Preprocessed patient 6 of 6" in done.stderr
     assert "Epoch 1 of 2: loss" in done.stderr
@@ -112,7 +119,9 @@ def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, nu
     out, log = tmp_path / "run", logging.getLogger("keras_mmfnet.progress")
 
     def interrupt(record):
-        if record.done == 4:  # the last update of the second epoch of three
+        if (
+            record.what == out / "fold_0" / "mmfnet" and record.done == 4
+        ):  # the last update of the second epoch of three
             signal.raise_signal(number)
         return True
 
@@ -144,9 +153,10 @@ def test_a_run_that_another_process_computes(mmfnet, started, monkeypatch):
         raise runner.RunLocked("fold 0, mmfnet: is being computed by process 7 on here since noon")
 
     monkeypatch.setattr(runner, "run_fold", locked)
-    assert "error: fold 0, mmfnet: is being computed by process 7" in mmfnet(
-        "train", "--out", started, "--resume", code=1
-    ).stderr
+    assert (
+        "error: fold 0, mmfnet: is being computed by process 7"
+        in mmfnet("train", "--out", started, "--resume", code=1).stderr
+    )
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes too long on a CPU")
