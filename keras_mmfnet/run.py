@@ -19,7 +19,7 @@ from keras_mmfnet._files import write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
-from keras_mmfnet.data import find_cases, five_folds, preprocess_case
+from keras_mmfnet.data import find_cases, five_folds, group_patients, preprocess_case
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.data.image_io import write_image
@@ -175,8 +175,8 @@ class Run:
 
         Raises:
             CaseError: A patient cannot be used.
-            ValueError: The folder holds another run, or there are too few patients for the folds, or the backend
-                cannot compute in the precision wanted.
+            ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
+                twice; or the backend cannot compute in the precision wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if run.recipe_file.exists() and not resume:
@@ -188,7 +188,11 @@ class Run:
         settings, bad = recipe.training, []
         cases = find_cases(data, recipe.data, on_error=None if on_error is None else bad.append)
         divide = functools.partial(
-            five_folds, folds=settings.folds, validation_fraction=settings.validation_fraction, seed=settings.seed
+            five_folds,
+            folds=settings.folds,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+            groups=group_patients(cases, settings.group),
         )
         divide([case.name for case in cases])  # Too few patients are found before the long work.
         patients = {}
@@ -202,7 +206,7 @@ class Run:
             _log.info("Preprocessed patient %d of %d: %s", number, len(cases), about)
             progress("preprocessing", number, len(cases))
         if bad and on_error is None:
-            raise CaseError.of_several(bad)
+            raise CaseError.of_several(bad, len(cases))
         for error in bad:
             on_error(error)
         cohort = {

@@ -106,7 +106,7 @@ def five_folds(
 
 
 def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[str, str]:
-    """Groups patients by their names, and refuses duplicates that are not in one group.
+    """Groups patients by their names; without a group for them, refuses duplicates.
 
     Args:
         cases: The patients.
@@ -117,16 +117,17 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
         Names that do not match are left out.
 
     Raises:
-        ValueError: `find_duplicates` finds patients that are not in one group.
+        ValueError: `find_duplicates` finds patients whose names do not match.
     """
     matches = {case.name: re.search(pattern, case.name) for case in cases} if pattern is not None else {}
     groups = {name: match[1] if match.re.groups and match[1] else match[0] for name, match in matches.items() if match}
-    apart = [names for names in find_duplicates(cases) if len({groups.get(name, (name,)) for name in names}) > 1]
+    # Where the pattern matches, the names tell who is who.
+    apart = [names for names in find_duplicates(cases) if not groups.keys() >= set(names)]
     if apart:
         listed = "; ".join(" = ".join(names) for names in apart[:20])
         raise ValueError(
             "each patient must occur once, or training and test would share images; remove the copies, or give "
-            "`training.group`, a regular expression that matches the same part of their names. "
+            "`training.group`, a regular expression for the part of a name that tells the patient. "
             f"Received: {listed}{f'; ... and {len(apart) - 20} more' if len(apart) > 20 else ''}"
         )
     return groups
