@@ -38,11 +38,12 @@ class Plan:
 
     def advance(self, path: Path, done: int, total: int) -> None:
         """Takes in that so many updates of a network are made."""
-        self.begin = self.begin or time.monotonic()
         if path != self.current:
             if self.current:  # It may have ended early.
                 self.shares[self.current] = 1.0
-            self.current, self.shares[path] = path, (done - 1) / total
+            # The time of the first update of all is not known.
+            self.current, self.shares[path] = path, (done - (self.begin is not None)) / total
+        self.begin = time.monotonic() if self.begin is None else self.begin
         self.worked += self.weights[path] * (done / total - self.shares[path])
         self.shares[path] = done / total
         self.position = f"{path.parent.name.replace('_', ' ')}, {path.name}"

@@ -10,7 +10,7 @@ from keras_mmfnet.cli._process import silenced, start_backend
 from keras_mmfnet.cli._terminal import session
 
 _log = logging.getLogger(__name__)
-# In the paper's proportions, but faster: there are fewer updates, and all methods make the same number of them.
+# In the paper's proportions, but faster: there are fewer updates.
 _CHANGES = {
     "training.schedule": "cosine",
     "training.warmup_epochs": 1,
@@ -44,7 +44,6 @@ def compare(
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.methods import METHODS
-            from keras_mmfnet.recipe import Recipe
         for file in module or ():
             import_file(file)
         if methods == "list":
@@ -57,17 +56,27 @@ def compare(
         if not (data and out):
             raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
         _log.info("Computing with %s", computes_on)
-        chosen = choose_recipe(options.choose_recipe(recipe, paper, changes, Recipe.small().replace(_CHANGES)), names)
+        chosen = recipe_of(
+            options.choose_recipe(recipe, paper, changes, default_recipe()), names, bool(recipe or paper)
+        )
         folds = options.choose_folds(fold, chosen.training.folds, list(range(chosen.training.folds)))
         run_comparison(terminal, out, data, chosen, [METHODS[name] for name in names], folds, baseline, skip_bad)
 
 
-def choose_recipe(recipe, names: list[str]):
-    """The recipe with the modalities that the methods look at."""
+def default_recipe():
+    """The small recipe with rates for few updates."""
+    from keras_mmfnet.recipe import Recipe
+
+    return Recipe.small().replace(_CHANGES)
+
+
+def recipe_of(recipe, names: list[str], own: bool):
+    """A recipe with the modalities of the methods; unless it is the user's own, none of them stops early."""
     from keras_mmfnet.methods import METHODS
     from keras_mmfnet.run import modalities_of
 
-    return recipe.replace({"data.modalities": modalities_of([METHODS[name] for name in names], recipe)})
+    changes = {} if own else {"training.patience": recipe.training.epochs}
+    return recipe.replace({"data.modalities": modalities_of([METHODS[name] for name in names], recipe), **changes})
 
 
 def import_file(path: Path) -> None:

@@ -115,13 +115,12 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, number):
+def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, number, monkeypatch):
     out, log = tmp_path / "run", logging.getLogger("keras_mmfnet.progress")
 
     def interrupt(record):
-        if (
-            record.what == out / "fold_0" / "mmfnet" and record.done == 4
-        ):  # the last update of the second epoch of three
+        # At the last update of the second epoch of three.
+        if record.what == out / "fold_0" / "mmfnet" and record.done == 4:
             signal.raise_signal(number)
         return True
 
@@ -135,17 +134,20 @@ def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, nu
     assert last == f"stopped: fold 0, mmfnet, after epoch 1 of 3; go on with: mmfnet train --out {out} --resume"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # Before there is a run to go on with, the same command does.
-    monkey = logging.getLogger("keras_mmfnet.run")
-    monkey.addFilter(lambda record: signal.raise_signal(number))
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Run, "start", lambda *_: signal.raise_signal(number))
         done = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", *tiny, code=128 + number)
-    finally:
-        monkey.filters.clear()
     assert done.stderr.splitlines()[-1] == "stopped; start the same command again to go on"
     # --resume knows all folds that were to run.
-    done = mmfnet("train", "--out", out, "--resume")
-    assert "mmfnet: resumed after epoch 1 of 3" in done.stderr
-    assert "mean of 6" in done.stdout
+    asked = []
+
+    def cross_validate(run, method, folds):
+        asked.append(folds)
+        raise ValueError("this is enough")
+
+    monkeypatch.setattr(runner, "cross_validate", cross_validate)
+    mmfnet("train", "--out", out, "--resume", code=1)
+    assert asked == [[0, 1, 2]]
 
 
 def test_a_run_that_another_process_computes(mmfnet, started, monkeypatch):
@@ -153,10 +155,8 @@ def test_a_run_that_another_process_computes(mmfnet, started, monkeypatch):
         raise runner.RunLocked("fold 0, mmfnet: is being computed by process 7 on here since noon")
 
     monkeypatch.setattr(runner, "run_fold", locked)
-    assert (
-        "error: fold 0, mmfnet: is being computed by process 7"
-        in mmfnet("train", "--out", started, "--resume", code=1).stderr
-    )
+    done = mmfnet("train", "--out", started, "--resume", code=1)
+    assert "error: fold 0, mmfnet: is being computed by process 7" in done.stderr
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes too long on a CPU")
@@ -171,6 +171,7 @@ def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
             for path in (patient / name).iterdir():
                 slice_ = pydicom.dcmread(path)
                 slice_.PatientName, slice_.PatientBirthDate = "Secret^Name", "19700101"
+                slice_.StudyInstanceUID += str(number)
                 slice_.save_as(path)
         shutil.copy(folder / "mask.nii.gz", patient)
     (patient / "t2" / "slice_03.dcm").unlink()
