@@ -34,23 +34,25 @@ class Metric:
         return f"{self.label} {self.unit}".strip()
 
     def text(self, value: float | None) -> str:
-        """A value with its decimals, `-` where it is not defined."""
+        """A value with its decimals, a count without; `-` where it is not defined."""
+        if isinstance(value, int):
+            return str(value)
         return "-" if value is None or math.isnan(value) else f"{value:.{self.digits}f}"
 
 
 METRICS: dict[str, Metric] = {
     "dsc": Metric("DSC", "", "Dice coefficient: overlap of both masks, 1 where they are equal.", "higher", 4),
     "ap": Metric("AP", "", "Average precision of the probabilities, over all thresholds.", "higher", 4),
-    "dice_loss": Metric("Dice loss", "", "1 less the Dice coefficient of the probabilities themselves.", "lower", 4),
+    "dice_loss": Metric("Dice loss", "", "1 - Dice coefficient of the probabilities, without a threshold.", "lower", 4),
     "hd95": Metric(
-        "HD95", "mm", "95% of each surface lie nearer than this to the other; far false islands raise it.", "lower", 2
+        "HD95", "mm", "95th percentile of the distances between both surfaces; false islands raise it.", "lower", 2
     ),
     "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
     "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),
     "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
-    "volume_ml": Metric("Expert", "ml", "Volume of the expert's mask.", "", 2),
-    "predicted_ml": Metric("Predicted", "ml", "Volume of the predicted mask.", "", 2),
-    "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 0),
+    "volume_ml": Metric("Expert volume", "ml", "Volume of the expert's mask.", "", 2),
+    "predicted_ml": Metric("Predicted volume", "ml", "Volume of the predicted mask.", "", 2),
+    "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 2),
     "seconds": Metric("Time", "s", "From the preprocessed images to the written mask.", "lower", 2),
 }
 
@@ -284,7 +286,7 @@ def metrics_table(rows: Sequence[Mapping]) -> str:
         [row["patient"], str(row.get("fold", "")), *(metric.text(row.get(key)) for key, metric in metrics.items())]
         for row in rows
     ]
-    for name, label in (("mean", "mean"), ("low", "95% from"), ("high", "to")):
+    for name, label in (("mean", "mean"), ("low", "95% from"), ("high", "95% to")):
         lines.append([label, "", *(metric.text(summary[key][name]) for key, metric in metrics.items())])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [

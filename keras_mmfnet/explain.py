@@ -30,7 +30,7 @@ def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) 
     Returns:
         `{name: Matplotlib figure}`: `attention`, how much each fusion block listens to each modality about the
         tumour; `spatial_<block>`, where it looks; and a gradient map for each method (`gradcam`, `gradcampp`,
-        `saliency`). Maps are shown on the slice with most of the predicted tumour.
+        `saliency`). Maps are shown on the slice with the largest contour.
 
     Raises:
         ValueError: The network has no fusion block, or there is no such method.
@@ -47,9 +47,11 @@ def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) 
 
     _log.info("Segmenting %s", case.name)
     probability = whole(model)
-    predicted, depth = probability >= 0.5, int(np.argmax(probability.sum(axis=(1, 2))))
-    contour = {"prediction": predicted} if case.mask is None else {"truth": case.mask}
-    batch, start = tumour_window(images, predicted, patches.shape, case.centre)
+    predicted = probability >= 0.5
+    tumour = predicted if case.mask is None else np.asarray(case.mask) > 0
+    contour = {"prediction" if case.mask is None else "truth": tumour}
+    depth = int(np.argmax((tumour if tumour.any() else probability).sum(axis=(1, 2))))
+    batch, start = tumour_window(images, predicted if predicted.any() else tumour, patches.shape, case.centre)
     share = fusion_attention(model, batch)[2]
     title = f"{case.name}: share of each modality in the features a fusion block passes on"
     figures = {"attention": plot_attention(share, title)}
@@ -63,7 +65,7 @@ def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) 
     if methods and not predicted.any():
         _log.warning("No tumour is predicted: the mean probability of the whole window is explained")
     window = {name: image[0, ..., 0] for name, image in batch.items()}
-    contour = {name: cut(np.asarray(mask), start, patches.shape, 0) for name, mask in contour.items()}
+    contour = {name: cut(mask, start, patches.shape, 0) for name, mask in contour.items()}
     inside = min(max(depth - start[0], 0), patches.shape[0] - 1)
     for method in methods:
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}

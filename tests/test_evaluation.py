@@ -61,6 +61,7 @@ def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision,
     numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
     distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
     assert list(numbers) == [key for key in METRICS if key != "seconds"]
+    assert json.loads(json.dumps(numbers)) == pytest.approx(numbers, nan_ok=True)
     assert {name: numbers.pop(name) for name in ("hd95", "assd")} == distances
     expected = {"dsc": dsc, "ap": ap, "dice_loss": dice_loss, "sensitivity": sensitivity, "precision": precision}
     # Voxels of 4 cubic mm.
@@ -141,7 +142,7 @@ def test_the_table_ends_with_the_mean_and_its_interval():
     assert lines[2].split() == ["bert", "1", "1.0000", "-", "0.0000", "0.00", "0.00", "3.00"]
     assert lines[-3].split() == ["mean", "0.7500", "0.2500", "0.2500", "2.00", "1.00", "2.00"]
     assert lines[-2].split()[:3] == ["95%", "from", "0.5000"]
-    assert lines[-1].split()[:2] == ["to", "1.0000"]
+    assert lines[-1].split()[:3] == ["95%", "to", "1.0000"]
     assert len({len(line) for line in lines}) == 1
     assert "precision" not in metrics_table(ROWS)
 
@@ -153,6 +154,7 @@ def test_every_metric_is_explained():
         assert metric.about.endswith(".")
         assert metric.better in ("higher", "lower", "")
     assert METRICS["hd95"].text(1.234) == "1.23"
+    assert (METRICS["false_islands"].text(3), METRICS["false_islands"].text(0.5)) == ("3", "0.50")
     assert METRICS["dsc"].text(None) == METRICS["dsc"].text(nan) == "-"
 
 

@@ -1,9 +1,18 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 from checks import BACKEND, fill, random_volume
 
-from keras_mmfnet.explain import cohort_shares, fusion_attention, gradient_maps, spatial_attention, tumour_window
+from keras_mmfnet.explain import (
+    cohort_shares,
+    explain_patient,
+    fusion_attention,
+    gradient_maps,
+    spatial_attention,
+    tumour_window,
+)
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import MMFNet, UNet3D
 from keras_mmfnet.plots import plot_attention, plot_heat
@@ -82,6 +91,44 @@ def test_pictures():
     assert figure.get_suptitle() == "slice 3 of 4"
     left, right, bottom, top = figure.axes[0].images[1].get_extent()
     assert (right - left, bottom - top) == (32, 16)
+    assert len(figure.axes[0].collections) == 0
+    figure = plot_heat(images, dict.fromkeys(images, heat), depth=2, title="A map", truth=heat > 0)
+    assert figure.get_suptitle() == "A map\nslice 3 of 4"
+    assert [len(axes.collections) for axes in figure.axes[:2]] == [1, 1]
+    with pytest.raises(ValueError, match=r"one shape\. Received: .*map of t2"):
+        plot_heat(images, {"t1": heat, "t2": heat[1:]})
+
+
+def test_maps_are_cropped_to_the_body():
+    images = {name: np.full((4, 30, 40), -2.0, np.float32) for name in ("t1", "t2", "missing")}
+    images["t1"][:, 10:20, 12:25] = 1
+    images["t2"][:, 8:18, 12:30] = 1
+    figure = plot_heat(images, dict.fromkeys(images, np.zeros((4, 30, 40))), spacing=(4.0, 1.0, 2.0))
+    for axes in figure.axes[:3]:
+        np.testing.assert_allclose(axes.get_xlim(), (2 * 11.5, 2 * 29.5))
+        np.testing.assert_allclose(axes.get_ylim(), (19.5, 7.5))
+
+
+@scipy_name
+@pytest.mark.parametrize("mask", [True, False])
+def test_all_pictures_of_a_patient(make_case, mask, caplog):
+    recipe = Recipe().replace(
+        {"data.modalities": ("t1", "t2"), "patches.shape": (4, 16, 16), "network.filters": (2, 3)}
+    )
+    case = make_case(shape=(12, 24, 24))
+    if not mask:
+        case = dataclasses.replace(case, mask=None)
+    figures = explain_patient(network(), case, recipe, methods=("gradcam", "gradcam++"))
+    maps = ["spatial_fusion1", "spatial_fusion2", "spatial_fusion_bottom"]
+    gradients = ["gradcam", "gradcampp"] if BACKEND == "tensorflow" else []
+    assert list(figures) == ["attention", *maps, *gradients]
+    assert BACKEND == "tensorflow" or "KERAS_BACKEND=tensorflow" in caplog.text
+    assert all(figure.get_suptitle().startswith("anna: ") for figure in figures.values())
+    for name in [*maps, *gradients]:
+        (legend,) = figures[name].legends
+        assert [text.get_text() for text in legend.get_texts()] == ["expert" if mask else "prediction"]
+    with pytest.raises(ValueError, match=r"must be of gradcam, gradcam\+\+, saliency\. Received: \['lime'\]"):
+        explain_patient(network(), case, recipe, methods=("lime",))
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="works there")

@@ -14,6 +14,7 @@ from keras_mmfnet.plots import (
     plot_segmentation,
     plot_surfaces,
     plot_training,
+    slice_strips,
 )
 from keras_mmfnet.plots._colours import ERROR_COLOURS
 from keras_mmfnet.plots.surfaces import voxel_faces
@@ -133,6 +134,37 @@ def test_a_montage_shows_every_slice():
         np.testing.assert_allclose(axes.get_xlim(), (3 / 2 - 0.25, 21 / 2 + 0.25))
     with pytest.raises(ValueError, match="one shape"):
         plot_montage(images["t1"], prediction[1:])
+
+
+def test_strips_of_slices_and_what_to_mark():
+    images, prediction, truth = patient()
+    truth[4, 12, 7] = 1
+    strip, marks, numbers = slice_strips(images, prediction, truth, spacing=(4.0, 0.5, 1.0), side=1000, margin=2)
+    # Rows 10 to 19 with 4 about them, columns 5 to 19 with 2; a pixel of the strip is 0.5 mm.
+    assert numbers == [1, 2, 3, 4, 5]
+    assert strip.shape == (5 * 18, 2 * 2 * 19, 3)
+    assert marks.shape == (5 * 36, 2 * 38, 4)
+    slices = marks.reshape(5, 36, -1, 4)
+    assert [bool(one[..., 3].any()) for one in slices] == [False, False, True, True, False]
+    third = slices[2]
+
+    def at(row, column):  # the middle of a voxel
+        return third[int((row - 6 + 0.5) * 2), int((column - 3 + 0.5) * 4)]
+
+    opaque = {name: (np.array(colors.to_rgb(colour)) * 255).round() for name, colour in ERROR_COLOURS.items()}
+    np.testing.assert_allclose(at(14, 7)[:3], opaque["false negative"], atol=1)
+    np.testing.assert_allclose(at(14, 17)[:3], opaque["false positive"], atol=1)
+    assert at(14, 7)[3] == at(14, 17)[3] == round(0.45 * 255)
+    assert at(14, 12)[3] == 0
+    drawn = {tuple(pixel[:3]) for pixel in third[third[..., 3] == 255]}
+    assert drawn == {tuple(np.round(np.multiply(colors.to_rgb(c), 255))) for c in (TRUTH_COLOUR, PREDICTION_COLOUR)}
+    small, _, few = slice_strips(images, prediction, truth, side=10, most=2)
+    assert few == [1, 4]
+    assert max(small.shape[0] / 2, small.shape[1] / 2) == 10
+    # Without any tumour, whole slices.
+    assert slice_strips(images, 0 * prediction, 0 * truth)[2] == list(range(6))
+    with pytest.raises(ValueError, match="one shape"):
+        slice_strips(images, prediction[1:], truth)
 
 
 def test_the_faces_of_voxels_enclose_their_volume():

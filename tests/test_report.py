@@ -1,169 +1,346 @@
 import base64
-import dataclasses
+import csv
 import html.parser
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from matplotlib.figure import Figure
 
-from keras_mmfnet.data import Case, five_folds, preprocess_case
-from keras_mmfnet.evaluation import metrics_csv, metrics_json
-from keras_mmfnet.models import MMFNet
+from keras_mmfnet.data import preprocess_case
+from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, summarise
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.report import figure_html, report_html, table_html, text_html, write_run_report
+from keras_mmfnet.report import analysis, write_comparison, write_report, write_tables
+from keras_mmfnet.report.analysis import compare_results, transfer_curves
+from keras_mmfnet.run import Run
 
 RECIPE = Recipe.small().replace({"data.spacing": 3.0, "training.folds": 3, "training.steps_per_epoch": 5})
+NASTY = "<script>alert('&')<"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 class Page(html.parser.HTMLParser):
     """What a browser would see: tags that close as they were opened, attributes and texts."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
-        self.open, self.attributes, self.texts, self.headings = [], [], [], []
-        self.feed(text)
+        self.open, self.tags, self.texts, self.headings = [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        self.attributes += [(tag, *attribute) for attribute in attributes]
-        if tag not in ("meta", "img"):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
+        if self.open and self.open[-1] not in ("style", "script") and data.strip():
+            self.texts.append(data.strip())
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
 
-    @property
-    def pictures(self):
-        sources = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
-        assert all(source.startswith("data:image/png;base64,") for source in sources)
-        return [base64.b64decode(source.split(",")[1], validate=True) for source in sources]
+    def pictures(self, kind):
+        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+        start = f"data:image/{kind};base64,"
+        return [base64.b64decode(s.removeprefix(start), validate=True) for s in sources if s.startswith(start)]
 
-
-def test_whatever_the_user_named_is_only_text():
-    nasty = "<script>alert('&')</script>\""
-    figure = Figure(figsize=(1, 1))
-    content = text_html(nasty) + text_html(nasty, nasty) + table_html([nasty], [[nasty]]) + figure_html(figure, nasty)
-    page = Page(report_html(nasty, [(nasty, content)]))
-    # The title twice, the heading, three texts, two cells and the caption.
-    assert page.texts.count(nasty) == 9
-    assert page.headings == [nasty]
-    assert ("img", "alt", nasty) in page.attributes
-    assert page.pictures[0].startswith(b"\x89PNG")
-
-
-def test_numbers_are_on_the_right_with_the_same_decimals():
-    page = table_html(["name", "score", "mm", "count"], [["a", 0.5, 12.0, 3], ["b", None, 3.14159, 20]])
-    cells = re.findall(r"<t[dh]( class=\"number\")?>(.*?)</t[dh]>", page)
-    right = [(' class="number"', text) for text in ("score", "mm", "count", "0.5000", "12.00", "3", "-", "3.14", "20")]
-    assert [cell for cell in cells if cell[0]] == right
-    assert [text for kind, text in cells if not kind] == ["name", "a", "b"]
-    assert "<th>name</th>" in table_html(["name"], [])
+    def after(self, text, count=1):
+        start = self.texts.index(text) + 1
+        return self.texts[start : start + count]
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_cohort, tmp_path_factory):
-    """A folder as a run of two folds leaves it, and its cases; one patient has no AP."""
-    folder = tmp_path_factory.mktemp("run") / "<run>"
-    names = sorted(path.name for path in tiny_cohort.iterdir())
-    files = {name: tiny_cohort / name for name in names}
-    cases = [
-        Case(f"<{name}>", {m: str(path / f"{m}.nii.gz") for m in RECIPE.data.modalities}, str(path / "mask.nii.gz"))
-        for name, path in files.items()
-    ]
-    folds = five_folds([case.name for case in cases], 3, RECIPE.training.validation_fraction, 0)
-    folder.mkdir()
-    (folder / "recipe.json").write_text(RECIPE.to_json())
-    cohort = {
-        "patients": {case.name: ["a <note>"] if number == 2 else [] for number, case in enumerate(cases)},
-        "skipped": {"someone": "has no <mask>"},
-        "folds": [dataclasses.asdict(fold) for fold in folds],
-    }
-    (folder / "cohort.json").write_text(json.dumps(cohort))
-    rows, dsc = [], iter((0.9, 0.2, 0.7, 0.5))
-    for number in (0, 1):
-        (folder / f"fold_{number}" / "masks").mkdir(parents=True)
-        for name in folds[number].test:
-            mask = sitk.ReadImage(str(files[name[1:-1]] / "mask.nii.gz"))
-            sitk.WriteImage(mask, str(folder / f"fold_{number}" / "masks" / f"{name}.nii.gz"))
-            numbers = {
-                "dsc": next(dsc),
-                "ap": 0.5 if rows else float("nan"),
-                "dice_loss": 0.5,
-                "hd95": 1.0,
-                "assd": 1.0,
-            }
-            rows.append({"patient": name, "fold": number, **numbers, "seconds": 1.0})
-        for network in ("t1", "mmfnet"):
-            numbers = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3, "learning_rate": 1e-3}
-            history = [{"epoch": epoch, "stage": "all", **numbers} for epoch in range(3)]
-            (folder / f"fold_{number}" / f"{network}_history.csv").write_text(metrics_csv(history))
-    network = MMFNet(RECIPE.data.modalities, RECIPE.patches.shape, (2, 3), reduction=2)
-    network.save(folder / "fold_1" / "mmfnet.keras")
-    (folder / "metrics.json").write_text(metrics_json(rows))
-    return folder, cases, rows
+def run(tiny_cohort, tmp_path_factory):
+    """A run of two folds of three, as `cross_validate` leaves it, whose masks are shifted; one patient has no AP."""
+    parent = tmp_path_factory.mktemp("runs")
+    data = shutil.copytree(tiny_cohort, parent / "data")
+    (data / "patient_00").rename(data / NASTY)
+    run = Run.start(parent / "<run>", data, RECIPE)
+    run.cohort["patients"][NASTY].append("a <note>")
+    run.cohort["skipped"]["someone"] = "has no <mask>"
+    run.cohort_file.write_text(json.dumps(run.cohort))
+    run.log_file.write_text("10:00 Command: mmfnet train <data> --out run\n10:01 Computing in float32\n")
+    rates = {"learning_rate": 1e-3, "seconds": 2000.0}
+    for fold in (0, 1):
+        rows, history = [], []
+        for number, patient in enumerate(run.patients(run.folds[fold].test)):
+            image = sitk.ReadImage(run.cases[patient.name].mask)
+            truth = sitk.GetArrayFromImage(image)
+            predicted = np.roll(truth, 1 + 2 * fold + number, axis=2)
+            predicted[0, 1, 1] = 1
+            path = run.mask(fold, "mmfnet", patient.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = sitk.GetImageFromArray(predicted)
+            written.CopyInformation(image)
+            sitk.WriteImage(written, str(path))
+            numbers = evaluate_case(predicted.astype(np.float32), truth, image.GetSpacing()[::-1])
+            rows.append({"patient": patient.name, **numbers, "seconds": 1.0})
+        rows[0]["ap"] = float("nan")
+        for epoch in range(3):
+            losses = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3}
+            history.append({"epoch": epoch, "stage": "all", **losses, **rates})
+        for network in ("unet3d_t1", "mmfnet"):
+            run.history(fold, network).write_text(metrics_csv(history))
+        shares = {f"fusion{level}": {"t1": [0.5, 0.7], "t2": [0.3, 0.2], "cet1": [0.2, 0.1]} for level in (1, 2)}
+        result = {"method": "mmfnet", "title": "MMFNet", "paper": {}, "fold": fold, "parameters": 10, "updates": 15}
+        result |= {"training_seconds": 6000.0, "machine": {"processor": "a <processor>"}, "history": history}
+        run.result(fold, "mmfnet").write_text(json.dumps({**result, "patients": rows, "shares": shares}))
+    return run
 
 
-def test_the_report_of_a_run(finished):
-    folder, cases, rows = finished
-    path = write_run_report(folder, cases)
-    assert path == folder / "report.html"
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
+@pytest.fixture(scope="module")
+def page(run):
+    path = write_report(run)
+    assert path == run.folder / "report.html"
+    return Page(path)
+
+
+def all_rows(run):
+    return sorted((row for result in run.results()["mmfnet"] for row in result["patients"]), key=lambda row: row["dsc"])
+
+
+def test_the_report_of_a_run_is_one_page(run, page):
     assert page.headings == [
+        "Run",
         "Results",
-        "Best, median and worst patient",
+        "Patients, worst first",
         "Which modality is listened to",
         "Training",
         "Patients",
         "Recipe",
         "Software",
     ]
-    # Nothing is fetched from anywhere, and nothing runs.
-    assert "http" not in text
-    assert "<script" not in text
-    # Boxes, three patients, attention of the one fold whose network is there, MMFNet in two folds, the others in one.
-    assert len(page.pictures) == 8
-    assert len(set(page.pictures)) >= 7
-    assert all(picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82") for picture in page.pictures)
-    for rank, row in (("Best", rows[0]), ("Median", rows[3]), ("Worst", rows[1])):
-        caption = f"{rank}: {row['patient']}, fold {row['fold']}, DSC {row['dsc']:.4f} in three dimensions."
-        assert caption in page.texts
-    assert {row["patient"] for row in rows} < set(page.texts)
-    assert {"mean", "0.5750", "has no <mask>", "a <note>", "-"} < set(page.texts)
-    assert {"spacing", "3.0", "0.5", "keras", "backend of Keras"} < set(page.texts)
-    assert sum(text.startswith("Fold 1: each modality's share") for text in page.texts) == 1
+    # Nothing is fetched from anywhere.
+    assert "http" not in page.source
+    assert not [tag for tag, attributes in page.tags if tag == "link" or (tag == "script" and attributes)]
+    # Boxes, attention, MMFNet in two folds, the single-modality networks in one figure.
+    assert len(page.pictures("png")) == 5
+    assert all(
+        picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82") for picture in page.pictures("png")
+    )
+    assert {"has no <mask>", "a <note>", "a <processor>"} < set(page.texts)
     # No half of a file is left.
-    assert not list(folder.glob(".*"))
+    assert not [path for path in run.folder.glob(".*") if path.is_file()]
 
 
-def test_what_the_cohort_is_like(finished):
-    folder, cases, _ = finished
-    page = Page(write_run_report(folder, cases).read_text(encoding="utf-8"))
-    patients = [preprocess_case(case, RECIPE.data) for case in cases]
+def test_whatever_the_user_named_is_only_text(run, page):
+    scripts = [tag for tag, _ in page.tags if tag == "script"]
+    assert len(scripts) == 1
+    assert NASTY in page.texts
+    assert "MMFNet: <run>" in page.texts
+    assert "Command: mmfnet train <data> --out run" in page.texts
+
+
+def test_the_headline(run, page):
+    dsc = summarise(all_rows(run))["dsc"]
+    assert page.after("Mean DSC", 2) == [f"{dsc['mean']:.3f}", f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"]
+    assert page.after("Patients tested", 2) == ["4", "of 6, by networks that had not seen them"]
+    assert page.after("Folds") == ["2 of 3"]
+    assert "Training the networks of 2 folds took 6 h 40 min, 4 segmentations took 4 s." in page.texts
+
+
+def test_the_table_has_the_worst_patient_first_and_ends_with_the_mean(run, page):
+    rows = all_rows(run)
+    titles = [metric.title for metric in METRICS.values()]
+    start = page.texts.index("Fold")
+    table = page.texts[start + 1 :]
+    assert table[: len(titles)] == titles
+    width = len(titles) + 2
+    for number, row in enumerate(rows):
+        line = table[len(titles) + number * width :][:width]
+        assert line[0] == row["patient"]
+        assert line[2:] == [metric.text(row[key]) for key, metric in METRICS.items()]
+    assert sum("-" in table[len(titles) + n * width :][:width] for n in range(4)) == 2
+    assert page.after("mean") == [f"{np.mean([row['dsc'] for row in rows]):.4f}"]
+
+
+def test_every_metric_is_explained(page):
+    for metric in METRICS.values():
+        assert any(text.startswith(metric.about) for text in page.texts)
+
+
+def test_every_test_patient_has_its_slices(run, page):
+    rows = all_rows(run)
+    patients = [attributes for tag, attributes in page.tags if tag == "article"]
+    names = [text for text in page.texts if text.endswith((", fold 0", ", fold 1"))]
+    assert [name.rpartition(",")[0] for name in names] == [row["patient"] for row in rows]
+    sliders = [a for tag, a in page.tags if tag == "input" and a["type"] == "range"]
+    assert [a["aria-label"] for a in sliders] == [f"Slice of {row['patient']}" for row in rows]
+    assert len(page.pictures("jpeg")) == len(patients) == 4
+    for attributes, slider in zip(patients, sliders, strict=True):
+        slices = json.loads(attributes["data-slices"])
+        assert slices == list(range(slices[0], slices[-1] + 1))
+        assert int(slider["max"]) == len(slices) - 1
+        assert 0 < int(slider["value"]) < len(slices)
+    assert page.texts.count("predicted contour") == 1
+    for row in rows:
+        assert (
+            f"{row['hd95']:.2f} mm, {'no false island' if not row['false_islands'] else '1 false island'}" in page.texts
+        )
+        assert f"{row['volume_ml']:.2f} ml" in page.texts
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+
+
+def test_the_slices_are_as_small_as_they_must_be(run, monkeypatch):
+    sides, strips = [], analysis.slice_strips
+    monkeypatch.setattr(analysis, "slice_strips", lambda *args: sides.append(args[-1]) or strips(*args))
+    write_report(run)
+    assert sides == [200] * 4
+    sides.clear()
+    monkeypatch.setattr(analysis, "_STRIP_BYTES", 1)
+    write_report(run)
+    assert sides == [200, 160, 128, 96, 72] * 4
+
+
+def test_what_the_cohort_is_like(run, page):
+    patients = [preprocess_case(case, RECIPE.data) for case in run.cases.values()]
     volumes = [patient.mask.sum() * 3 * 3 * 4 / 1000 for patient in patients]
-    start = page.texts.index("tumour, ml")
-    shown = [text for text in page.texts[start + 1 :] if text.strip()][:3]
-    assert shown == [f"{number:.2f}" for number in (np.median(volumes), min(volumes), max(volumes))]
-    assert page.texts[page.texts.index("slices") + 1] == "20.00"
-    assert any(text.startswith("6 patients.") for text in page.texts)
+    expected = [f"{number:.2f}" for number in (np.median(volumes), min(volumes), max(volumes))]
+    assert page.after("tumour, ml", 3) == expected
+    assert page.after("slices", 3) == ["20.00", "20", "20"]
+    assert "6 patients. The sizes are those of the reference modality's images as they came." in page.texts
 
 
-def test_one_patient_is_shown_once(finished, tmp_path):
-    folder, cases, rows = finished
+def test_what_is_listened_to_and_what_differs_from_the_paper(page):
+    assert "MMFNet: t1 60%, t2 25%, cet1 15%, over all fusion blocks and test patients." in page.texts
+    assert page.after("data.spacing", 2) == ["3.0", "0.5"]
+    assert page.after("network.reduction") == ["12"]
+    differing = int(re.search(r"(\d+) of (\d+) values differ", page.source).group(1))
+    assert differing == sum(
+        value != other
+        for part, other_part in zip(RECIPE.model_dump().values(), Recipe().model_dump().values(), strict=True)
+        for value, other in zip(part.values(), other_part.values(), strict=True)
+    )
+
+
+def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
+    old = Run(shutil.copytree(run.folder, tmp_path / "old"))
+    new = ("sensitivity", "precision", "volume_ml", "predicted_ml", "false_islands")
+    for fold in (0, 1):
+        result = json.loads(old.result(fold, "mmfnet").read_text())
+        result["patients"] = [{k: v for k, v in row.items() if k not in new} for row in result["patients"]]
+        del result["shares"]
+        old.result(fold, "mmfnet").write_text(json.dumps(result))
+    page = Page(write_report(old))
+    assert "Which modality is listened to" not in page.headings
+    assert "Sensitivity" not in page.texts
+    assert f"{all_rows(old)[0]['hd95']:.2f} mm" in page.texts
+
+
+def test_a_run_without_results_is_refused(run, tmp_path):
     for name in ("recipe.json", "cohort.json"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    (tmp_path / "metrics.json").write_text(metrics_json(rows[:1]))
-    (tmp_path / "fold_0").symlink_to(folder / "fold_0")
-    page = Page(write_run_report(tmp_path, cases).read_text(encoding="utf-8"))
-    assert len(page.pictures) == 4
-    assert f"Best, Median, Worst: {rows[0]['patient']}, fold 0, DSC 0.9000 in three dimensions." in page.texts
+        shutil.copy(run.folder / name, tmp_path)
+    with pytest.raises(ValueError, match=r"must hold a finished fold of MMFNet\. Received: "):
+        write_report(Run(tmp_path))
+    with pytest.raises(ValueError, match=r"the results of a method is expected\. Received: "):
+        write_comparison(Run(tmp_path))
+
+
+# --- the comparison of methods
+
+
+def result(name, fold, dsc, val_loss=(0.9, 0.5), title=None, paper=None):
+    numbers = {"ap": 0.5, "dice_loss": 0.4, "hd95": 3.0, "assd": 1.0, "seconds": 0.25}
+    return {
+        "method": name,
+        "title": title or name,
+        "paper": paper or {},
+        "fold": fold,
+        "parameters": 1000,
+        "updates": 20,
+        "training_seconds": 10.0 + fold,
+        "machine": {},
+        "history": [{"epoch": i, "loss": 1.0, "val_loss": loss, "seconds": 1.0} for i, loss in enumerate(val_loss)],
+        "patients": [{"patient": f"p{fold}{i}", "dsc": value, **numbers} for i, value in enumerate(dsc)],
+    }
+
+
+@pytest.fixture
+def results():
+    return {
+        "multi_encoder": [
+            result("multi_encoder", 0, [0.5, 0.6], title="Multi", paper={"dsc": 0.7, "ap": 0.74, "dice_loss": 0.31}),
+            result("multi_encoder", 1, [0.7], title="Multi", paper={"dsc": 0.7, "ap": 0.74, "dice_loss": 0.31}),
+        ],
+        "mmfnet_mlp_std": [result("mmfnet_mlp_std", 0, [0.6, 0.8])],
+        "mmfnet_mlp_std_transfer": [result("mmfnet_mlp_std_transfer", 0, [0.7, 0.8], val_loss=(0.6, 0.4))],
+        "zz_mine": [result("zz_mine", 1, [0.2])],
+    }
+
+
+def test_the_rows_of_a_comparison(results):
+    rows = {row["method"]: row for row in compare_results(results, "multi_encoder")}
+    assert list(rows) == list(results)
+    multi, full, mine = (rows[name] for name in ("multi_encoder", "mmfnet_mlp_std", "zz_mine"))
+    assert multi["dsc"] == pytest.approx(0.6)
+    assert multi["dsc_std"] == pytest.approx(np.std([0.5, 0.6, 0.7]))
+    assert (multi["folds"], multi["patients"], multi["paper_ap"], multi["difference_mean"]) == (2, 3, 0.74, None)
+    assert multi["training_seconds"] == pytest.approx(10.5)
+    # Paired on the patients that both have: those of fold 0, and of fold 1.
+    assert full["difference_mean"] == pytest.approx(0.15)
+    assert full["difference_patients"] == 2
+    assert mine["difference_mean"] == pytest.approx(-0.5)
+
+
+def test_the_tables_of_a_comparison(results, tmp_path):
+    write_tables(results, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2].startswith("| **Multi** | 0.7000 | 0.6000 ± 0.0816 | 0.7400 | 0.5000 ± 0.0000 |")
+    assert "+0.1500 [+0.1000, +0.2000]" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert (rows["multi_encoder"]["difference_mean"], rows["multi_encoder"]["paper_ap"]) == ("", "0.74")
+    write_tables(results, tmp_path, baseline="zz_mine")
+    assert "| **zz_mine** |" in (tmp_path / "table.md").read_text()
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("methods", "self_transfer"))
+
+
+def test_the_curves_of_self_transfer(results):
+    charts = transfer_curves(results)
+    assert list(charts) == ["mmfnet_mlp_std"]
+    curves = charts["mmfnet_mlp_std"]
+    np.testing.assert_allclose(curves["from random weights"][0], [10, 20])
+    np.testing.assert_allclose(curves["from random weights"][1], [0.9, 0.5])
+    np.testing.assert_allclose(curves["with self-transfer"][1], [0.6, 0.4])
+
+
+def test_the_report_of_a_comparison(run, results, tmp_path):
+    compared = Run(shutil.copytree(run.folder, tmp_path / "compared"))
+    for folds in results.values():
+        for one in folds:
+            compared.result(one["fold"], one["method"]).write_text(json.dumps(one))
+    page = Page(write_comparison(compared, baseline="multi_encoder"))
+    assert {path.name for path in compared.folder.iterdir()} >= {"table.md", "table.csv", "methods.png", "report.html"}
+    expected = ["Run", "Results", "Charts", "Which modality is listened to", "Patients", "Recipe", "Software"]
+    assert page.headings == expected
+    best = max(compare_results(compared.results(), "multi_encoder"), key=lambda row: row["dsc"])
+    assert page.after("Highest mean DSC", 2) == [f"{best['dsc']:.3f}", best["title"]]
+    assert page.after("Methods", 2) == ["5", "compared with Multi-encoder multi-modality network"]
+    assert "+0.1500 [+0.1000, +0.2000]" in page.texts
+    # Methods, self-transfer, boxes, and the attention of the one method that has fusion blocks.
+    assert len(page.pictures("png")) == 4
+    assert "http" not in page.source
+
+
+@pytest.mark.parametrize("name", ["tumour_core_cubes", "transfer_rate"])
+def test_results_of_earlier_versions_make_the_same_tables(name, tmp_path):
+    results = Run(RESULTS / name).results()
+    write_tables(results, tmp_path)
+    written, before = ((folder / "table.md").read_text().splitlines() for folder in (tmp_path, RESULTS / name))
+    assert len(written) == len(before) > 3
+    for line, expected in zip(written, before, strict=True):
+        cells, wanted = line.split("|"), expected.split("|")
+        assert [cells[:10], cells[11:]] == [wanted[:10], wanted[11:]]
+        # The interval is by another bootstrap.
+        numbers, others = (np.array(re.findall(r"[+-]\d\.\d+", row[10]), float) for row in (cells, wanted))
+        np.testing.assert_allclose(numbers, others, atol=0.004)
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")

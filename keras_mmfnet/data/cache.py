@@ -21,7 +21,7 @@ from keras_mmfnet.data.registration import Motion
 # A cache entry depends on these fields of a `DataRecipe`, on the files' contents and on this number, which goes up when
 # preprocessing or the layout of an entry changes.
 _FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 5
+_VERSION = 6
 
 
 def key(case, recipe):

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -40,7 +41,7 @@ class Series:
         return f"{self.folder} (DICOM series {self.description!r}, {len(self.files)} files)"
 
 
-def find_series(folder, patient):
+def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
     """Finds the DICOM series in a folder and the folders in it; no voxel is read.
 
     DICOM files without an image are passed over, and other files, but for those that end in `.dcm` and empty ones
@@ -86,7 +87,7 @@ def find_series(folder, patient):
     return sorted(series, key=lambda one: (str(one.folder), one.description))
 
 
-def is_dicom(path):
+def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file starts as DICOM files do."""
     return _is_dicom(_start(path))
 
@@ -104,7 +105,7 @@ def _start(path):
         return b""
 
 
-def read_series(series, patient, pixel_type=sitk.sitkUnknown):
+def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown) -> sitk.Image:
     """Reads the slices of a series as one 3D image, and refuses what is not one stack of slices.
 
     Args:
@@ -114,6 +115,37 @@ def read_series(series, patient, pixel_type=sitk.sitkUnknown):
 
     Returns:
         A 3D SimpleITK image; its slices are in the order of their positions.
+
+    Raises:
+        CaseError: As `series_grid` does, or the voxels are damaged or not one number each.
+    """
+    grid, paths = series_grid(series, patient)
+    try:
+        image = sitk.ReadImage([str(path) for path in paths], pixel_type)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CaseError(f"{patient}: {series}: must be undamaged DICOM files. Received: {reason}") from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise CaseError(
+            f"{patient}: {series}: must have one number per voxel. Received: {image.GetNumberOfComponentsPerPixel()}"
+        )
+    if len(paths) > 1:
+        # From the headers, whatever the reader makes of slices whose numbers run against their positions.
+        image.SetOrigin(grid.origin)
+        image.SetSpacing(grid.spacing)
+        image.SetDirection(grid.direction)
+    return image
+
+
+def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
+    """The grid of a series from the headers of its slices; no voxel is read.
+
+    Args:
+        series: A `Series`.
+        patient: The patient's name, for messages.
+
+    Returns:
+        The `Grid` and the files in the order of its slices.
 
     Raises:
         CaseError: A file is damaged; the slices differ in size, spacing or orientation; two are at the same place, one
@@ -131,7 +163,7 @@ def read_series(series, patient, pixel_type=sitk.sitkUnknown):
     if len(first.size) != 3 or (len(slices) > 1 and first.size[2] != 1):
         raise refuse("slices of one image", f"images of {' x '.join(map(str, first.size))} voxels")
     if len(slices) == 1:
-        return _read([slices[0][1]], patient, series, pixel_type)
+        return first, [slices[0][1]]
     for grid, path in slices:
         if grid.size != first.size:
             raise refuse("slices of one size", f"{first.size[:2]} and {grid.size[:2]} pixels ({path.name})")
@@ -160,25 +192,8 @@ def read_series(series, patient, pixel_type=sitk.sitkUnknown):
     if aside > _ASIDE * min(first.spacing[:2]):
         raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
 
-    image = _read(paths, patient, series, pixel_type)
-    # From the headers, whatever the reader makes of slices whose numbers run against their positions.
-    image.SetOrigin(tuple(origins[0].tolist()))
-    image.SetSpacing((*first.spacing[:2], float(steps.mean())))
-    image.SetDirection(first.direction)
-    return image
-
-
-def _read(paths, patient, series, pixel_type):
-    try:
-        image = sitk.ReadImage([str(path) for path in paths], pixel_type)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CaseError(f"{patient}: {series}: must be undamaged DICOM files. Received: {reason}") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise CaseError(
-            f"{patient}: {series}: must have one number per voxel. Received: {image.GetNumberOfComponentsPerPixel()}"
-        )
-    return image
+    size, spacing = (*first.size[:2], len(paths)), (*first.spacing[:2], float(steps.mean()))
+    return Grid(size, spacing, tuple(origins[0].tolist()), first.direction), paths
 
 
 def _reader(path, patient):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gzip
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import CaseError, Grid
-from keras_mmfnet.data.dicom import Series, read_series
+from keras_mmfnet.data.dicom import Series, read_series, series_grid
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.
@@ -38,13 +39,13 @@ class Volume:
         return f"{self.path} (volume {self.index})"
 
 
-def image_suffix(path):
+def image_suffix(path: str | os.PathLike) -> str | None:
     """The ending of an image file's name in one of the formats that can be read, or `None`."""
     name = Path(path).name.lower()
     return next((suffix for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
-def read_image(source, patient, pixel_type=sitk.sitkUnknown):
+def read_image(source: Path | Volume | Series, patient: str, pixel_type: int = sitk.sitkUnknown) -> sitk.Image:
     """Reads one 3D image and refuses what is damaged or cannot be worked with.
 
     Args:
@@ -59,7 +60,7 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
         CaseError: The file is unreadable, truncated or damaged; is not one 3D volume of one number per voxel; has a
             spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
     """
-    refuse = _refuse(patient, source)
+    refuse = _refuser(source, patient)
     if isinstance(source, Series):
         image = read_series(source, patient, pixel_type)
     else:
@@ -72,27 +73,41 @@ def read_image(source, patient, pixel_type=sitk.sitkUnknown):
     return image
 
 
-def read_grid(source: Path | Volume, patient: str) -> Grid:
-    """Reads where the voxels of an image file are, from its header alone.
+def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
+    """The grid of a 3D image, from its header alone.
 
     Args:
-        source: The file's path, or a `Volume` of a file.
+        source: The file's path, a `Volume` of a file, or a DICOM `Series`.
         patient: The patient's name, for messages.
 
     Returns:
-        The `Grid` of the first three axes.
+        The `Grid` of the image that `read_image` reads.
 
     Raises:
-        CaseError: The header is unreadable or damaged, or is not one of a 3D image.
+        CaseError: As `read_image`, as far as the header shows it.
     """
-    reader, _ = _open(source, _refuse(patient, source))
-    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3]
-    return Grid(
-        reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
-    )
+    if isinstance(source, Series):
+        return series_grid(source, patient)[0]
+    refuse = _refuser(source, patient)
+    reader, path, _ = _read_header(source, refuse)
+    if _is_nifti(path):
+        with _nifti_errors(refuse), _open_nifti(path) as file:
+            spacing = _nifti_spacing(file.read(540))  # a header of NIfTI-2
+    else:
+        spacing = reader.GetSpacing()
+    _require_positive(spacing, refuse)
+    direction = tuple(_direction(reader).ravel().tolist())
+    return Grid(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction)
 
 
-def write_image(image, path):
+def _refuser(source, patient):
+    def refuse(expected, received):
+        return CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
+
+    return refuse
+
+
+def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
     """Writes a 3D image, compressed, so that it is there whole or not at all.
 
     SimpleITK says nothing when it could write only half of a NIfTI file: what was written is read again.
@@ -124,12 +139,29 @@ def write_image(image, path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse(patient, source):
-    return lambda expected, received: CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
+def _read_file(source, refuse, pixel_type):
+    reader, path, index = _read_header(source, refuse)
+    size, spacing = reader.GetSize(), reader.GetSpacing()
+    if _is_nifti(path):
+        # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
+        with _nifti_errors(refuse):
+            lacking, not_finite, spacing = _inspect_nifti(path, reader)
+        if lacking > 0:
+            raise refuse("a whole file", f"a truncated file, {lacking} bytes too short")
+        if not_finite:
+            raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
+    _require_positive(spacing, refuse)
+    reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
+    reader.SetExtractIndex([0] * 3 + [index or 0] * (len(size) - 3))
+    reader.SetOutputPixelType(pixel_type)
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise refuse("a whole, undamaged image file", _reason(error)) from error
 
 
-def _open(source, refuse):
-    """SimpleITK's reader after it has read the header, and the path."""
+def _read_header(source, refuse):
+    """SimpleITK's reader of one 3D image after it has read the header, the path, and which volume is wanted."""
     path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
     available = _inspect_text_header(path, refuse) if path.suffix.lower() in _TEXT_HEADERS else math.inf
     reader = sitk.ImageFileReader()
@@ -146,31 +178,20 @@ def _open(source, refuse):
         raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
     if math.prod(size) > _PACKED * available:
         raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {available} bytes")
-    return reader, path
+    if not abs(np.linalg.det(_direction(reader))) > 1e-6:
+        raise refuse("an image with three directions", ", ".join(f"{value:g}" for value in reader.GetDirection()))
+    return reader, path, index
 
 
-def _read_file(source, refuse, pixel_type):
-    reader, path = _open(source, refuse)
-    size, spacing = reader.GetSize(), reader.GetSpacing()
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
-        try:
-            lacking, not_finite, spacing = _inspect_nifti(path, reader)
-        except (OSError, EOFError, zlib.error) as error:
-            raise refuse("a whole, undamaged file", f"a file that breaks off or is damaged ({error})") from error
-        if lacking > 0:
-            raise refuse("a whole file", f"a truncated file, {lacking} bytes too short")
-        if not_finite:
-            raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
+def _direction(reader):
+    """The 3x3 matrix of the first three axes."""
+    axes = len(reader.GetSize())
+    return np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
+
+
+def _require_positive(spacing, refuse):
     if not all(0 < step < math.inf for step in spacing[:3]):
         raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing[:3])} mm")
-    reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
-    reader.SetExtractIndex([0] * 3 + [source.index if isinstance(source, Volume) else 0] * (len(size) - 3))
-    reader.SetOutputPixelType(pixel_type)
-    try:
-        return reader.Execute()
-    except RuntimeError as error:
-        raise refuse("a whole, undamaged image file", _reason(error)) from error
 
 
 def _inspect_text_header(path, refuse):
@@ -203,6 +224,32 @@ def _inspect_text_header(path, refuse):
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
+def _is_nifti(path):
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+@contextlib.contextmanager
+def _nifti_errors(refuse):
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise refuse("a whole, undamaged file", f"a file that breaks off or is damaged ({error})") from error
+
+
+def _open_nifti(path):
+    with open(path, "rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return (gzip.open if gzipped else open)(path, "rb")
+
+
+def _nifti_spacing(header):
+    """The spacing (x, y, z) in mm that a NIfTI file's header says."""
+    order = ">" if header[0] == 0 else "<"
+    # NIfTI-1 and NIfTI-2 are told apart by the length of their header.
+    version_1 = struct.unpack_from(f"{order}i", header)[0] == 348
+    return struct.unpack_from(f"{order}3f" if version_1 else f"{order}3d", header, 80 if version_1 else 112)
+
+
 def _inspect_nifti(path, reader):
     """What SimpleITK does not say about a NIfTI file, from one pass over its content, decompressed to its very end.
 
@@ -213,14 +260,11 @@ def _inspect_nifti(path, reader):
     Returns:
         How many bytes the content lacks, how many voxels are NaN or infinite, and the spacing (x, y, z) in mm.
     """
-    header_length = max(int(float(reader.GetMetaData("vox_offset"))), 348)
     dimensions = [int(reader.GetMetaData(f"dim[{i + 1}]")) for i in range(int(reader.GetMetaData("dim[0]")))]
     lacking = math.prod(dimensions) * int(reader.GetMetaData("bitpix")) // 8
     not_finite = 0
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if gzipped else open)(path, "rb") as file:
-        header = file.read(header_length)
+    with _open_nifti(path) as file:
+        header = file.read(max(int(float(reader.GetMetaData("vox_offset"))), 348))
         order = ">" if header[0] == 0 else "<"
         number = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(int(reader.GetMetaData("datatype")))
         while chunk := file.read(1 << 20):
@@ -229,10 +273,7 @@ def _inspect_nifti(path, reader):
             if number:
                 values = np.frombuffer(voxels, number, len(voxels) // number.itemsize)
                 not_finite += np.count_nonzero(~np.isfinite(values))
-    # NIfTI-1 and NIfTI-2 are told apart by the length of their header.
-    version_1 = struct.unpack_from(f"{order}i", header)[0] == 348
-    spacing = struct.unpack_from(f"{order}3f" if version_1 else f"{order}3d", header, 80 if version_1 else 112)
-    return lacking, not_finite, spacing
+    return lacking, not_finite, _nifti_spacing(header)
 
 
 def _reason(error):

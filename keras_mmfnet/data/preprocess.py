@@ -1,23 +1,30 @@
 import math
-from collections.abc import Mapping
+import os
+import statistics
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data import cache as cache_files
-from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.registration import moved, register_rigid
+from keras_mmfnet.recipe import DataRecipe
 
 _BINS = 1024
 _CLOSING_MM = 3.0
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
 _HALF = 0.5 - 1e-4
+# Of the 99th percentile: how far below 0 the interpolation of a magnitude brings its 1st percentile at most.
+_OVERSHOOT = 0.02
 
 
-def preprocess_case(case, recipe, cache=None):
+def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) -> PreprocessedCase:
     """Reads one patient and brings the images onto one grid and to one scale of intensity.
 
     The first modality's axes (of those that are there) are put into the order and direction of the patient's (left,
@@ -37,22 +44,13 @@ def preprocess_case(case, recipe, cache=None):
 
     Raises:
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
-            of finite numbers; an image is constant, in all or inside the body; an image lies outside the first one's
-            field of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of the
-            labels wanted.
+            of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`; an image is
+            constant, in all or inside the body; an image lies outside the first one's field of view; the mask has
+            several labels and `recipe.mask_labels` does not choose, or no voxel of the labels wanted.
 
     Reference: Chen et al., MMFNet, section IV-A.
     """
-    present = tuple(modality for modality in recipe.modalities if modality in case.images)
-    if present != recipe.modalities:
-        missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
-        if not (present and recipe.allow_missing):
-            raise CaseError(
-                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was "
-                f"trained with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
-            )
-        mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
-        recipe = recipe.model_copy(update={"modalities": present, "mask_from": mask_from})
+    recipe = recipe_of(case, recipe)
     if cache is None:
         return _preprocess(case, recipe)
     entry = Path(cache) / cache_files.key(case, recipe)
@@ -65,6 +63,25 @@ def preprocess_case(case, recipe, cache=None):
     return cached
 
 
+def recipe_of(case: Case, recipe: DataRecipe) -> DataRecipe:
+    """The recipe without the modalities that the patient lacks.
+
+    Raises:
+        CaseError: A modality is missing, and the recipe does not `allow_missing`.
+    """
+    present = tuple(modality for modality in recipe.modalities if modality in case.images)
+    if present != recipe.modalities:
+        missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
+        if not (present and recipe.allow_missing):
+            raise CaseError(
+                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was "
+                f"trained with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
+            )
+        mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
+        return recipe.model_copy(update={"modalities": present, "mask_from": mask_from})
+    return recipe
+
+
 def _preprocess(case, recipe):
     # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
     with ThreadPoolExecutor() as pool:
@@ -73,37 +90,58 @@ def _preprocess(case, recipe):
 
 def _preprocess_in(pool, case, recipe):
     first = recipe.modalities[0]
-    notes, images, motions = [], {}, {}
+    notes, images, motions, intensities = [], {}, {}, {}
     read = pool.map(lambda modality: read_image(case.images[modality], case.name, sitk.sitkFloat32), recipe.modalities)
     for modality, image in zip(recipe.modalities, read, strict=True):
         where = f"{case.name}: {case.images[modality]}"
         if modality == first:
-            fixed, source, upright = image, Grid.from_image(image), Grid.from_image(sitk.DICOMOrient(image, "LPS"))
+            fixed, source = image, Grid.from_image(image)
+            upright = upright_grid(source)
             grid = in_plane_grid(upright, recipe.spacing)
-            if recipe.spacing is not None and max(upright.spacing[:2]) > 2 * upright.spacing[2]:
-                notes.append(f"{first}: the slices are not axial, so resampling in the axial plane crosses them")
+            notes += reference_notes(upright, recipe)
         else:
-            coverage = upright.coverage_by(Grid.from_image(image))
-            if coverage == 0:
-                raise CaseError(f"{where}: must overlap the field of view of {first}. Received: no overlap")
-            if coverage < 0.5:
-                notes.append(f"{modality}: covers {coverage:.0%} of the field of view of {first}; the rest is filled")
+            notes += coverage_notes(case, modality, upright.coverage_by(Grid.from_image(image)), first)
             if recipe.align == "rigid":
                 motions[modality], note = _find_motion(fixed, image, f"{case.name}: {modality}", where)
                 image = moved(image, motions[modality])
                 notes.append(f"{modality}: {note}")
-        lowest = _require_contrast(sitk.GetArrayViewFromImage(image), where)
+        values = sitk.GetArrayViewFromImage(image)
+        lowest = _require_contrast(values, where)
+        if lowest < 0 and recipe.normalised_scale is None and not isinstance(case.images[modality], Series):
+            intensities[modality] = _Intensities.of(values)
         volume = resample(image, grid, background=lowest)
         _require_contrast(volume, where, f" in the field of view of {first}")
         if modality == first:
             centre = tuple((low + high) // 2 for low, high in bounding_box(volume > otsu_threshold(volume)))
         images[modality] = pool.submit(_normalise, volume, grid, recipe, modality, where)
+    notes += _normalised_notes(case, recipe, intensities)
     mask = None
     if case.mask is not None:
         mask, mask_notes = _read_mask(case, recipe, grid, upright, motions)
         notes += mask_notes
     images = {modality: normalised.result() for modality, normalised in images.items()}
     return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), motions)
+
+
+def reference_notes(grid: Grid, recipe: DataRecipe) -> list[str]:
+    """Notes on the reference modality, whose grid in the order of the patient's axes is `grid`."""
+    if recipe.spacing is not None and max(grid.spacing[:2]) > 2 * grid.spacing[2]:
+        return [f"{recipe.modalities[0]}: the slices are not axial, so resampling in the axial plane crosses them"]
+    return []
+
+
+def coverage_notes(case: Case, modality: str, coverage: float, first: str) -> list[str]:
+    """Notes on the share of the reference modality's field of view that another one covers.
+
+    Raises:
+        CaseError: It covers nothing.
+    """
+    if coverage == 0:
+        where = f"{case.name}: {case.images[modality]}"
+        raise CaseError(f"{where}: must overlap the field of view of {first}. Received: no overlap")
+    if coverage < 0.5:
+        return [f"{modality}: covers {coverage:.0%} of the field of view of {first}; the rest is filled"]
+    return []
 
 
 def _find_motion(fixed, image, name, where):
@@ -129,7 +167,22 @@ def _require_contrast(values, where, place=""):
 # --- geometry
 
 
-def in_plane_grid(grid, spacing):
+def upright_grid(grid: Grid) -> Grid:
+    """The grid of the same voxels whose axes have the order and direction of the patient's (left, posterior, superior).
+
+    SimpleITK's `DICOMOrient` brings an image onto it.
+    """
+    voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
+    voxel.SetDirection(grid.direction)
+    direction = sitk.DICOMOrient(voxel, "LPS").GetDirection()
+    turn = np.rint(np.reshape(grid.direction, (3, 3)).T @ np.reshape(direction, (3, 3)))
+    order = np.abs(turn).argmax(axis=0)
+    corner = np.where(turn.sum(axis=1) < 0, np.asarray(grid.size) - 1, 0)
+    size, spacing = (tuple(np.asarray(values)[order].tolist()) for values in (grid.size, grid.spacing))
+    return Grid(size, spacing, tuple(grid.positions(corner).tolist()), direction)
+
+
+def in_plane_grid(grid: Grid, spacing: float | None) -> Grid:
     """The grid with pixels of `spacing` mm in plane, the same slices and the same first edges.
 
     Args:
@@ -148,7 +201,7 @@ def in_plane_grid(grid, spacing):
     return Grid(tuple(size.tolist()), new, tuple(grid.positions(first_centre).tolist()), grid.direction)
 
 
-def resample(image, grid, background):
+def resample(image: sitk.Image, grid: Grid, background: float) -> np.ndarray:
     """The values of a float image on a grid, by position: smoothed where voxels grow, then one linear interpolation.
 
     Along each axis on which the grid's voxels are larger than the image's, the image is first smoothed by the
@@ -203,13 +256,13 @@ def _otsu_levels(counts):
     return (first + last) / 2 + 1
 
 
-def otsu_threshold(volume):
+def otsu_threshold(volume: np.ndarray) -> float:
     """Otsu's threshold of a whole volume, from a histogram of 1024 bins."""
     counts, low, width = _slice_histograms(volume)
     return low + width * float(_otsu_levels(counts.sum(axis=0)))
 
 
-def body_mask(volume, pixel=1.0):
+def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.ndarray:
     """The voxels inside the body: each slice above half its Otsu threshold, closed, with what is enclosed.
 
     Args:
@@ -249,7 +302,7 @@ def _in_a_row(values, combine, length):
     return values
 
 
-def bounding_box(mask, share=0.01):
+def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int], ...]:
     """The box around a mask `(depth, height, width)`, as one `(low, high)` per axis, `high` excluded.
 
     A slice, row or column belongs to the box if it holds more than `share` of the voxels of the fullest one, so that
@@ -266,7 +319,7 @@ def bounding_box(mask, share=0.01):
 # --- intensity
 
 
-def z_score(volume, body):
+def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
     """The volume minus its mean inside the body, divided by its (population) standard deviation there.
 
     Args:
@@ -288,6 +341,58 @@ def z_score(volume, body):
     return scored
 
 
+class _Intensities(NamedTuple):
+    """Of an image's voxels that are not 0, and how far negative its 1st percentile is, as a share of the 99th."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    negative: float
+    hounsfield: bool
+
+    @classmethod
+    def of(cls, values):
+        values = values[values != 0]
+        first, last = np.percentile(values, (1, 99)).tolist()
+        # CT: a twentieth of the voxels are air, and nothing lies below it.
+        hounsfield = first >= -1100 and bool(np.mean(np.abs(values + 1000) < 100) > 0.05)
+        moments = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+        return cls(float(values.min()), float(values.max()), *moments, -first / max(last, 1e-9), hounsfield)
+
+    def __str__(self):
+        return f"values from {self.low:.3g} to {self.high:.3g}, mean {self.mean:.3g}, standard deviation {self.std:.3g}"
+
+
+def _normalised_notes(case, recipe, intensities):
+    """Refuses a patient whose images are z-scores already, in which the body would be looked for in vain.
+
+    MRI's intensities are magnitudes: below 0 is only what an interpolation overshoots, 2% of the 99th percentile at
+    most. Patients are refused of whom every image lies further below 0, half of them 4%, with a standard deviation
+    within a factor of 2.5 of a power of ten, as of a part of an image that was z-scored. CT is let be, and what comes
+    from a scanner as DICOM. Where only some images lie below 0, or the scale is another, there is a note.
+    """
+    below = {m: one for m, one in intensities.items() if one.std > 0 and one.negative > _OVERSHOOT}
+    if all(one.hounsfield for one in below.values()):
+        return []
+    exponent = math.log10(statistics.median(one.std for one in below.values()))
+    scale = f"{10.0 ** round(exponent):g}"
+    if (
+        len(below) == len(recipe.modalities)
+        and statistics.median_low(one.negative for one in below.values()) > 2 * _OVERSHOOT
+        and abs(exponent - round(exponent)) < math.log10(2.5)
+    ):
+        listed = "; ".join(f"{modality} with {one}" for modality, one in below.items())
+        raise CaseError(
+            f"{case.name}: {case.images[next(iter(below))]}: must be raw intensities; of z-scores, their scale must be "
+            f"given by `--set data.normalised_scale={scale}`. Received: {listed}"
+        )
+    return [
+        f"{modality}: has {one}; if all images are z-scores, set data.normalised_scale={scale}"
+        for modality, one in below.items()
+    ]
+
+
 def _normalise(volume, grid, recipe, modality, where):
     if recipe.normalised_scale is not None:
         return volume / np.float32(recipe.normalised_scale)
@@ -301,7 +406,7 @@ def _normalise(volume, grid, recipe, modality, where):
 # --- the mask
 
 
-def tumour_voxels(values, labels=None):
+def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
     """The voxels of a mask that are tumour.
 
     Args:
@@ -341,7 +446,7 @@ def _listed(values):
     return ", ".join(f"{value:g}" for value in values[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def read_tumour(case, recipe, preprocessed):
+def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> np.ndarray:
     """The expert's tumour of a patient on the first modality's own grid, by position.
 
     Args:
@@ -359,15 +464,16 @@ def read_tumour(case, recipe, preprocessed):
     return _tumour_on(case, recipe, preprocessed.source, preprocessed.motions)[0]
 
 
-def _tumour_on(case, recipe, grid, motions):
-    """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
+def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
+    """The masks that count, by the modality each was drawn on.
 
-    Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
-    modality it was drawn on: the one that its name or `mask_from` says, or else the first.
+    That is the modality that the mask's name or `recipe.mask_from` says, or else the reference modality.
+
+    Raises:
+        CaseError: There is none drawn on the modality wanted.
     """
     several = recipe.mask_from in ("union", "intersection")
     wanted = recipe.modalities[0] if several or recipe.mask_from is None else recipe.mask_from
-    sources = {wanted: case.mask}
     if isinstance(case.mask, Mapping):
         if len(case.mask) == 1 and recipe.mask_from is None:
             [wanted] = case.mask
@@ -376,7 +482,24 @@ def _tumour_on(case, recipe, grid, motions):
                 f"{case.name}: a mask drawn on {wanted} is expected, or another `mask_from`. "
                 f"Received: masks of {', '.join(case.mask)}"
             )
-        sources = case.mask if several else {wanted: case.mask[wanted]}
+        return case.mask if several else {wanted: case.mask[wanted]}
+    return {wanted: case.mask}
+
+
+def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
+    """Notes on which masks there are."""
+    if isinstance(case.mask, Mapping) and recipe.mask_from is None and recipe.modalities[0] not in case.mask:
+        return [f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}"]
+    return []
+
+
+def _tumour_on(case, recipe, grid, motions):
+    """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
+
+    Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
+    modality it was drawn on.
+    """
+    sources = mask_sources(case, recipe)
     found = (_one_tumour_on(case, source, recipe, grid, motions.get(modality)) for modality, source in sources.items())
     tumours, grids, volumes = zip(*found, strict=True)
     combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
@@ -395,7 +518,7 @@ def _one_tumour_on(case, source, recipe, grid, motion):
     near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
     image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
     inside = resample(image_near, grid, background=0.0) >= _HALF
-    return inside, Grid.from_image(sitk.DICOMOrient(image, "LPS")), _millilitres(tumour, own)
+    return inside, upright_grid(own), _millilitres(tumour, own)
 
 
 def _read_mask(case, recipe, grid, upright, motions):
@@ -408,9 +531,7 @@ def _read_mask(case, recipe, grid, upright, motions):
             f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    notes = []
-    if isinstance(case.mask, Mapping) and recipe.mask_from is None and first not in case.mask:
-        notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {first}")
+    notes = mask_notes(case, recipe)
     if not all(upright.matches(own) for own in grids):
         notes.append(
             f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"

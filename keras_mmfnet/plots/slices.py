@@ -173,8 +173,9 @@ def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None, title=None, tru
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
     where = f"slice {depth + 1} of {len(total)}"
     figure.suptitle(f"{title}\n{where}" if title else where, color="white", fontsize=11)
-    if masks:
-        _legend(figure, {name: colour for name, (_, colour) in masks.items()})
+    drawn = {name: colour for name, (mask, colour) in masks.items() if mask[depth].any()}
+    if drawn:
+        _legend(figure, drawn)
     return figure
 
 

@@ -148,10 +148,13 @@ def _texts(*lines):
     return {"kind": "texts", "lines": lines}
 
 
-def _table(header, rows, left=1):
+def _table(header, rows, left=1, foot=()):
     """A table whose first columns are texts, on the left; floats get two decimals."""
-    texts = [["-" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return {"kind": "table", "header": header, "rows": texts, "left": left}
+    rows, foot = (
+        [["-" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in some]
+        for some in (rows, foot)
+    )
+    return {"kind": "table", "header": header, "rows": rows, "left": left, "foot": foot}
 
 
 def _figure(figure, caption):
@@ -182,8 +185,8 @@ def _origin(run, results):
     times = [row["seconds"] for result in results for row in result["patients"]]
     return _texts(
         *(f"Command: {command}" for command in commands),
-        f"Training took {_duration(trained)}, all networks of {len(folds)} folds together; segmenting {len(times)} "
-        f"times one patient took {_duration(sum(times))}.",
+        f"Training the networks of {len(folds)} folds took {_duration(trained)}, {len(times)} segmentations took "
+        f"{_duration(sum(times))}.",
     )
 
 
@@ -197,12 +200,12 @@ def _results(rows):
     summary = summarise(rows)
     metrics = {key: metric for key, metric in METRICS.items() if key in summary}
     lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
-    for name, label in (("mean", "mean"), ("std", "standard deviation"), ("low", "mean, 95% from"), ("high", "to")):
-        lines.append([label, "", *(m.text(summary[key][name]) for key, m in metrics.items())])
+    labels = {"mean": "mean", "low": "mean, 95% from", "high": "mean, 95% to", "std": "standard deviation"}
+    foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
     folds = sorted({row["fold"] for row in rows})
     boxes = plot_boxes({f"fold {fold}": [row["dsc"] for row in rows if row["fold"] == fold] for fold in folds})
     titles = [metric.title for metric in metrics.values()]
-    return [_table(["Patient", "Fold", *titles], lines), _explained(metrics), _figure(boxes, _BOXES)]
+    return [_table(["Patient", "Fold", *titles], lines, foot=foot), _explained(metrics), _figure(boxes, _BOXES)]
 
 
 def _patients(run, method, rows):
@@ -324,18 +327,15 @@ def _cohort(run):
 def _recipe(recipe):
     """The fields that differ from the paper's, by path, and then the others."""
     paper, ours = (
-        {f"{part}.{field}": value for part, fields in r.model_dump(mode="json").items() for field, value in fields.items()}
-        for r in (Recipe(), recipe)
-    )  # fmt: skip
-    differing = [
-        [path, json.dumps(value), json.dumps(paper[path])] for path, value in ours.items() if value != paper[path]
-    ]
-    same = [[path, json.dumps(value)] for path, value in ours.items() if value == paper[path]]
-    return [
-        _texts(f"{len(differing)} of {len(ours)} values differ from the paper's."),
-        _table(["Differs", "This run", "Paper"], differing, left=3),
-        _table(["As in the paper", "Value"], same, left=2),
-    ]
+        {f"{part}.{name}": json.dumps(value) for part, fields in parts.items() for name, value in fields.items()}
+        for parts in (one.model_dump(mode="json") for one in (Recipe(), recipe))
+    )
+    differing = [[path, value, paper[path]] for path, value in ours.items() if value != paper[path]]
+    same = [[path, value] for path, value in ours.items() if value == paper[path]]
+    blocks = [_texts(f"{len(differing)} of {len(ours)} values differ from the paper's.")]
+    if differing:
+        blocks.append(_table(["Differs", "This run", "Paper"], differing, left=3))
+    return [*blocks, _table(["As in the paper", "Value"], same, left=2)]
 
 
 def _software(result):

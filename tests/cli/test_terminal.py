@@ -136,7 +136,7 @@ def test_the_time_left_is_that_of_the_whole_run(monkeypatch, capsys):
         assert plan.done == pytest.approx(2 + 2 / 8)
         now[0] = 7000
         progress(whole, 2, 8)
-        assert plan.left == "about 14.3 h left"
+        assert plan.left == "about 4.7 h left"
         now[0] = 7001
         progress(whole, 8, 8)
         assert (plan.epoch, plan.left) == (4, "less than a minute left")

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 
 import numpy as np
@@ -29,6 +30,7 @@ from keras_mmfnet.data.preprocess import (
     preprocess_case,
     resample,
     tumour_voxels,
+    upright_grid,
     z_score,
 )
 from keras_mmfnet.recipe import Recipe
@@ -166,6 +168,16 @@ def test_slices_that_are_not_axial_are_noted(tmp_path):
     case = make_case(tmp_path, make_grid(direction=PERMUTED))
     (note,) = preprocess_case(case, Recipe().replace({"data.spacing": 1.0}).data).notes
     assert note.startswith("t1: the slices are not axial")
+
+
+@pytest.mark.parametrize("direction", [IDENTITY, REVERSED, PERMUTED, oblique(), oblique(50) @ PERMUTED])
+def test_upright_grid_is_simpleitks(direction):
+    grid = make_grid(direction=direction)
+    found, image = upright_grid(grid), sitk.DICOMOrient(grid.image(np.zeros(grid.shape, np.uint8)), "LPS")
+    assert found.size == image.GetSize()
+    assert found.spacing == image.GetSpacing()
+    np.testing.assert_allclose(found.origin, image.GetOrigin())
+    np.testing.assert_allclose(found.direction, image.GetDirection())
 
 
 # --- the way back
@@ -353,12 +365,52 @@ def test_a_truncated_file_is_refused(tmp_path, file):
 
 def test_a_missing_image_is_refused(tmp_path):
     case = make_case(tmp_path)
-    with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected, or `data.allow.*Received: t1$"):
+    with pytest.raises(CaseError, match=r"^ann: an image of t2, cet1 is expected, or .*Received: t1$"):
         preprocess_case(only(case, "t1"), RAW.data)
     case.images["t2"].unlink()
     assert "must be an undamaged image file" in refused(case, RAW, case.images["t2"])
     with pytest.raises(CaseError, match=r"must be a readable file. Received: No such file"):
         preprocess_case(case, RAW.data, cache=tmp_path / "cache")
+
+
+def scored(grid, seed, scale=1.0, masked=True):
+    """A head's z-scores times a scale, inside the body and 0 outside, or over the whole image."""
+    values, body = head(grid, seed), (distance(grid) < 1) | (not masked)
+    return np.where(body, scale * (values - values[body].mean()) / values[body].std(), 0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("scale", "dtype"), [(1, np.float32), (100, np.float32), (1000, np.int16)])
+def test_z_scores_are_refused_with_their_scale(tmp_path, scale, dtype, masked):
+    case = make_case(tmp_path)
+    for seed, path in enumerate(case.images.values()):
+        write(path, make_grid(), scored(make_grid(), seed, scale, masked).astype(dtype))
+    message = refused(case, Recipe(), case.images["t1"])
+    assert f"`--set data.normalised_scale={scale}`. Received: t1 with values from -" in message
+    assert ", mean " in message
+    assert "; cet1 with values" in message
+    preprocess_case(case, Recipe().replace({"data.normalised_scale": scale}).data)
+
+
+def test_one_image_of_z_scores_is_noted(tmp_path):
+    case = make_case(tmp_path)
+    write(case.images["t2"], make_grid(), scored(make_grid(), 1).astype(np.float32))
+    (note,) = preprocess_case(case, Recipe().data).notes
+    assert re.match(r"t2: has values from -.*; if all images are z-scores, set data.normalised_scale=1$", note)
+
+
+def test_magnitudes_that_an_interpolation_overshot_and_ct_are_no_z_scores(tmp_path):
+    case = make_case(tmp_path)
+    for seed, path in enumerate(case.images.values()):
+        # No scanner has edges of one voxel.
+        image = sitk.DiscreteGaussian(make_grid().image(head(make_grid(), seed)), [0.2, 0.2, 2.0])
+        fine = sitk.Resample(image, [90, 75, 12], sitk.Transform(), sitk.sitkBSpline, (-22, -22, 16), [0.5, 0.5, 2.3])
+        assert sitk.GetArrayViewFromImage(fine).min() < -5
+        sitk.WriteImage(fine, str(path))
+    assert preprocess_case(dataclasses.replace(case, mask=None), Recipe().data).notes == ()
+    for path in case.images.values():
+        write(path, make_grid(), (head(make_grid()) * 1.6 - 1000).astype(np.int16))
+    assert preprocess_case(case, Recipe().data).notes == ()
 
 
 # --- the mask
@@ -432,18 +484,17 @@ def test_masks_of_several_modalities(tmp_path):
     masks["t2"] = write(tmp_path / "mask_t2.nii.gz", fine, tumour(fine))
     case = dataclasses.replace(case, mask=masks)
 
-    def found(**changes):
-        changes = {f"data.{name}": value for name, value in changes.items()}
-        return preprocess_case(case, RAW.replace(changes).data, cache=tmp_path / "cache").mask
+    def found(mask_from=None):
+        return preprocess_case(case, RAW.replace({"data.mask_from": mask_from}).data, cache=tmp_path / "cache").mask
 
     np.testing.assert_array_equal(found(), whole - half)
-    np.testing.assert_array_equal(found(mask_from="cet1"), half)
-    assert np.count_nonzero(found(mask_from="union") != whole) < 0.3 * whole.sum()
-    assert not (whole & ~found(mask_from="union")).any()
+    np.testing.assert_array_equal(found("cet1"), half)
+    assert np.count_nonzero(found("union") != whole) < 0.3 * whole.sum()
+    assert not (whole & ~found("union")).any()
     with pytest.raises(CaseError, match="none of which is left"):
-        found(mask_from="intersection")
+        found("intersection")
     case = dataclasses.replace(case, mask={"t1": masks["t1"], "t2": masks["t2"]})
-    both = found(mask_from="intersection")
+    both = found("intersection")
     assert both.any()
     assert not (both & ~(whole - half)).any()
     case = dataclasses.replace(case, mask={"t2": masks["t2"], "cet1": masks["cet1"]})
@@ -452,10 +503,10 @@ def test_masks_of_several_modalities(tmp_path):
     ):
         found()
     case = dataclasses.replace(case, mask={"t2": masks["t2"]})
-    np.testing.assert_array_equal(found(), found(mask_from="t2"))
+    np.testing.assert_array_equal(found(), found("t2"))
     assert "mask: drawn on t2, there is none on t1" in preprocess_case(case, RAW.data).notes
     with pytest.raises(CaseError, match=r"a mask drawn on cet1 is expected, .*Received: masks of t2"):
-        found(mask_from="cet1")
+        found("cet1")
 
 
 def test_a_dicom_patient(tmp_path):
@@ -587,3 +638,28 @@ def test_normalised_cubes_are_read_as_they_are(test_data):
         np.testing.assert_allclose(result.images[modality], raw / 1000, rtol=1e-6)
     np.testing.assert_array_equal(result.mask, sitk.GetArrayFromImage(sitk.ReadImage(str(case.mask))))
     np.testing.assert_allclose(result.centre, 16, atol=3)
+
+
+def test_real_z_scores_are_refused(test_data):
+    folders = sorted((test_data / "tumour_core_cubes").iterdir())[:20]
+    for folder in folders:
+        case = read_case_folder(folder, Recipe().data)
+        assert "normalised_scale=1000`" in refused(case, Recipe().replace({"data.spacing": None}), case.images["t1"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "modalities"),
+    [
+        ("lgg_patients", ("t1", "cet1", "flair")),
+        ("sts_patients", ("t1", "ct", "pet")),
+        ("sts_patients", ("ct",)),
+        (".", ("t1", "t2", "cet1")),
+    ],
+)
+def test_real_intensities_are_not_taken_for_z_scores(test_data, folder, modalities):
+    recipe = Recipe().replace({"data.modalities": modalities, "data.spacing": 2.0}).data
+    patients = ["brats2013_patient"] if folder == "." else sorted(os.listdir(test_data / folder))[:6]
+    for patient in patients:
+        case = read_case_folder(test_data / folder / patient, recipe)
+        notes = preprocess_case(dataclasses.replace(case, mask=None), recipe).notes
+        assert not any("z-scores" in note for note in notes)

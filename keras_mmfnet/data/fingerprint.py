@@ -1,0 +1,159 @@
+"""What the images of a cohort are, and what preprocessing would do with them or refuse."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data.case import Case, CaseError, Grid
+from keras_mmfnet.data.image_io import read_grid, read_image
+from keras_mmfnet.data.preprocess import (
+    coverage_notes,
+    in_plane_grid,
+    mask_notes,
+    mask_sources,
+    preprocess_case,
+    recipe_of,
+    reference_notes,
+    upright_grid,
+)
+from keras_mmfnet.recipe import DataRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSurvey:
+    """One image of a patient, from its header.
+
+    Args:
+        path: The file, or the series.
+        size: Voxels along x, y and z.
+        spacing_xyz: Distance between voxel centres in mm.
+        orientation: The patient's direction along x, y and z, such as `"LPS"` (left, posterior, superior).
+        resampled: Whether preprocessing interpolates it.
+        coverage: Share of the reference modality's field of view that lies inside it, 0 to 1; `None` where that one
+            could not be read.
+    """
+
+    path: str
+    size: tuple[int, int, int]
+    spacing_xyz: tuple[float, float, float]
+    orientation: str
+    resampled: bool
+    coverage: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseSurvey:
+    """One patient as `survey_case` finds it.
+
+    Args:
+        name: The patient's name.
+        images: By modality, what could be read.
+        mask: The masks' paths, or `None` for a patient without one.
+        labels: The values in the masks besides 0; `None` where no voxel was read.
+        tumour_ml: Volume of what counts as tumour, in ml; `None` where it was not read or is refused.
+        problems: Why preprocessing would refuse the patient, in its words.
+        notes: What preprocessing would do that the user may want to know, one sentence each.
+    """
+
+    name: str
+    images: Mapping[str, ImageSurvey]
+    mask: str | None
+    labels: tuple[float, ...] | None
+    tumour_ml: float | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def survey(
+    cases: Iterable[Case],
+    recipe: DataRecipe,
+    deep: bool = False,
+    progress: Callable[[CaseSurvey], object] | None = None,
+) -> list[CaseSurvey]:
+    """Surveys patients, several at once.
+
+    Args:
+        cases: The patients.
+        recipe: A `DataRecipe`.
+        deep: Read the voxels too, and preprocess each patient.
+        progress: Called with each patient's result, in order.
+
+    Returns:
+        One `CaseSurvey` per patient, in the order of `cases`.
+    """
+    rows = []
+    # A preprocessed patient takes gigabytes, and several threads already.
+    with ThreadPoolExecutor(2 if deep else None) as pool:
+        for row in pool.map(lambda case: survey_case(case, recipe, deep), cases):
+            rows.append(row)
+            if progress:
+                progress(row)
+    return rows
+
+
+def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurvey:
+    """Surveys one patient: from the headers alone, or `deep`, by preprocessing it.
+
+    Args:
+        case: A `Case`.
+        recipe: A `DataRecipe`.
+        deep: Read the voxels too, and preprocess the patient.
+
+    Returns:
+        A `CaseSurvey`; what is wrong with the files is in its `problems`.
+    """
+    problems, notes, images, labels, volume = [], [], {}, None, None
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except CaseError as error:
+            problems.append(str(error))
+
+    known = attempt(recipe_of, case, recipe)
+    modalities = known.modalities if known else tuple(m for m in recipe.modalities if m in case.images)
+    recipe = known or recipe.model_copy(update={"modalities": modalities})
+    grids = {modality: attempt(read_grid, case.images[modality], case.name) for modality in modalities}
+    reference = grids.get(modalities[0]) if modalities else None
+    if reference:
+        upright = upright_grid(reference)
+        target = in_plane_grid(upright, recipe.spacing)
+        notes += reference_notes(upright, recipe)
+    for modality, grid in grids.items():
+        if grid:
+            coverage = upright.coverage_by(grid) if reference else None
+            resampled = not reference or not target.matches(upright_grid(grid)) or recipe.align == "rigid"
+            images[modality] = _image_survey(case.images[modality], grid, resampled, coverage)
+            if reference:
+                notes += attempt(coverage_notes, case, modality, coverage, modalities[0]) or []
+    masks = (attempt(mask_sources, case, recipe) or {}) if case.mask is not None and modalities else {}
+    notes += mask_notes(case, recipe) if masks else []
+    for source in masks.values():
+        grid = attempt(read_grid, source, case.name)
+        if grid and reference and not upright.matches(upright_grid(grid)):
+            notes.append(f"mask: lies on another grid than {modalities[0]}, resampled by position")
+    if deep and not problems:
+        labels = attempt(_labels, masks.values(), case.name)
+        preprocessed = attempt(preprocess_case, case, recipe)
+        if preprocessed:
+            notes = preprocessed.notes
+            if preprocessed.mask is not None:
+                volume = np.count_nonzero(preprocessed.mask) * math.prod(preprocessed.spacing) / 1000
+    where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
+    problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
+    return CaseSurvey(case.name, images, where, labels, volume, problems, notes)
+
+
+def _image_survey(source, grid: Grid, resampled, coverage):
+    orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.direction)
+    return ImageSurvey(str(source), grid.size, grid.spacing, orientation, resampled, coverage)
+
+
+def _labels(sources, patient):
+    """The values of masks besides 0; of a mask of fractions, as interpolation leaves it, the first ten."""
+    values = [np.unique(sitk.GetArrayFromImage(read_image(source, patient)))[:10] for source in sources]
+    return tuple(np.unique([value for found in values for value in found if value]).tolist())
