@@ -100,7 +100,7 @@ class Terminal(logging.Handler):
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Prints a table, the first column to the left; not if quiet."""
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
         for row in rows:

@@ -7,6 +7,7 @@ The processes are forks of one that has imported everything, so that ten of them
 
 import csv
 import importlib
+import json
 import os
 import random
 import signal
@@ -140,6 +141,73 @@ def test_killed_at_ten_moments_and_started_again(tiny_cohort, tmp_path):
             continue
         compared += 1
     assert compared == 4 + 4 + 2
+
+
+def mmfnet(*arguments):
+    return [sys.executable, "-m", "keras_mmfnet.cli", *map(str, arguments)]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(mmfnet(*arguments), capture_output=True, encoding="utf-8", timeout=900, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
+    quick = "data.spacing=4 patches.shape=16,32,32 training.batch_size=1 training.steps_per_epoch=2 training.epochs=2"
+    changes = [part for change in [*quick.split(), "training.seed=3"] for part in ("--set", change)]
+    undisturbed = run("train", cohort, "--out", tmp_path / "undisturbed", *changes)
+    # Nothing but what the command says, from the backend's start to its end.
+    assert not [line for line in undisturbed.stderr.splitlines() if "WARNING" in line or "0000 00:00" in line]
+
+    # Killed in the second epoch of the second network, and then while MMFNet is warming up.
+    folder = tmp_path / "killed"
+    for moment in ("fold_0/.unet3d_t2/all/epoch-00001", "fold_0/.mmfnet"):
+        begun = ["--resume"] if folder.exists() else [cohort, *changes]
+        process = subprocess.Popen(
+            mmfnet("train", *begun, "--out", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (folder / moment).exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    # The recipe and the data are the run's, so that they need not be said again.
+    resumed = run("train", "--out", folder, "--resume", "--quiet")
+    assert resumed.stdout == f"{folder / 'metrics.csv'}\n"
+    assert resumed.stderr == ""
+    assert sorted(results(folder)) == sorted(results(tmp_path / "undisturbed"))
+    for name, path in results(tmp_path / "undisturbed").items():
+        if name.endswith("_history.csv"):
+            expected, found = (list(csv.reader(one.read_text().splitlines())) for one in (path, folder / name))
+            for row, other in zip(found, expected, strict=True):
+                for column, value, reference in zip(expected[0], row, other, strict=True):
+                    if column != "seconds" and reference[:1].isdigit():
+                        assert float(value) == pytest.approx(float(reference), rel=1e-3)
+                    elif column != "seconds":
+                        assert value == reference
+        elif name.endswith(".nii.gz"):
+            assert np.mean(read(path) != read(folder / name)) < 1e-4
+
+    # The page about the run is whole, and the log goes on where it was stopped.
+    assert "Patients, worst first" in (folder / "report.html").read_text(encoding="utf-8")
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert log.count("Preprocessed patient 1 of 6") == 3
+    assert "Segmented patient 2 of 2: DSC" in log
+
+    # The folder is enough to segment a patient.
+    patient = json.loads((folder / "metrics.json").read_text())["patients"][0]["patient"]
+    run("segment", folder, cohort / patient, "--out", tmp_path / "out", "--picture")
+    mask = folder / "fold_0" / "masks" / "mmfnet" / f"{patient}.nii.gz"
+    np.testing.assert_array_equal(read(tmp_path / "out" / f"{patient}.nii.gz"), read(mask))
+    assert (tmp_path / "out" / f"{patient}.png").stat().st_size > 1000
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 if __name__ == "__main__":
