@@ -58,7 +58,7 @@ def segment(
             try:
                 line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
                 _log.info("%d of %d: %s", number, len(todo), line)
-            except (ValueError, ImportError) as error:
+            except ValueError as error:
                 failed.append(error)
                 _log.warning("%d of %d: %s", number, len(todo), error)
             progress("segmenting", number, len(todo))

@@ -35,6 +35,8 @@ def train(
         chosen = options.choose_recipe(recipe, paper, changes, before and before.recipe)
         if data is None and not resume:
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
+        # What was left out before is left out again.
+        skip_bad = skip_bad or bool(before and before.cohort["skipped"])
         begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
         folds = options.choose_folds(fold, chosen.training.folds, begun or [0])
         run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad)

@@ -101,7 +101,7 @@ def test_a_run_says_how_far_it_is_and_what_comes_next(first):
     assert "Segmented patient 2 of 2: DSC" in log
 
 
-def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, monkeypatch):
+def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
     done = mmfnet("train", "--out", started, "--resume", "--quiet")
     assert done.stdout == f"{started / 'metrics.csv'}\n"
@@ -109,6 +109,11 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, mo
     assert "trained already: fold_1 mmfnet" in mmfnet("train", "--out", started, "--resume").stderr
     other = mmfnet("train", "--out", started, "--resume", "--set", "training.epochs=5", code=1)
     assert "another recipe. Received: training.epochs: 2 before, 5 now" in other.stderr
+    # The patients' folder may have moved.
+    shutil.copytree(tiny_cohort, tmp_path / "moved")
+    mmfnet("train", tmp_path / "moved", "--out", started, "--resume")
+    assert json.loads((started / "cohort.json").read_text())["data"] == str(tmp_path / "moved")
+    mmfnet("train", tiny_cohort, "--out", started, "--resume")
     again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
     assert "must hold no run" in again.stderr
     assert "--resume" in again.stderr
@@ -182,6 +187,7 @@ def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
     done = mmfnet("train", tmp_path / "patients", "--out", out, *tiny, "--skip-bad")
     assert "warning: Left out: Zoë 5: " in done.stderr
     assert list(json.loads((out / "cohort.json").read_text())["skipped"]) == ["Zoë 5"]
+    assert "Left out: Zoë 5: " in mmfnet("train", "--out", out, "--resume").stderr
     assert len(list(out.glob("fold_*/masks/*/*"))) == 2
     assert "Zoë" in (out / "report.html").read_text(encoding="utf-8")
     assert "a stack without a gap" in (out / "run.log").read_text(encoding="utf-8")
