@@ -116,3 +116,14 @@ def test_a_gpu_that_is_not_used_is_named(monkeypatch):
         start_backend("gpu")
     monkeypatch.setattr(_process, "_gpu_name", lambda backend: "H200")
     assert start_backend().endswith(" on H200")
+
+
+def test_tensorflow_leaves_the_gpu_to_the_backend(monkeypatch):
+    import keras
+    import tensorflow as tf
+
+    hidden = []
+    monkeypatch.setattr("keras_mmfnet.cli.memory.keep_freed_memory", lambda: False)
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *devices: hidden.append(devices))
+    start_backend()
+    assert hidden == ([] if keras.backend.backend() == "tensorflow" else [([], "GPU")])
