@@ -2,14 +2,13 @@
 
 The modules, each loaded when it is first asked for:
 
-    layers      the attention and fusion layers, for models of your own
-    models      MMFNet and the networks it is compared with
-    losses      metrics  for model.fit
-    recipe      every number of a run
-    data        finds patients, preprocesses them, makes patches
-    training    run      methods  train networks, cross-validate, compare methods
-    inference   evaluation  export  segment, compare with the expert, write files
-    explain     plots    report   show what was done
+    layers, models                   the attention and fusion layers; MMFNet and the networks it is compared with
+    losses, metrics                  for model.fit
+    recipe                           every number of a run
+    data                             finds patients, preprocesses them, makes patches
+    methods, training, run           train networks, cross-validate, compare methods
+    inference, evaluation, export    segment, compare with the expert, write files
+    explain, plots, report           show what was done
 
 Example:
 
@@ -33,7 +32,3 @@ def __getattr__(name):
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return __all__

@@ -181,6 +181,8 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
         where = f": {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
         terminal.console.print(f"stopped{where}; {f'go on with: {go_on}' if plan and go_on else again}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
+    except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of
+        raise
     except _MISTAKES as error:
         terminal.console.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -50,6 +50,8 @@ def segment(
         todo = [case for case in cases if _missing(out, case, wanted)]
         if len(todo) < len(cases):
             _log.info("%d of %d patients are segmented already", len(cases) - len(todo), len(cases))
+        if mirror and opened.recipe.patches.flip_axis is None:
+            raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
         networks = options.load_networks(opened, fold) if todo else []
         if disagreement and len(networks) == 1:
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
