@@ -1,16 +1,22 @@
 """What a network looks at: its fusion blocks' own attention, and gradients of a score (TensorFlow only)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import keras_mmfnet._backend  # noqa: F401  # isort: skip
 import keras
 import numpy as np
 from keras import ops
 
+from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.windows import cut, window_starts
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.layers import FusionBlock3D
+from keras_mmfnet.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TITLES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "saliency": "saliency"}
 METHODS = tuple(_TITLES)
@@ -18,7 +24,9 @@ METHODS = tuple(_TITLES)
 _log = logging.getLogger(__name__)
 
 
-def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) -> dict:
+def explain_patient(
+    model: keras.Model, case: PreprocessedCase, recipe: Recipe, methods: Sequence[str] = ("gradcam",)
+) -> "dict[str, Figure]":
     """Pictures of what a network looks at in one patient.
 
     Args:
@@ -75,7 +83,7 @@ def explain_patient(model, case, recipe, methods: Sequence[str] = ("gradcam",)) 
     return figures
 
 
-def fusion_attention(model, images):
+def fusion_attention(model: keras.Model, images: Mapping[str, np.ndarray]) -> tuple[dict, dict, dict]:
     """The attention of every fusion block of a network for a batch; on every backend.
 
     Args:
@@ -113,7 +121,9 @@ def fusion_attention(model, images):
     return channel, spatial, share
 
 
-def tumour_window(images, tumour, patch_shape, centre):
+def tumour_window(
+    images: Mapping[str, np.ndarray], tumour: np.ndarray, patch_shape: Sequence[int], centre: Sequence[int]
+) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
     """The window about a tumour, in which what a network looks at is of interest.
 
     Args:
@@ -131,7 +141,7 @@ def tumour_window(images, tumour, patch_shape, centre):
     return {name: cut(x, start, patch_shape, x.min())[None, ..., None] for name, x in images.items()}, start
 
 
-def cohort_shares(model, cases):
+def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict[str, dict[str, np.ndarray]]:
     """How much each fusion block listens to each sequence in the windows about the tumours of several patients.
 
     Args:
@@ -154,7 +164,7 @@ def cohort_shares(model, cases):
     }
 
 
-def spatial_attention(model, block):
+def spatial_attention(model: keras.Model, block: str) -> Callable:
     """A callable for `predict_volume` that gives a fusion block's spatial weights in place of probabilities.
 
     Args:
@@ -172,7 +182,13 @@ def spatial_attention(model, block):
     return call
 
 
-def gradient_maps(model, images, method="gradcam", layers=None, score=None):
+def gradient_maps(
+    model: keras.Model,
+    images: Mapping[str, np.ndarray],
+    method: str = "gradcam",
+    layers: Mapping[str, str] | None = None,
+    score: Callable | None = None,
+) -> dict[str, np.ndarray]:
     """Grad-CAM, Grad-CAM++ or saliency of each modality, by tf-keras-vis on the TensorFlow backend.
 
     Args:

@@ -4,6 +4,8 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,9 @@ def test_the_table_has_the_worst_patient_first_and_ends_with_the_mean(run, page)
         assert line[2:] == [metric.text(row[key]) for key, metric in METRICS.items()]
     assert sum("-" in table[len(titles) + n * width :][:width] for n in range(4)) == 2
     assert page.after("mean") == [f"{np.mean([row['dsc'] for row in rows]):.4f}"]
+    # Numbers are on the right.
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag in ("th", "td")]
+    assert kinds[: 2 * width] == [None, *["number"] * (width - 1)] * 2
 
 
 def test_every_metric_is_explained(page):
@@ -233,6 +238,13 @@ def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
     assert "Which modality is listened to" not in page.headings
     assert "Sensitivity" not in page.texts
     assert f"{all_rows(old)[0]['hd95']:.2f} mm" in page.texts
+    # And with one patient in all.
+    old.result(1, "mmfnet").unlink()
+    result = json.loads(old.result(0, "mmfnet").read_text())
+    old.result(0, "mmfnet").write_text(json.dumps({**result, "patients": result["patients"][:1]}))
+    page, (row,) = Page(write_report(old)), result["patients"][:1]
+    assert page.after("Mean DSC", 2) == [f"{row['dsc']:.3f}", f"95% interval {row['dsc']:.3f} to {row['dsc']:.3f}"]
+    assert len(page.pictures("jpeg")) == 1
 
 
 def test_a_run_without_results_is_refused(run, tmp_path):
@@ -242,6 +254,12 @@ def test_a_run_without_results_is_refused(run, tmp_path):
         write_report(Run(tmp_path))
     with pytest.raises(ValueError, match=r"the results of a method is expected\. Received: "):
         write_comparison(Run(tmp_path))
+
+
+def test_importing_it_loads_nothing_that_draws():
+    code = "import sys, keras_mmfnet.report as r; print('write_report' in dir(r), 'keras_mmfnet.plots' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True False\n", done.stderr
 
 
 # --- the comparison of methods

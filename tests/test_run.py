@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
+from keras_mmfnet.evaluation import metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
@@ -60,7 +61,7 @@ def test_a_run_leaves_what_is_needed(run, tiny_cohort):
     assert {name for name in names if not name.endswith(".lock")} == expected
     model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
     assert isinstance(model, MMFNet)
-    assert json.loads((folder / "metrics.json").read_text())["patients"] == result
+    assert (folder / "metrics.json").read_text() == metrics_json(result)
     assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())] == fold["test"]
     for row in result:
         own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
@@ -199,7 +200,7 @@ def test_all_bad_patients_are_listed(tiny_cohort, tmp_path):
     shutil.copytree(tiny_cohort, folder)
     for name in ("patient_01", "patient_04"):
         _rewrite(folder / name / "t2.nii.gz", _with_nan)
-    with pytest.raises(CaseError, match=r"(?s)^2 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
+    with pytest.raises(CaseError, match=r"(?s)^2 of 6 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
         Run.start(tmp_path / "run", folder, COARSE)
     # Only the cache of the others is there, so that the same command can be started again.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]

@@ -1,14 +1,19 @@
 """Charts of numbers: of methods, of patients, of a training."""
 
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_mmfnet.evaluation import calibration, mean_interval
 from keras_mmfnet.plots._colours import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot_methods(scores, label="DSC"):
+
+def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], label: str = "DSC") -> "Figure":
     """Compares methods: each one's mean over patients with its 95% interval, beside the paper's number.
 
     Args:
@@ -43,7 +48,7 @@ def plot_methods(scores, label="DSC"):
     return figure
 
 
-def plot_learning_curves(charts):
+def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> "Figure":
     """Validation loss against updates, several curves in each of several panels.
 
     Args:
@@ -75,7 +80,7 @@ def plot_learning_curves(charts):
     return figure
 
 
-def plot_training(history):
+def plot_training(history: Sequence[Mapping]) -> "Figure":
     """One training: its losses, Dice scores and learning rate by epoch, and where the warm-up ended.
 
     Args:
@@ -116,7 +121,7 @@ def plot_training(history):
     return figure
 
 
-def plot_boxes(scores, label="DSC"):
+def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC") -> "Figure":
     """How a number spreads over patients, one box per method: quartiles, whiskers and a dot for each patient.
 
     Args:
@@ -158,7 +163,7 @@ def plot_boxes(scores, label="DSC"):
     return figure
 
 
-def plot_reliability(probabilities, bins=10):
+def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> "Figure":
     """Whether probabilities mean what they say: how often there is tumour where the network gives which probability.
 
     Args:
@@ -194,7 +199,7 @@ def plot_reliability(probabilities, bins=10):
     return figure
 
 
-def plot_attention(share, title=None):
+def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | None = None) -> "Figure":
     """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
 
     Args:

@@ -1,8 +1,14 @@
 """Masks in three dimensions."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from keras_mmfnet.plots._masks import expert_and_prediction, union
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Corners of a voxel's face at its upper end along z, y and x, in steps of half a voxel from its centre; in an order
 # in which they turn about the outward direction.
@@ -13,7 +19,9 @@ _FACES = (
 )
 
 
-def plot_surfaces(prediction, truth=None, spacing=(1.0, 1.0, 1.0)):
+def plot_surfaces(
+    prediction: np.ndarray, truth: np.ndarray | None = None, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> "Figure":
     """The surfaces of the expert's mask and of the prediction, side by side in space (as the paper's Figure 8).
 
     Seen from the front: the patient's right is on the left. The surface is that of the voxels as they are, so that
@@ -57,7 +65,7 @@ def plot_surfaces(prediction, truth=None, spacing=(1.0, 1.0, 1.0)):
     return figure
 
 
-def voxel_faces(mask, spacing=(1.0, 1.0, 1.0)):
+def voxel_faces(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
     """The faces between a mask's voxels and those that are not of it; the volume's outside is not of it.
 
     Args:

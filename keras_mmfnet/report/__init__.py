@@ -10,4 +10,8 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__():
+    return __all__
+
+
 __all__ = ["write_comparison", "write_report", "write_tables"]

@@ -33,15 +33,12 @@ from keras_mmfnet.run import Run
 _PACKAGES = ("keras-mmfnet", "keras", "tensorflow", "torch", "jax", "numpy", "SimpleITK", "scikit-learn", "matplotlib")
 # Of all strips of slices together; base64 takes a third more.
 _STRIP_BYTES = 3_300_000
-# The metrics of a comparison, and those of them that the paper gives.
-_COMPARED, _OF_PAPER = ("dsc", "ap", "dice_loss", "hd95", "assd"), ("dsc", "ap", "dice_loss")
+# The metrics of a comparison: those that the paper gives, and those that it does not.
+_OF_PAPER, _DISTANCES = ("dsc", "ap", "dice_loss"), ("hd95", "assd")
 _COLUMNS = (
     "Method",
-    *(
-        name
-        for key in _COMPARED
-        for name in ([f"{METRICS[key].title} paper"] * (key in _OF_PAPER) + [METRICS[key].title])
-    ),
+    *(f"{METRICS[key].title}{of}" for key in _OF_PAPER for of in (" paper", "")),
+    *(METRICS[key].title for key in _DISTANCES),
     *("DSC less the baseline's [95%]", "p", "Folds", "Patients", "Parameters", "Training s", "Patient s"),
 )
 # The metrics beside a patient's slices.
@@ -67,8 +64,7 @@ def write_report(run: Run) -> Path:
     results = run.results().get(method.name)
     if not results:
         raise ValueError(f"{run}: must hold a finished fold of {method.title}. Received: a run without results of it")
-    rows = [{"patient": row["patient"], "fold": result["fold"], **row}
-            for result in results for row in result["patients"]]  # fmt: skip
+    rows = [{"fold": result["fold"], **row} for result in results for row in result["patients"]]
     rows.sort(key=lambda row: row["dsc"])
     dsc = summarise(rows)["dsc"]
     facts = [
@@ -117,7 +113,7 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     attention = _attention({folds[0]["title"]: folds for folds in results.values()})
     sections = [
         ("Run", [_origin(run, every)]),
-        ("Results", [_table(_COLUMNS, _cells(rows, baseline)), _explained(_COMPARED)]),
+        ("Results", [_table(_COLUMNS, _cells(rows, baseline)), _explained(_OF_PAPER + _DISTANCES)]),
         ("Charts", [*charts, _figure(plot_boxes(scores), _BOXES)]),
         ("Which modality is listened to", attention),
         *_setting(run, every),
@@ -386,7 +382,7 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         patients = _by_patient(folds)
         summary = summarise(list(patients.values()))
         row = {"method": name, "title": folds[0]["title"], "folds": len(folds), "patients": len(patients)}
-        for key in _COMPARED:
+        for key in _OF_PAPER + _DISTANCES:
             if key in _OF_PAPER:
                 row[f"paper_{key}"] = folds[0]["paper"].get(key)
             row[key], row[f"{key}_std"] = summary[key]["mean"], summary[key]["std"]
@@ -411,7 +407,7 @@ def _cells(rows, baseline):
     lines = []
     for row in rows:
         cells = [row["title"]]
-        for key in _COMPARED:
+        for key in _OF_PAPER + _DISTANCES:
             metric = METRICS[key]
             if key in _OF_PAPER:
                 cells.append("" if row[f"paper_{key}"] is None else metric.text(row[f"paper_{key}"]))
