@@ -1,19 +1,22 @@
 """MONAI's networks on the stacked modalities, trained as this package's: same patches, loss, optimiser and updates.
 
-Needs `pip install monai`. Each has about as many parameters as MMFNet (1.6 million).
+For `mmfnet compare --import`; needs `pip install monai`. Each has about as many parameters as MMFNet (1.6 million).
 """
 
-import dataclasses
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from monai.networks.nets import BasicUNet, DynUNet, SegResNet
 
+from keras_mmfnet._log import progress
 from keras_mmfnet.data.patches import patch_dataset
+from keras_mmfnet.methods import METHODS, Method, register_method
+
+_log = logging.getLogger("keras_mmfnet.monai_peers")
 
 
 def _dyn_unet(channels):
@@ -40,30 +43,6 @@ def _basic_unet(channels):
     return BasicUNet(3, channels, 1, features=(16, 16, 32, 64, 132, 16))
 
 
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """A network of MONAI as one more row of the tables: the fields of a `Method` that a row has."""
-
-    name: str
-    title: str
-    build: Callable
-    encoders: dict = dataclasses.field(default_factory=dict)
-    paper: dict = dataclasses.field(default_factory=dict)
-
-    def adapt(self, recipe):
-        return recipe
-
-
-PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer("monai_dynunet", "MONAI DynUNet", _dyn_unet),
-        Peer("monai_segresnet", "MONAI SegResNet", _seg_res_net),
-        Peer("monai_basicunet", "MONAI BasicUNet", _basic_unet),
-    )
-}
-
-
 class Probability(torch.nn.Module):
     """A network's logits as probabilities; it starts from 5% tumour, as the networks of this package do."""
 
@@ -86,16 +65,16 @@ def dice_loss(prediction, truth):
     return 1 - (2 * intersection + 1) / (prediction.sum() + truth.sum() + 1)
 
 
-def train_peer(peer, training, validation, recipe, directory):
+def train_peer(method, training, validation, recipe, directory):
     """Trains a peer as `keras_mmfnet.training.train_method` trains a network; goes on after the last whole epoch.
 
     Returns:
         `(predict, parameters, history)`: a callable for `predict_volume`, the number of weights, and a list with the
         numbers of each epoch.
     """
-    path = directory / f"{peer.name}.pt"
+    path = directory / f"{method.name}.pt"
     torch.manual_seed(recipe.training.seed)
-    model = Probability(peer.build(len(recipe.data.modalities)))
+    model = Probability(method.build(len(recipe.data.modalities)))
     optimiser = torch.optim.Adam(model.parameters(), recipe.training.pretrain_learning_rate, eps=1e-7)
     state = torch.load(path) if path.exists() else {"history": [], "best": None}
     if state["history"]:
@@ -129,6 +108,7 @@ def train_peer(peer, training, validation, recipe, directory):
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
+            progress(directory / method.name, epoch * steps + step + 1, recipe.training.epochs * steps)
         model.eval()
         with torch.no_grad():
             # As Keras averages a loss over the batches of an epoch: by their patches.
@@ -138,9 +118,8 @@ def train_peer(peer, training, validation, recipe, directory):
         history.append({**row, "seconds": time.perf_counter() - start})
         if val_loss == min(row["val_loss"] for row in history):
             best = {name: value.clone() for name, value in model.state_dict().items()}
-        print(
-            f"{peer.name}: epoch {epoch + 1} of {recipe.training.epochs}, loss {row['loss']:.4f}, val_loss {val_loss:.4f}"
-        )
+        line, extra = "Epoch %d of %d: loss %.4f, validation loss %.4f", {"epoch": epoch + 1}
+        _log.info(line, epoch + 1, recipe.training.epochs, row["loss"], val_loss, extra=extra)
         kept = {"history": history, "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
         torch.save(kept, path.with_suffix(".partial"))
         os.replace(path.with_suffix(".partial"), path)
@@ -152,3 +131,12 @@ def train_peer(peer, training, validation, recipe, directory):
             return model(stacked(images)).movedim(1, -1).numpy()
 
     return predict, sum(weight.numel() for weight in model.parameters()), history
+
+
+for _method in (
+    Method("monai_dynunet", "MONAI DynUNet", _dyn_unet, train=train_peer),
+    Method("monai_segresnet", "MONAI SegResNet", _seg_res_net, train=train_peer),
+    Method("monai_basicunet", "MONAI BasicUNet", _basic_unet, train=train_peer),
+):
+    if _method.name not in METHODS:
+        register_method(_method)

@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parent / "results" / "step"
 WORSE = 1.2
 # Plain PyTorch as this package lets it use memory, which its users would not think of, and as it is compiled.
 KEPT, COMPILED = "plain with memory kept, channels last", "plain, compiled"
+# How the C library is told to keep freed memory, as the command mmfnet does.
+MEMORY_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(2**28)}
 # Names of what is measured, in the ratios.
 MEMORY = {"peak_mib": "memory", "peak_tensors_mib": "tensors"}
 
@@ -111,6 +113,10 @@ def measure(parsed):
         for contender in group:
             here, there = context.Pipe()
             os.environ["KERAS_BACKEND"] = contender.backend or "torch"
+            keeps = contender.memory_kept and os.environ["KERAS_BACKEND"] == "torch" and not gpu
+            for name, value in MEMORY_KEPT.items():
+                os.environ.pop(name, None)
+                os.environ |= {name: value} if keeps else {}
             process = context.Process(target=work, args=(there, contender, tuple(parsed.shape), gpu), daemon=True)
             process.start()
             # Of the two ends this process keeps one, so that it is told when the other's process ends.
@@ -205,10 +211,6 @@ def work(connection, contender, shape, gpu):
         os.environ["MMFNET_KERNELS"] = contender.kernels
     if contender.checkout:
         sys.path.insert(0, contender.checkout)
-    from keras_mmfnet._memory import keep_freed_memory
-
-    if contender.memory_kept:
-        keep_freed_memory()
     start = time.perf_counter()
     train, predict, memory = (make_keras if contender.backend else make_plain)(contender, shape)
     built = time.perf_counter()

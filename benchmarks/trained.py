@@ -1,21 +1,19 @@
-"""What the questions to a trained network have in common: a run of reproduce_tables.py, one of its networks."""
+"""What the questions to a trained network have in common: a run of mmfnet compare, one of its networks."""
 
-import json
 import sys
 from pathlib import Path
 
-from keras_mmfnet.data import find_cases
+from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import load_network
-from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.training import preprocess_cases
+from keras_mmfnet.run import Run
 
 
 def add_arguments(parser):
     """Adds --run, --data, --method and --fold."""
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="OUT", help="output folder of reproduce_tables.py")
+    add("--run", type=Path, required=True, metavar="OUT", help="a run of mmfnet compare")
     add("--data", type=Path, required=True, help="its folder of patients")
     add("--method", default="mmfnet_mlp_std", metavar="NAME", help="one of its MMFNets (mmfnet_mlp_std)")
     add("--fold", type=int, default=0, metavar="N", help="one of its folds (0)")
@@ -23,14 +21,17 @@ def add_arguments(parser):
 
 def open_run(parsed):
     """A function that loads the network, the recipe, and the preprocessed patients for validation and test."""
-    path = parsed.run / f"fold_{parsed.fold}" / f"{parsed.method}.keras"
+    run = Run(parsed.run)
+    path = run.network(parsed.fold, parsed.method)
     if not path.is_file():
         sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
-    recipe = Recipe.load(parsed.run / "recipe.json")
-    patients, _ = preprocess_cases(find_cases(parsed.data, recipe.data), recipe.data, parsed.run / "cache")
-    split = json.loads((parsed.run / "cohort.json").read_text(encoding="utf-8"))["folds"][parsed.fold]
-    validation, test = ([patients[name] for name in split[part]] for part in ("validation", "test"))
-    return lambda: load_network(path), recipe, validation, test
+    cases = {case.name: case for case in find_cases(parsed.data, run.recipe.data)}
+    names = run.cohort["folds"][parsed.fold]
+    validation, test = (
+        [preprocess_case(cases[name], run.recipe.data, run.cache) for name in names[part]]
+        for part in ("validation", "test")
+    )
+    return lambda: load_network(path), run.recipe, validation, test
 
 
 def scores(predict, patients, recipe, missing=()):

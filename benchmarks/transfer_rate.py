@@ -1,4 +1,4 @@
-"""One more method for reproduce_tables.py (--import): self-transfer without the lower learning rate after it."""
+"""One more method for mmfnet compare (--import): self-transfer without the lower learning rate after it."""
 
 import dataclasses
 

@@ -1,9 +1,8 @@
-"""Segments a patient with onnxruntime alone: neither TensorFlow nor any other backend takes part in the prediction.
+"""Segments a patient with onnxruntime alone: neither Keras nor any backend is imported.
 
 Export a network of a run once, on the TensorFlow backend:
 
-    python -c "from keras_mmfnet.models import load_network; \
-        load_network('run/fold_0/mmfnet.keras').export('network.onnx', format='onnx')"
+    mmfnet export run --out network.onnx
 
 Then, wherever onnxruntime is:
 

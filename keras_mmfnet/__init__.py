@@ -1,6 +1,34 @@
-"""MMFNet for Keras 3: fuses several MRI sequences of one patient into a tumour segmentation."""
+"""MMFNet for Keras 3: fuses several MRI sequences of one patient into a tumour segmentation.
 
-from keras_mmfnet import layers, losses, metrics, models, recipe
+The modules, each loaded when it is first asked for:
+
+    layers, models                   the attention and fusion layers; MMFNet and the networks it is compared with
+    losses, metrics                  for model.fit
+    recipe                           every number of a run
+    data                             finds patients, preprocesses them, makes patches
+    methods, training, run           train networks, cross-validate, compare methods
+    inference, evaluation, export    segment, compare with the expert, write files
+    explain, plots, report           show what was done
+
+Example:
+
+    from keras_mmfnet.models import MMFNet
+    model = MMFNet(("t1", "t2", "cet1"), patch_shape=(16, 256, 256))
+
+The same from the command line: `mmfnet --help`. A saved network is loaded by `keras_mmfnet.models.load_network`, or by
+`keras.models.load_model` once `keras_mmfnet.models` is imported.
+"""
+
+import importlib
+import pkgutil
+
 from keras_mmfnet.version import __version__
 
-__all__ = ["__version__", "layers", "losses", "metrics", "models", "recipe"]
+_MODULES = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

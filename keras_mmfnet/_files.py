@@ -11,13 +11,14 @@ def write(path, content):
     os.replace(partial, path)
 
 
-def write_once(path, text, other):
+def write_once(path, text, other, free=()):
     """Writes a JSON file that a resumed run must find with the same values.
 
     Args:
         path: The file's path.
         text: A JSON object.
         other: What a file with other values is of, for the message.
+        free: Names at the top of the object that may change.
 
     Raises:
         ValueError: The file is there with other values, which the message lists.
@@ -26,9 +27,12 @@ def write_once(path, text, other):
         return write(path, text)
     before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(text))
     differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    if differing:
-        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in differing.items())
+    fixed = {key: values for key, values in differing.items() if key.partition(".")[0] not in free}
+    if fixed:
+        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in fixed.items())
         raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")
+    if differing:
+        write(path, text)
 
 
 def _flat(values, above=""):

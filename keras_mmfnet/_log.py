@@ -20,11 +20,25 @@ def progress(what: str | os.PathLike, done: int, total: int) -> None:
     _progress.debug("%s: %d of %d", what, done, total, extra={"what": what, "done": done, "total": total})
 
 
+class _File(logging.FileHandler):
+    """Waits with the file until its folder is there, so that a run that does not start leaves nothing behind."""
+
+    def __init__(self, path):
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.early = []
+
+    def emit(self, record):
+        self.early.append(record)
+        if Path(self.baseFilename).parent.is_dir():
+            for one in self.early:
+                super().emit(one)
+            self.early.clear()
+
+
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Adds all messages, and the error that ends the block, to the end of a file, whose folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+    """Adds all messages, and the error that ends the block, to the end of a file, as soon as its folder is there."""
+    file = _File(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.setLevel(logging.INFO)
     root = logging.getLogger()

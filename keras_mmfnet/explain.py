@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 import keras
 import numpy as np
 from keras import ops

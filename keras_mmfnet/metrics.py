@@ -1,3 +1,4 @@
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 import keras
 from keras import ops
 

@@ -217,7 +217,10 @@ class Run:
         }
         run.folder.mkdir(parents=True, exist_ok=True)
         write_once(run.recipe_file, recipe.to_json(), "another recipe")
-        write_once(run.cohort_file, json.dumps(cohort, indent=2) + "\n", "other patients")
+        text = json.dumps(cohort, indent=2) + "\n"
+        # The folder of the patients may have moved, of which the errors tell too.
+        write_once(run.cohort_file, text, "other patients", free=("data", "skipped"))
+        run.cases = {case.name: case for case in cases if case.name in patients}
         return run
 
     @contextlib.contextmanager

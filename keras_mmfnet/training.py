@@ -256,7 +256,7 @@ class _Progress(keras.callbacks.Callback):
         logs["seconds"] = time.perf_counter() - self.start
         numbers = (logs[name] for name in ("loss", "val_loss", "val_dice_score"))
         line = "Epoch %d of %d: loss %.4f, validation loss %.4f and DSC %.4f"
-        _log.info(line, self.epoch + 1, self.epochs, *numbers)
+        _log.info(line, self.epoch + 1, self.epochs, *numbers, extra={"epoch": self.epoch + 1})
 
 
 class _RoomOnDisk(keras.callbacks.Callback):

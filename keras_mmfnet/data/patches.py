@@ -1,3 +1,4 @@
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 import math
 import warnings
 
@@ -15,8 +16,17 @@ except ImportError as error:
         f"pip install keras-mmfnet[{backend}]"
     ) from error
 
-# The patches are made on the CPU; on another backend TensorFlow would else take the GPU's memory from it.
-if keras.backend.backend() != "tensorflow":
+
+def hide_gpus() -> None:
+    """Keeps TensorFlow off the GPUs, for the rest of the process.
+
+    The patches are made on the CPU. On another backend TensorFlow would take the GPU's memory from it as soon as the
+    first patch is made. The command `mmfnet` calls this by itself; a training loop of one's own calls it before
+    `patch_dataset`.
+
+    Raises:
+        RuntimeError: TensorFlow uses the GPUs already.
+    """
     tf.config.set_visible_devices([], "GPU")
 
 

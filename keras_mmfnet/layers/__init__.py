@@ -1,3 +1,4 @@
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 from keras_mmfnet.layers.batch_norm_relu import BatchNormReLU
 from keras_mmfnet.layers.channel_attention import ChannelStdAttention3D
 from keras_mmfnet.layers.fusion_block import FusionBlock3D

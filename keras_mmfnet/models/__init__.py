@@ -1,3 +1,4 @@
+import keras_mmfnet._backend  # noqa: F401  # isort: skip
 from keras_mmfnet.models._network import load_network
 from keras_mmfnet.models.mmfnet import MMFNet, MultiEncoderUNet3D
 from keras_mmfnet.models.patch_cnn import PatchCNN, SiamesePatchCNN

@@ -8,7 +8,7 @@ from checks import BACKEND
 SCRIPT = """
 import os
 import torch
-from keras_mmfnet._memory import keep_freed_memory
+from keras_mmfnet.cli.memory import keep_freed_memory
 
 def kept():
     tensor = torch.ones(100 << 20, dtype=torch.uint8)

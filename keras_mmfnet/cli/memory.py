@@ -9,14 +9,15 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 @functools.cache
-def keep_freed_memory():
-    """Lets the C library keep what one step frees for the next, where PyTorch computes on a processor and Linux.
+def keep_freed_memory() -> bool:
+    """Lets the C library keep what one step frees for the next, for PyTorch on a CPU under Linux.
 
-    It would give every large tensor back to the system and ask for it anew, and the system clears each page of it
-    again, which takes longer than most operations on the tensor. TensorFlow and JAX keep theirs by themselves.
+    Otherwise every large tensor is returned to the system and requested again, and the system clears its pages, which
+    takes longer than most operations on the tensor. TensorFlow and JAX have allocators of their own. The command
+    `mmfnet` calls this by itself; a training loop of one's own may call it before the first step.
 
     Returns:
-        Whether it does so from now on.
+        Whether the C library does so, until the end of the process.
     """
     if keras.backend.backend() != "torch" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,0 +1,47 @@
+"""The command `mmfnet`: only here is anything printed or parsed; the package's functions do the work."""
+
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, report, segment, train
+from keras_mmfnet.version import __version__
+
+app = typer.Typer(
+    name="mmfnet",
+    help="Segments tumours in several MRI sequences of one patient. First try: mmfnet demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_EXAMPLES = {
+    demo.demo: "mmfnet demo",
+    check.check: "mmfnet check PATIENTS --csv patients.csv",
+    train.train: "mmfnet train PATIENTS --out RUN --set training.epochs=20 --fold all",
+    segment.segment: "mmfnet segment RUN PATIENTS --out CONTOURS --rtstruct --picture",
+    evaluate.evaluate: "mmfnet evaluate CONTOURS EXPERT --csv dice.csv",
+    compare.compare: "mmfnet compare PATIENTS --out RUN --methods multi_encoder,mmfnet_mlp_std",
+    explain.explain: "mmfnet explain RUN PATIENT --out PICTURES",
+    report.report: "mmfnet report RUN",
+    export.export: "mmfnet export RUN --out network.onnx",
+}
+for _function, _example in _EXAMPLES.items():
+    app.command(epilog=f"Example: {_example}")(_function)
+
+
+def _version(wanted: bool):
+    if wanted:
+        typer.echo(f"mmfnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+):
+    pass
+
+
+def main() -> None:
+    """The command `mmfnet`."""
+    app()

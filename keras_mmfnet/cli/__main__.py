@@ -1,0 +1,3 @@
+from keras_mmfnet.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""Options that several subcommands have, and what they mean."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of mmfnet train.")]
+Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that trains.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe as JSON.")]
+Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe; the default is one for a CPU.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out patients that cannot be used, and list them.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and where the result is, nothing else.")]
+
+
+def parse_changes(changes: list[str] | None) -> dict:
+    """From `["training.epochs=20", "patches.stride=4,none,none"]` to values by the path of the field."""
+    values = {}
+    for change in changes or ():
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set: FIELD=VALUE is expected, such as training.epochs=20. Received: {change}")
+        values[field.strip()] = _value(text)
+    return values
+
+
+def _value(text):
+    try:
+        return None if text.strip().lower() == "none" else json.loads(text)
+    except ValueError:
+        return tuple(_value(part.strip()) for part in text.split(",")) if "," in text else text
+
+
+def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, default=None):
+    """The `Recipe` of the options `--recipe`, `--paper` and `--set`."""
+    from keras_mmfnet.recipe import Recipe
+
+    if file and paper:
+        raise ValueError("--recipe, --paper: one of the two is expected. Received: both")
+    recipe = Recipe.load(file) if file else Recipe() if paper else default or Recipe.small()
+    return recipe.replace(parse_changes(changes))
+
+
+def choose_folds(folds: list[str] | None, count: int, default: list[int]) -> list[int]:
+    """Numbers of folds from `["0", "2"]` or `["all"]`."""
+    if not folds:
+        return default
+    if folds == ["all"]:
+        return list(range(count))
+    known = [str(number) for number in range(count)]
+    if not set(folds) <= set(known):
+        raise ValueError(f"--fold: numbers from 0 to {count - 1}, or all, are expected. Received: {', '.join(folds)}")
+    return sorted({int(number) for number in folds})
+
+
+def require_new(path: Path, option: str) -> None:
+    """Refuses to overwrite a file or folder, and one in a folder that does not exist."""
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}")
+
+
+def open_run(folder: Path):
+    """The `Run` of a folder; the backend must have been started."""
+    from keras_mmfnet.cli._process import silenced
+
+    with silenced():
+        from keras_mmfnet.run import Run
+    return Run(folder)
+
+
+def require_folder(path: Path, what: str) -> None:
+    """Finds a mistyped folder before the backend is imported, which takes seconds."""
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{what}: a folder is expected. Received: {path}, which {problem}")
+
+
+def load_networks(run, folds: list[int] | None = None):
+    """The trained networks of a run's folds; of all that there are if `None`."""
+    from keras_mmfnet.models import load_network
+
+    trained = run.trained_folds()
+    if not trained or not set(folds or ()) <= set(trained):
+        listed = ", ".join(map(str, trained)) or "none"
+        raise ValueError(
+            f"{run}: the folder of a run with trained folds is expected. Received: --fold "
+            f"{', '.join(map(str, folds or ['all']))}, of which {listed} are trained"
+        )
+    return [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds or trained]

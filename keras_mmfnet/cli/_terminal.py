@@ -1,0 +1,196 @@
+"""What a command shows while it works, and how it ends."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+import typer
+
+_MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
+
+
+class Plan:
+    """How much of the training of several networks is done, and how long the rest will take.
+
+    Args:
+        weights: By the path of each network without its ending, how long it takes relative to the others.
+        steps: Updates per epoch.
+        done: Those of them that are trained already.
+    """
+
+    def __init__(self, weights: Mapping[Path, float], steps: int, done: Iterable[Path] = ()):
+        self.weights, self.steps, self.current = dict(weights), steps, None
+        self.shares = {path: float(path in set(done)) for path in weights}
+        self.worked, self.begin = 0.0, None
+
+    def advance(self, path: Path, done: int, total: int) -> None:
+        """Takes in that so many updates of a network are made."""
+        if path != self.current:
+            if self.current:  # It may have ended early.
+                self.shares[self.current] = 1.0
+            # The time of the first update of all is not known.
+            self.current, self.shares[path] = path, (done - (self.begin is not None)) / total
+        self.begin = time.monotonic() if self.begin is None else self.begin
+        self.worked += self.weights[path] * (done / total - self.shares[path])
+        self.shares[path] = done / total
+        self.position = f"{path.parent.name.replace('_', ' ')}, {path.name}"
+        # The last whole epoch: the state after an epoch is there once the next one begins.
+        self.epochs = total // self.steps
+        self.epoch = self.epochs if done == total else (done - 1) // self.steps
+
+    @property
+    def done(self) -> float:
+        """Work that is done, of `total`."""
+        return sum(weight * self.shares[path] for path, weight in self.weights.items())
+
+    @property
+    def total(self) -> float:
+        """All the work."""
+        return sum(self.weights.values())
+
+    @property
+    def left(self) -> str:
+        """The time that the rest takes, such as `about 2 min left`; nothing before an update was made."""
+        if not self.worked:
+            return ""
+        seconds = (time.monotonic() - self.begin) / self.worked * (self.total - self.done)
+        if seconds < 60:
+            return "less than a minute left"
+        return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+
+class Terminal(logging.Handler):
+    """Shows the messages of the log and, on a terminal, one bar below them for the whole of the work.
+
+    Args:
+        quiet: Show errors only.
+    """
+
+    def __init__(self, quiet: bool = False):
+        super().__init__(logging.ERROR if quiet else logging.DEBUG)
+        self.quiet, self.plan, self.stopped = quiet, None, None
+        self.console = rich.console.Console(stderr=True, highlight=False)
+        columns = ("{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
+        self.bar = rich.progress.Progress(*columns, console=self.console, transient=True)
+        self.bar.disable = quiet or not self.console.is_terminal
+        self.task = self.bar.add_task("", total=None, left="", visible=False)
+
+    def follow(self, plan: Plan) -> None:
+        """Shows from now on how far the training of these networks is."""
+        self.plan = plan
+        self._show("Training", plan.done, plan.total)
+
+    def say(self, text: object) -> None:
+        """Prints a result; not if quiet."""
+        if not self.quiet:
+            print(text)
+
+    def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+        """Prints a table, the first column to the left; not if quiet."""
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
+        for row in rows:
+            table.add_row(*map(rich.markup.escape, row))
+        if not self.quiet:
+            rich.console.Console(highlight=False).print(table)
+
+    def metrics(self, rows: Iterable[Mapping]) -> None:
+        """Prints the numbers of each patient, their mean and its 95% interval; not if quiet."""
+        from keras_mmfnet.evaluation import METRICS, summarise
+
+        shown, summary = {key: METRICS[key] for key in _SHOWN}, summarise(rows)
+        lines = [[row["patient"], *(metric.text(row.get(key)) for key, metric in shown.items())] for row in rows]
+        for name, label in (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to")):
+            lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
+        self.table(["patient", *(metric.title for metric in shown.values())], lines)
+
+    def stop(self, number: int, frame: object = None) -> None:
+        """Takes a signal: ends the work here or, if Python swallows that in a callback, at the next message."""
+        self.stopped = number
+        for one in _SIGNALS:
+            signal.signal(one, signal.SIG_DFL)  # A second time is at once.
+        raise KeyboardInterrupt
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stopped and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        if record.name == "keras_mmfnet.progress":
+            self._advance(record.what, record.done, record.total)
+        elif record.levelno >= logging.ERROR or record.name.partition(".")[0] in ("keras_mmfnet", "py"):
+            level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            left = self.plan.left if hasattr(record, "epoch") and self.plan and not self.console.is_terminal else ""
+            text = f"{level}{record.getMessage().strip()}{left and f', {left}'}"
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def _advance(self, what, done, total):
+        if self.plan and what in self.plan.weights:
+            self.plan.advance(what, done, total)
+            about = f"{self.plan.position}: epoch {min(self.plan.epoch + 1, self.plan.epochs)} of {self.plan.epochs}"
+            self._show(about, self.plan.done, self.plan.total, self.plan.left)
+        elif self.plan:
+            self._show(f"{what}: {done} of {total}", self.plan.done, self.plan.total, self.plan.left)
+        else:
+            self._show(f"{what}: {done} of {total}", done, total)
+
+    def _show(self, text, done, total, left=""):
+        text = rich.markup.escape(text[:1].upper() + text[1:])
+        self.bar.update(self.task, description=text, completed=done, total=total, left=left, visible=True)
+
+
+@contextlib.contextmanager
+def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]:
+    """Runs a command: messages to the terminal, one line for a mistake of the user's and for Ctrl-C or SIGTERM.
+
+    Args:
+        quiet: Show errors only.
+        go_on: The command that goes on where this one was stopped, once it has begun to train; `None` for the same.
+    """
+    terminal, root = Terminal(quiet), logging.getLogger()
+    progress, levels = logging.getLogger("keras_mmfnet.progress"), (root.level, logging.NOTSET)
+
+    def unraisable(info):
+        if info.exc_type is not KeyboardInterrupt:
+            hook(info)
+
+    signals = {number: signal.signal(number, terminal.stop) for number in _SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    form, warnings.formatwarning = warnings.formatwarning, lambda message, *_: str(message)
+    logging.captureWarnings(True)
+    root.addHandler(terminal)
+    root.setLevel(min(root.level, logging.INFO) if root.level else logging.INFO)
+    progress.setLevel(logging.DEBUG)
+    try:
+        with terminal.bar:
+            yield terminal
+    except KeyboardInterrupt:
+        plan, again = terminal.plan, "start the same command again to go on"
+        where = f": {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
+        terminal.console.print(f"stopped{where}; {f'go on with: {go_on}' if plan and go_on else again}", soft_wrap=True)
+        raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
+    except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of
+        raise
+    except _MISTAKES as error:
+        terminal.console.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    finally:
+        progress.setLevel(levels[1])
+        root.setLevel(levels[0])
+        root.removeHandler(terminal)
+        logging.captureWarnings(False)
+        warnings.formatwarning, sys.unraisablehook = form, hook
+        for number, handler in signals.items():
+            signal.signal(number, handler)

@@ -1,0 +1,108 @@
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._terminal import session
+
+_log = logging.getLogger(__name__)
+# In the paper's proportions, but faster: there are fewer updates.
+_CHANGES = {
+    "training.schedule": "cosine",
+    "training.warmup_epochs": 1,
+    "training.pretrain_learning_rate": 1e-2,
+    "training.warmup_learning_rate": 1e-2,
+    "training.learning_rate": 1e-3,
+}
+
+
+def compare(
+    data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder for the results; a run there goes on.")
+    ] = None,
+    methods: Annotated[str, typer.Option(metavar="NAMES", help="Methods, separated by commas; all; or list.")] = "all",
+    module: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own."),
+    ] = None,
+    baseline: Annotated[str, typer.Option(metavar="NAME", help="What the others are compared with.")] = "multi_encoder",
+    recipe: options.RecipeFile = None,
+    paper: options.Paper = False,
+    changes: options.Changes = None,
+    fold: Annotated[list[str] | None, typer.Option(metavar="N", help="Fold to run; may be repeated. [all]")] = None,
+    skip_bad: options.SkipBad = False,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+):
+    """Trains and compares methods on the same folds, patches and updates; started twice, both share the work."""
+    with session(quiet, go_on="the same command") as terminal:
+        computes_on = start_backend(device)
+        with silenced():
+            from keras_mmfnet.methods import METHODS
+        for file in module or ():
+            import_file(file)
+        if methods == "list":
+            print("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()))
+            return
+        names = list(METHODS) if methods == "all" else methods.split(",")
+        if unknown := sorted({*names, baseline} - set(METHODS)):
+            expected = "--methods, --baseline: names from --methods list are expected"
+            raise ValueError(f"{expected}. Received: {', '.join(unknown)}")
+        if not (data and out):
+            raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
+        _log.info("Computing with %s", computes_on)
+        chosen = recipe_of(
+            options.choose_recipe(recipe, paper, changes, default_recipe()), names, bool(recipe or paper)
+        )
+        folds = options.choose_folds(fold, chosen.training.folds, list(range(chosen.training.folds)))
+        run_comparison(terminal, out, data, chosen, [METHODS[name] for name in names], folds, baseline, skip_bad)
+
+
+def default_recipe():
+    """The small recipe with rates for few updates."""
+    from keras_mmfnet.recipe import Recipe
+
+    return Recipe.small().replace(_CHANGES)
+
+
+def recipe_of(recipe, names: list[str], own: bool):
+    """A recipe with the modalities of the methods; unless it is the user's own, none of them stops early."""
+    from keras_mmfnet.methods import METHODS
+    from keras_mmfnet.run import modalities_of
+
+    changes = {} if own else {"training.patience": recipe.training.epochs}
+    return recipe.replace({"data.modalities": modalities_of([METHODS[name] for name in names], recipe), **changes})
+
+
+def import_file(path: Path) -> None:
+    """Runs a Python file that registers methods."""
+    if not path.is_file():
+        raise ValueError(f"--import: a Python file is expected. Received: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def run_comparison(terminal, out: Path, data: Path, recipe, methods, folds, baseline, skip_bad=False) -> None:
+    """Trains and evaluates methods, writes the tables and the report and prints where they are."""
+    from keras_mmfnet._log import log_to_file
+    from keras_mmfnet.cli.train import log_command, plan_of
+    from keras_mmfnet.report import write_comparison
+    from keras_mmfnet.run import Run, compare_methods
+
+    left_out = []
+    with log_to_file(Run(out).log_file):
+        log_command()
+        run = Run.start(out, data, recipe, Run(out).recipe_file.exists(), left_out.append if skip_bad else None)
+        for error in left_out:
+            _log.warning("Left out: %s", error)
+        terminal.follow(plan_of(run, methods, folds))
+        compare_methods(run, methods, folds)
+        page = write_comparison(run, baseline)
+    table = run.folder / "table.md"
+    terminal.say(f"\n{table.read_text(encoding='utf-8')}")
+    print(table if terminal.quiet else f"Report: {page}")

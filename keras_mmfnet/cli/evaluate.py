@@ -1,0 +1,105 @@
+import logging
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._terminal import session
+
+_log = logging.getLogger(__name__)
+_MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of predicted masks.")],
+    truth: Annotated[
+        Path, typer.Argument(metavar="TRUTH", help="Folder of the expert's masks, or of patients' folders with one.")
+    ],
+    labels: Annotated[
+        str | None, typer.Option(metavar="1,4", help="Values that count as tumour; if there are several.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each patient's numbers as CSV.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON.")] = None,
+    quiet: options.Quiet = False,
+):
+    """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
+    with session(quiet) as terminal:
+        from keras_mmfnet._files import write
+        from keras_mmfnet._log import progress
+        from keras_mmfnet.evaluation import metrics_csv, metrics_json, summarise
+
+        for path in filter(None, (csv, as_json)):
+            options.require_new(path, "--csv, --json")
+        counted = None if labels is None else tuple(int(label) for label in labels.split(","))
+        predicted, expert = _find_masks(predictions), _find_masks(truth)
+        for name in sorted(set(predicted) ^ set(expert)):
+            _log.warning("%s: has %s", name, "no prediction" if name in expert else "no mask of the expert")
+        names = sorted(set(predicted) & set(expert))
+        if not names:
+            raise ValueError(
+                f"masks of the same names are expected. Received: {predictions} and {truth} without a pair"
+            )
+        rows = []
+        for number, name in enumerate(names, start=1):
+            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], counted)})
+            progress("comparing", number, len(names))
+        if csv:
+            write(csv, metrics_csv(rows))
+        if as_json:
+            write(as_json, metrics_json(rows))
+        terminal.metrics(rows)
+        if quiet:
+            print(summarise(rows)["dsc"]["mean"])
+
+
+def _find_masks(folder):
+    """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder."""
+    from keras_mmfnet.data.image_io import image_suffix
+
+    options.require_folder(folder, "PREDICTIONS, TRUTH")
+    images = [path for path in sorted(folder.iterdir()) if path.is_file() and image_suffix(path)]
+    masks = {_stem(path): path for path in images if not re.search("_(probability|disagreement)$", _stem(path))}
+    for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
+        found = [path for path in patient.iterdir() if image_suffix(path) and _MASK.search(_stem(path))]
+        if len(found) > 1:
+            listed = ", ".join(path.name for path in found)
+            raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
+        masks.update({patient.name: found[0]} if found else {})
+    if not masks:
+        raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
+    return masks
+
+
+def _stem(path):
+    from keras_mmfnet.data.image_io import image_suffix
+
+    return path.name.removesuffix(path.name[-len(image_suffix(path)) :])
+
+
+def _compare(name, predicted, expert, labels):
+    """The numbers of one patient."""
+    import numpy as np
+    import SimpleITK as sitk
+
+    from keras_mmfnet.data import Grid
+    from keras_mmfnet.data.image_io import read_image
+    from keras_mmfnet.data.preprocess import tumour_voxels
+    from keras_mmfnet.evaluation import evaluate_case
+
+    images = [read_image(path, name) for path in (predicted, expert)]
+    grids = [Grid.from_image(image) for image in images]
+    if not grids[0].matches(grids[1]):
+        sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)
+        raise ValueError(f"{name}: both masks must lie on one grid. Received: {predicted} and {expert} with {sizes}")
+    masks = []
+    for path, image in zip((predicted, expert), images, strict=True):
+        array = sitk.GetArrayFromImage(image)
+        try:
+            masks.append(tumour_voxels(array, labels) if array.any() else array > 0)
+        except ValueError as error:
+            raise ValueError(f"{name}: {path}: {error}; --labels says which ones count") from None
+    numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])
+    # Those of probabilities say nothing about a mask.
+    return {key: value for key, value in numbers.items() if key not in ("ap", "dice_loss")}

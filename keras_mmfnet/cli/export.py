@@ -1,0 +1,31 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._terminal import session
+
+_FORMATS = {".onnx": "onnx", ".xml": "openvino", "": "tf_saved_model"}
+
+
+def export(
+    run: options.RunFolder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="New file: .onnx, .xml (OpenVINO); a folder: SavedModel.")],
+    fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is written.")] = 0,
+    quiet: options.Quiet = False,
+):
+    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel."""
+    with session(quiet) as terminal:
+        options.require_folder(run, "RUN")
+        options.require_new(out, "--out")
+        if out.suffix not in _FORMATS:
+            raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")
+        start_backend()
+        opened = options.open_run(run)
+        (network,) = options.load_networks(opened, [fold])
+        with silenced():
+            network.export(out, format=_FORMATS[out.suffix], verbose=False)
+        terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
+        print(out)

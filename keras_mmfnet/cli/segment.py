@@ -1,0 +1,144 @@
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import start_backend
+from keras_mmfnet.cli._terminal import session
+
+_log = logging.getLogger(__name__)
+_DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
+_FILES = {**_DICOM, "probability": "_probability.nii.gz", "disagreement": "_disagreement.nii.gz", "picture": ".png"}
+
+
+def segment(
+    run: options.RunFolder,
+    patients: Annotated[Path, typer.Argument(metavar="INPUT", help="A patient or a folder of patients.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for PATIENT.nii.gz and the files chosen below.")],
+    rtstruct: Annotated[bool, typer.Option("--rtstruct", help="DICOM structure set, PATIENT_rtstruct.dcm.")] = False,
+    seg: Annotated[bool, typer.Option("--seg", help="DICOM segmentation, PATIENT_seg.dcm.")] = False,
+    probability: Annotated[bool, typer.Option("--probability", help="Probability of tumour, as NIfTI.")] = False,
+    disagreement: Annotated[
+        bool, typer.Option("--disagreement", help="Standard deviation over the folds' networks, as NIfTI.")
+    ] = False,
+    picture: Annotated[bool, typer.Option("--picture", help="PNG of a slice with the contours.")] = False,
+    structure: Annotated[str, typer.Option(metavar="NAME", help="Name of the contour in DICOM.")] = "tumour",
+    fold: Annotated[list[int] | None, typer.Option(metavar="N", help="Fold whose network counts. [all]")] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Average with the mirror image.")] = False,
+    gaussian: Annotated[bool, typer.Option("--gaussian", help="Weight the middle of each window more.")] = False,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+):
+    """Segments one patient or a folder of patients with the networks of a run."""
+    chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
+    wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
+    with session(quiet):
+        options.require_folder(run, "RUN")
+        if not 1 <= len(structure) <= 64 or "\\" in structure:
+            raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
+        _log.info("Computing with %s", start_backend(device))
+        from keras_mmfnet._log import progress
+        from keras_mmfnet.data import find_patients
+
+        opened, failed = options.open_run(run), []
+        cases = find_patients(patients, opened.recipe.data, failed.append)
+        total = len(cases) + len(failed)
+        todo = [case for case in cases if _missing(out, case, wanted)]
+        if len(todo) < len(cases):
+            _log.info("%d of %d patients are segmented already", len(cases) - len(todo), len(cases))
+        if mirror and opened.recipe.patches.flip_axis is None:
+            raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
+        networks = options.load_networks(opened, fold) if todo else []
+        if disagreement and len(networks) == 1:
+            raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
+        out.mkdir(parents=True, exist_ok=True)
+        for number, case in enumerate(todo, start=1):
+            try:
+                line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
+                _log.info("%d of %d: %s", number, len(todo), line)
+            except ValueError as error:
+                failed.append(error)
+                _log.warning("%d of %d: %s", number, len(todo), error)
+            progress("segmenting", number, len(todo))
+        if failed:
+            several = f"{len(failed)} of {total} patients were not segmented"
+            raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
+        print(out)
+
+
+def _missing(out, case, wanted):
+    """The files that are wanted of a patient and not there. The mask is written last, after all others."""
+    mask = out / f"{case.name}.nii.gz"
+    if not mask.exists():
+        return [mask]
+    missing = [name for name in wanted if not (out / f"{case.name}{_FILES[name]}").exists()]
+    if set(missing) <= set(_DICOM) and missing:
+        import SimpleITK as sitk
+
+        return missing if sitk.GetArrayFromImage(sitk.ReadImage(str(mask))).any() else []
+    return missing
+
+
+def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
+    """Segments a patient, writes what is wanted and not there yet, and says what was found."""
+    import SimpleITK as sitk
+
+    from keras_mmfnet.data import CaseError, preprocess_case
+    from keras_mmfnet.data.dicom import Series
+    from keras_mmfnet.data.image_io import write_image
+    from keras_mmfnet.data.preprocess import read_tumour
+    from keras_mmfnet.evaluation import evaluate_case
+    from keras_mmfnet.export import write_rtstruct, write_segmentation
+    from keras_mmfnet.inference import segment_ensemble
+
+    files = {name: out / f"{case.name}{_FILES[name]}" for name in wanted}
+    files = {name: path for name, path in files.items() if not path.exists()}
+    series = next(iter(case.images.values()))
+    if set(files) & set(_DICOM) and not isinstance(series, Series):
+        raise CaseError(f"{case.name}: must be DICOM series for --rtstruct and --seg. Received: {series}")
+    patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
+    result = segment_ensemble(networks, patient, recipe, mirror=mirror, gaussian=gaussian)
+    mask, probability, disagreement = result
+    array = sitk.GetArrayViewFromImage(mask)
+    about = [case.name, *patient.notes]
+    about.append(f"{array.sum()} voxels of tumour, {array.sum() * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
+    if not array.any():
+        without = ", no DICOM file was written" if set(files) & set(_DICOM) else ""
+        about[-1] = f"no tumour was found, the mask is empty{without}"
+    if case.mask is not None:
+        try:
+            truth = read_tumour(case, recipe.data, patient)
+            numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
+            about.append(f"DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
+        except CaseError as error:
+            case = dataclasses.replace(case, mask=None)
+            about.append(f"not compared with the expert's mask: {error}")
+    for name, image in (("probability", probability), ("disagreement", disagreement)):
+        if name in files:
+            write_image(image, files[name])
+    for name, write in (("rtstruct", write_rtstruct), ("seg", write_segmentation)):
+        if name in files and array.any():
+            write(mask, series, files[name], structure)
+    if "picture" in files:
+        _draw(case, mask, recipe, files["picture"])
+    if not (path := out / f"{case.name}.nii.gz").exists():
+        write_image(mask, path)
+    return "; ".join(about)
+
+
+def _draw(case, mask, recipe, path):
+    """A slice with the contours, in pixels of the patient's own size."""
+    import io
+
+    from keras_mmfnet._files import write
+    from keras_mmfnet.data import preprocess_case
+    from keras_mmfnet.plots import plot_segmentation
+
+    fine = preprocess_case(case, recipe.replace({"data.spacing": None}).data)
+    figure = plot_segmentation(fine.images, fine.grid.resample(mask), fine.mask, fine.spacing, margin=40)
+    figure.savefig(png := io.BytesIO(), format="png", dpi=110)
+    write(path, png.getvalue())

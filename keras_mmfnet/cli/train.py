@@ -1,0 +1,92 @@
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._terminal import Plan, Terminal, session
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the results.")],
+    data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
+    recipe: options.RecipeFile = None,
+    paper: options.Paper = False,
+    changes: options.Changes = None,
+    fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; needs only --out.")] = False,
+    skip_bad: options.SkipBad = False,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+):
+    """Trains MMFNet on a folder of patients, by cross-validation, and segments the patients held back."""
+    with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+        computes_on = start_backend(device)
+        with silenced():
+            from keras_mmfnet.run import Run
+        _log.info("Computing with %s", computes_on)
+        before = Run(out) if resume else None
+        chosen = options.choose_recipe(recipe, paper, changes, before and before.recipe)
+        if data is None and not resume:
+            raise ValueError("DATA: a folder of patients is expected. Received: no folder")
+        # What was left out before is left out again.
+        skip_bad = skip_bad or bool(before and before.cohort["skipped"])
+        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
+        folds = options.choose_folds(fold, chosen.training.folds, begun or [0])
+        run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad)
+
+
+def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False) -> None:
+    """Cross-validates a recipe, writes the report and prints the numbers."""
+    from keras_mmfnet._log import log_to_file
+    from keras_mmfnet.methods import method_of
+    from keras_mmfnet.report import write_report
+    from keras_mmfnet.run import Run, cross_validate
+
+    left_out = []
+    with log_to_file(Run(out).log_file):
+        log_command()
+        run = Run.start(out, data, recipe, resume, left_out.append if skip_bad else None)
+        for error in left_out:
+            _log.warning("Left out: %s", error)
+        for number in folds:  # --resume goes on with the folds that have a folder.
+            run.fold_folder(number).mkdir(exist_ok=True)
+        method = method_of(recipe)
+        plan = plan_of(run, [method], folds)
+        if resume:
+            trained = ", ".join(f"{path.parent.name} {path.name}" for path, share in plan.shares.items() if share)
+            _log.info("Resumed; trained already: %s", trained or "no network")
+        terminal.follow(plan)
+        rows = cross_validate(run, method, folds)
+        page = write_report(run)
+    terminal.metrics(rows)
+    terminal.say(f"Networks, masks and numbers: {run}\nReport: {page}")
+    terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
+    if terminal.quiet:
+        print(run.folder / "metrics.csv")
+
+
+def log_command() -> None:
+    """Adds the command to the log, not to what the terminal shows."""
+    logging.getLogger("mmfnet").info("Command: %s", shlex.join(["mmfnet", *sys.argv[1:]]))
+
+
+def plan_of(run, methods, folds) -> Plan:
+    """What is to be trained for some methods, each network counted by its modalities."""
+    from keras_mmfnet.methods import find_method
+
+    weights, done = {}, []
+    for fold in folds:
+        for method in methods:
+            for one in (*map(find_method, method.encoders.values()), method):
+                path = run.fold_folder(fold) / one.name
+                weights[path] = len(one.adapt(run.recipe).data.modalities)
+                if run.network(fold, one.name).exists() or run.result(fold, one.name).exists():
+                    done.append(path)
+    return Plan(weights, run.recipe.training.steps_per_epoch, done)

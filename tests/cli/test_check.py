@@ -1,0 +1,50 @@
+import csv
+import json
+import shutil
+
+import pytest
+
+from keras_mmfnet.data.image_io import read_image
+
+
+@pytest.fixture
+def cohort(tiny_cohort, tmp_path):
+    shutil.copytree(tiny_cohort, tmp_path / "cohort")
+    return tmp_path / "cohort"
+
+
+def test_patients_that_can_be_used(mmfnet, cohort, tmp_path):
+    done = mmfnet("check", cohort, "--csv", tmp_path / "c.csv", "--json", tmp_path / "c.json", "--deep")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["patient_00", "t1", "cet1", "32x32x20", "3x3x4", "LPS", "yes", "12.1", "yes"] in lines
+    assert ["t2", "38x38x20", "2.5x2.5x4", "LPS", "yes"] in lines
+    assert "6 patients can be used" in done.stdout
+    with open(tmp_path / "c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["patient"] for row in rows] == [f"patient_{number:02d}" for number in range(6)]
+    assert (rows[0]["t2_voxels"], rows[0]["t2_spacing_mm"], rows[0]["usable"]) == ("38x38x20", "2.5x2.5x4", "True")
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found[0]["images"]["t1"]["size"] == [32, 32, 20]
+    assert 11 < found[0]["tumour_ml"] < 13
+    again = mmfnet("check", cohort, "--csv", tmp_path / "c.csv", code=1)
+    assert f"Received: {tmp_path / 'c.csv'}" in again.stderr
+    # Without --deep no voxel is read.
+    assert not any(" 12.1 " in line for line in mmfnet("check", cohort).stdout.splitlines())
+
+
+def test_patients_that_cannot_be_used(mmfnet, cohort, monkeypatch):
+    (cohort / "patient_02" / "t2.nii.gz").unlink()
+    (cohort / "patient_03" / "t1.nii.gz").write_bytes(b"no image")
+    shutil.copytree(cohort / "patient_00", cohort / "patient_00_again")
+    monkeypatch.setattr("keras_mmfnet.data.fingerprint.read_image", lambda *_: pytest.fail("voxels were read"))
+    done = mmfnet("check", cohort, "--set", "data.spacing=none", code=1)
+    assert "unusable: patient_02: " in done.stdout
+    assert "unusable: patient_03: " in done.stdout
+    assert "the same images: patient_00, patient_00_again" in done.stdout
+    assert ["patient_00", "t1", "cet1", "32x32x20", "3x3x4", "LPS", "no", "-", "yes"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: 2 of 7 patients cannot be used; mmfnet train --skip-bad leaves them out: patient_02")
+    assert mmfnet("check", cohort, "--quiet", code=1).stdout == ""
+    assert read_image(cohort / "patient_00" / "t1.nii.gz", "x").GetSize() == (32, 32, 20)

@@ -1,0 +1,94 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.data import Grid
+
+GRID = Grid((20, 16, 6), (1.0, 1.0, 3.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+
+
+def write(path, columns, label=1, grid=GRID):
+    """A mask of a box of so many columns."""
+    mask = np.zeros(grid.shape, np.uint8)
+    mask[1:4, 2:10, 2 : 2 + columns] = label
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(grid.image(mask), str(path))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, predicted, expert in (("ann", 4, 4), ("bob", 4, 8), ("eve", 0, 6)):
+        write(tmp_path / "predicted" / f"{name}.nii.gz", predicted)
+        write(tmp_path / "expert" / f"{name}.nii.gz", expert, label=3)
+    probability = GRID.image(np.zeros(GRID.shape, np.float32))
+    sitk.WriteImage(probability, str(tmp_path / "predicted" / "ann_probability.nii.gz"))
+    return tmp_path
+
+
+def test_two_folders_of_masks(mmfnet, folders):
+    write(folders / "predicted" / "new.nii.gz", 4)
+    write(folders / "expert" / "old.mha", 4)
+    arguments = ("evaluate", folders / "predicted", folders / "expert")
+    done = mmfnet(*arguments, "--csv", folders / "numbers.csv", "--json", folders / "numbers.json")
+    with open(folders / "numbers.csv", newline="") as file:
+        rows = {row["patient"]: row for row in csv.DictReader(file)}
+    assert {name: round(float(row["dsc"]), 4) for name, row in rows.items()} == {"ann": 1, "bob": 0.6667, "eve": 0}
+    assert float(rows["bob"]["predicted_ml"]) == pytest.approx(3 * 8 * 4 * 3 / 1000)
+    assert float(rows["ann"]["hd95"]) == 0
+    assert "ap" not in rows["ann"]
+    found = json.loads((folders / "numbers.json").read_text())
+    dsc = found["summary"]["dsc"]
+    assert dsc["mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert 0 <= dsc["low"] < dsc["mean"] < dsc["high"] <= 1
+    assert found["patients"][2]["precision"] is None
+    lines = {" ".join(line.split()[:-5]): line.split()[-5] for line in done.stdout.splitlines() if line.strip()}
+    assert lines["bob"] == "0.6667"
+    assert [lines[name] for name in ("mean of 3", "95% from", "to")] == [
+        f"{dsc[key]:.4f}" for key in ("mean", "low", "high")
+    ]
+    assert "new: has no mask of the expert" in done.stderr
+    assert "old: has no prediction" in done.stderr
+    again = mmfnet(*arguments, "--csv", folders / "numbers.csv", code=1)
+    assert f"Received: {folders / 'numbers.csv'}" in again.stderr
+    assert float(mmfnet(*arguments, "--quiet").stdout) == pytest.approx(dsc["mean"])
+
+
+def test_the_expert_in_the_patients_folders(mmfnet, folders):
+    for name in ("ann", "bob", "eve"):
+        (folders / "patients" / name).mkdir(parents=True)
+        shutil.move(folders / "expert" / f"{name}.nii.gz", folders / "patients" / name / f"{name}_seg.nii.gz")
+        write(folders / "patients" / name / "t1.nii.gz", 3)
+    done = mmfnet("evaluate", folders / "predicted", folders / "patients")
+    assert "0.6667" in done.stdout
+    write(folders / "patients" / "eve" / "mask.nii.gz", 3)
+    twice = mmfnet("evaluate", folders / "predicted", folders / "patients", code=1)
+    assert "eve: must hold one mask. Received: " in twice.stderr
+
+
+def test_what_cannot_be_compared_is_named(mmfnet, folders, tmp_path):
+    def refused(*arguments):
+        return mmfnet("evaluate", folders / "predicted", *arguments, code=1).stderr
+
+    assert "a folder is expected. Received: " in refused(folders / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "must hold masks" in refused(tmp_path / "empty")
+    write(tmp_path / "others" / "zoe.nii.gz", 3)
+    assert "without a pair" in refused(tmp_path / "others")
+    other = Grid((20, 16, 6), (1.0, 1.0, 2.5), GRID.origin, GRID.direction)
+    write(folders / "expert" / "bob.nii.gz", 4, grid=other)
+    assert "error: bob: both masks must lie on one grid. Received: " in refused(folders / "expert")
+
+
+def test_several_labels(mmfnet, folders):
+    image = sitk.ReadImage(str(folders / "expert" / "bob.nii.gz"))
+    array = sitk.GetArrayFromImage(image)
+    array[1] = array[1] * 0 + 4 * (array[1] > 0)
+    sitk.WriteImage(GRID.image(array), str(folders / "expert" / "bob.nii.gz"))
+    done = mmfnet("evaluate", folders / "predicted", folders / "expert", code=1)
+    assert "--labels says which ones count" in done.stderr
+    done = mmfnet("evaluate", folders / "predicted", folders / "expert", "--labels", "1,3,4")
+    assert "0.6667" in done.stdout

@@ -1,0 +1,27 @@
+import pytest
+
+import keras_mmfnet
+from keras_mmfnet.cli import app
+
+COMMANDS = ("demo", "check", "train", "segment", "evaluate", "compare", "explain", "report", "export")
+
+
+def test_the_commands(mmfnet):
+    done = mmfnet("--help")
+    assert [name for name in COMMANDS if f" {name} " in done.stdout] == list(COMMANDS)
+    assert "--install-completion" in done.stdout
+    assert mmfnet("--version").stdout == f"mmfnet {keras_mmfnet.__version__}\n"
+    assert len(app.registered_commands) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_shows_an_example_and_can_be_quiet(mmfnet, command):
+    done = mmfnet(command, "--help")
+    assert f"Example: mmfnet {command}" in done.stdout
+    assert "--quiet" in done.stdout
+    assert "No such option" in mmfnet(command, "--nothing", code=2).stderr
+
+
+def test_report(mmfnet, trained, tmp_path):
+    assert "RUN: a folder is expected. Received: " in mmfnet("report", tmp_path / "nowhere", code=1).stderr
+    assert "error: " in mmfnet("report", trained, code=1).stderr

@@ -1,0 +1,133 @@
+import re
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from dicom_files import write_series
+
+from keras_mmfnet.data import Grid
+from keras_mmfnet.models import load_network
+from keras_mmfnet.recipe import Recipe
+
+GRID = Grid((24, 20, 6), (2.0, 2.0, 4.0), (-20.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
+    patient, out = tmp_path / "Zoë", tmp_path / "out"
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(patient, GRID, name, prefix=name, seed=seed, patient="Secret^Name")
+    flags = ("--rtstruct", "--seg", "--probability", "--disagreement", "--mirror", "--gaussian")
+    done = mmfnet("segment", trained, patient, "--out", out, *flags)
+    assert re.search(r"1 of 1: Zoë.*; [1-9]\d* voxels of tumour, \d+\.\d ml", done.stderr)
+    assert done.stdout == f"{out}\n"
+    ends = (".nii.gz", "_disagreement.nii.gz", "_probability.nii.gz", "_rtstruct.dcm", "_seg.dcm")
+    assert sorted(path.name for path in out.iterdir()) == sorted(f"Zoë{end}" for end in ends)
+    assert Grid.from_image(sitk.ReadImage(str(out / "Zoë.nii.gz"))).matches(GRID)
+    np.testing.assert_array_equal(read(out / "Zoë_probability.nii.gz") >= 0.5, read(out / "Zoë.nii.gz") > 0)
+    assert read(out / "Zoë_disagreement.nii.gz").max() > 0.01
+    assert [pydicom.dcmread(out / f"Zoë_{kind}.dcm").Modality for kind in ("rtstruct", "seg")] == ["RTSTRUCT", "SEG"]
+    assert not any("Secret" in path.name for path in tmp_path.rglob("*"))
+    assert "Secret" not in done.output
+
+
+def test_what_cannot_be_done_is_said_before_any_work(mmfnet, trained, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_mmfnet.inference.segment_ensemble", lambda *_, **__: pytest.fail("it was segmented"))
+    patient = tiny_cohort / "patient_00"
+
+    def refused(*arguments):
+        return mmfnet("segment", *arguments, "--out", tmp_path / "out", code=1).stderr
+
+    assert re.search(r"with trained folds is expected. Received: .*--fold 7", refused(trained, patient, "--fold", 7))
+    assert re.search(r"a folder is expected. Received: .*nowhere", refused(tmp_path / "nowhere", patient))
+    assert re.search("recipe.json, is expected. Received: ", refused(tiny_cohort, patient))
+    assert "two or more folds" in refused(trained, patient, "--disagreement", "--fold", 1)
+    assert "--structure" in refused(trained, patient, "--rtstruct", "--structure", "a\\b")
+    assert "DICOM series for --rtstruct and --seg. Received: " in refused(trained, patient, "--rtstruct")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatch):
+    """One bad patient does not stop the others; networks are loaded once; what is done is not done again."""
+    patients, out, loaded = tmp_path / "patients", tmp_path / "out", []
+    shutil.copytree(tiny_cohort, patients)
+    (patients / "patient_01" / "t2.nii.gz").write_bytes(b"no image")
+    (patients / "patient_04" / "cet1.nii.gz").unlink()
+    (patients / "patient_05" / "mask.nii.gz").unlink()
+
+    def load(path, recipe):
+        loaded.append(path)
+        return load_network(path, recipe)
+
+    monkeypatch.setattr("keras_mmfnet.models.load_network", load)
+    done = mmfnet("segment", trained, patients, "--out", out, "--picture", code=1)
+    names = ["patient_00", "patient_02", "patient_03", "patient_05"]
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"{name}.nii.gz" for name in names]
+    assert all((out / f"{name}.png").stat().st_size > 1000 for name in names)
+    assert len(loaded) == 2
+    *_, headline, first, second = done.stderr.splitlines()
+    assert headline == "error: 2 of 6 patients were not segmented"
+    assert {line.split(":")[0].strip() for line in (first, second)} == {"patient_01", "patient_04"}
+    # The expert's mask is compared with where there is one.
+    compared = [line for line in done.stderr.splitlines() if re.search(r"DSC \d\.\d{4}, HD95 \d+\.\d mm", line)]
+    assert [line.split(": ")[1].split(";")[0] for line in compared] == names[:3]
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    shutil.rmtree(patients / "patient_01")
+    shutil.rmtree(patients / "patient_04")
+    (out / "patient_02.png").unlink()
+    again = mmfnet("segment", trained, patients, "--out", out, "--picture")
+    assert "3 of 4 patients are segmented already" in again.stderr
+    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before.get(path)}
+    assert changed == {"patient_02.png"}
+
+
+def test_a_patient_without_tumour(mmfnet, trained, tmp_path):
+    for fold in range(2):
+        path = trained / f"fold_{fold}" / "mmfnet.keras"
+        network = load_network(path)
+        kernel, bias = network.layers[-1].get_weights()
+        network.layers[-1].set_weights([kernel * 0, bias * 0 - 5])
+        network.save(path)
+    patient, out = tmp_path / "Ann", tmp_path / "out"
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(patient, GRID, name, prefix=name, seed=seed)
+    done = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
+    assert "no tumour was found, the mask is empty, no DICOM file was written" in done.stderr
+    assert [path.name for path in out.iterdir()] == ["Ann.nii.gz"]
+    assert not read(out / "Ann.nii.gz").any()
+    again = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
+    assert "1 of 1 patients are segmented already" in again.stderr
+
+
+def test_every_layout_that_trains_is_segmented(mmfnet, trained, tiny_cohort, tmp_path):
+    dataset = tmp_path / "Dataset001"
+    (dataset / "imagesTs").mkdir(parents=True)
+    (dataset / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "T2", "2": "CET1"}}')
+    for name in ("patient_00", "patient_01"):
+        for number, modality in enumerate(("t1", "t2", "cet1")):
+            source = tiny_cohort / name / f"{modality}.nii.gz"
+            shutil.copy(source, dataset / "imagesTs" / f"{name}_{number:04d}.nii.gz")
+    mmfnet("segment", trained, dataset, "--out", tmp_path / "root", "--fold", 0)
+    mmfnet("segment", trained, dataset / "imagesTs" / "patient_01_0000.nii.gz", "--out", tmp_path / "one", "--fold", 0)
+    assert {path.name for path in (tmp_path / "root").iterdir()} == {"patient_00.nii.gz", "patient_01.nii.gz"}
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["patient_01.nii.gz"]
+
+
+@pytest.mark.parametrize("command", ["segment", "explain"])
+def test_a_network_that_is_damaged_or_of_another_recipe_is_named(mmfnet, command, trained, tiny_cohort, tmp_path):
+    network = trained / "fold_0" / "mmfnet.keras"
+    arguments = (command, trained, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--fold", 0)
+    recipe = Recipe.load(trained / "recipe.json")
+    (trained / "recipe.json").write_text(recipe.replace({"patches.shape": (4, 32, 16)}).to_json())
+    done = mmfnet(*arguments, code=1)
+    assert re.search(rf"error: {network}: must be a network from patches \(4, 32, 16\).*Received: ", done.stderr)
+    network.write_bytes(network.read_bytes()[:-100])
+    done = mmfnet(*arguments, code=1)
+    assert re.search(rf"error: {network}: must be an undamaged .keras file.*Received: ", done.stderr)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,215 @@
+import json
+import logging
+import shutil
+import signal
+
+import keras
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from dicom_files import write_series
+
+from keras_mmfnet import run as runner
+from keras_mmfnet import training
+from keras_mmfnet.cli._options import choose_recipe
+from keras_mmfnet.data import Grid
+from keras_mmfnet.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "does not exist. Received: "),
+        (["{cohort}", "--set", "patches.shape=16,100,64"], "`patches.shape` must be (depth, height, width)"),
+        (["{cohort}", "--set", "training.epoch=3"], "did you mean `training.epochs`?"),
+        (["{cohort}", "--set", "training.epochs"], "--set: FIELD=VALUE is expected"),
+        (["{cohort}", "--set", "training.folds=7"], "7 folds need at least 7 patients"),
+        (["{cohort}", "--fold", "5"], "--fold: numbers from 0 to 4, or all, are expected. Received: 5"),
+        (["{cohort}", "--paper", "--recipe", "r.json"], "--recipe, --paper: one of the two"),
+        ([], "DATA: a folder of patients is expected"),
+        (["--resume"], "the folder of a run, with a recipe.json, is expected"),
+        (["{cohort}", "--device", "tpu"], "--device: cpu, gpu or gpu:<number> is expected. Received: tpu"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(mmfnet, tiny_cohort, tmp_path, arguments, message):
+    arguments = [argument.format(cohort=tiny_cohort) for argument in arguments]
+    done = mmfnet("train", *arguments, "--out", tmp_path / "run", code=1)
+    assert message in done.stderr
+    assert [line for line in done.stderr.splitlines() if "error: " in line] == [done.stderr.splitlines()[-1]]
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_the_options(tmp_path):
+    assert choose_recipe(None, True, None) == Recipe()
+    assert choose_recipe(None, False, None) == Recipe.small()
+    path = tmp_path / "recipe.json"
+    path.write_text(Recipe().replace({"training.epochs": 9}).to_json())
+    assert choose_recipe(path, False, ["training.seed=7"]).training.epochs == 9
+    changes = """data.modalities=a,b data.mask=gtv data.mask_labels=1,4 training.epochs=3 patches.shape=32,32,32
+        patches.stride=4,none,none training.mixed_precision=bfloat16 data.normalised_scale=1000 data.spacing=none
+        data.series.a="x,y" data.clip.a=-2,1.5 training.self_transfer=false""".split()
+    assert choose_recipe(None, False, changes) == Recipe.small().replace(
+        {
+            "data.modalities": ("a", "b"),
+            "data.mask": "gtv",
+            "data.mask_labels": (1, 4),
+            "training.epochs": 3,
+            "patches.shape": (32, 32, 32),
+            "patches.stride": (4, None, None),
+            "training.mixed_precision": "bfloat16",
+            "data.normalised_scale": 1000.0,
+            "data.spacing": None,
+            "data.series.a": "x,y",
+            "data.clip.a": (-2, 1.5),
+            "training.self_transfer": False,
+        }
+    )
+
+
+def test_a_folder_that_cannot_be_written(mmfnet, tiny_cohort, tmp_path, tiny):
+    (tmp_path / "file").touch()
+    done = mmfnet("train", tiny_cohort, "--out", tmp_path / "file" / "run", *tiny, code=1)
+    assert f"Not a directory: '{tmp_path}/file/run" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def first(mmfnet, tiny_cohort, tmp_path_factory, tiny):
+    """The folder of a finished run of one fold, and what the command said."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    return out, mmfnet("train", tiny_cohort, "--out", out, *tiny, "--fold", 1)
+
+
+@pytest.fixture
+def started(first):
+    return first[0]
+
+
+def test_a_run_says_how_far_it_is_and_what_comes_next(first):
+    started, done = first
+    assert "Computing with " in done.stderr
+    assert "Preprocessed patient 6 of 6" in done.stderr
+    assert "Epoch 1 of 2: loss" in done.stderr
+    assert "less than a minute left" in next(line for line in done.stderr.splitlines() if "Epoch 1" in line)
+    assert "mean of 2" in done.stdout
+    assert f"mmfnet segment {started} PATIENT --out" in done.stdout
+    assert f"Report: {started / 'report.html'}" in done.stdout
+    assert (started / "report.html").stat().st_size > 1000
+    log = (started / "run.log").read_text(encoding="utf-8")
+    assert "Command: mmfnet" in log
+    assert "Segmented patient 2 of 2: DSC" in log
+
+
+def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+    done = mmfnet("train", "--out", started, "--resume", "--quiet")
+    assert done.stdout == f"{started / 'metrics.csv'}\n"
+    assert done.stderr == ""
+    assert "trained already: fold_1 mmfnet" in mmfnet("train", "--out", started, "--resume").stderr
+    other = mmfnet("train", "--out", started, "--resume", "--set", "training.epochs=5", code=1)
+    assert "another recipe. Received: training.epochs: 2 before, 5 now" in other.stderr
+    # The patients' folder may have moved.
+    shutil.copytree(tiny_cohort, tmp_path / "moved")
+    mmfnet("train", tmp_path / "moved", "--out", started, "--resume")
+    assert json.loads((started / "cohort.json").read_text())["data"] == str(tmp_path / "moved")
+    mmfnet("train", tiny_cohort, "--out", started, "--resume")
+    again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
+    assert "must hold no run" in again.stderr
+    assert "--resume" in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, number, monkeypatch):
+    out, log = tmp_path / "run", logging.getLogger("keras_mmfnet.progress")
+
+    def interrupt(record):
+        # At the last update of the second epoch of three.
+        if record.what == out / "fold_0" / "mmfnet" and record.done == 4:
+            signal.raise_signal(number)
+        return True
+
+    log.addFilter(interrupt)
+    tiny = [*tiny, "--set", "training.epochs=3"]
+    try:
+        done = mmfnet("train", tiny_cohort, "--out", out, *tiny, "--fold", "all", code=128 + number)
+    finally:
+        log.removeFilter(interrupt)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"stopped: fold 0, mmfnet, after epoch 1 of 3; go on with: mmfnet train --out {out} --resume"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Before there is a run to go on with, the same command does.
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Run, "start", lambda *_: signal.raise_signal(number))
+        done = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", *tiny, code=128 + number)
+    assert done.stderr.splitlines()[-1] == "stopped; start the same command again to go on"
+    # --resume knows all folds that were to run.
+    asked = []
+
+    def cross_validate(run, method, folds):
+        asked.append(folds)
+        raise ValueError("this is enough")
+
+    monkeypatch.setattr(runner, "cross_validate", cross_validate)
+    mmfnet("train", "--out", out, "--resume", code=1)
+    assert asked == [[0, 1, 2]]
+
+
+def test_a_run_that_another_process_computes(mmfnet, started, monkeypatch):
+    def locked(*_, **__):
+        raise runner.RunLocked("fold 0, mmfnet: is being computed by process 7 on here since noon")
+
+    monkeypatch.setattr(runner, "run_fold", locked)
+    done = mmfnet("train", "--out", started, "--resume", code=1)
+    assert "error: fold 0, mmfnet: is being computed by process 7" in done.stderr
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes too long on a CPU")
+def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
+    """Of a run over DICOM series, one of which cannot be used: neither a file's name, nor text, nor what is printed."""
+    for number, folder in enumerate(sorted(tiny_cohort.iterdir())):
+        patient = tmp_path / "patients" / f"Zoë {number}"
+        for name in ("t1", "t2", "cet1"):
+            image = sitk.ReadImage(str(folder / f"{name}.nii.gz"))
+            array = sitk.GetArrayFromImage(image) + 100
+            write_series(patient / name, Grid.from_image(image), name, array=array, patient="Secret^Id")
+            for path in (patient / name).iterdir():
+                slice_ = pydicom.dcmread(path)
+                slice_.PatientName, slice_.PatientBirthDate = "Secret^Name", "19700101"
+                slice_.StudyInstanceUID += str(number)
+                slice_.save_as(path)
+        shutil.copy(folder / "mask.nii.gz", patient)
+    (patient / "t2" / "slice_03.dcm").unlink()
+    out = tmp_path / "run"
+    refused = mmfnet("train", tmp_path / "patients", "--out", out, *tiny, code=1)
+    assert "Zoë 5: " in refused.stderr
+    assert "--skip-bad" in refused.stderr
+    done = mmfnet("train", tmp_path / "patients", "--out", out, *tiny, "--skip-bad")
+    assert "warning: Left out: Zoë 5: " in done.stderr
+    assert list(json.loads((out / "cohort.json").read_text())["skipped"]) == ["Zoë 5"]
+    assert "Left out: Zoë 5: " in mmfnet("train", "--out", out, "--resume").stderr
+    assert len(list(out.glob("fold_*/masks/*/*"))) == 2
+    assert "Zoë" in (out / "report.html").read_text(encoding="utf-8")
+    assert "a stack without a gap" in (out / "run.log").read_text(encoding="utf-8")
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert (out / "report.html") in written
+    assert not [path for path in written if "secret" in str(path.relative_to(tmp_path)).lower()]
+    assert not [path for path in written if b"secret" in path.read_bytes().lower() or b"19700101" in path.read_bytes()]
+    assert "secret" not in (done.output + refused.output).lower()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
+    done = mmfnet("demo", "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
+    assert summary["dsc"]["mean"] >= 0.75
+    assert "mean of" in done.stdout
+    assert "Try it: mmfnet segment" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert np.isfinite(summary["hd95"]["mean"])
+    again = mmfnet("demo", "--out", tmp_path / "run", code=1)
+    assert "--resume goes on" in again.stderr
