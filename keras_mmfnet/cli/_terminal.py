@@ -84,7 +84,7 @@ class Terminal(logging.Handler):
         self.quiet, self.plan, self.stopped = quiet, None, None
         self.console = rich.console.Console(stderr=True, highlight=False)
         columns = ("{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
-        self.bar = rich.progress.Progress(*columns, console=self.console, transient=True)
+        self.bar = rich.progress.Progress(*columns, console=self.console, transient=True, redirect_stdout=False)
         self.bar.disable = quiet or not self.console.is_terminal
         self.task = self.bar.add_task("", total=None, left="", visible=False)
 
@@ -93,18 +93,20 @@ class Terminal(logging.Handler):
         self.plan = plan
         self._show("Training", plan.done, plan.total)
 
-    def say(self, text: object) -> None:
-        """Prints a result; not if quiet."""
-        if not self.quiet:
+    def say(self, text: object, always: bool = False) -> None:
+        """Prints a result, in place of the bar; if quiet only with `always`."""
+        self.bar.stop()
+        if always or not self.quiet:
             print(text)
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-        """Prints a table, the first column to the left; not if quiet."""
+        """Prints a table in place of the bar, the first column to the left; not if quiet."""
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
         for row in rows:
             table.add_row(*map(rich.markup.escape, row))
+        self.bar.stop()
         if not self.quiet:
             rich.console.Console(highlight=False).print(table)
 

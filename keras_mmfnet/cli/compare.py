@@ -47,7 +47,7 @@ def compare(
         for file in module or ():
             import_file(file)
         if methods == "list":
-            print("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()))
+            terminal.say("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()), always=True)
             return
         names = list(METHODS) if methods == "all" else methods.split(",")
         if unknown := sorted({*names, baseline} - set(METHODS)):
@@ -102,7 +102,8 @@ def run_comparison(terminal, out: Path, data: Path, recipe, methods, folds, base
             _log.warning("Left out: %s", error)
         terminal.follow(plan_of(run, methods, folds))
         compare_methods(run, methods, folds)
+        _log.info("Writing the report")
         page = write_comparison(run, baseline)
     table = run.folder / "table.md"
     terminal.say(f"\n{table.read_text(encoding='utf-8')}")
-    print(table if terminal.quiet else f"Report: {page}")
+    terminal.say(table if terminal.quiet else f"Report: {page}", always=True)

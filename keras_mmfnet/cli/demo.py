@@ -37,6 +37,6 @@ def demo(
         _log.info("Making synthetic patients in %s", out / "phantom")
         make_synthetic_cohort(out / "phantom", seed=recipe.training.seed, modalities=recipe.data.modalities)
         run_training(terminal, out, out / "phantom", recipe, [0])
-        patient = shlex.quote(str(next((out / "phantom").iterdir())))
+        patient = shlex.quote(str(out / "phantom" / Run(out).folds[0].test[0]))
         terminal.say(f"Try it: mmfnet segment {shlex.quote(str(out))} {patient} --out contours --picture")
         terminal.say("With your own patients: mmfnet check PATIENTS, then mmfnet train PATIENTS --out RUN")

@@ -51,7 +51,7 @@ def evaluate(
             write(as_json, metrics_json(rows))
         terminal.metrics(rows)
         if quiet:
-            print(summarise(rows)["dsc"]["mean"])
+            terminal.say(summarise(rows)["dsc"]["mean"], always=True)
 
 
 def _find_masks(folder):

@@ -23,7 +23,7 @@ def explain(
     quiet: options.Quiet = False,
 ):
     """Draws what a network of a run looks at in one patient."""
-    with session(quiet):
+    with session(quiet) as terminal:
         options.require_folder(run, "RUN")
         options.require_new(out, "--out")
         _log.info("Computing with %s", start_backend(device))
@@ -41,7 +41,7 @@ def explain(
         for path in draw_explanations(
             network, preprocess_case(cases[0], opened.recipe.data), opened.recipe, out, chosen
         ):
-            print(path)
+            terminal.say(path, always=True)
 
 
 def draw_explanations(model, case, recipe, out: Path, methods: list[str]):

@@ -28,4 +28,4 @@ def export(
         with silenced():
             network.export(out, format=_FORMATS[out.suffix], verbose=False)
         terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
-        print(out)
+        terminal.say(out, always=True)

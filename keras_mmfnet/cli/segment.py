@@ -36,7 +36,7 @@ def segment(
     """Segments one patient or a folder of patients with the networks of a run."""
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
-    with session(quiet):
+    with session(quiet) as terminal:
         options.require_folder(run, "RUN")
         if not 1 <= len(structure) <= 64 or "\\" in structure:
             raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
@@ -67,7 +67,7 @@ def segment(
         if failed:
             several = f"{len(failed)} of {total} patients were not segmented"
             raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
-        print(out)
+        terminal.say(out, always=True)
 
 
 def _missing(out, case, wanted):

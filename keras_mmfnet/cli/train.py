@@ -64,12 +64,13 @@ def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=Fals
             _log.info("Resumed; trained already: %s", trained or "no network")
         terminal.follow(plan)
         rows = cross_validate(run, method, folds)
+        _log.info("Writing the report")
         page = write_report(run)
     terminal.metrics(rows)
     terminal.say(f"Networks, masks and numbers: {run}\nReport: {page}")
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
-        print(run.folder / "metrics.csv")
+        terminal.say(run.folder / "metrics.csv", always=True)
 
 
 def log_command() -> None:

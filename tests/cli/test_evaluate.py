@@ -45,7 +45,8 @@ def test_two_folders_of_masks(mmfnet, folders):
     assert dsc["mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert 0 <= dsc["low"] < dsc["mean"] < dsc["high"] <= 1
     assert found["patients"][2]["precision"] is None
-    lines = {" ".join(line.split()[:-5]): line.split()[-5] for line in done.stdout.splitlines() if line.strip()}
+    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = {" ".join(line[:-5]): line[-5] for line in lines if len(line) > 5}
     assert lines["bob"] == "0.6667"
     assert [lines[name] for name in ("mean of 3", "95% from", "to")] == [
         f"{dsc[key]:.4f}" for key in ("mean", "low", "high")
