@@ -5,14 +5,26 @@ see it, from below: the patient's right is on the left.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_mmfnet.plots._colours import ERROR_COLOURS
 from keras_mmfnet.plots._masks import expert_and_prediction, union
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot_segmentation(images, prediction, truth=None, spacing=(1.0, 1.0, 1.0), depth=None, margin=None):
+
+def plot_segmentation(
+    images: Mapping[str, np.ndarray],
+    prediction: np.ndarray,
+    truth: np.ndarray | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    depth: int | None = None,
+    margin: float | None = None,
+) -> "Figure":
     """One slice of each modality with the contours of the prediction and of the expert (as the paper's Figure 7).
 
     The patient's right is on the left.
@@ -51,8 +63,15 @@ def plot_segmentation(images, prediction, truth=None, spacing=(1.0, 1.0, 1.0), d
     return figure
 
 
-def plot_errors(images, predictions, truth, spacing=(1.0, 1.0, 1.0), depth=None, margin=None):
-    """One slice with what each method gets right, adds and misses, methods side by side (as the paper's Figure 9).
+def plot_errors(
+    images: Mapping[str, np.ndarray],
+    predictions: Mapping[str, np.ndarray],
+    truth: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    depth: int | None = None,
+    margin: float | None = None,
+) -> "Figure":
+    """One slice with the correct, false and missed voxels of each method (as the paper's Figure 9).
 
     The patient's right is on the left.
 
@@ -97,7 +116,13 @@ def plot_errors(images, predictions, truth, spacing=(1.0, 1.0, 1.0), depth=None,
     return figure
 
 
-def plot_montage(image, prediction, truth=None, spacing=(1.0, 1.0, 1.0), margin=None):
+def plot_montage(
+    image: np.ndarray,
+    prediction: np.ndarray,
+    truth: np.ndarray | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    margin: float | None = None,
+) -> "Figure":
     """All slices of a patient with the contours of the prediction and of the expert.
 
     The patient's right is on the left; the lowest slice comes first.
@@ -135,7 +160,15 @@ def plot_montage(image, prediction, truth=None, spacing=(1.0, 1.0, 1.0), margin=
     return figure
 
 
-def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None, title=None, truth=None, prediction=None):
+def plot_heat(
+    images: Mapping[str, np.ndarray],
+    maps: Mapping[str, np.ndarray],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    depth: int | None = None,
+    title: str | None = None,
+    truth: np.ndarray | None = None,
+    prediction: np.ndarray | None = None,
+) -> "Figure":
     """One slice of each modality, cropped to the body, with a map over it; the patient's right is on the left.
 
     Args:
@@ -179,8 +212,16 @@ def plot_heat(images, maps, spacing=(1.0, 1.0, 1.0), depth=None, title=None, tru
     return figure
 
 
-def slice_strips(images, prediction, truth, spacing=(1.0, 1.0, 1.0), side=160, margin=30.0, most=64):
-    """The slices about a tumour one below another, and what to mark in them, for a page that shows one at a time.
+def slice_strips(
+    images: Mapping[str, np.ndarray],
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    side: int = 160,
+    margin: float = 30.0,
+    most: int = 64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The slices around a tumour concatenated to one image, and an overlay of marks, for a page with a slider.
 
     The patient's right is on the left; the lowest slice comes first.
 
