@@ -217,10 +217,8 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
     ):
         images = {path.name.split(".")[0]: sitk.ReadImage(str(path)) for path in folder.iterdir()}
         for description, modality in series.items():
-            array = sitk.GetArrayFromImage(images[modality]) + 100
-            write_series(
-                Path("patients", name, description), Grid.from_image(images[modality]), description, array=array
-            )
+            array, grid = sitk.GetArrayFromImage(images[modality]) + 100, Grid.from_image(images[modality])
+            write_series(Path("patients", name, description), grid, description, patient=name, array=array)
         shutil.copy(folder / "mask.nii.gz", Path("patients", name))
         Path("prostates", name).mkdir(parents=True)
         for source, target in (("t1", "t2"), ("t2", "adc"), ("mask", "mask")):
