@@ -160,6 +160,13 @@ def test_mmfnet_takes_the_arguments_it_is_shown_with(page):
             Recipe.small().replace(parse_changes(options.get("changes")))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_fields_of_the_recipe_take_the_values_they_are_shown_with(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for shown in re.findall(r"`(--set [^`]+)`", text):
+        Recipe.small().replace(parse_changes(shlex.split(shown)[1::2]))
+
+
 class Parsed(Exception):
     """The arguments as a script's parser has read them; ends the script there."""
 
