@@ -1,13 +1,12 @@
-"""Which dtype policy a machine is best served with."""
+"""The dtype policy of a training."""
 
 import keras
 
 
-def dtype_policy(mixed_precision="auto"):
+def dtype_policy(mixed_precision: str = "auto") -> str:
     """Name of the dtype policy for a recipe's `mixed_precision`.
 
-    `"auto"` is bfloat16 on a GPU that computes in it (compute capability 8 and up), float16 on an older GPU and
-    float32 without one.
+    `"auto"` is bfloat16 on a GPU of compute capability 8 or more, float16 on an older GPU and float32 without a GPU.
 
     Args:
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
@@ -38,8 +37,8 @@ def dtype_policy(mixed_precision="auto"):
     return f"mixed_{mixed_precision}"
 
 
-def _gpu_capability():
-    """Compute capability of the first GPU that the backend uses, `None` without one."""
+def _gpu_capability() -> float | None:
+    """Compute capability of the first GPU that the backend uses; `None` without a GPU."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf

@@ -1,4 +1,6 @@
 import keras_mmfnet._backend  # noqa: F401  # isort: skip
+from typing import Any, Literal
+
 import keras
 from keras import ops
 
@@ -7,15 +9,15 @@ from keras import ops
 class DiceLoss(keras.losses.Loss):
     """Dice loss of a probability map, with its sums over the whole batch (eq. 1).
 
-    `"standard"` is `1 - (2 I + s) / (P + G + s)` with `I = sum(p * g)`, `P = sum(p)`, `G = sum(g)`: 0 where truth and
-    prediction are both empty. `"as_printed"` is the paper's `1 - 2 (I + s) / (P + G + s)`, which is -1 there; for a
-    tumour of many voxels the two agree. Computed in float32 under every dtype policy.
+    `"standard"` is `1 - (2 I + s) / (P + G + s)` with `I = sum(p * g)`, `P = sum(p)`, `G = sum(g)`: it is 0 if truth
+    and prediction are both empty. `"as_printed"` is the paper's `1 - 2 (I + s) / (P + G + s)`, which is -1 in that
+    case. For a tumour of many voxels the two agree. Computed in float32 under every dtype policy.
 
     Args:
-        smooth: The smoothness term `s`, which keeps the quotient defined; positive.
+        smooth: The smoothing term `s` > 0, which keeps the quotient defined.
         formula: `"standard"` or `"as_printed"`.
         name: Name of the loss.
-        **kwargs: `reduction` and `dtype`, as for every loss.
+        **kwargs: `reduction` and `dtype`, as for every Keras loss.
 
     Call arguments:
         y_true: Mask of 0 and 1, any shape.
@@ -36,7 +38,13 @@ class DiceLoss(keras.losses.Loss):
     Reference: Chen et al., MMFNet, eq. 1.
     """
 
-    def __init__(self, smooth=1.0, formula="standard", name="dice_loss", **kwargs):
+    def __init__(
+        self,
+        smooth: float = 1.0,
+        formula: Literal["standard", "as_printed"] = "standard",
+        name: str = "dice_loss",
+        **kwargs: Any,
+    ):
         super().__init__(name=name, **kwargs)
         if not smooth > 0:
             raise ValueError(f"`smooth` must be positive. Received: {smooth!r}")
@@ -51,5 +59,5 @@ class DiceLoss(keras.losses.Loss):
         smooth = self.smooth if self.formula == "standard" else 2 * self.smooth
         return 1 - (2 * intersection + smooth) / total
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "smooth": self.smooth, "formula": self.formula}

@@ -1,7 +1,8 @@
-"""The rows of the paper's Tables I and II, each a method that can be built, trained and compared."""
+"""The registry of methods: the rows of the paper's Tables I and II, and methods of your own."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from os import PathLike
 
 import keras
 
@@ -15,27 +16,28 @@ from keras_mmfnet.models import (
     UNet2D,
     UNet3D,
 )
+from keras_mmfnet.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the tables: a network and how it is trained.
+    """One row of a table: a network and how it is trained.
 
     Args:
-        name: Its name in the registry, in file names and on the command line.
-        title: Its name in a table.
-        build: From a recipe, a dtype policy and `{modality: network that lends its encoder}` (`None` without
-            self-transfer) to the network that is trained: a `keras.Model` from
+        name: Name in the registry, in file names and on the command line.
+        title: Name in a table.
+        build: Function `build(recipe, dtype, encoders)` that returns the network to be trained. `dtype` is a dtype
+            policy, `encoders` the pretrained networks by modality or `None`. The network is a `keras.Model` from
             `{modality: (batch, depth, height, width, 1)}` to probabilities of the same shape, or a classifier of 2D
             patches.
-        changes: What differs for this method by the path of the recipe's field; `data.modalities` above all.
-        encoders: By modality, the name of the method that lends its encoder; empty without self-transfer.
-        samples: What the network learns from: `"volumes"`, 3D patches and their masks, or `"centres"`, 2D patches and
-            the class of their centre.
-        paper: `dsc`, `ap` and `dice_loss` in the paper, where it has them.
-        train: Trains another library's network in place of `build`: from the method, training and validation
-            patients, the recipe and a folder to `(predict, parameters, history)`, a callable for `predict_volume`, the
-            number of weights and a dict of numbers for each epoch.
+        changes: The recipe's fields that differ for this method, `{path: value}`, such as `data.modalities`.
+        encoders: By modality, the name of the method whose encoder is copied; empty without self-transfer.
+        samples: The training samples: `"volumes"`, 3D patches and their masks, or `"centres"`, 2D patches and the class
+            of their centre.
+        paper: `dsc`, `ap` and `dice_loss` in the paper, if it has them.
+        train: In place of `build`, trains a network of another library: `train(method, training, validation, recipe,
+            folder)` returns `(predict, parameters, history)`, that is a callable for `predict_volume`, the number of
+            weights and a dict of numbers for each epoch.
     """
 
     name: str
@@ -53,21 +55,21 @@ class Method:
         if self.samples not in ("volumes", "centres"):
             raise ValueError(f"`samples` must be 'volumes' or 'centres'. Received: {self.samples!r}")
 
-    def adapt(self, recipe):
-        """The recipe as this method follows it."""
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """The recipe with the changes of this method."""
         return recipe.replace(self.changes)
 
-    def over_volumes(self, network, recipe):
-        """The trained network as one over volumes, for `predict_volume`."""
+    def over_volumes(self, network: keras.Model, recipe: Recipe) -> keras.Model:
+        """The trained network as a network over volumes, for `predict_volume`."""
         return SliceWise3D(network, recipe.patches.shape) if self.samples == "centres" else network
 
 
 METHODS: dict[str, Method] = {}
-# The single-modality networks that lend their encoders are called so, with the modality.
+# Prefix of the single-modality networks of self-transfer, before the modality.
 _SINGLE = "unet3d_"
 
 
-def register_method(method):
+def register_method(method: Method) -> Method:
     """Adds a method to the registry `METHODS`.
 
     Args:
@@ -77,7 +79,7 @@ def register_method(method):
         The method.
 
     Raises:
-        ValueError: Another method has its name, or one that lends it an encoder is not known.
+        ValueError: The name is taken, or a method in `encoders` is not registered.
     """
     if method.name in METHODS:
         raise ValueError(f"a method's name must be new. Received: {method.name!r}")
@@ -88,21 +90,27 @@ def register_method(method):
     return method
 
 
-def method_of(recipe) -> Method:
-    """The method that a recipe describes: its MMFNet, with self-transfer if `training.self_transfer` says so.
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe describes: MMFNet, with self-transfer if `training.self_transfer` is set.
 
     Args:
         recipe: The `Recipe`.
 
     Returns:
-        A `Method` of the recipe's own modalities, which is not registered.
+        A `Method` for the recipe's modalities; it is not registered.
     """
     names = recipe.data.modalities if recipe.training.self_transfer else ()
     return Method("mmfnet", "MMFNet", build_mmfnet, encoders={name: f"{_SINGLE}{name}" for name in names})
 
 
 def find_method(name: str) -> Method:
-    """The registered method of that name, or the 3D U-net of any modality for `unet3d_<modality>`.
+    """Finds a method by name.
+
+    Args:
+        name: Name of a registered method, or `unet3d_<modality>` for the 3D U-net of any modality.
+
+    Returns:
+        The `Method`.
 
     Raises:
         ValueError: There is no such method.
@@ -115,8 +123,10 @@ def find_method(name: str) -> Method:
     return Method(name, f"3D U-net ({modality})", _unet3d, {"data.modalities": (modality,)})
 
 
-def build_mmfnet(recipe, dtype, encoders=None):
-    """The MMFNet of a recipe, with the encoders of single-modality networks if there are any.
+def build_mmfnet(
+    recipe: Recipe, dtype: str, encoders: Mapping[str, keras.Model | str | PathLike] | None = None
+) -> MMFNet:
+    """Builds the MMFNet of a recipe, with pretrained encoders if there are any.
 
     Args:
         recipe: The `Recipe`.
@@ -192,7 +202,7 @@ def _register_rows():
     title = "Multi-encoder multi-modality network"
     row("multi_encoder", title, _multi_encoder, every, (0.7005, 0.7439, 0.3141))
 
-    # The fusion blocks of the ablation: what the MLPs, the channel and the spatial attention look at.
+    # The fusion blocks of the ablation: shared or separate MLPs, and the statistics of the two attentions.
     base = {"shared_mlp": True, "channel_statistics": both, "spatial_statistics": both}
     mlp = {**base, "shared_mlp": False}
     full = {"shared_mlp": False, "channel_statistics": std, "spatial_statistics": std}

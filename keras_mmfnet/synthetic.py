@@ -1,4 +1,4 @@
-"""Synthetic patients, written as files: what the examples, benchmarks and tests run on without anyone's data."""
+"""Synthetic patients as image files, for the demo, the benchmarks and the tests."""
 
 import dataclasses
 import itertools
@@ -27,13 +27,13 @@ _TISSUES = {
     "csf": (0.24, 1.15, 0.24),
     "tumour": (0.32, 0.80, 1.02),
 }
-# A look-alike has the tumour's brightness except in the modality it is named after: one modality sees the tumour and
-# two kinds of look-alikes as one, two modalities the tumour and one kind, and only all three see the tumour alone.
+# A look-alike is as bright as the tumour in all modalities but the one it is named after. Hence one modality cannot
+# tell the tumour from two kinds of look-alikes, two modalities cannot tell it from one kind, and all three can.
 _LOOK_ALIKES = {"t1": 0.64, "t2": 0.38, "cet1": 0.46}
 
-# The head, painted from the first row to the last: layers (tissue, and the depth in mm at which it begins), centre and
-# radii in mm (left, posterior, superior), tilt about the left-right axis in degrees, roughness of the surface relative
-# to the radius and its wavelength in mm. A row off the midline is painted on both sides.
+# The head as ellipsoids; later rows overwrite earlier ones. Columns: layers (tissue, and the depth in mm at which it
+# starts), centre and radii in mm (left, posterior, superior), tilt about the left-right axis in degrees, roughness of
+# the surface relative to the radius and its wavelength in mm. A row off the midline stands for both sides.
 _ANATOMY = (
     ((("fat", 0),), (0, 0, 8), (73, 86, 108), 0, 0.015, 80),
     ((("fat", 0),), (0, -26, -48), (56, 62, 66), 0, 0.02, 60),
@@ -46,7 +46,7 @@ _ANATOMY = (
     ((("fat", 0),), (52, -40, -24), (7, 18, 24), 0, 0.2, 25),  # cheeks
     ((("gland", 0),), (54, 0, -50), (11, 17, 24), 0, 0.12, 25),  # parotid
     ((("fat", 0),), (26, -14, -48), (6, 11, 20), 0, 0.15, 20),  # parapharyngeal
-    ((("fat", 0), ("muscle", 1.5)), (27, 50, -66), (21, 13, 34), 0, 0.1, 22),  # of the neck
+    ((("fat", 0), ("muscle", 1.5)), (27, 50, -66), (21, 13, 34), 0, 0.1, 22),  # muscles of the neck
     ((("bone", 0), ("marrow", 2), ("bone", 4.5), ("csf", 6.5)), (0, 5, 36), (68, 80, 70), -20, 0.012, 60),
     ((("grey", 0), ("white", 4)), (0, 5, 37), (58, 70, 60), -20, 0.07, 15),
     ((("csf", 0),), (0, 0, 76), (1.2, 62, 44), 0, 0.3, 12),  # fissure between the hemispheres
@@ -60,7 +60,7 @@ _ANATOMY = (
     ((("fat", 0),), (31, -56, -13), (17, 24, 16), 0, 0.05, 30),  # orbits
     ((("muscle", 0), ("csf", 1.5)), (31, -65, -13), (12.5, 12.5, 12.5), 0, 0, 30),  # eyes
     ((("white", 0),), (27, -42, -13), (2.5, 16, 2.5), 0, 0.1, 30),  # optic nerves
-    ((("mucosa", 0),), (0, -54, -34), (14, 30, 22), 0, 0.06, 25),  # nose's inside
+    ((("mucosa", 0),), (0, -54, -34), (14, 30, 22), 0, 0.06, 25),  # nasal cavity
     ((("air", 0),), (5, -56, -34), (3.5, 27, 18), 0, 0.25, 14),
     ((("bone", 0), ("mucosa", 1.5), ("air", 3.5)), (28, -48, -42), (14, 18, 17), 0, 0.08, 30),  # maxillary sinuses
     ((("grey", 0),), (0, -44, -76), (25, 32, 18), 0, 0.06, 12),  # tongue
@@ -69,12 +69,12 @@ _ANATOMY = (
     ((("mucosa", 0), ("air", 2.5)), (0, -18, -58), (14, 8, 42), 0, 0.1, 25),  # pharynx
 )
 
-_EDGE = 0.9  # mm over which one tissue passes into the next: the resolution of the images
+_EDGE = 0.9  # width in mm of the transition between two tissues: the resolution of the images
 
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """Where the voxels of an image are: size `(x, y, z)`, the rest in mm as SimpleITK has them (axes are columns)."""
+    """Geometry of an image as in SimpleITK: size `(x, y, z)`, spacing and centre in mm; the axes are columns."""
 
     size: tuple[int, int, int]
     spacing: np.ndarray
@@ -97,9 +97,10 @@ class _Waves:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """An ellipsoid with a wavy surface: `stretch` makes it of the unit ball, `growth` bounds it with its waves.
+    """An ellipsoid with a wavy surface.
 
-    `radius` is the smallest one, in mm; `layers` are tissues and the depths in mm at which they begin.
+    `stretch` maps the unit ball to the ellipsoid; times `growth` it contains the waves as well. `radius` is the
+    smallest radius in mm. `layers` are tissues and the depths in mm at which they start.
     """
 
     centre: np.ndarray
@@ -112,7 +113,7 @@ class _Shape:
 
 @dataclasses.dataclass(frozen=True)
 class _Patient:
-    """Everything random about a patient but the noise, whose seed is kept."""
+    """All random parameters of a patient; of the noise, its level and seed."""
 
     shapes: list[_Shape]
     tumour: _Shape
@@ -130,26 +131,26 @@ def make_synthetic_cohort(
 ) -> list[Path]:
     """Writes synthetic head MRI patients with one tumour each, a folder per patient.
 
-    A patient is a head of 20 to 28 slices 3.5 to 5.5 mm apart with pixels of 0.33 to 0.69 mm, some of them oblique.
-    In every second patient each modality has a grid of its own. The images carry a smooth bias field of about 20%
-    and Rician noise. Beside the tumour there are look-alikes drawn from the same distribution of places, sizes and
-    shapes, each as bright as the tumour in two modalities and not in the third: no two modalities suffice.
+    A patient is a head of 20 to 28 slices at 3.5 to 5.5 mm with pixels of 0.33 to 0.69 mm; some are oblique. In every
+    second patient each modality has its own grid. The images have a smooth bias field of about 20% and Rician noise.
+    Each patient also has look-alikes of the tumour, with the same distribution of positions, sizes and shapes. Each
+    look-alike is as bright as the tumour in two modalities and differs in the third, so no two modalities suffice.
 
-    A folder appears when it is complete, and one that is there is left as it is: a second call completes an
-    interrupted cohort. A patient depends on `seed` and on its own number only.
+    A folder appears only when it is complete, and existing folders are kept: a second call completes an interrupted
+    cohort. A patient depends only on `seed` and its number.
 
     Args:
-        directory: Where the folders `patient_00`, `patient_01`, ... go; made if missing.
-        patients: How many patients.
-        seed: Seed of everything random, 0 or more.
-        modalities: Which images to write, of `"t1"`, `"t2"` and `"cet1"`.
+        directory: Folder for `patient_00`, `patient_01`, ...; created if missing.
+        patients: Number of patients.
+        seed: Seed, 0 or more.
+        modalities: Images to write, of `"t1"`, `"t2"` and `"cet1"`.
 
     Returns:
         The patients' folders, each with an int16 image `<modality>.nii.gz` per modality and `mask.nii.gz`, uint8 with
-        1 in the tumour, on the grid of the first modality.
+        1 in the tumour, on the grid of the first of `modalities`.
 
     Raises:
-        ValueError: There is no patient to write, a modality is unknown or named twice, or the seed is negative.
+        ValueError: `patients` is below 1, a modality is unknown or named twice, or the seed is negative.
     """
     modalities = tuple(modalities)
     if not modalities or len(set(modalities)) < len(modalities) or not set(modalities) <= set(_MODALITIES):
@@ -166,13 +167,13 @@ def make_synthetic_cohort(
         if not folders[index].exists():
             _write_patient(folders[index], _draw_patient(seed, index), modalities)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy computes outside the interpreter's lock
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy releases the GIL
         list(pool.map(complete, range(patients)))
     return folders
 
 
 def _write_patient(folder, patient, modalities):
-    """Writes the files beside `folder` and moves them there together."""
+    """Writes the files into a temporary folder, which is then renamed."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         files = Path(temporary, folder.name)
         files.mkdir()
@@ -183,7 +184,7 @@ def _write_patient(folder, patient, modalities):
         try:
             files.rename(folder)
         except OSError:
-            if not folder.exists():  # it does when another process was faster, with the same files
+            if not folder.exists():  # another process has written the same files
                 raise
 
 
@@ -195,11 +196,11 @@ def _write(path, array, grid):
     writer = sitk.ImageFileWriter()
     writer.SetFileName(str(path))
     writer.UseCompressionOn()
-    writer.SetCompressionLevel(1)  # noise hardly compresses: higher levels only take longer
+    writer.SetCompressionLevel(1)  # higher levels take longer and gain little on noise
     writer.Execute(image)
 
 
-# Drawing: from random numbers to a patient.
+# From random numbers to the parameters of a patient.
 
 
 def _draw_patient(seed, index):
@@ -226,7 +227,7 @@ def _draw_patient(seed, index):
 
 
 def _draw_grids(rng, centre, own):
-    """The grid of each modality: one for all of them, or one each."""
+    """The grid of each modality; `own`: a different one for each."""
     axes = _rotation(rng.uniform(-1, 1, 3) * (12, 3, 3) * (rng.random() < 0.5))
 
     def draw():
@@ -256,19 +257,19 @@ def _draw_anatomy(rng, centre, pose):
 
 
 def _draw_blobs(rng, centre, thickness):
-    """The tumour and its look-alikes: exchangeable, so that nothing but their brightness tells them apart."""
+    """The tumour and its look-alikes, from one distribution: they differ in brightness only."""
     kinds = ("tumour", *_MODALITIES)
     lattice = _Grid((34, 34, 26), np.full(3, 3.0), np.eye(3), centre)
     for attempt in itertools.count():
-        if attempt % 120 == 0:  # the first ones may leave no room for the others: start over
+        if attempt % 120 == 0:  # start over: the first ones may leave no room for the others
             blobs, taken = [], np.zeros(lattice.size[::-1], bool)
         place = centre + rng.uniform((-25, -25, -15), (25, 25, 15))
         if any(np.linalg.norm(place - other.centre) < 26 for other in blobs):
-            continue  # too near, whatever its shape
+            continue  # too close, whatever the shape
         axes = _rotation(rng.uniform(-180, 180, 3))
         blob = _shape(place, rng.uniform(12.5, 18, 3), axes, _draw_waves(rng, 6, 0.5, (22, 50)), ())
         inside = _inside(blob, lattice, margin=1.5)
-        # 25 to 45 mm without the margin, and five slices or more.
+        # Without the margin, 25 to 45 mm and at least five slices.
         extent = [3 * np.any(inside, axis=others).sum() for others in ((1, 2), (0, 2), (0, 1))]
         if min(extent) >= 28 and max(extent) <= 47 and extent[0] >= 6 * thickness and not np.any(inside & taken):
             taken |= inside
@@ -299,8 +300,8 @@ def _rotation(degrees):
     return np.reshape(sitk.Euler3DTransform((0, 0, 0), *np.radians(degrees).tolist()).GetMatrix(), (3, 3))
 
 
-# Evaluating: from a patient to voxels. A slice is two lists of points, and voxel [i, j] of it is the point
-# rows[i] + columns[j]; ellipsoids and plane waves on it are then products of two thin matrices.
+# From the parameters to voxels. The position of voxel [i, j] of a slice is rows[i] + columns[j], so ellipsoids and
+# plane waves on a slice are products of two thin matrices.
 
 
 def _image(patient, modality):
@@ -343,7 +344,7 @@ def _slice_points(grid, number):
 
 
 def _window(grid, number, shape):
-    """The rows and columns of a slice that `shape` can reach, or None."""
+    """The rows and columns of a slice that can contain `shape`, or `None`."""
     place = grid.axes.T @ (shape.centre - grid.origin) - (0, 0, number * grid.spacing[2])
     reach = shape.growth * np.linalg.norm(shape.stretch.T @ grid.axes, axis=0)
     if abs(place[2]) > reach[2]:
@@ -353,7 +354,7 @@ def _window(grid, number, shape):
 
 
 def _depth(shape, rows, columns):
-    """How far inside `shape` each point of a slice is, in mm near the surface; negative outside."""
+    """Depth of each point of a slice inside `shape`, in mm near the surface; negative outside."""
     to_ball = np.linalg.inv(shape.stretch).T
     rows_, columns_ = (rows - shape.centre) @ to_ball, columns @ to_ball
     # |r + c|^2 = |r|^2 + |c|^2 + 2 r.c
@@ -371,5 +372,5 @@ def _sum_of_waves(waves, rows, columns):
 
 
 def _thin_product(left, right):
-    """`left @ right.T` without BLAS, whose own threads would fight with the cohort's."""
+    """`left @ right.T` without BLAS, whose threads would compete with those of the cohort."""
     return np.einsum("ik,kj->ij", left.astype(np.float32), np.ascontiguousarray(right.T, np.float32))

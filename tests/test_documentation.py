@@ -1,4 +1,4 @@
-"""Every block of code in the README and the docs is run; what takes a GPU or days goes through its script's parser."""
+"""Every block of Python in the README and the docs is run; command lines are parsed, and run where that is short."""
 
 import argparse
 import importlib
@@ -17,26 +17,34 @@ import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import typer.main
 from checks import fill
 from dicom_files import write_series
+from typer.testing import CliRunner
 
 import keras_mmfnet
+from keras_mmfnet.cli import app, memory
+from keras_mmfnet.cli._options import parse_changes
 from keras_mmfnet.data import Grid
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet
-from keras_mmfnet.recipe import Recipe, recipe_changes
+from keras_mmfnet.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
-PAGES = [Path("README.md"), Path("benchmarks/README.md"), *DOCS]
-# What a test can do nothing with: it installs, is this very run, or runs below.
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("benchmarks/README.md"), *DOCS]
+COMMANDS = typer.main.get_command(app).commands
+# Not for a test: they install, run the tests, or run elsewhere.
 NOT_PARSED = {
     "pip install .[tensorflow]",
     "pip install -e .[test]",
     "pip install -e .[tensorflow,benchmarks]",
     "pip install keras-mmfnet[torch]",
     "pip install .[docs]",
+    "pip install -e .[dev]",
+    "pre-commit install",
     "python -m pytest -n 2",
+    "python -m pytest tests/layers -m not slow",
     "python -m pytest -m gpu",
     "export KERAS_BACKEND=torch",
     "python -m sphinx -W docs docs/_build",
@@ -137,8 +145,30 @@ def test_python_runs_as_the_docs_have_it(readers_folder, page):
             del METHODS[name]
 
 
+def test_every_subcommand_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"mmfnet {name}" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_mmfnet_takes_the_arguments_it_is_shown_with(page):
+    for program, *arguments in commands(page):
+        if program == "mmfnet":
+            name, *arguments = arguments
+            # Another option than those it has is an error.
+            options = COMMANDS[name].make_context(name, arguments).params
+            Recipe.small().replace(parse_changes(options.get("changes")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_fields_of_the_recipe_take_the_values_they_are_shown_with(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for shown in re.findall(r"`(--set [^`]+)`", text):
+        Recipe.small().replace(parse_changes(shlex.split(shown)[1::2]))
+
+
 class Parsed(Exception):
-    """What a script's parser made of its arguments; ends the script there."""
+    """The arguments as a script's parser has read them; ends the script there."""
 
 
 @on_tensorflow
@@ -151,26 +181,37 @@ def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     for words in commands(page):
-        if " ".join(words) in NOT_PARSED:
+        if " ".join(words) in NOT_PARSED or words[0] == "mmfnet":
             continue
         interpreter, script, *arguments = words
         assert interpreter == "python", words
         source = (ROOT / script).read_text(encoding="utf-8")
+        if "typer.run(compare)" in source:
+            options = COMMANDS["compare"].make_context("compare", arguments).params
+            Recipe.small().replace(parse_changes(options["changes"]))
+            continue
         if "ArgumentParser" not in source:
             assert not arguments, words
             continue
         monkeypatch.syspath_prepend((ROOT / script).parent)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         # Another argument than those it knows is a SystemExit.
-        with pytest.raises(Parsed) as parsed:
+        with pytest.raises(Parsed):
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        if "add_recipe_arguments" in source:
-            Recipe.small().replace(recipe_changes(parsed.value.args[0]))
 
 
 # Small enough for a test; the rest of the recipe is as the commands say.
-TINY = {"filters": (2,), "reduction": 2, "spacing": 4.0, "patch_shape": (16, 16, 16), "folds": 3}
-SHORT = {"batch_size": 1, "epochs": 1, "warmup_epochs": 1, "steps_per_epoch": 1}
+TINY = {
+    "data.spacing": 4.0,
+    "patches.shape": (16, 16, 16),
+    "network.filters": (2,),
+    "network.reduction": 2,
+    "training.folds": 3,
+    "training.batch_size": 1,
+    "training.epochs": 1,
+    "training.warmup_epochs": 1,
+    "training.steps_per_epoch": 1,
+}
 
 
 @pytest.fixture
@@ -183,10 +224,8 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
     ):
         images = {path.name.split(".")[0]: sitk.ReadImage(str(path)) for path in folder.iterdir()}
         for description, modality in series.items():
-            array = sitk.GetArrayFromImage(images[modality]) + 100
-            write_series(
-                Path("patients", name, description), Grid.from_image(images[modality]), description, array=array
-            )
+            array, grid = sitk.GetArrayFromImage(images[modality]) + 100, Grid.from_image(images[modality])
+            write_series(Path("patients", name, description), grid, description, patient=name, array=array)
         shutil.copy(folder / "mask.nii.gz", Path("patients", name))
         Path("prostates", name).mkdir(parents=True)
         for source, target in (("t1", "t2"), ("t2", "adc"), ("mask", "mask")):
@@ -200,7 +239,8 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
         labels = Grid.from_image(images["mask"]).image(np.where(labels == 0, 0, labels).astype(np.uint8))
         sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
     small = Recipe.small.__func__
-    monkeypatch.setattr(Recipe, "small", classmethod(lambda cls, **changes: small(cls, **TINY | SHORT | changes)))
+    monkeypatch.setattr(Recipe, "small", classmethod(lambda cls: small(cls).replace(TINY)))
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)  # it would last
     return tmp_path
 
 
@@ -209,36 +249,33 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/other_tumours.md", "docs/seeing.md"])
 def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
-    """In this order, as they are written, but for the recipes' size; a page may go on from another's run."""
+    """In the order of the page, as written, with a tiny default recipe; a page may use the run of another one."""
     import tensorflow as tf
 
     if page == "docs/other_tumours.md":
         Path("mine.py").write_text(blocks(page, "python")[-1])
-    start = ["python", "examples/train_npc.py", "--data", "patients", "--out", "run"]
     shown = list(commands(page))
-    shown = [start, *shown] if page == "docs/seeing.md" else shown
+    if page == "docs/seeing.md":
+        shown.insert(0, ["mmfnet", "train", "patients", "--out", "run"])
     known = dict(METHODS)
-    # Traced once a network, they would take longer than the one step that is made.
-    tf.config.run_functions_eagerly(True)
     try:
         for words in shown:
-            if " ".join(words) in NOT_PARSED or words[1:] == ["examples/train_npc.py"]:
+            if " ".join(words) in NOT_PARSED or words == ["mmfnet", "demo"]:
                 continue
-            for flag, name in itertools.pairwise(words):
-                # Nothing is overwritten, and a reader would choose other names.
-                if flag == "--out" and "--resume" not in words and Path(name).exists():
-                    shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
-            if "examples/serve_onnx.py" in words:
-                tf.config.run_functions_eagerly(False)
-                keras.models.load_model("run/fold_0/mmfnet.keras").export("network.onnx", format="onnx", verbose=False)
+            out = dict(itertools.pairwise(words)).get("--out")
+            if out and "--resume" not in words and Path(out).exists():
+                # Nothing is overwritten; a reader would choose another name.
+                shutil.rmtree(out) if Path(out).is_dir() else Path(out).unlink()
+            # Tracing each network would take longer than the one step that is made.
+            tf.config.run_functions_eagerly("export" not in words)
             run_command(words, monkeypatch)
-            if page == "README.md" and "examples/train_npc.py" in words:
-                # One step does not find a tumour; these weights do, and there is a contour to write.
-                network = keras.models.load_model("run/fold_0/mmfnet.keras", compile=False)
-                fill(network)
-                network.save("run/fold_0/mmfnet.keras")
-            flags = dict(itertools.pairwise(words))
-            assert "--out" not in flags or Path(flags["--out"]).exists(), words
+            if page == "README.md" and words[1] == "train":
+                # One step does not find a tumour; with these weights there is a contour to write.
+                for path in Path("run").glob("fold_*/mmfnet.keras"):
+                    network = keras.models.load_model(path, compile=False)
+                    fill(network)
+                    network.save(path)
+            assert not out or Path(out).exists(), words
     finally:
         tf.config.run_functions_eagerly(False)
         for name in METHODS.keys() - known.keys():
@@ -246,11 +283,15 @@ def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
 
 
 def run_command(words, monkeypatch):
-    """Runs a script in this process."""
-    _, script, *arguments = words
-    monkeypatch.syspath_prepend((ROOT / script).parent)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    """Runs a command or script in this process."""
+    program, *arguments = words
+    if program == "mmfnet":
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, (words, result.output)
+    else:
+        monkeypatch.syspath_prepend((ROOT / arguments[0]).parent)
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -272,7 +313,8 @@ def test_the_docs_are_built_without_a_warning_and_describe_everything_public(tmp
         described |= set(re.findall(r'id="keras_mmfnet\.[\w.]*?(\w+)"', page.read_text(encoding="utf-8")))
     public = set()
     for module in pkgutil.walk_packages(keras_mmfnet.__path__, "keras_mmfnet."):
-        if "._" not in module.name:
+        # The command line is described in the README and by its own help.
+        if "._" not in module.name and not module.name.startswith("keras_mmfnet.cli"):
             for name, value in vars(importlib.import_module(module.name)).items():
                 ours = getattr(value, "__module__", None) == module.name
                 if ours and name[0] != "_" and (inspect.isclass(value) or inspect.isfunction(value)):

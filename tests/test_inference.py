@@ -129,7 +129,7 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
     np.testing.assert_allclose(arrays[2][there], 0.35, rtol=1e-4)
     np.testing.assert_array_equal(arrays[0], there)
     assert not sitk.GetArrayFromImage(segment_ensemble([constant(0.9)], case, recipe)[2]).any()
-    with pytest.raises(ValueError, match=r"trained on mirrored patches. Received: flip_axis=None"):
+    with pytest.raises(ValueError, match=r"trained on flipped patches. Received: flip_axis=None"):
         segment_case(constant(0.2), case, recipe, mirror=True)
     with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
         segment_ensemble([], case, recipe)

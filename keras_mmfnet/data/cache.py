@@ -1,4 +1,4 @@
-"""Preprocessed patients on disk, each in a folder of its own that is there whole or not at all."""
+"""Preprocessed patients on disk, each in a folder that appears only when it is complete."""
 
 import contextlib
 import dataclasses
@@ -9,23 +9,25 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import Motion
+from keras_mmfnet.recipe import DataRecipe
 
-# A cache entry depends on these fields of a `DataRecipe`, on the files' contents and on this number, which goes up when
-# preprocessing or the layout of an entry changes.
+# A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`, which must be
+# raised whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
 _VERSION = 6
 
 
-def key(case, recipe):
-    """A name for the result: a hash of what preprocessing depends on, but for the patient's name."""
+def key(case: Case, recipe: DataRecipe) -> str:
+    """Name of a cache entry: a hash of everything that preprocessing depends on, without the patient's name."""
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
     settings = {name: getattr(recipe, name) for name in _FIELDS}
@@ -37,7 +39,7 @@ def key(case, recipe):
 
 
 def _digest(source, patient):
-    """A hash of the content of an image's file or files, with the voxels where they lie in a file of their own."""
+    """A hash of the content of an image's files, including the voxels if they are in a separate file."""
     if isinstance(source, Series):
         return [_digest(path, patient) for path in source.files]
     if isinstance(source, Volume):
@@ -50,8 +52,8 @@ def _digest(source, patient):
     return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
 
 
-def store(preprocessed, entry):
-    """Writes a case into a folder that appears at once and whole."""
+def store(preprocessed: PreprocessedCase, entry: Path) -> None:
+    """Writes a case to a folder, which appears only when it is complete."""
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     replaced = temporary.with_name(f"{temporary.name}.replaced")
     arrays = {f"image_{modality}.npy": image for modality, image in preprocessed.images.items()}
@@ -74,7 +76,7 @@ def store(preprocessed, entry):
         try:
             os.rename(temporary, entry)
         except OSError:
-            # There is an entry: another process's, as good as ours, or a damaged one, which makes way.
+            # The entry exists: written by another process, which is as good, or damaged and to be replaced.
             if load(entry, preprocessed.name) is None:
                 with contextlib.suppress(OSError):
                     os.rename(entry, replaced)
@@ -84,8 +86,8 @@ def store(preprocessed, entry):
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load(entry, name):
-    """The case stored in a folder, its arrays mapped from the files, or `None` if it is not there or damaged."""
+def load(entry: Path, name: str) -> PreprocessedCase | None:
+    """Reads a case from a folder as memory-mapped arrays; `None` if it is missing or damaged."""
     try:
         description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
         checksums = description["checksums"]

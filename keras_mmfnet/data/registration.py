@@ -5,8 +5,8 @@ import math
 import numpy as np
 import SimpleITK as sitk
 
-# Voxels of the levels in mm; slices thicker than that are kept. Sequences of one patient lie within a few centimetres
-# of each other, which the first level spans.
+# Voxel size of each resolution level in mm; thicker slices are kept. Sequences of one patient are at most a few
+# centimetres apart, which the first level captures.
 _LEVELS = (4.0, 2.0)
 _BINS = 32
 _SAMPLES = 60_000
@@ -17,12 +17,12 @@ _RELAXATION = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """A rigid motion from positions in one image to those of the same places in another.
+    """A rigid transform from positions in one image to the corresponding positions in another.
 
     Args:
         angles: Rotation about x, y and z in radians, as in `SimpleITK.Euler3DTransform`.
-        translation: Shift in mm along x, y and z, after the rotation about `centre`.
-        centre: Position in mm.
+        translation: Translation in mm along x, y and z, applied after the rotation.
+        centre: Centre of the rotation in mm, `(x, y, z)`.
     """
 
     angles: tuple[float, float, float]
@@ -30,8 +30,8 @@ class Motion:
     centre: tuple[float, float, float]
 
     @property
-    def transform(self):
-        """The motion as a `SimpleITK.Euler3DTransform`."""
+    def transform(self) -> sitk.Euler3DTransform:
+        """The same as a `SimpleITK.Euler3DTransform`."""
         transform = sitk.Euler3DTransform()
         transform.SetCenter(self.centre)
         transform.SetRotation(*self.angles)
@@ -39,32 +39,34 @@ class Motion:
         return transform
 
     @property
-    def turn(self):
-        """Angle of the rotation in degrees."""
+    def turn(self) -> float:
+        """Rotation angle in degrees."""
         trace = np.trace(np.reshape(self.transform.GetMatrix(), (3, 3)))
         return math.degrees(math.acos(min(max((trace - 1) / 2, -1.0), 1.0)))
 
     @property
-    def shift(self):
-        """How far the centre moves, in mm."""
+    def shift(self) -> float:
+        """Displacement of the centre in mm."""
         return math.dist(self.translation, (0.0, 0.0, 0.0))
 
 
-def register_rigid(fixed, moving, seed=0, name="registration"):
-    """The rigid motion that brings one image of a patient onto another, by mutual information.
+def register_rigid(
+    fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration"
+) -> tuple[Motion, float]:
+    """Registers one image of a patient to another: the rigid transform of highest mutual information.
 
-    The start is where the headers put the images. Mattes' mutual information is maximised by gradient steps on levels
-    of rising resolution. The result is kept only if the images fit better than at the start.
+    The optimisation starts from the positions in the headers. Mattes' mutual information is maximised by gradient
+    ascent from coarse to fine resolution. A result that is no better than the start is discarded.
 
     Args:
         fixed: 3D SimpleITK image.
         moving: 3D SimpleITK image of the same patient.
-        seed: Seed of the points at which the images are compared.
-        name: What the log calls it.
+        seed: Seed of the sampled points, 0 or more.
+        name: Name in the log.
 
     Returns:
-        `(motion, gain)`: the `Motion` from positions in `fixed` to those in `moving`; and by how much the mutual
-        information rose. Where it did not, no motion and 0.
+        `(motion, gain)`: the `Motion` from positions in `fixed` to positions in `moving`, and the increase of mutual
+        information. If there was none, the identity and 0.
 
     Raises:
         RuntimeError: The images do not overlap.
@@ -89,7 +91,7 @@ def register_rigid(fixed, moving, seed=0, name="registration"):
         logging.getLogger(__name__).info(
             "%s: alignment, level %d of %d, %d steps", name, number, len(_LEVELS), method.GetOptimizerIteration()
         )
-    # Rounded far below what can be told, but above what the order of the threads' sums changes.
+    # Rounded far below the accuracy, but above the differences that come from the threads' order of summation.
     numbers = tuple(round(number, 5) for number in transform.GetParameters())
     found = Motion(numbers[:3], numbers[3:], centre)
     gain = _information(*pair, found, seed) - _information(*pair, start, seed)
@@ -99,22 +101,22 @@ def register_rigid(fixed, moving, seed=0, name="registration"):
 def _method(fixed, seed):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
-    # Random points: those of a grid meet the voxels of the other image in a pattern, which draws the result to it.
+    # Random points: a regular grid of points aligns with the other image's voxels, which biases the result.
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(min(_SAMPLES / fixed.GetNumberOfPixels(), 1.0), seed + 1)  # 0 is the time of day
+    method.SetMetricSamplingPercentage(min(_SAMPLES / fixed.GetNumberOfPixels(), 1.0), seed + 1)  # 0: the clock
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
 
 def _information(fixed, moving, motion, seed):
-    """Mutual information of two images, the higher the better."""
+    """Mutual information of two images; higher is better."""
     method = _method(fixed, seed)
     method.SetInitialTransform(motion.transform)
     return -method.MetricEvaluate(fixed, moving)
 
 
 def _coarse(image, size):
-    """The image with voxels of `size` mm at least, smoothed accordingly."""
+    """The image smoothed and downsampled to voxels of at least `size` mm."""
     old = np.array(image.GetSpacing())
     factors = np.maximum(np.floor(size / old), 1).astype(int)
     factors = np.minimum(factors, np.maximum(np.array(image.GetSize()) // 8, 1))
@@ -122,15 +124,15 @@ def _coarse(image, size):
     return sitk.Shrink(sitk.DiscreteGaussian(image, variance.tolist(), maximumKernelWidth=64), factors.tolist())
 
 
-def moved(image, motion):
-    """A copy of an image whose header puts it where the motion's inverse brings it.
+def moved(image: sitk.Image, motion: Motion) -> sitk.Image:
+    """Applies the inverse of a rigid transform to an image by changing its origin and direction only.
 
     Args:
         image: 3D SimpleITK image.
-        motion: The `Motion` from positions in the result to those in `image`.
+        motion: The `Motion` from positions in the result to positions in `image`.
 
     Returns:
-        A SimpleITK image of the same voxels.
+        A SimpleITK image with the same voxels and a new header.
     """
     inverse = motion.transform.GetInverse()
     rotation = np.reshape(inverse.GetMatrix(), (3, 3))

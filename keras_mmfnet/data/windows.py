@@ -1,25 +1,31 @@
-"""Where the windows of a volume lie, and cutting them out: pure functions over shapes and arrays."""
+"""The windows of a volume: their positions, and cropping them. Pure functions over shapes and arrays."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def window_starts(shape, patch_shape, stride, centre):
-    """First voxels of the windows that cover a volume (section IV-A).
+def window_starts(
+    shape: Sequence[int],
+    patch_shape: Sequence[int],
+    stride: Sequence[int | None],
+    centre: Sequence[float],
+) -> list[tuple[int, int, int]]:
+    """First voxel of each window over a volume (section IV-A).
 
-    Along an axis with a stride the windows go from end to end of the volume, the last one flush with its end; along an
-    axis without one there is one window about the centre, moved into the volume. Where the volume is smaller than the
-    patch, one window is centred on it and sticks out.
+    Along an axis with a stride the windows cover the whole volume, and the last one ends where the volume ends. Along
+    an axis without a stride there is one window at the centre, shifted if needed so that it lies inside the volume.
+    If the volume is smaller than the patch, one window is centred on it and extends beyond it on both sides.
 
     Args:
         shape: `(depth, height, width)` of the volume in voxels.
         patch_shape: `(depth, height, width)` of a window in voxels.
-        stride: Steps in voxels, `None` for one window.
-        centre: `(z, y, x)` in voxels, about which a single window lies.
+        stride: Steps in voxels; `None` for a single window.
+        centre: `(z, y, x)` in voxels, the centre of a single window.
 
     Returns:
-        A list of `(z, y, x)`; negative where a window sticks out.
+        A list of `(z, y, x)` in voxels, negative for a window that extends beyond the volume.
     """
     axes = []
     for size, patch, step, middle in zip(shape, patch_shape, stride, centre, strict=True):
@@ -33,15 +39,15 @@ def window_starts(shape, patch_shape, stride, centre):
     return list(itertools.product(*axes))
 
 
-def gaussian_weights(patch_shape):
-    """How much each voxel of a window counts where windows overlap: most in the middle, where the network sees most.
+def gaussian_weights(patch_shape: Sequence[int]) -> np.ndarray:
+    """Weight of each voxel of a window in the average of overlapping windows, highest at the window's centre.
 
     Args:
         patch_shape: `(depth, height, width)` of a window in voxels.
 
     Returns:
-        Float32 `(depth, height, width)`: a Gaussian about the centre with a standard deviation of an eighth of the
-        window (as nnU-Net has it), 1 at the most and 0.001 at least.
+        Float32 `(depth, height, width)` in [0.001, 1]: a Gaussian about the centre whose standard deviation is an
+        eighth of the window, as in nnU-Net.
     """
     squares = [((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2 for n in patch_shape]
     total = sum(square.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, square in enumerate(squares))
@@ -49,8 +55,18 @@ def gaussian_weights(patch_shape):
     return np.maximum(weights / weights.max(), np.float32(1e-3))
 
 
-def cut(volume, start, shape, fill):
-    """The part of `volume` of the given shape from the voxel `start` on, with `fill` outside the volume."""
+def cut(volume: np.ndarray, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
+    """Crops a window out of a volume and pads it where it extends beyond the volume.
+
+    Args:
+        volume: The array.
+        start: First voxel of the window; may be negative.
+        shape: Shape of the window in voxels.
+        fill: Value outside the volume.
+
+    Returns:
+        The window; a view if it lies inside the volume.
+    """
     inside, target = [], []
     for first, length, size in zip(start, shape, volume.shape, strict=True):
         low, high = min(max(first, 0), size), max(min(first + length, size), 0)
