@@ -1,11 +1,11 @@
 import keras_mmfnet._backend  # noqa: F401  # isort: skip
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 
 import keras
 import numpy as np
 
+from keras_mmfnet.data import augment
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.windows import cut, window_starts
 from keras_mmfnet.recipe import PatchRecipe
@@ -79,15 +79,15 @@ def patch_dataset(
     volume, windows = _pack(cases, recipe, modalities, training)
     # As tensors, so that the pipeline captures them by reference and does not copy them into its graph.
     volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
-    margin = _margin(recipe)
+    margin = augment.margin(recipe)
 
     # Compiled, it reads the patch once and not a dozen times.
     @tf.function(jit_compile=True)
     def transform(box, angle, flip):
-        return _rotate_and_flip(box, angle, flip, margin, recipe)
+        return augment.rotate_and_flip(box, angle, flip, margin, recipe)
 
     def random_patch(sample):
-        window, offset, angle, flip = _draw(sample, len(windows), recipe, seed)
+        window, offset, angle, flip = augment.draw(sample, len(windows), recipe, seed)
         return _split(transform(_crop(volume, windows[window], offset, margin, recipe), angle, flip), modalities)
 
     def patch(sample):
@@ -152,15 +152,6 @@ def centre_patches(
     return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _margin(recipe):
-    """How many pixels `(y, x)` a rotated patch can extend beyond the unrotated one on each side.
-
-    Half the difference between its bounding box and the patch, and one pixel for the interpolation.
-    """
-    sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
-    return np.ceil(sine / 2 * np.array(recipe.shape[:0:-1])).astype(int) + 1
-
-
 def _pack(cases, recipe, modalities, training):
     """All voxels of the patients that a window can reach, concatenated along the slices.
 
@@ -173,7 +164,7 @@ def _pack(cases, recipe, modalities, training):
     _warn(cases, starts, recipe.shape)
 
     depth, *plane = recipe.shape
-    margin = _margin(recipe) + recipe.max_offset[1:] if training else np.zeros(2, int)
+    margin = augment.margin(recipe) + recipe.max_offset[1:] if training else np.zeros(2, int)
     reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
     slices = [max(case.shape[0], depth) for case in cases]
 
@@ -209,16 +200,6 @@ def _warn(cases, starts, patch_shape):
         warnings.warn(f"part of the tumour lies outside all windows: {', '.join(outside)}", stacklevel=3)
 
 
-def _draw(sample, windows, recipe, seed):
-    """The random window, offset, angle and flip of a training patch; depends only on the seed and its number."""
-    # Each pass over the windows has its own order.
-    order = tf.stack([seed, sample // windows])
-    window = tf.random.experimental.index_shuffle(sample % windows, order, windows - 1)
-    numbers = tf.random.stateless_uniform([5], tf.stack([seed, sample]), -1.0, 1.0)
-    offset = tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32)
-    return window, offset, numbers[3] * math.radians(recipe.max_rotation), numbers[4] > 0
-
-
 def _crop(volume, window, offset, margin, recipe):
     """Crops a shifted window with a margin: float32 `(height, width, depth, modalities + 1)`."""
     depth, height, width = recipe.shape
@@ -227,34 +208,6 @@ def _crop(volume, window, offset, margin, recipe):
     height, width = height + 2 * margin[0], width + 2 * margin[1]
     box = volume[row : row + height, column : column + width, top : top + depth]
     return tf.ensure_shape(tf.cast(box, tf.float32), (height, width, depth, volume.shape[-1]))
-
-
-def _rotate_and_flip(box, angle, flip, margin, recipe):
-    """Rotates a window about its centre, flips it and crops the margin, in one bilinear interpolation.
-
-    All slices and modalities of a pixel are contiguous, so each of its four neighbours is one row to gather.
-    """
-    _, height, width = recipe.shape
-    middle = np.array([(height - 1) / 2, (width - 1) / 2], np.float32)
-    y = np.arange(height, dtype=np.float32)[:, None] - middle[0]
-    x = np.arange(width, dtype=np.float32) - middle[1]
-    sign = tf.where(flip, -1.0, 1.0)
-    y, x = (axis * sign if recipe.flip_axis == number else axis for number, axis in ((1, y), (2, x)))
-    rows = tf.sin(angle) * x + tf.cos(angle) * y + (middle[0] + margin[0])
-    columns = tf.cos(angle) * x - tf.sin(angle) * y + (middle[1] + margin[1])
-    top, left = tf.floor(rows), tf.floor(columns)
-    down, right = (tf.reshape(part, (-1, 1, 1)) for part in (rows - top, columns - left))
-    first = tf.reshape(tf.cast(top, tf.int32) * box.shape[1] + tf.cast(left, tf.int32), [-1])
-    pixels = tf.reshape(box, (-1, *box.shape[2:]))
-    rotated = tf.add_n(
-        [
-            (1 - down) * (1 - right) * tf.gather(pixels, first),
-            (1 - down) * right * tf.gather(pixels, first + 1),
-            down * (1 - right) * tf.gather(pixels, first + box.shape[1]),
-            down * right * tf.gather(pixels, first + box.shape[1] + 1),
-        ]
-    )
-    return tf.reshape(rotated, (height, width, *box.shape[2:]))
 
 
 def _split(patch, modalities):
