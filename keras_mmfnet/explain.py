@@ -1,4 +1,4 @@
-"""What a network looks at: its fusion blocks' own attention, and gradients of a score (TensorFlow only)."""
+"""Attention of the fusion blocks on every backend, and gradient maps on TensorFlow."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def explain_patient(
     model: keras.Model, case: PreprocessedCase, recipe: Recipe, methods: Sequence[str] = ("gradcam",)
 ) -> "dict[str, Figure]":
-    """Pictures of what a network looks at in one patient.
+    """Figures of the attention and of the gradient maps of a network in one patient.
 
     Args:
         model: An `MMFNet`.
@@ -84,7 +84,7 @@ def explain_patient(
 
 
 def fusion_attention(model: keras.Model, images: Mapping[str, np.ndarray]) -> tuple[dict, dict, dict]:
-    """The attention of every fusion block of a network for a batch; on every backend.
+    """The attention weights of every fusion block for a batch; on every backend.
 
     Args:
         model: An `MMFNet`.
@@ -93,14 +93,14 @@ def fusion_attention(model: keras.Model, images: Mapping[str, np.ndarray]) -> tu
     Returns:
         `(channel, spatial, share)`, each a dict by the block's name. `channel[block]` is
         `{modality: (batch, channels)}`, the weights of eq. 7; `spatial[block]` is `(batch, d, h, w)`, the weights of
-        eq. 11 at the block's own resolution; `share[block]` is `{modality: (batch,)}`, how much of what the block
-        passes on comes from the modality: the mean of `|W_c F|` over its channels, as a share of all modalities'. A
-        weight alone would not say so, as a channel of zeros may have any.
+        eq. 11 at the block's own resolution; `share[block]` is `{modality: (batch,)}`, the modality's share of the
+        weighted features: the mean of `|W_c F|` over its channels, divided by the sum over all modalities. The weights
+        alone have little meaning, because the weight of a channel of zeros is arbitrary.
 
     Raises:
         ValueError: The network has no fusion block.
     """
-    # From the finest level to the bottom, which a graph lists the other way round.
+    # From the finest level to the coarsest; a graph lists them in reverse order.
     blocks = sorted((layer for layer in model.layers if isinstance(layer, FusionBlock3D)), key=lambda b: b.name)
     if not blocks:
         raise ValueError(f"`model` must have fusion blocks. Received: {model.name}")
@@ -124,14 +124,14 @@ def fusion_attention(model: keras.Model, images: Mapping[str, np.ndarray]) -> tu
 def tumour_window(
     images: Mapping[str, np.ndarray], tumour: np.ndarray, patch_shape: Sequence[int], centre: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-    """The window about a tumour, in which what a network looks at is of interest.
+    """Crops the window around a tumour.
 
     Args:
         images: `{modality: (depth, height, width)}`, preprocessed.
-        tumour: The expert's or the predicted mask `(depth, height, width)`; the window is about the median of its
-            voxels.
+        tumour: The expert's or the predicted mask `(depth, height, width)`; the window is centred on the median of
+            its voxels.
         patch_shape: `(depth, height, width)` of the window.
-        centre: `(z, y, x)` of the window where the mask is empty.
+        centre: `(z, y, x)` of the window's centre if the mask is empty.
 
     Returns:
         `(batch, start)`: `{modality: float32 (1, depth, height, width, 1)}`, and the window's first voxel `(z, y, x)`.
@@ -142,14 +142,14 @@ def tumour_window(
 
 
 def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict[str, dict[str, np.ndarray]]:
-    """How much each fusion block listens to each sequence in the windows about the tumours of several patients.
+    """Share of each modality in the weighted features of each fusion block, around the tumours of several patients.
 
     Args:
         model: An `MMFNet`.
         cases: `PreprocessedCase`s with a mask.
 
     Returns:
-        `{block: {modality: (patients,)}}`, as `fusion_attention` has it and `plots.plot_attention` takes it.
+        `{block: {modality: (patients,)}}`, for `plots.plot_attention`; see `fusion_attention`.
 
     Raises:
         ValueError: The network has no fusion block.
@@ -165,14 +165,14 @@ def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict
 
 
 def spatial_attention(model: keras.Model, block: str) -> Callable:
-    """A callable for `predict_volume` that gives a fusion block's spatial weights in place of probabilities.
+    """A callable for `predict_volume` that returns the spatial weights of a fusion block instead of probabilities.
 
     Args:
         model: An `MMFNet`.
         block: Name of the fusion block, such as `"fusion1"`.
 
     Returns:
-        A function from a batch of images to `(batch, depth, height, width, 1)`, resampled onto them trilinearly.
+        A function from a batch of images to weights `(batch, depth, height, width, 1)`, upsampled trilinearly.
     """
 
     def call(images):
@@ -195,13 +195,14 @@ def gradient_maps(
         model: A network over a dict of inputs by modality.
         images: `{modality: float32 (batch, depth, height, width, 1)}`.
         method: `"gradcam"`, `"gradcam++"` or `"saliency"`.
-        layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's own encoder.
-            A layer that all modalities share, such as one of the decoder, has the same map for all of them.
-        score: A function of the output `(batch, depth, height, width, 1)` that gives a number for each patch; `None`
-            for the mean probability where it is at least 0.5, or over the whole patch where it is so nowhere.
+        layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's encoder. A
+            layer shared by all modalities, such as one of the decoder, has the same map for all of them.
+        score: A function from the output `(batch, depth, height, width, 1)` to one number per patch; `None` for the
+            mean probability over the voxels of at least 0.5, or over the whole patch if there are none.
 
     Returns:
-        `{modality: (batch, depth, height, width)}` from 0 to 1, the largest value that a patch has in any modality.
+        `{modality: (batch, depth, height, width)}` in [0, 1], scaled by the largest value of the patch in all
+        modalities.
 
     Raises:
         ValueError: The backend is not TensorFlow, or the method is none of these.
@@ -235,7 +236,7 @@ def gradient_maps(
             )[index]
             for index, name in enumerate(images)
         ]
-    # One scale for all modalities: a map of its own range would show a modality that is not looked at as brightly.
+    # One scale for all modalities, so that a modality without influence is dark.
     found = np.stack([np.asarray(heat, np.float32) for heat in found])
     found = found / np.maximum(found.max(axis=(0, 2, 3, 4), keepdims=True), np.finfo(np.float32).tiny)
     return dict(zip(images, found, strict=True))

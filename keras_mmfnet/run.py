@@ -385,6 +385,6 @@ def compare_methods(run: Run, methods: Sequence[Method], folds: Sequence[int] | 
 
 
 def modalities_of(methods: Iterable[Method], recipe: Recipe) -> tuple[str, ...]:
-    """The recipe's modalities and, after them, those that only the methods look at."""
+    """The recipe's modalities if the methods use no others, else the methods' modalities."""
     wanted = [name for method in methods for name in method.adapt(recipe).data.modalities]
-    return tuple(dict.fromkeys([*recipe.data.modalities, *wanted]))
+    return recipe.data.modalities if set(wanted) <= set(recipe.data.modalities) else tuple(dict.fromkeys(wanted))

@@ -273,6 +273,7 @@ def test_a_network_of_another_library(run, tmp_path):
     assert all(row["dsc"] > 0 for row in result["patients"])
 
 
-def test_modalities_that_only_a_method_looks_at():
+def test_methods_of_other_modalities_need_no_image_that_none_of_them_uses():
     method = Method("flair", "FLAIR", METHODS["unet3d_t1"].build, {"data.modalities": ("flair",)})
-    assert modalities_of([METHODS["unet3d_t2"], method], Recipe()) == ("t1", "t2", "cet1", "flair")
+    assert modalities_of([METHODS["unet3d_t2"], method], Recipe()) == ("t2", "flair")
+    assert modalities_of([METHODS["unet3d_t2"]], Recipe()) == ("t1", "t2", "cet1")

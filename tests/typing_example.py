@@ -6,10 +6,9 @@ from typing import Any, assert_type
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data import find_cases, five_folds, preprocess_case
+from keras_mmfnet.data import find_cases, five_folds, patch_dataset, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.folds import Fold
-from keras_mmfnet.data.patches import patch_dataset
 from keras_mmfnet.data.registration import Motion, register_rigid
 from keras_mmfnet.data.windows import gaussian_weights
 from keras_mmfnet.evaluation import evaluate_case, summarise
@@ -20,6 +19,7 @@ from keras_mmfnet.methods import METHODS, Method, register_method
 from keras_mmfnet.metrics import DiceScore
 from keras_mmfnet.models import MMFNet, load_network
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.report import write_report
 from keras_mmfnet.run import Run, cross_validate
 from keras_mmfnet.synthetic import make_synthetic_cohort
 from keras_mmfnet.training import pretrain_encoders, train_mmfnet
@@ -66,7 +66,9 @@ def run(folder: Path) -> list[dict[str, Any]]:
     method = register_method(Method("mine", "Mine", lambda recipe, dtype, encoders: MMFNet(dtype=dtype)))
     assert_type(METHODS["mine"], Method)
     assert_type(method.adapt(Recipe()), Recipe)
-    return cross_validate(run, method, folds=[0])
+    rows = cross_validate(run, method, folds=[0])
+    assert_type(write_report(run), Path)
+    return rows
 
 
 def compile_a_model() -> None:

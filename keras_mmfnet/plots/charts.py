@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], label: str = "DSC") -> "Figure":
-    """Compares methods: each one's mean over patients with its 95% interval, beside the paper's number.
+    """Mean over patients of each method with its 95% interval, and the paper's number.
 
     Args:
         scores: `{title: (a number for each patient, the paper's mean or None)}`.
@@ -81,10 +81,10 @@ def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float]
 
 
 def plot_training(history: Sequence[Mapping]) -> "Figure":
-    """One training: its losses, Dice scores and learning rate by epoch, and where the warm-up ended.
+    """Losses, Dice scores and learning rate of one training by epoch, with the end of the warm-up.
 
     Args:
-        history: Rows of a `<network>_history.csv`, as dicts by column: numbers, or texts of them.
+        history: Rows of a `<network>_history.csv` as dicts by column; numbers or strings.
 
     Returns:
         A Matplotlib figure of three panels, the best epoch (of the lowest validation loss) marked in the first two.
@@ -122,15 +122,15 @@ def plot_training(history: Sequence[Mapping]) -> "Figure":
 
 
 def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC") -> "Figure":
-    """How a number spreads over patients, one box per method: quartiles, whiskers and a dot for each patient.
+    """Box plot of a number over patients, one box per method, with a dot for each patient.
 
     Args:
         scores: `{title: a number for each patient}`; `None` or NaN where it is not defined.
         label: Name of the number.
 
     Returns:
-        A Matplotlib figure, one line per method in the order given. The whiskers reach the last patients within 1.5
-        times the distance of the quartiles.
+        A Matplotlib figure, one line per method in the order given. The whiskers extend to the outermost patients
+        within 1.5 times the interquartile range.
 
     Raises:
         ValueError: There is no method, or one without numbers.
@@ -164,16 +164,16 @@ def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC")
 
 
 def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> "Figure":
-    """Whether probabilities mean what they say: how often there is tumour where the network gives which probability.
+    """Calibration of probabilities: the share of tumour among voxels of a given predicted probability.
 
     Args:
-        probabilities: `{title: (probabilities from 0 to 1, the expert's mask of the same shape)}`; of several patients,
-            give all voxels in one array.
+        probabilities: `{title: (probabilities in [0, 1], the expert's mask of the same shape)}`; the voxels of several
+            patients in one array.
         bins: Bins of equal width.
 
     Returns:
         A Matplotlib figure: above, the share of tumour against the mean probability of each bin, with the expected
-        calibration error of each title; below, how many voxels lie in each bin.
+        calibration error (ECE) of each title; below, the number of voxels in each bin.
 
     Raises:
         ValueError: Nothing is given, or the shapes differ.
@@ -200,14 +200,14 @@ def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 
 def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | None = None) -> "Figure":
-    """How much each fusion block listens to each sequence, of one patient or, with intervals, of a cohort.
+    """Share of each modality in the weighted features of each fusion block, of one patient or of a cohort.
 
     Args:
         share: `{block: {modality: (patients or windows,)}}`, as `explain.fusion_attention` returns it.
         title: Title of the figure.
 
     Returns:
-        A Matplotlib figure: a group of bars per block, their mean and, of several, the standard deviation.
+        A Matplotlib figure: a group of bars per block, the mean and, of several patients, the standard deviation.
     """
     from matplotlib.figure import Figure
 

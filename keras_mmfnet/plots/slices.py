@@ -71,7 +71,7 @@ def plot_errors(
     depth: int | None = None,
     margin: float | None = None,
 ) -> "Figure":
-    """One slice with what each method gets right, adds and misses, methods side by side (as the paper's Figure 9).
+    """One slice with the correct, false and missed voxels of each method (as the paper's Figure 9).
 
     The patient's right is on the left.
 
@@ -221,7 +221,7 @@ def slice_strips(
     margin: float = 30.0,
     most: int = 64,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """The slices about a tumour one below another, and what to mark in them, for a page that shows one at a time.
+    """The slices around a tumour concatenated to one image, and an overlay of marks, for a page with a slider.
 
     The patient's right is on the left; the lowest slice comes first.
 

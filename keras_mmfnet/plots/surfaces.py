@@ -22,10 +22,10 @@ _FACES = (
 def plot_surfaces(
     prediction: np.ndarray, truth: np.ndarray | None = None, spacing: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> "Figure":
-    """The surfaces of the expert's mask and of the prediction, side by side in space (as the paper's Figure 8).
+    """The surfaces of the expert's mask and of the prediction in 3D (as the paper's Figure 8).
 
-    Seen from the front: the patient's right is on the left. The surface is that of the voxels as they are, so that
-    slices are as thick as they were taken.
+    Seen from the front: the patient's right is on the left. The surface consists of the faces of the voxels, without
+    smoothing.
 
     Args:
         prediction: Mask of 0 and 1, `(depth, height, width)`, on axes of (superior, posterior, left).
@@ -66,15 +66,15 @@ def plot_surfaces(
 
 
 def voxel_faces(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
-    """The faces between a mask's voxels and those that are not of it; the volume's outside is not of it.
+    """The faces between a mask and its background, which includes everything outside the volume.
 
     Args:
         mask: Mask of 0 and 1, `(depth, height, width)`.
         spacing: Voxel size in mm, `(z, y, x)`.
 
     Returns:
-        Their corners `(faces, 4, 3)` in mm, `(z, y, x)`, from the first voxel's centre; each face's corners turn
-        counterclockwise for someone who looks at the mask from outside.
+        Corners `(faces, 4, 3)` in mm, `(z, y, x)` relative to the first voxel's centre, counterclockwise as seen from
+        outside the mask.
     """
     padded = np.pad(np.asarray(mask) > 0, 1)
     faces = []
@@ -83,7 +83,7 @@ def voxel_faces(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) ->
             ends = np.argwhere(padded & ~np.roll(padded, -step, axis)) - 1
             outward = corners.copy()
             if step < 0:
-                # The opposite face, which turns the other way.
+                # The opposite face has the reverse order of corners.
                 outward[:, axis] = -1
                 outward = outward[::-1]
             faces.append(ends[:, None] + 0.5 * outward)

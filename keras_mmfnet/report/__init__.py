@@ -1,5 +1,10 @@
 """The report of a run and of a comparison: `analysis` computes, `page.html.j2` shows."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keras_mmfnet.report.analysis import write_comparison, write_report, write_tables
+
 
 def __getattr__(name):
     # Drawing and the run's modules are loaded when a report is written.
