@@ -1,5 +1,6 @@
 """The command `mmfnet`: only here is anything printed or parsed; the package's functions do the work."""
 
+import signal
 from typing import Annotated
 
 import typer
@@ -44,4 +45,8 @@ def _main(
 
 def main() -> None:
     """The command `mmfnet`."""
-    app()
+    try:
+        app()
+    finally:
+        # Ctrl-C while TensorFlow is taken down ends the process at once, without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

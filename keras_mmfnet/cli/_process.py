@@ -3,10 +3,21 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# Passes on what is no line of the log of TensorFlow's or XLA's C++ code.
+_FILTER = r"""
+import re, sys
+noise = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before absl|To enable the following instr")
+for line in sys.stdin.buffer:
+    if not noise.match(line):
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+"""
 
 
 def start_backend(device: str | None = None) -> str:
@@ -66,6 +77,33 @@ def silenced() -> Iterator[None]:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
+
+
+@contextlib.contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keeps the backend's log lines off the terminal, which TensorFlow writes whatever it is told.
+
+    Another process passes on all other lines, so that the last words of one that crashes are not lost.
+    """
+    try:
+        direct = sys.stderr.fileno() == 2
+    except (OSError, ValueError, AttributeError):
+        direct = False
+    if not direct:  # there is no terminal
+        yield
+        return
+    terminal, stream = os.dup(2), sys.stderr
+    reader = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _FILTER], stdin=subprocess.PIPE, stderr=terminal, start_new_session=True
+    )
+    with reader, os.fdopen(os.dup(terminal), "w", buffering=1) as sys.stderr:
+        os.dup2(reader.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            sys.stderr = stream
 
 
 def _choose_device(device, backend):

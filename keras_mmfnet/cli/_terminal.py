@@ -17,6 +17,8 @@ import rich.progress
 import rich.table
 import typer
 
+from keras_mmfnet.cli._process import without_chatter
+
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
@@ -176,7 +178,7 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
     root.setLevel(min(root.level, logging.INFO) if root.level else logging.INFO)
     progress.setLevel(logging.DEBUG)
     try:
-        with terminal.bar:
+        with without_chatter(), terminal.bar:
             yield terminal
     except KeyboardInterrupt:
         plan, again = terminal.plan, "start the same command again to go on"

@@ -91,6 +91,22 @@ def test_what_fails_is_shown_after_all(capfd):
     assert capfd.readouterr().err == "the reason\n"
 
 
+def test_log_lines_of_c_code_are_left_out():
+    code = """
+import os, sys
+from keras_mmfnet.cli._process import without_chatter
+with without_chatter():
+    os.write(2, b"E0000 00:00:1795881826.091027   22653 util.cc:131] oneDNN supports DT_HALF only\\n")
+    os.write(2, b"the last words\\n")
+    print("of Python", file=sys.stderr)
+print("afterwards", file=sys.stderr)
+with without_chatter():
+    os.write(2, b"before a crash\\n")
+    os.abort()
+"""
+    assert sorted(python(code).stderr.splitlines()) == ["afterwards", "before a crash", "of Python", "the last words"]
+
+
 def test_the_device(monkeypatch):
     environment = {}
     monkeypatch.setattr(_process.os, "environ", environment)
