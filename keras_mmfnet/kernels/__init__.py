@@ -11,6 +11,8 @@ before a model is trained.
 import functools
 import importlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -21,7 +23,7 @@ KERNELS = ("plain", "fast")
 _chosen = None
 
 
-def set_kernels(kernels):
+def set_kernels(kernels: str | None) -> None:
     """Chooses the implementation for this process.
 
     Args:
@@ -75,7 +77,7 @@ def _implementation(name):
     return getattr(reference, name)
 
 
-def check_statistics(statistics):
+def check_statistics(statistics: str | Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple; raises `ValueError` unless they are distinct and known."""
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     if not names or len(set(names)) != len(names) or not set(names) <= set(STATISTICS):
@@ -83,7 +85,7 @@ def check_statistics(statistics):
     return names
 
 
-def statistics_over_space(features, statistics, axis, training=False):
+def statistics_over_space(features: Sequence[Any], statistics: Sequence[str], axis: int, training: bool = False) -> Any:
     """Statistics of each channel over depth, height and width (eq. 8-10).
 
     The standard deviation is that of the population, `sqrt(var + 1e-6)`. Where several values are the largest, they
@@ -101,7 +103,9 @@ def statistics_over_space(features, statistics, axis, training=False):
     return _implementation("statistics_over_space")(features, statistics, axis, training)
 
 
-def statistics_over_channels(features, statistics, axis, weights=None, training=False):
+def statistics_over_channels(
+    features: Sequence[Any], statistics: Sequence[str], axis: int, weights: Any = None, training: bool = False
+) -> Any:
     """Statistics of each voxel over the channels of features times `weights` (eq. 11), as in `statistics_over_space`.
 
     Args:
@@ -117,7 +121,9 @@ def statistics_over_channels(features, statistics, axis, weights=None, training=
     return _implementation("statistics_over_channels")(features, statistics, axis, weights, training)
 
 
-def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
+def weighted_reduction(
+    features: Sequence[Any], channel_weights: Any, spatial_weights: Any, kernel: Any, axis: int
+) -> Any:
     """The 1x1x1 convolution of `F (1 + W_s W_c)`, where `F` is the features (eq. 6 and 12).
 
     Args:
@@ -133,7 +139,9 @@ def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis)
     return _implementation("weighted_reduction")(features, channel_weights, spatial_weights, kernel, axis)
 
 
-def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
+def batch_norm_relu(
+    x: Any, gamma: Any, beta: Any, epsilon: float, axis: int, moments: tuple[Any, Any] | None = None
+) -> tuple[Any, Any, Any]:
     """Batch normalization and ReLU.
 
     Args:
@@ -151,12 +159,14 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
     return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)
 
 
-def conv(x, kernel, strides, padding, data_format, dilation_rate):
+def conv(
+    x: Any, kernel: Any, strides: Sequence[int], padding: str, data_format: str, dilation_rate: Sequence[int]
+) -> Any:
     """A convolution, as `keras.ops.conv`."""
     kernel = keras.ops.convert_to_tensor(kernel)
     return _implementation("conv")(x, kernel, strides, padding, data_format, dilation_rate)
 
 
-def max_pool(x, pool_size, strides, padding, data_format):
+def max_pool(x: Any, pool_size: Sequence[int], strides: Sequence[int], padding: str, data_format: str) -> Any:
     """Max-pooling, as `keras.ops.max_pool`."""
     return _implementation("max_pool")(x, pool_size, strides, padding, data_format)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 
 from keras_mmfnet import kernels
@@ -26,7 +28,7 @@ class BatchNormReLU(keras.layers.Layer):
         ValueError: The number of channels is unknown.
     """
 
-    def __init__(self, axis=-1, momentum=0.9, epsilon=1e-5, **kwargs):
+    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any):
         super().__init__(**kwargs)
         self.axis = axis
         self.momentum = momentum

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -38,7 +41,14 @@ class ChannelStdAttention3D(keras.layers.Layer):
     Reference: Chen et al., MMFNet, section III-B.
     """
 
-    def __init__(self, reduction=12, statistics=("avg", "max", "std"), shared_mlp=False, data_format=None, **kwargs):
+    def __init__(
+        self,
+        reduction: int = 12,
+        statistics: Sequence[str] = ("avg", "max", "std"),
+        shared_mlp: bool = False,
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if not isinstance(reduction, int) or reduction < 1:
             raise ValueError(f"`reduction` must be a positive integer. Received: {reduction!r}")
@@ -63,7 +73,7 @@ class ChannelStdAttention3D(keras.layers.Layer):
             self.hidden_layers[-1].build((None, channels))
             self.score_layers[-1].build((None, hidden))
 
-    def scores(self, features, training=False):
+    def scores(self, features: Sequence[Any], training: bool | None = False) -> Any:
         """`W_c` of a list of features, which are concatenated along the channels (eq. 7)."""
         axis = _axes.channel_axis(self.data_format)
         pooled = kernels.statistics_over_space(features, self.statistics, axis, training)

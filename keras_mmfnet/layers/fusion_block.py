@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -48,13 +51,13 @@ class FusionBlock3D(keras.layers.Layer):
 
     def __init__(
         self,
-        filters,
-        reduction=12,
-        channel_statistics=("avg", "max", "std"),
-        spatial_statistics=("avg", "max", "std"),
-        shared_mlp=False,
-        data_format=None,
-        **kwargs,
+        filters: int,
+        reduction: int = 12,
+        channel_statistics: Sequence[str] = ("avg", "max", "std"),
+        spatial_statistics: Sequence[str] = ("avg", "max", "std"),
+        shared_mlp: bool = False,
+        data_format: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.data_format = _axes.standardize(data_format)

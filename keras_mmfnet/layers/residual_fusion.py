@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_mmfnet import _axes
@@ -37,7 +40,13 @@ class ResidualFusion3D(keras.layers.Layer):
     Reference: Chen et al., MMFNet, section III-B.
     """
 
-    def __init__(self, filters, kernel_size=(1, 3, 3), data_format=None, **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int] = (1, 3, 3),
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if not isinstance(filters, int) or filters < 1:
             raise ValueError(f"`filters` must be a positive integer. Received: {filters!r}")
@@ -75,7 +84,7 @@ class ResidualFusion3D(keras.layers.Layer):
     def call(self, inputs, training=None):
         return self.refine(self.reduce(inputs), training=training)  # F_r = conv(F) (eq. 12)
 
-    def refine(self, reduced, training=None):
+    def refine(self, reduced: Any, training: bool | None = None) -> Any:
         """`F_r + conv(relu(batch_norm(conv(F_r))))` (eq. 13)."""
         return reduced + self.refine2(self.norm(self.refine1(reduced), training=training))
 

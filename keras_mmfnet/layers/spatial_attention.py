@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_mmfnet import _axes, kernels
@@ -36,7 +39,13 @@ class SpatialStdAttention3D(keras.layers.Layer):
     Reference: Chen et al., MMFNet, section III-B.
     """
 
-    def __init__(self, kernel_size=3, statistics=("avg", "max", "std"), data_format=None, **kwargs):
+    def __init__(
+        self,
+        kernel_size: int | Sequence[int] = 3,
+        statistics: Sequence[str] = ("avg", "max", "std"),
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
         self.statistics = kernels.check_statistics(statistics)
@@ -55,7 +64,7 @@ class SpatialStdAttention3D(keras.layers.Layer):
     def build(self, input_shape):
         self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
 
-    def scores(self, features, channel_weights=None, training=False):
+    def scores(self, features: Sequence[Any], channel_weights: Any = None, training: bool | None = False) -> Any:
         """`W_s` of a list of features, which are concatenated and multiplied by `W_c` where it is given (eq. 11)."""
         axis = _axes.channel_axis(self.data_format)
         return self.conv(kernels.statistics_over_channels(features, self.statistics, axis, channel_weights, training))

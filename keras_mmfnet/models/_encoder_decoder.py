@@ -35,7 +35,7 @@ class EncoderDecoder(Network):
         """
         return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
 
-    def encoder(self, modality):
+    def encoder(self, modality: str) -> keras.Model:
         """One modality's encoder, as a model over the same layers.
 
         Setting `trainable` on it freezes or frees these layers here too, and `set_weights` fills them. A frozen batch

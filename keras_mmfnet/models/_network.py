@@ -1,6 +1,12 @@
+import os
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from keras_mmfnet.models._blocks import Blocks
+
+if TYPE_CHECKING:
+    from keras_mmfnet.recipe import Recipe
 
 
 class Network(keras.Model):
@@ -21,7 +27,7 @@ class Network(keras.Model):
         for name, value in settings.items():
             setattr(self, name, value)
 
-    def export(self, filepath, **kwargs):
+    def export(self, filepath: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the network for use without Keras, as every Keras model does; also one that was only just loaded.
 
         Args:
@@ -36,7 +42,7 @@ class Network(keras.Model):
         return {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name, **settings}
 
 
-def load_network(path, recipe=None):
+def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> keras.Model:
     """Reads a network from a `.keras` file; code in the file is never run.
 
     Args:

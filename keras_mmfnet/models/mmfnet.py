@@ -1,4 +1,6 @@
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import keras
 from keras import ops
@@ -40,11 +42,11 @@ class MultiEncoderUNet3D(EncoderDecoder):
 
     def __init__(
         self,
-        modalities=("t1", "t2", "cet1"),
-        patch_shape=(16, 256, 256),
-        filters=(8, 16, 32, 64),
-        dtype=None,
-        **kwargs,
+        modalities: Sequence[str] = ("t1", "t2", "cet1"),
+        patch_shape: Sequence[int | None] = (16, 256, 256),
+        filters: Sequence[int] = (8, 16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
@@ -99,17 +101,17 @@ class MMFNet(EncoderDecoder):
 
     def __init__(
         self,
-        modalities=("t1", "t2", "cet1"),
-        patch_shape=(16, 256, 256),
-        filters=(8, 16, 32, 64),
-        reduction=12,
-        channel_statistics=("avg", "max", "std"),
-        spatial_statistics=("avg", "max", "std"),
-        shared_mlp=False,
-        bottleneck="fusion",
-        modality_dropout=0.0,
-        dtype=None,
-        **kwargs,
+        modalities: Sequence[str] = ("t1", "t2", "cet1"),
+        patch_shape: Sequence[int | None] = (16, 256, 256),
+        filters: Sequence[int] = (8, 16, 32, 64),
+        reduction: int = 12,
+        channel_statistics: Sequence[str] = ("avg", "max", "std"),
+        spatial_statistics: Sequence[str] = ("avg", "max", "std"),
+        shared_mlp: bool = False,
+        bottleneck: Literal["fusion", "concat"] = "fusion",
+        modality_dropout: float = 0.0,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         if bottleneck not in ("fusion", "concat"):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
@@ -160,7 +162,7 @@ class MMFNet(EncoderDecoder):
         }
 
     @classmethod
-    def from_pretrained_encoders(cls, encoders, **kwargs):
+    def from_pretrained_encoders(cls, encoders: Mapping[str, keras.Model | str | os.PathLike], **kwargs: Any) -> Self:
         """Self-transfer: an MMFNet that starts with the encoders of single-modality networks (section III-C).
 
         Args:

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -34,7 +37,14 @@ class PatchCNN(Network):
     Reference: the single-modality patch-based CNN of Chen et al., MMFNet, section IV-D.
     """
 
-    def __init__(self, modality="t1", patch_shape=(32, 32), filters=(16, 32, 64), dtype=None, **kwargs):
+    def __init__(
+        self,
+        modality: str = "t1",
+        patch_shape: Sequence[int] = (32, 32),
+        filters: Sequence[int] = (16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
+    ):
         patch_shape, filters = tuple(patch_shape), tuple(filters)
         settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
         super().__init__(*_classifier((modality,), patch_shape, filters, dtype), settings, **kwargs)
@@ -66,7 +76,12 @@ class SiamesePatchCNN(Network):
     """
 
     def __init__(
-        self, modalities=("t1", "t2", "cet1"), patch_shape=(32, 32), filters=(16, 32, 64), dtype=None, **kwargs
+        self,
+        modalities: Sequence[str] = ("t1", "t2", "cet1"),
+        patch_shape: Sequence[int] = (32, 32),
+        filters: Sequence[int] = (16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}

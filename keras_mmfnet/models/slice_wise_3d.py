@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -30,7 +33,13 @@ class SliceWise3D(Network):
     ```
     """
 
-    def __init__(self, network, patch_shape, dtype=None, **kwargs):
+    def __init__(
+        self,
+        network: keras.Model,
+        patch_shape: Sequence[int],
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
+    ):
         patch_shape = tuple(patch_shape)
         if len(patch_shape) != 3 or None in patch_shape:
             raise ValueError(f"`patch_shape` must have three known sizes. Received: {patch_shape!r}")

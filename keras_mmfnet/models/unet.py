@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_mmfnet.models._encoder_decoder import EncoderDecoder
@@ -34,7 +37,14 @@ class UNet3D(EncoderDecoder):
     Reference: Chen et al., MMFNet, section III-A.
     """
 
-    def __init__(self, modality="t1", patch_shape=(16, 256, 256), filters=(8, 16, 32, 64), dtype=None, **kwargs):
+    def __init__(
+        self,
+        modality: str = "t1",
+        patch_shape: Sequence[int | None] = (16, 256, 256),
+        filters: Sequence[int] = (8, 16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*_single(modality, patch_shape, filters, dtype, rank=3), **kwargs)
 
 
@@ -61,7 +71,14 @@ class UNet2D(EncoderDecoder):
     Reference: Chen et al., MMFNet, section IV-D.
     """
 
-    def __init__(self, modality="t1", patch_shape=(256, 256), filters=(8, 16, 32, 64), dtype=None, **kwargs):
+    def __init__(
+        self,
+        modality: str = "t1",
+        patch_shape: Sequence[int | None] = (256, 256),
+        filters: Sequence[int] = (8, 16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*_single(modality, patch_shape, filters, dtype, rank=2), **kwargs)
 
 
@@ -101,11 +118,11 @@ class SingleEncoderUNet3D(EncoderDecoder):
 
     def __init__(
         self,
-        modalities=("t1", "t2", "cet1"),
-        patch_shape=(16, 256, 256),
-        filters=(8, 16, 32, 64),
-        dtype=None,
-        **kwargs,
+        modalities: Sequence[str] = ("t1", "t2", "cet1"),
+        patch_shape: Sequence[int | None] = (16, 256, 256),
+        filters: Sequence[int] = (8, 16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
         blocks = make_blocks(dtype)
