@@ -5,7 +5,7 @@ import uuid
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Grid
+from keras_mmfnet.data.geometry import Grid
 
 GRID = Grid((16, 12, 5), (0.5, 0.5, 4.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, Grid
+from keras_mmfnet.data.case import Case
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.recipe import Recipe
 
 MODALITIES = ("t1", "t2", "cet1")

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import Motion
 from keras_mmfnet.recipe import DataRecipe

@@ -1,11 +1,11 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.registration import Motion
 
 
@@ -64,115 +64,6 @@ class Case:
 
 def _path(source):
     return Path(source) if isinstance(source, str) else source
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The geometry of a 3D image: size, spacing, origin and direction.
-
-    The fields are in SimpleITK's order `(x, y, z)`. Arrays on the grid have the opposite order,
-    `(depth, height, width)`, which is `shape`.
-
-    Args:
-        size: Voxels along x, y and z.
-        spacing: Distance between voxel centres in mm.
-        origin: Position of the first voxel's centre in mm.
-        direction: The 3x3 matrix, in row-major order, whose columns are the directions of the axes.
-    """
-
-    size: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
-    direction: tuple[float, ...]
-
-    @classmethod
-    def from_image(cls, image: sitk.Image) -> Self:
-        """The grid of a 3D SimpleITK image."""
-        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The grid that `to_dict` wrote, also after conversion to JSON and back."""
-        return cls(**{field.name: tuple(values[field.name]) for field in dataclasses.fields(cls)})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a dict that can be written as JSON."""
-        return dataclasses.asdict(self)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels `(depth, height, width)`."""
-        return self.size[::-1]
-
-    @property
-    def axes(self) -> np.ndarray:
-        """The 3x3 matrix whose columns are the steps in mm from one voxel to the next along x, y and z."""
-        return np.reshape(self.direction, (3, 3)) * self.spacing
-
-    def positions(self, indices: np.ndarray) -> np.ndarray:
-        """Positions in mm of voxel indices `(..., 3)`, both in `(x, y, z)` order; indices may be fractions."""
-        return indices @ self.axes.T + self.origin
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Voxel indices of positions in mm `(..., 3)`, the inverse of `positions`."""
-        return (positions - np.asarray(self.origin)) @ np.linalg.inv(self.axes).T
-
-    def matches(self, other: "Grid") -> bool:
-        """Whether both grids have the same voxels, within a hundredth of a voxel, as file headers are rounded."""
-        if self.size != other.size:
-            return False
-        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.size]), axis=-1)
-        return bool(np.abs(self.indices(other.positions(corners)) - corners).max() < 0.01)
-
-    def coverage_by(self, other: "Grid") -> float:
-        """Share of this grid's volume in [0, 1] that lies inside another, from 16 x 16 x 16 points."""
-        points = np.stack(np.meshgrid(*[(np.arange(16) + 0.5) / 16 * n - 0.5 for n in self.size]), axis=-1)
-        indices = other.indices(self.positions(points))
-        return float(np.all((indices >= -0.5) & (indices <= np.asarray(other.size) - 0.5), axis=-1).mean())
-
-    def crop(self, low: Sequence[int], high: Sequence[int]) -> "Grid":
-        """The part of the grid from voxel `low` (included) to `high` (excluded), both `(z, y, x)`."""
-        low, high = np.asarray(low)[::-1], np.asarray(high)[::-1]
-        origin = tuple(self.positions(low).tolist())
-        return dataclasses.replace(self, size=tuple((high - low).tolist()), origin=origin)
-
-    def image(self, array: np.ndarray) -> sitk.Image:
-        """A SimpleITK image of an array of this grid's `shape`."""
-        image = sitk.GetImageFromArray(array)
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction)
-        return image
-
-    def resample(self, image: sitk.Image, background: float = 0.0, extend: bool = False) -> np.ndarray:
-        """Resamples an image to this grid by position, with linear interpolation.
-
-        An image with the same voxels, in any order of its axes, is not interpolated: its values are unchanged.
-
-        Args:
-            image: A 3D SimpleITK image.
-            background: Value outside the image.
-            extend: Outside the image, use the nearest voxel instead of `background`.
-
-        Returns:
-            An array of this grid's `shape` and the image's dtype.
-        """
-        order = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
-        reordered = sitk.DICOMOrient(image, order)
-        if not self.matches(Grid.from_image(reordered)):
-            reordered = sitk.Resample(
-                image,
-                self.size,
-                sitk.Transform(),
-                sitk.sitkLinear,
-                self.origin,
-                self.spacing,
-                self.direction,
-                background,
-                image.GetPixelID(),
-                extend,
-            )
-        return sitk.GetArrayFromImage(reordered)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

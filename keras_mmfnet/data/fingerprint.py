@@ -8,17 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, CaseError, Grid
+from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.geometry import Grid, in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.data.preprocess import (
     coverage_notes,
-    in_plane_grid,
     mask_notes,
     mask_sources,
     preprocess_case,
     recipe_of,
     reference_notes,
-    upright_grid,
 )
 from keras_mmfnet.recipe import DataRecipe
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
+from keras_mmfnet.data.geometry import Grid
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.

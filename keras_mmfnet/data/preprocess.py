@@ -10,14 +10,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data import cache as cache_files
-from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.registration import moved, register_rigid
 from keras_mmfnet.recipe import DataRecipe
 
-_BINS = 1024
-_CLOSING_MM = 3.0
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
 _HALF = 0.5 - 1e-4
 # Of the 99th percentile: how far below 0 the interpolation of a magnitude brings its 1st percentile at most.
@@ -164,181 +164,7 @@ def _require_contrast(values, where, place=""):
     return low
 
 
-# --- geometry
-
-
-def upright_grid(grid: Grid) -> Grid:
-    """The grid of the same voxels whose axes have the order and direction of the patient's (left, posterior, superior).
-
-    SimpleITK's `DICOMOrient` brings an image onto it.
-    """
-    voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
-    voxel.SetDirection(grid.direction)
-    direction = sitk.DICOMOrient(voxel, "LPS").GetDirection()
-    turn = np.rint(np.reshape(grid.direction, (3, 3)).T @ np.reshape(direction, (3, 3)))
-    order = np.abs(turn).argmax(axis=0)
-    corner = np.where(turn.sum(axis=1) < 0, np.asarray(grid.size) - 1, 0)
-    size, spacing = (tuple(np.asarray(values)[order].tolist()) for values in (grid.size, grid.spacing))
-    return Grid(size, spacing, tuple(grid.positions(corner).tolist()), direction)
-
-
-def in_plane_grid(grid: Grid, spacing: float | None) -> Grid:
-    """The grid with pixels of `spacing` mm in plane, the same slices and the same first edges.
-
-    Args:
-        grid: A `Grid`.
-        spacing: Pixel size in mm along x and y, or `None` to keep the grid's.
-
-    Returns:
-        A `Grid`. Every voxel's centre lies inside `grid`; its last edges are less than half a pixel from `grid`'s.
-    """
-    if spacing is None:
-        return grid
-    new = (spacing, spacing, grid.spacing[2])
-    # The small number keeps a centre that would fall on the very edge, after rounding, off it.
-    size = np.maximum(np.ceil(np.multiply(grid.size, grid.spacing) / new - 0.5 - 1e-6), 1).astype(int)
-    first_centre = (np.divide(new, grid.spacing) - 1) / 2
-    return Grid(tuple(size.tolist()), new, tuple(grid.positions(first_centre).tolist()), grid.direction)
-
-
-def resample(image: sitk.Image, grid: Grid, background: float) -> np.ndarray:
-    """The values of a float image on a grid, by position: smoothed where voxels grow, then one linear interpolation.
-
-    Along each axis on which the grid's voxels are larger than the image's, the image is first smoothed by the
-    Gaussian that widens a profile of one old voxel (full width at half maximum) to one new voxel, so that detail
-    finer than a new voxel is averaged and not aliased.
-
-    Args:
-        image: A 3D SimpleITK float image.
-        grid: The `Grid` wanted.
-        background: Value outside the image.
-
-    Returns:
-        An array of the grid's shape.
-    """
-    own = Grid.from_image(image)
-    # The grid's axis nearest to each of the image's.
-    nearest = np.abs(np.reshape(own.direction, (3, 3)).T @ np.reshape(grid.direction, (3, 3))).argmax(axis=1)
-    old, new = np.asarray(own.spacing), np.asarray(grid.spacing)[nearest]
-    variance = np.maximum(new**2 - old**2, 0) / (8 * math.log(2))
-    # A Gaussian narrower than a quarter of a voxel does next to nothing.
-    variance[variance < (old / 4) ** 2] = 0
-    if variance.any():
-        image = sitk.DiscreteGaussian(image, variance.tolist(), maximumKernelWidth=256)
-    return grid.resample(image, background)
-
-
-# --- the body
-
-
-def _slice_histograms(volume):
-    """Counts `(depth, bins)` over equal bins from the volume's lowest value to its highest, the lowest, the width."""
-    low, high = float(volume.min()), float(volume.max())
-    width = (high - low) / _BINS
-    bins = np.minimum((volume - np.float32(low)) * np.float32(1 / width), _BINS - 1).astype(np.uint16)
-    return np.stack([np.bincount(plane.ravel(), minlength=_BINS) for plane in bins]), low, width
-
-
-def _otsu_levels(counts):
-    """How many of the lowest bins are background, by Otsu, for each histogram along the last axis.
-
-    Otsu's threshold maximises the variance between the two classes; where bins in a row are equally good, the middle
-    of them is taken.
-    """
-    counts = counts.astype(np.float64)
-    below = np.cumsum(counts, axis=-1)
-    moment = np.cumsum(counts * np.arange(counts.shape[-1]), axis=-1)
-    total, total_moment = below[..., -1:], moment[..., -1:]
-    spread = below * (total - below)
-    between = (total_moment * below - total * moment) ** 2 / np.where(spread > 0, spread, np.inf)
-    first = between.argmax(axis=-1)
-    last = counts.shape[-1] - 1 - between[..., ::-1].argmax(axis=-1)
-    return (first + last) / 2 + 1
-
-
-def otsu_threshold(volume: np.ndarray) -> float:
-    """Otsu's threshold of a whole volume, from a histogram of 1024 bins."""
-    counts, low, width = _slice_histograms(volume)
-    return low + width * float(_otsu_levels(counts.sum(axis=0)))
-
-
-def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.ndarray:
-    """The voxels inside the body: each slice above half its Otsu threshold, closed, with what is enclosed.
-
-    Args:
-        volume: Raw intensities `(depth, height, width)`, not constant.
-        pixel: Size of a pixel in mm, `(height, width)` or one number; the closing reaches 3 mm in plane.
-
-    Returns:
-        A bool array of the same shape.
-
-    Reference: Chen et al., MMFNet, section IV-A.
-    """
-    counts, low, width = _slice_histograms(volume)
-    # The Otsu threshold of a slice of air lies within the noise: none may be below half the volume's.
-    levels = np.maximum(_otsu_levels(counts), _otsu_levels(counts.sum(axis=0)) / 2) / 2
-    inside = volume > (low + width * levels).astype(volume.dtype)[:, None, None]
-    reach = [max(1, round(_CLOSING_MM / size)) for size in np.broadcast_to(pixel, 2)]
-    body = sitk.GetImageFromArray(_closed(inside, reach).view(np.uint8))
-    return sitk.GetArrayFromImage(sitk.BinaryFillhole(body, foregroundValue=1)).view(bool)
-
-
-def _closed(mask, reach):
-    """The mask dilated and eroded in plane by a box that reaches so many pixels `(y, x)` to each side."""
-    mask = np.pad(mask, [(0, 0), *((2 * count, 2 * count) for count in reach)])
-    for combine in (np.logical_or, np.logical_and):
-        for axis, count in enumerate(reach, start=1):
-            mask = _in_a_row(mask.swapaxes(0, axis), combine, 2 * count + 1).swapaxes(0, axis)
-    return np.ascontiguousarray(mask)
-
-
-def _in_a_row(values, combine, length):
-    """Combines each `length` neighbours along the first axis, with every pass twice as many."""
-    done = 1
-    while done < length:
-        step = min(done, length - done)
-        values = combine(values[:-step], values[step:])
-        done += step
-    return values
-
-
-def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int], ...]:
-    """The box around a mask `(depth, height, width)`, as one `(low, high)` per axis, `high` excluded.
-
-    A slice, row or column belongs to the box if it holds more than `share` of the voxels of the fullest one, so that
-    a few specks outside the body do not move it.
-    """
-    box = []
-    for axis in range(3):
-        counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
-        held = np.flatnonzero(counts > share * counts.max())
-        box.append((int(held[0]), int(held[-1]) + 1))
-    return tuple(box)
-
-
 # --- intensity
-
-
-def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """The volume minus its mean inside the body, divided by its (population) standard deviation there.
-
-    Args:
-        volume: Float array.
-        body: Bool array of the same shape.
-
-    Returns:
-        An array of the volume's shape and dtype.
-
-    Raises:
-        ValueError: The values inside the body are all the same, or the body is empty.
-    """
-    values = volume[body]
-    mean, std = (values.mean(), values.std()) if values.size else (0, 0)
-    if not std > 1e-6 * abs(mean):
-        raise ValueError(f"the values inside the body must vary. Received: {values.size} voxels, all of {mean:g}")
-    scored = volume - mean
-    scored *= 1 / std
-    return scored
 
 
 class _Intensities(NamedTuple):

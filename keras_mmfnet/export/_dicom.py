@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Grid
 from keras_mmfnet.data.dicom import Series, read_series
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.version import __version__
 
 MISSING = "writing DICOM needs the extra: pip install keras-mmfnet[dicom]"

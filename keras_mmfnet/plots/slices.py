@@ -280,7 +280,7 @@ def slice_strips(
 
 def _body_view(images):
     """The rows and the columns of the body, as two slices: where any image is above its Otsu threshold."""
-    from keras_mmfnet.data.preprocess import bounding_box, otsu_threshold
+    from keras_mmfnet.data.body import bounding_box, otsu_threshold
 
     whole = [(0, size) for size in np.shape(next(iter(images.values())))[1:]]
     # A missing modality is constant.

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, CaseError, Grid, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.geometry import Grid
 
 # Columns: the directions of x, y and z. Reversed and permuted axes, and an oblique set.
 IDENTITY = np.eye(3)

@@ -4,8 +4,9 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import GRID, write_series
 
-from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import find_series, read_series
+from keras_mmfnet.data.geometry import Grid
 
 
 def read(folder):

@@ -10,7 +10,8 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
 
-from keras_mmfnet.data.case import CaseError, Grid
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, read_grid, read_image, write_image
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.recipe import Recipe

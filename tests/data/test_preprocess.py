@@ -20,19 +20,11 @@ from patients import (
     write,
 )
 
-from keras_mmfnet.data.case import Case, CaseError, Grid
+from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
+from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.layouts import read_case_folder
-from keras_mmfnet.data.preprocess import (
-    body_mask,
-    bounding_box,
-    in_plane_grid,
-    otsu_threshold,
-    preprocess_case,
-    resample,
-    tumour_voxels,
-    upright_grid,
-    z_score,
-)
+from keras_mmfnet.data.preprocess import preprocess_case, tumour_voxels
 from keras_mmfnet.recipe import Recipe
 
 REVERSED = np.diag([-1.0, -1.0, 1.0])

@@ -4,7 +4,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.data.case import Grid
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.data.registration import Motion, moved, register_rigid

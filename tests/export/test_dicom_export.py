@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from dicom_files import write_series
 from matplotlib.path import Path as Polygon
 
-from keras_mmfnet.data.case import Grid
 from keras_mmfnet.data.dicom import find_series, read_series
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.export import write_rtstruct, write_segmentation
 from keras_mmfnet.version import __version__
 

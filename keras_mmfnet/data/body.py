@@ -1,0 +1,116 @@
+"""Where the body is in an image, and its intensities there (section IV-A)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import SimpleITK as sitk
+
+_BINS = 1024
+_CLOSING_MM = 3.0
+
+
+def _slice_histograms(volume):
+    """Counts `(depth, bins)` over equal bins from the volume's lowest value to its highest, the lowest, the width."""
+    low, high = float(volume.min()), float(volume.max())
+    width = (high - low) / _BINS
+    bins = np.minimum((volume - np.float32(low)) * np.float32(1 / width), _BINS - 1).astype(np.uint16)
+    return np.stack([np.bincount(plane.ravel(), minlength=_BINS) for plane in bins]), low, width
+
+
+def _otsu_levels(counts):
+    """How many of the lowest bins are background, by Otsu, for each histogram along the last axis.
+
+    Otsu's threshold maximises the variance between the two classes; where bins in a row are equally good, the middle
+    of them is taken.
+    """
+    counts = counts.astype(np.float64)
+    below = np.cumsum(counts, axis=-1)
+    moment = np.cumsum(counts * np.arange(counts.shape[-1]), axis=-1)
+    total, total_moment = below[..., -1:], moment[..., -1:]
+    spread = below * (total - below)
+    between = (total_moment * below - total * moment) ** 2 / np.where(spread > 0, spread, np.inf)
+    first = between.argmax(axis=-1)
+    last = counts.shape[-1] - 1 - between[..., ::-1].argmax(axis=-1)
+    return (first + last) / 2 + 1
+
+
+def otsu_threshold(volume: np.ndarray) -> float:
+    """Otsu's threshold of a whole volume, from a histogram of 1024 bins."""
+    counts, low, width = _slice_histograms(volume)
+    return low + width * float(_otsu_levels(counts.sum(axis=0)))
+
+
+def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.ndarray:
+    """The voxels inside the body: each slice above half its Otsu threshold, closed, with what is enclosed.
+
+    Args:
+        volume: Raw intensities `(depth, height, width)`, not constant.
+        pixel: Size of a pixel in mm, `(height, width)` or one number; the closing reaches 3 mm in plane.
+
+    Returns:
+        A bool array of the same shape.
+
+    Reference: Chen et al., MMFNet, section IV-A.
+    """
+    counts, low, width = _slice_histograms(volume)
+    # The Otsu threshold of a slice of air lies within the noise: none may be below half the volume's.
+    levels = np.maximum(_otsu_levels(counts), _otsu_levels(counts.sum(axis=0)) / 2) / 2
+    inside = volume > (low + width * levels).astype(volume.dtype)[:, None, None]
+    reach = [max(1, round(_CLOSING_MM / size)) for size in np.broadcast_to(pixel, 2)]
+    body = sitk.GetImageFromArray(_closed(inside, reach).view(np.uint8))
+    return sitk.GetArrayFromImage(sitk.BinaryFillhole(body, foregroundValue=1)).view(bool)
+
+
+def _closed(mask, reach):
+    """The mask dilated and eroded in plane by a box that reaches so many pixels `(y, x)` to each side."""
+    mask = np.pad(mask, [(0, 0), *((2 * count, 2 * count) for count in reach)])
+    for combine in (np.logical_or, np.logical_and):
+        for axis, count in enumerate(reach, start=1):
+            mask = _in_a_row(mask.swapaxes(0, axis), combine, 2 * count + 1).swapaxes(0, axis)
+    return np.ascontiguousarray(mask)
+
+
+def _in_a_row(values, combine, length):
+    """Combines each `length` neighbours along the first axis, with every pass twice as many."""
+    done = 1
+    while done < length:
+        step = min(done, length - done)
+        values = combine(values[:-step], values[step:])
+        done += step
+    return values
+
+
+def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int], ...]:
+    """The box around a mask `(depth, height, width)`, as one `(low, high)` per axis, `high` excluded.
+
+    A slice, row or column belongs to the box if it holds more than `share` of the voxels of the fullest one, so that
+    a few specks outside the body do not move it.
+    """
+    box = []
+    for axis in range(3):
+        counts = np.count_nonzero(mask, axis=tuple(other for other in range(3) if other != axis))
+        held = np.flatnonzero(counts > share * counts.max())
+        box.append((int(held[0]), int(held[-1]) + 1))
+    return tuple(box)
+
+
+def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """The volume minus its mean inside the body, divided by its (population) standard deviation there.
+
+    Args:
+        volume: Float array.
+        body: Bool array of the same shape.
+
+    Returns:
+        An array of the volume's shape and dtype.
+
+    Raises:
+        ValueError: The values inside the body are all the same, or the body is empty.
+    """
+    values = volume[body]
+    mean, std = (values.mean(), values.std()) if values.size else (0, 0)
+    if not std > 1e-6 * abs(mean):
+        raise ValueError(f"the values inside the body must vary. Received: {values.size} voxels, all of {mean:g}")
+    scored = volume - mean
+    scored *= 1 / std
+    return scored
