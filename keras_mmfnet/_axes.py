@@ -17,12 +17,6 @@ def channel_axis(data_format):
     return -1 if data_format == "channels_last" else 1
 
 
-def spatial_axes(data_format, rank=3):
-    """Axes of depth, height and width (or of height and width with rank 2) in a batch."""
-    first = 1 if data_format == "channels_last" else 2
-    return tuple(range(first, first + rank))
-
-
 def with_channels(shape, channels, data_format):
     """A batch's shape with another number of channels."""
     shape = list(shape)

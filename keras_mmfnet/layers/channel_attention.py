@@ -96,9 +96,8 @@ class ChannelStdAttention3D(keras.layers.Layer):
         outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return outputs
-        shape = list(inputs.shape)
-        for axis in _axes.spatial_axes(self.data_format):
-            shape[axis] = 1
+        channels = inputs.shape[_axes.channel_axis(self.data_format)]
+        shape = _axes.with_channels((inputs.shape[0], 1, 1, 1, 1), channels, self.data_format)
         return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self):

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_mmfnet.models._network import Network
+from keras_mmfnet.models._network import Network, make_blocks, make_inputs
 
 
 class EncoderDecoder(Network):
@@ -11,19 +11,25 @@ class EncoderDecoder(Network):
     The layers of an encoder are named after it.
 
     Args:
-        inputs: Symbolic inputs by modality, from `make_inputs`.
-        compute_features: A function from inputs by modality to the features of each level for the decoder, from the
-            finest to the bottom, by layers of `blocks`.
-        blocks: The network's `Blocks`.
+        modalities: Names of the inputs.
+        patch_shape: Sizes of a patch.
         filters: Filters of the decoder, from the finest level.
-        settings: The arguments of the subclass, kept as attributes and in the config.
+        dtype: Dtype policy of the layers, or `None` for Keras' own.
+        compute_features: A function `compute_features(blocks, inputs, filters)` from the network's `Blocks` and inputs
+            by modality to the features of each level for the decoder, from the finest to the bottom.
+        settings: The other arguments of the subclass, kept as attributes and in the config as these are.
+        rank: 3 for volumes, 2 for slices.
         **kwargs: `name` and `trainable`, as for every model.
     """
 
-    def __init__(self, inputs, compute_features, blocks, filters, settings, **kwargs):
-        def compute(inputs):
-            return blocks.decode(compute_features(inputs), filters)
+    def __init__(self, modalities, patch_shape, filters, dtype, compute_features, settings, rank=3, **kwargs):
+        patch_shape, filters, blocks = tuple(patch_shape), tuple(filters), make_blocks(dtype, rank)
+        inputs = make_inputs(modalities, patch_shape, filters, rank)
 
+        def compute(inputs):
+            return blocks.decode(compute_features(blocks, inputs, filters), filters)
+
+        settings = {**settings, "patch_shape": patch_shape, "filters": filters}
         super().__init__(inputs, compute(inputs), blocks.dtype, settings, **kwargs)
         self._compute = compute
 

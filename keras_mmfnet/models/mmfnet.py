@@ -7,19 +7,24 @@ from keras import ops
 
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.models._encoder_decoder import EncoderDecoder
-from keras_mmfnet.models._network import load_network, make_blocks, make_inputs
+from keras_mmfnet.models._network import load_network
 
 
-def _encode_each(inputs, filters, blocks):
+def _encode_each(blocks, inputs, filters):
     """Yields, for each level, the features of every modality's own encoder."""
     encoders = [blocks.encode(x, filters, modality) for modality, x in inputs.items()]
     for level in zip(*encoders, strict=True):
         yield list(level)
 
 
+def _encode_and_join(blocks, inputs, filters):
+    levels = enumerate(_encode_each(blocks, inputs, filters), start=1)
+    return [blocks.join(level, f"join{index}") for index, level in levels]
+
+
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class MultiEncoderUNet3D(EncoderDecoder):
-    """One encoder per modality and one decoder, their features concatenated: MMFNet without fusion blocks.
+    """One encoder per modality and one decoder, their features concatenated: MMFNet without its fusion (section IV-D).
 
     Args:
         modalities: Names of the modalities.
@@ -36,8 +41,6 @@ class MultiEncoderUNet3D(EncoderDecoder):
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` does not fit.
-
-    Reference: Chen et al., MMFNet, section IV-D.
     """
 
     def __init__(
@@ -48,16 +51,9 @@ class MultiEncoderUNet3D(EncoderDecoder):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
-        blocks = make_blocks(dtype)
-        inputs = make_inputs(modalities, patch_shape, filters)
-
-        def compute_features(inputs):
-            levels = enumerate(_encode_each(inputs, filters, blocks), start=1)
-            return [blocks.join(level, f"join{index}") for index, level in levels]
-
-        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)
+        modalities = tuple(modalities)
+        settings = {"modalities": modalities}
+        super().__init__(modalities, patch_shape, filters, dtype, _encode_and_join, settings, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -117,8 +113,7 @@ class MMFNet(EncoderDecoder):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
         if not 0 <= modality_dropout < 1:
             raise ValueError(f"`modality_dropout` must be in [0, 1). Received: {modality_dropout!r}")
-        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
-        blocks = make_blocks(dtype)
+        modalities = tuple(modalities)
         attention = {
             "reduction": reduction,
             "channel_statistics": tuple(channel_statistics),
@@ -126,22 +121,23 @@ class MMFNet(EncoderDecoder):
             "shared_mlp": shared_mlp,
         }
 
-        def fuse(level, name, count):
-            if name == "fusion_bottom" and bottleneck == "concat":
-                return blocks.join(level, "join_bottom")
-            return blocks.layer(name, FusionBlock3D, count, **attention, data_format=blocks.data_format)(level)
+        def encode_and_fuse(blocks, inputs, filters):
+            names = [*(f"fusion{index}" for index in range(1, len(filters) + 1)), "fusion_bottom"]
+            fused = []
+            # Each level is fused before the next one is encoded.
+            for level, name, count in zip(
+                _encode_each(blocks, inputs, filters), names, [*filters, filters[-1]], strict=True
+            ):
+                if name == "fusion_bottom" and bottleneck == "concat":
+                    fused.append(blocks.join(level, "join_bottom"))
+                else:
+                    block = blocks.layer(name, FusionBlock3D, count, **attention, data_format=blocks.data_format)
+                    fused.append(block(level))
+            return fused
 
-        names = [*(f"fusion{index}" for index in range(1, len(filters) + 1)), "fusion_bottom"]
-        counts = [*filters, filters[-1]]
-
-        def compute_features(inputs):
-            # A generator: each level is fused before the next one is encoded.
-            return [fuse(*level) for level in zip(_encode_each(inputs, filters, blocks), names, counts, strict=True)]
-
-        inputs = make_inputs(modalities, patch_shape, filters)
-        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters, **attention}
-        settings |= {"bottleneck": bottleneck, "modality_dropout": modality_dropout}
-        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)
+        settings = {"modalities": modalities, **attention, "bottleneck": bottleneck}
+        settings["modality_dropout"] = modality_dropout
+        super().__init__(modalities, patch_shape, filters, dtype, encode_and_fuse, settings, **kwargs)
         if modality_dropout:
             self.seed_generator = keras.random.SeedGenerator()
 

@@ -33,8 +33,6 @@ class PatchCNN(Network):
 
     Raises:
         ValueError: `patch_shape` or `filters` does not fit.
-
-    Reference: the single-modality patch-based CNN of Chen et al., MMFNet, section IV-D.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class PatchCNN(Network):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class SiamesePatchCNN(Network):
-    """A `PatchCNN` over several modalities: branches of one architecture, joined in the fully connected layer.
+    """A `PatchCNN` over several modalities: its branches are joined in the fully connected layer (section IV-D).
 
     The branches have weights of their own, since the modalities show the same tissue in different grey values.
 
@@ -71,8 +69,6 @@ class SiamesePatchCNN(Network):
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` does not fit.
-
-    Reference: the multi-modality patch-based CNN of Chen et al., MMFNet, section IV-D.
     """
 
     def __init__(

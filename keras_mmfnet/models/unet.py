@@ -4,7 +4,6 @@ from typing import Any
 import keras
 
 from keras_mmfnet.models._encoder_decoder import EncoderDecoder
-from keras_mmfnet.models._network import make_blocks, make_inputs
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -33,8 +32,6 @@ class UNet3D(EncoderDecoder):
     model = UNet3D("t1", patch_shape=(16, 64, 64))
     model.compile("adam", loss=DiceLoss())
     ```
-
-    Reference: Chen et al., MMFNet, section III-A.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class UNet3D(EncoderDecoder):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*_single(modality, patch_shape, filters, dtype, rank=3), **kwargs)
+        super().__init__((modality,), patch_shape, filters, dtype, _encode_one, {"modality": modality}, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -67,8 +64,6 @@ class UNet2D(EncoderDecoder):
 
     Raises:
         ValueError: `patch_shape` or `filters` does not fit.
-
-    Reference: Chen et al., MMFNet, section IV-D.
     """
 
     def __init__(
@@ -79,15 +74,14 @@ class UNet2D(EncoderDecoder):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*_single(modality, patch_shape, filters, dtype, rank=2), **kwargs)
+        super().__init__(
+            (modality,), patch_shape, filters, dtype, _encode_one, {"modality": modality}, rank=2, **kwargs
+        )
 
 
-def _single(modality, patch_shape, filters, dtype, rank):
-    """The parts of a U-net over one modality, as `EncoderDecoder` takes them."""
-    patch_shape, filters, blocks = tuple(patch_shape), tuple(filters), make_blocks(dtype, rank)
-    inputs = make_inputs((modality,), patch_shape, filters, rank)
-    settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
-    return inputs, lambda inputs: blocks.encode(inputs[modality], filters, modality), blocks, filters, settings
+def _encode_one(blocks, inputs, filters):
+    [(modality, x)] = inputs.items()
+    return blocks.encode(x, filters, modality)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -112,8 +106,6 @@ class SingleEncoderUNet3D(EncoderDecoder):
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` does not fit.
-
-    Reference: Chen et al., MMFNet, section IV-D.
     """
 
     def __init__(
@@ -124,13 +116,11 @@ class SingleEncoderUNet3D(EncoderDecoder):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
-        blocks = make_blocks(dtype)
-        inputs = make_inputs(modalities, patch_shape, filters)
+        modalities = tuple(modalities)
+        settings = {"modalities": modalities}
+        super().__init__(modalities, patch_shape, filters, dtype, _encode_together, settings, **kwargs)
 
-        def compute_features(inputs):
-            stacked = blocks.join(list(inputs.values()), "stacked")
-            return blocks.encode(stacked, [len(modalities) * count for count in filters], "stacked")
 
-        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(inputs, compute_features, blocks, filters, settings, **kwargs)
+def _encode_together(blocks, inputs, filters):
+    stacked = blocks.join(list(inputs.values()), "stacked")
+    return blocks.encode(stacked, [len(inputs) * count for count in filters], "stacked")
