@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.case import Case, PreprocessedCase, refuser
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
@@ -49,7 +49,7 @@ def _digest(source, patient):
         with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CaseError(f"{patient}: {source}: must be a readable file. Received: {error.strerror}") from error
+        raise refuser(source, patient)("a readable file", error.strerror) from error
     return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
 
 

@@ -3,12 +3,13 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, reason, refuser
 from keras_mmfnet.data.geometry import Grid
 
 _UID, _DESCRIPTION, _PATIENT = "0020|000e", "0008|103e", "0010|0020"
@@ -65,15 +66,15 @@ def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
         start = _start(path)
         if not _is_dicom(start):
             if path.suffix.lower() == ".dcm":
-                raise CaseError(f"{patient}: {path}: must be a DICOM file. Received: one that starts with {start[:9]}")
+                raise refuser(path, patient)("a DICOM file", f"one that starts with {start[:9]}")
             if not start:
                 empty.append(path)
             continue
         if _NO_IMAGE.search(start):
             continue
-        tags = _tags(path, patient)
-        patients.add(tags.get(_PATIENT, ""))
-        found.setdefault(tags.get(_UID), (tags.get(_DESCRIPTION, ""), []))[1].append(path)
+        name, uid, description = read_tags(path, patient, (_PATIENT, _UID, _DESCRIPTION))
+        patients.add(name)
+        found.setdefault(uid, (description, []))[1].append(path)
     if len(patients) > 1:
         raise CaseError(
             f"{patient}: {folder}: must hold the DICOM files of one patient. "
@@ -83,7 +84,7 @@ def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
     folders = {path.parent for _, files in found.values() for path in files}
     for path in empty:
         if path.parent in folders:
-            raise CaseError(f"{patient}: {path}: must be a slice, as the files beside it. Received: an empty file")
+            raise refuser(path, patient)("a slice, as the files beside it", "an empty file")
     series = [Series(_common_folder(files), tuple(files), description) for description, files in found.values()]
     return sorted(series, key=lambda one: (str(one.folder), one.description))
 
@@ -121,15 +122,13 @@ def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown
         CaseError: As `series_grid` does, or the voxels are damaged or not one number each.
     """
     grid, paths = series_grid(series, patient)
+    refuse = refuser(series, patient)
     try:
         image = sitk.ReadImage([str(path) for path in paths], pixel_type)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CaseError(f"{patient}: {series}: must be undamaged DICOM files. Received: {reason}") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise CaseError(
-            f"{patient}: {series}: must have one number per voxel. Received: {image.GetNumberOfComponentsPerPixel()}"
-        )
+        raise refuse("undamaged DICOM files", reason(error)) from error
+    if (components := image.GetNumberOfComponentsPerPixel()) != 1:
+        raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
     if len(paths) > 1:
         # From the headers, whatever the reader makes of slices whose numbers run against their positions.
         image.SetOrigin(grid.origin)
@@ -152,11 +151,7 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
         CaseError: A file is damaged; the slices differ in size, spacing or orientation; two are at the same place, one
             is missing between others, or they do not lie one behind the other.
     """
-
-    def refuse(expected, received):
-        return CaseError(f"{patient}: {series}: must be {expected}. Received: {received}")
-
-    slices = []
+    refuse, slices = refuser(series, patient), []
     for path in series.files:
         reader = _reader(path, patient)
         slices.append((Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()), path))
@@ -199,22 +194,22 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
 
 def _reader(path, patient):
     """SimpleITK's reader after it has read the header."""
+    refuse = refuser(path, patient)
     try:
         damage = _damage(path)
     except OSError as error:
-        raise CaseError(f"{patient}: {path}: must be a readable file. Received: {error.strerror}") from error
+        raise refuse("a readable file", error.strerror) from error
     if damage:
-        raise CaseError(f"{patient}: {path}: must be an undamaged DICOM file. Received: {damage}")
+        raise refuse("an undamaged DICOM file", damage)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CaseError(f"{patient}: {path}: must be an undamaged DICOM file. Received: {reason}") from error
+        raise refuse("an undamaged DICOM file", reason(error)) from error
     if not all(0 < step < math.inf for step in reader.GetSpacing()):
-        raise CaseError(f"{patient}: {path}: must have a positive pixel size. Received: {reader.GetSpacing()} mm")
+        raise refuse("an image with a positive pixel size", f"{reader.GetSpacing()} mm")
     return reader
 
 
@@ -264,11 +259,10 @@ def _damage(path):
     return None
 
 
-def _tags(path, patient):
+def read_tags(path: Path, patient: str, tags: Iterable[str]) -> list[str]:
+    """The values of tags such as `"0010|0020"` in a DICOM file, empty where it has none; raises as `series_grid`."""
     reader = _reader(path, patient)
-    return {
-        key: reader.GetMetaData(key).strip() for key in (_UID, _DESCRIPTION, _PATIENT) if reader.HasMetaDataKey(key)
-    }
+    return [reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in tags]
 
 
 def _hidden(path, folder):

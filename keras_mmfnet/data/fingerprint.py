@@ -9,7 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.geometry import Grid, in_plane_grid, upright_grid
+from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.data.preprocess import (
     coverage_notes,
@@ -126,7 +126,9 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         if grid:
             coverage = upright.coverage_by(grid) if reference else None
             resampled = not reference or not target.matches(upright_grid(grid)) or recipe.align == "rigid"
-            images[modality] = _image_survey(case.images[modality], grid, resampled, coverage)
+            orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.direction)
+            path = str(case.images[modality])
+            images[modality] = ImageSurvey(path, grid.size, grid.spacing, orientation, resampled, coverage)
             if reference:
                 notes += attempt(coverage_notes, case, modality, coverage, modalities[0]) or []
     masks = (attempt(mask_sources, case, recipe) or {}) if case.mask is not None and modalities else {}
@@ -145,11 +147,6 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
     return CaseSurvey(case.name, images, where, labels, volume, problems, notes)
-
-
-def _image_survey(source, grid: Grid, resampled, coverage):
-    orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.direction)
-    return ImageSurvey(str(source), grid.size, grid.spacing, orientation, resampled, coverage)
 
 
 def _labels(sources, patient):

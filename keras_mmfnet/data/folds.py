@@ -9,7 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.dicom import Series, read_tags
 from keras_mmfnet.data.image_io import read_grid, read_image
 
 # PatientID and StudyInstanceUID.
@@ -38,7 +38,7 @@ def five_folds(
     seed: int = 0,
     groups: Mapping[str, str] | None = None,
 ) -> list[Fold]:
-    """Divides patients into the folds of a cross-validation.
+    """Divides patients into the folds of a cross-validation (section IV-C).
 
     The same names, groups and seed give the same folds, in whatever order the names come and on every computer.
 
@@ -57,8 +57,6 @@ def five_folds(
     Raises:
         ValueError: Fewer than two folds, a name twice, fewer patients (or groups) than folds, or too few to train on
             one and validate on another.
-
-    Reference: Chen et al., MMFNet, section IV-C.
     """
     names = sorted(names)
     if folds < 2:
@@ -134,7 +132,7 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
 
 
 def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
-    """Finds patients who are in the cohort several times, by the image of each one's first modality.
+    """Finds patients who are in the cohort several times, by the image of each one's reference modality.
 
     DICOM series are compared by PatientID and StudyInstanceUID, image files by their voxels, whatever the format,
     pixel type or compression. Only files of equal size and spacing are read; those that cannot be read are passed over.
@@ -162,17 +160,13 @@ def _header(case):
     """Size and spacing of an image file, PatientID and StudyInstanceUID of a DICOM series; `None` if unknown."""
     source = next(iter(case.images.values()))
     try:
-        if not isinstance(source, Series):
-            grid = read_grid(source, case.name)
-            return grid.size, tuple(f"{np.float32(step):.5g}" for step in grid.spacing)
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(source.files[0]))
-        reader.ReadImageInformation()
-    except (CaseError, RuntimeError):
+        if isinstance(source, Series):
+            study = tuple(read_tags(source.files[0], case.name, _STUDY))
+            return study if all(study) else None
+        grid = read_grid(source, case.name)
+        return grid.size, tuple(f"{np.float32(step):.5g}" for step in grid.spacing)
+    except CaseError:
         return None
-    study = tuple(reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in _STUDY)
-    return study if all(study) else None
 
 
 def _voxels(case):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, reason, refuser
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
 
@@ -61,7 +61,7 @@ def read_image(source: Path | Volume | Series, patient: str, pixel_type: int = s
         CaseError: The file is unreadable, truncated or damaged; is not one 3D volume of one number per voxel; has a
             spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
     """
-    refuse = _refuser(source, patient)
+    refuse = refuser(source, patient)
     if isinstance(source, Series):
         image = read_series(source, patient, pixel_type)
     else:
@@ -89,7 +89,7 @@ def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
     """
     if isinstance(source, Series):
         return series_grid(source, patient)[0]
-    refuse = _refuser(source, patient)
+    refuse = refuser(source, patient)
     reader, path, _ = _read_header(source, refuse)
     if _is_nifti(path):
         with _nifti_errors(refuse), _open_nifti(path) as file:
@@ -99,13 +99,6 @@ def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
     _require_positive(spacing, refuse)
     direction = tuple(_direction(reader).ravel().tolist())
     return Grid(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction)
-
-
-def _refuser(source, patient):
-    def refuse(expected, received):
-        return CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
-
-    return refuse
 
 
 def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
@@ -134,7 +127,7 @@ def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
             os.replace(file, path.with_name(file.name))
     except (RuntimeError, CaseError) as error:
         raise OSError(
-            f"{path}: must be written whole, as it is not on a full disk. Received: {_reason(error)}"
+            f"{path}: must be written whole, as it is not on a full disk. Received: {reason(error)}"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +151,7 @@ def _read_file(source, refuse, pixel_type):
     try:
         return reader.Execute()
     except RuntimeError as error:
-        raise refuse("a whole, undamaged image file", _reason(error)) from error
+        raise refuse("a whole, undamaged image file", reason(error)) from error
 
 
 def _read_header(source, refuse):
@@ -170,7 +163,7 @@ def _read_header(source, refuse):
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise refuse("an undamaged image file", _reason(error)) from error
+        raise refuse("an undamaged image file", reason(error)) from error
     components, size = reader.GetNumberOfComponents(), reader.GetSize()
     if components != 1:
         raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
@@ -275,8 +268,3 @@ def _inspect_nifti(path, reader):
                 values = np.frombuffer(voxels, number, len(voxels) // number.itemsize)
                 not_finite += np.count_nonzero(~np.isfinite(values))
     return lacking, not_finite, _nifti_spacing(header)
-
-
-def _reason(error):
-    """The last line of SimpleITK's message, which says what went wrong."""
-    return str(error).strip().splitlines()[-1]

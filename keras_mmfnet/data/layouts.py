@@ -28,7 +28,6 @@ _PATTERNS = {
 }
 # What BraTS calls its files after the patient's name, in 2020 and from 2023.
 _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
-_BRATS_MASK = ("seg",)
 _ALLOW_MISSING = "only a patient to be segmented may lack it, with `data.allow_missing`"
 # The number of the channel, at the end of the name of a file in a dataset.
 _CHANNEL = re.compile(r"_\d{4}$")
@@ -305,7 +304,7 @@ def _missing(folder, names, stem, pattern, field, remedy=""):
 
 def _find_mask(folder, names, recipe, required):
     """The path of the mask, or of the mask drawn on each modality, or `None`."""
-    mask = _find_file(folder, names, [recipe.mask, *_brats_stems(folder, _BRATS_MASK)])
+    mask = _find_file(folder, names, [recipe.mask, *_brats_stems(folder, ["seg"])])
     if mask:
         return mask
     masks = {m: _find_file(folder, names, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
@@ -324,6 +323,11 @@ def _holds_dicom(folder):
 
 def _pattern(modality, recipe):
     return recipe.series.get(modality) or _PATTERNS.get(modality) or rf"(?<![a-z0-9]){re.escape(modality)}(?![a-z0-9])"
+
+
+def _named(sources, modality, recipe):
+    """Those of the sources, given with their names, whose name is a modality's."""
+    return [source for source, name in sources.items() if re.search(_pattern(modality, recipe), name, re.IGNORECASE)]
 
 
 def _find_dicom(folder, recipe, optional):
@@ -346,14 +350,13 @@ def _find_dicom(folder, recipe, optional):
 
 def _choose(folder, named, modality, recipe, optional):
     """The one series whose names are a modality's, or `None` if it is `optional` and there is none."""
-    pattern = _pattern(modality, recipe)
-    found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]
+    found = _named(named, modality, recipe)
     if len(found) == 1:
         return found[0]
     if optional and not found:
         return None
     listed = "; ".join(str(source) for source in found or named) or "no series"
-    names = f"matches {pattern!r}" if modality in recipe.series else "names it"
+    names = f"matches {recipe.series[modality]!r}" if modality in recipe.series else "names it"
     raise CaseError(
         f"{folder.name}: {folder}: must hold one series of {modality}, one whose folder or description {names}; "
         f"`data.series.{modality}` may give another pattern{'' if found else f'; {_ALLOW_MISSING}'}. Received: {listed}"
@@ -362,26 +365,21 @@ def _choose(folder, named, modality, recipe, optional):
 
 def _choose_masks(folder, named, recipe, required):
     """The one mask, or the one of each modality, or `None`."""
-    masks = {}
+    masks = {modality: found for modality in recipe.modalities if (found := _named(named, modality, recipe))}
     if len(named) == 1:
-        [(source, name)] = named.items()
-        drawn_on = [m for m in recipe.modalities if re.search(_pattern(m, recipe), name, re.IGNORECASE)]
-        return {drawn_on[0]: source} if len(drawn_on) == 1 else source
-    for modality in recipe.modalities:
-        pattern = _pattern(modality, recipe)
-        found = [source for source, name in named.items() if re.search(pattern, name, re.IGNORECASE)]
+        [source] = named
+        return {modality: source for modality in masks} if len(masks) == 1 else source
+    for modality, found in masks.items():
         if len(found) > 1:
             listed = "; ".join(map(str, found))
             raise CaseError(f"{folder.name}: {folder}: must hold one mask of {modality}. Received: {listed}")
-        if found:
-            masks[modality] = found[0]
     if not masks and (named or required):
         listed = "; ".join(map(str, named)) or "none"
         raise CaseError(
             f"{folder.name}: {folder}: must hold one mask, named {recipe.mask!r} or ROI, or one for each of "
             f"{', '.join(recipe.modalities)}. Received: {listed}"
         )
-    return masks or None
+    return {modality: found[0] for modality, found in masks.items()} or None
 
 
 # --- datasets of nnU-Net and the Medical Segmentation Decathlon
@@ -434,9 +432,12 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
         mask = _mask(lambda _: _find_file(labels, label_names, [name], name), require_mask)
         if not mask and require_mask and folder.name == "imagesTs":
             return None
-        images = {modality: _channel(stems, name, number) for modality, number in numbers.items()}
-        found = {modality: source for modality, source in images.items() if source}
-        if not (len(found) == len(images) or (optional and found)) or (require_mask and not mask):
+        # A channel is a file of its own, or a volume of the patient's.
+        found = {modality: stems.get(f"{name}_{number:04d}") for modality, number in numbers.items()}
+        if name in stems:
+            found = {m: file or Volume(stems[name], numbers[m]) for m, file in found.items()}
+        found = {modality: source for modality, source in found.items() if source}
+        if not (len(found) == len(numbers) or (optional and found)) or (require_mask and not mask):
             wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())
             label = f", and {labels.name} {name}" if require_mask else ""
             received = [*(stem for stem in stems if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
@@ -466,9 +467,8 @@ def _channels(path, recipe, optional):
         raise ValueError(f"{path}: must name the channels of the images. Received: {error!r}") from error
     numbers = {}
     for modality in recipe.modalities:
-        found = [number for number, name in channels.items() if name == modality.lower()] or [
-            number for number, name in channels.items() if re.search(_pattern(modality, recipe), name, re.IGNORECASE)
-        ]
+        found = [number for number, name in channels.items() if name == modality.lower()]
+        found = found or _named(channels, modality, recipe)
         if len(found) != 1 and (found or not optional):
             raise ValueError(
                 f"{path}: must name one channel of {modality}; `data.series.{modality}` may give a pattern for its "
@@ -477,9 +477,3 @@ def _channels(path, recipe, optional):
         if found:
             numbers[modality] = found[0]
     return "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon", numbers
-
-
-def _channel(stems, name, number):
-    """Where one channel of a patient is: a file of its own, or a volume of the patient's."""
-    file = stems.get(f"{name}_{number:04d}")
-    return file or (Volume(stems[name], number) if name in stems else None)
