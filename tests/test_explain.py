@@ -87,7 +87,7 @@ def test_pictures():
     images = {name: image[0, ..., 0] for name, image in batch().items()}
     heat = np.zeros((4, 16, 16))
     heat[2, 3, 4] = 1
-    figure = plot_heat(images, dict.fromkeys(images, heat), spacing=(4.0, 1.0, 2.0))
+    figure = plot_heat(images, dict.fromkeys(images, heat), spacing_zyx=(4.0, 1.0, 2.0))
     assert figure.get_suptitle() == "slice 3 of 4"
     left, right, bottom, top = figure.axes[0].images[1].get_extent()
     assert (right - left, bottom - top) == (32, 16)
@@ -103,7 +103,7 @@ def test_maps_are_cropped_to_the_body():
     images = {name: np.full((4, 30, 40), -2.0, np.float32) for name in ("t1", "t2", "missing")}
     images["t1"][:, 10:20, 12:25] = 1
     images["t2"][:, 8:18, 12:30] = 1
-    figure = plot_heat(images, dict.fromkeys(images, np.zeros((4, 30, 40))), spacing=(4.0, 1.0, 2.0))
+    figure = plot_heat(images, dict.fromkeys(images, np.zeros((4, 30, 40))), spacing_zyx=(4.0, 1.0, 2.0))
     for axes in figure.axes[:3]:
         np.testing.assert_allclose(axes.get_xlim(), (2 * 11.5, 2 * 29.5))
         np.testing.assert_allclose(axes.get_ylim(), (19.5, 7.5))

@@ -16,7 +16,7 @@ from keras_mmfnet.plots import (
     plot_training,
     slice_strips,
 )
-from keras_mmfnet.plots._colours import ERROR_COLOURS
+from keras_mmfnet.plots._masks import ERROR_COLOURS
 from keras_mmfnet.plots.surfaces import voxel_faces
 
 
@@ -31,7 +31,7 @@ def patient():
 
 def test_one_panel_per_modality_with_both_contours():
     images, prediction, truth = patient()
-    figure = plot_segmentation(images, prediction, truth, spacing=(4.0, 0.5, 0.5))
+    figure = plot_segmentation(images, prediction, truth, spacing_zyx=(4.0, 0.5, 0.5))
     assert [axes.get_title() for axes in figure.axes] == ["t1", "t2"]
     assert figure.get_suptitle() == "slice 4 of 6, DSC 0.500"
     for axes in figure.axes:
@@ -52,14 +52,14 @@ def test_without_the_expert():
 
 def test_pixels_are_shown_in_their_proportion():
     images, prediction, _ = patient()
-    figure = plot_segmentation(images, prediction, spacing=(4.0, 1.0, 2.0))
+    figure = plot_segmentation(images, prediction, spacing_zyx=(4.0, 1.0, 2.0))
     left, right, bottom, top = figure.axes[0].images[0].get_extent()
     assert (right - left, bottom - top) == (60, 40)
 
 
 def test_the_surroundings_of_the_contours():
     images, prediction, truth = patient()
-    figure = plot_segmentation(images, prediction, truth, spacing=(4.0, 0.5, 0.5), margin=1)
+    figure = plot_segmentation(images, prediction, truth, spacing_zyx=(4.0, 0.5, 0.5), margin=1)
     np.testing.assert_allclose(figure.axes[0].get_xlim(), (3 / 2 - 0.25, 21 / 2 + 0.25))
     np.testing.assert_allclose(figure.axes[0].get_ylim(), (21 / 2 + 0.25, 8 / 2 - 0.25))
 
@@ -104,7 +104,7 @@ def test_learning_curves():
 
 def test_errors_of_methods_side_by_side():
     images, prediction, truth = patient()
-    figure = plot_errors(images, {"half": prediction, "all": truth}, truth, spacing=(4.0, 1.0, 2.0))
+    figure = plot_errors(images, {"half": prediction, "all": truth}, truth, spacing_zyx=(4.0, 1.0, 2.0))
     assert [axes.get_title() for axes in figure.axes] == ["half\nDSC 0.500", "all\nDSC 1.000", "", ""]
     assert figure.get_suptitle() == "slice 4 of 6"
     layers = [image.get_array() for image in figure.axes[2].images[1:]]
@@ -124,7 +124,7 @@ def test_errors_of_methods_side_by_side():
 
 def test_a_montage_shows_every_slice():
     images, prediction, truth = patient()
-    figure = plot_montage(images["t1"], prediction, truth, spacing=(4.0, 0.5, 0.5), margin=1)
+    figure = plot_montage(images["t1"], prediction, truth, spacing_zyx=(4.0, 0.5, 0.5), margin=1)
     assert len(figure.axes) == 6
     assert [axes.texts[-1].get_text() for axes in figure.axes] == list("123456")
     assert [len(axes.collections) for axes in figure.axes] == [0, 0, 0, 2, 0, 0]
@@ -139,7 +139,7 @@ def test_a_montage_shows_every_slice():
 def test_strips_of_slices_and_what_to_mark():
     images, prediction, truth = patient()
     truth[4, 12, 7] = 1
-    strip, marks, numbers = slice_strips(images, prediction, truth, spacing=(4.0, 0.5, 1.0), side=1000, margin=2)
+    strip, marks, numbers = slice_strips(images, prediction, truth, spacing_zyx=(4.0, 0.5, 1.0), side=1000, margin=2)
     # Rows 10 to 19 with 4 about them, columns 5 to 19 with 2; a pixel of the strip is 0.5 mm.
     assert numbers == [1, 2, 3, 4, 5]
     assert strip.shape == (5 * 18, 2 * 2 * 19, 3)
@@ -181,7 +181,7 @@ def test_the_faces_of_voxels_enclose_their_volume():
 
 def test_surfaces_in_space(tmp_path):
     _, prediction, truth = patient()
-    figure = plot_surfaces(prediction, truth, spacing=(4.0, 0.5, 2.0))
+    figure = plot_surfaces(prediction, truth, spacing_zyx=(4.0, 0.5, 2.0))
     assert [axes.get_title() for axes in figure.axes] == ["expert", "prediction"]
     for axes in figure.axes:
         np.testing.assert_allclose([*axes.get_xlim(), *axes.get_ylim(), *axes.get_zlim()], [9, 39, 4.75, 9.75, 10, 14])

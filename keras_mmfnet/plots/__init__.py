@@ -1,4 +1,4 @@
-from keras_mmfnet.plots._colours import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
+from keras_mmfnet.plots._masks import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 from keras_mmfnet.plots.charts import (
     plot_attention,
     plot_boxes,

@@ -2,18 +2,15 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from keras_mmfnet.evaluation import calibration, mean_interval
-from keras_mmfnet.plots._colours import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from keras_mmfnet.plots._masks import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 
 
-def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], label: str = "DSC") -> "Figure":
+def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], label: str = "DSC") -> Figure:
     """Mean over patients of each method with its 95% interval, and the paper's number.
 
     Args:
@@ -26,8 +23,6 @@ def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], lab
     Raises:
         ValueError: There is no method, or one without patients.
     """
-    from matplotlib.figure import Figure
-
     empty = [title for title, (values, _) in scores.items() if not len(values)]
     if not scores or empty:
         raise ValueError(f"`scores` must hold methods with patients. Received: {empty or 'no method'}")
@@ -48,7 +43,7 @@ def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], lab
     return figure
 
 
-def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> "Figure":
+def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
     """Validation loss against updates, several curves in each of several panels.
 
     Args:
@@ -60,8 +55,6 @@ def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float]
     Raises:
         ValueError: There is no panel.
     """
-    from matplotlib.figure import Figure
-
     if not charts:
         raise ValueError(f"`charts` must hold at least one panel. Received: {charts}")
     labels = list(dict.fromkeys(label for curves in charts.values() for label in curves))
@@ -80,7 +73,7 @@ def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float]
     return figure
 
 
-def plot_training(history: Sequence[Mapping]) -> "Figure":
+def plot_training(history: Sequence[Mapping]) -> Figure:
     """Losses, Dice scores and learning rate of one training by epoch, with the end of the warm-up.
 
     Args:
@@ -92,8 +85,6 @@ def plot_training(history: Sequence[Mapping]) -> "Figure":
     Raises:
         ValueError: There is no epoch.
     """
-    from matplotlib.figure import Figure
-
     if not history:
         raise ValueError(f"`history` must hold at least one epoch. Received: {history}")
     stages = [row["stage"] for row in history]
@@ -121,7 +112,7 @@ def plot_training(history: Sequence[Mapping]) -> "Figure":
     return figure
 
 
-def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC") -> "Figure":
+def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC") -> Figure:
     """Box plot of a number over patients, one box per method, with a dot for each patient.
 
     Args:
@@ -135,8 +126,6 @@ def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC")
     Raises:
         ValueError: There is no method, or one without numbers.
     """
-    from matplotlib.figure import Figure
-
     values = {title: np.array(numbers, float) for title, numbers in scores.items()}
     values = {title: numbers[np.isfinite(numbers)] for title, numbers in values.items()}
     empty = [title for title, numbers in values.items() if not len(numbers)]
@@ -163,7 +152,7 @@ def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC")
     return figure
 
 
-def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> "Figure":
+def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> Figure:
     """Calibration of probabilities: the share of tumour among voxels of a given predicted probability.
 
     Args:
@@ -178,8 +167,6 @@ def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]],
     Raises:
         ValueError: Nothing is given, or the shapes differ.
     """
-    from matplotlib.figure import Figure
-
     if not probabilities:
         raise ValueError(f"`probabilities` must hold at least one title. Received: {probabilities}")
     figure = Figure(figsize=(4.6, 6.2), layout="constrained")
@@ -199,7 +186,7 @@ def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]],
     return figure
 
 
-def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | None = None) -> "Figure":
+def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | None = None) -> Figure:
     """Share of each modality in the weighted features of each fusion block, of one patient or of a cohort.
 
     Args:
@@ -209,8 +196,6 @@ def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | N
     Returns:
         A Matplotlib figure: a group of bars per block, the mean and, of several patients, the standard deviation.
     """
-    from matplotlib.figure import Figure
-
     modalities = list(next(iter(share.values())))
     figure = Figure(figsize=(1.5 + 1.3 * len(share), 3.6), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(modalities)

@@ -1,40 +1,36 @@
-"""Slices of a patient with masks over them.
+"""Slices of a patient with masks over them, shown as radiologists see them: from below."""
 
-All arrays are on axes of (superior, posterior, left), as preprocessing makes them, and a slice is shown as radiologists
-see it, from below: the patient's right is on the left.
-"""
-
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import to_rgba, to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from keras_mmfnet.plots._colours import ERROR_COLOURS
-from keras_mmfnet.plots._masks import expert_and_prediction, union
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from keras_mmfnet.data.body import bounding_box, otsu_threshold
+from keras_mmfnet.plots._masks import ERROR_COLOURS, expert_and_prediction, union
 
 
 def plot_segmentation(
     images: Mapping[str, np.ndarray],
     prediction: np.ndarray,
     truth: np.ndarray | None = None,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     depth: int | None = None,
     margin: float | None = None,
-) -> "Figure":
+) -> Figure:
     """One slice of each modality with the contours of the prediction and of the expert (as the paper's Figure 7).
 
     The patient's right is on the left.
 
     Args:
-        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left), as preprocessing makes
-            them.
+        images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         prediction: Mask of 0 and 1, of the images' shape.
         truth: The expert's mask, of the same shape, or `None`.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest contour.
         margin: Show only the contours' surroundings, up to this many mm from them; `None` for the whole slice.
 
@@ -48,12 +44,12 @@ def plot_segmentation(
     masks = expert_and_prediction(truth, prediction)
     either = union(images, masks)
     depth = _largest(either) if depth is None else depth
-    view = _view(either[depth], spacing, margin)
+    view = _view(either[depth], spacing_zyx, margin)
 
     figure = _dark_figure(3.4 * len(images), 3.9)
     for axes, (name, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
-        _show(axes, image[depth], view, spacing)
-        _outline(axes, masks, depth, spacing)
+        _show(axes, image[depth], view, spacing_zyx)
+        _outline(axes, masks, depth, spacing_zyx)
         axes.set_title(name, color="white")
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
@@ -67,10 +63,10 @@ def plot_errors(
     images: Mapping[str, np.ndarray],
     predictions: Mapping[str, np.ndarray],
     truth: np.ndarray,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     depth: int | None = None,
     margin: float | None = None,
-) -> "Figure":
+) -> Figure:
     """One slice with the correct, false and missed voxels of each method (as the paper's Figure 9).
 
     The patient's right is on the left.
@@ -79,7 +75,7 @@ def plot_errors(
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         predictions: `{method: mask of 0 and 1}`, of the images' shape.
         truth: The expert's mask, of the same shape.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the expert's largest contour.
         margin: Show only the masks' surroundings, up to this many mm from them; `None` for the whole slice.
 
@@ -90,24 +86,22 @@ def plot_errors(
     Raises:
         ValueError: The shapes differ, or there is no method.
     """
-    from matplotlib.colors import to_rgba
-
     if not predictions:
         raise ValueError(f"`predictions` must hold at least one method. Received: {predictions}")
     masks = {name: (np.asarray(mask) > 0, None) for name, mask in {**predictions, "the expert": truth}.items()}
     either, truth = union(images, masks), masks.pop("the expert")[0]
     depth = _largest(truth) if depth is None else depth
-    view = _view(either[depth], spacing, margin)
+    view = _view(either[depth], spacing_zyx, margin)
 
     figure = _dark_figure(2.6 * len(masks) + 0.2, 2.6 * len(images) + 0.9)
     panels = figure.subplots(len(images), len(masks), squeeze=False)
     for row, (modality, image) in zip(panels, images.items(), strict=True):
         for axes, (method, (mask, _)) in zip(row, masks.items(), strict=True):
-            _show(axes, image[depth], view, spacing)
+            _show(axes, image[depth], view, spacing_zyx)
             kinds = (mask & truth, mask & ~truth, truth & ~mask)
             for kind, colour in zip(kinds, ERROR_COLOURS.values(), strict=True):
                 layer = kind[depth][..., None] * np.array(to_rgba(colour, 0.75))
-                axes.imshow(layer, extent=_extent(layer.shape, spacing), interpolation="nearest")
+                axes.imshow(layer, extent=_extent(layer.shape, spacing_zyx), interpolation="nearest")
             if axes in panels[0]:
                 axes.set_title(f"{method}\nDSC {_dice(mask[depth], truth[depth]):.3f}", color="white", fontsize=10)
         _write(row[0], 0.5, 0.02, modality, ha="center", va="bottom")
@@ -120,9 +114,9 @@ def plot_montage(
     image: np.ndarray,
     prediction: np.ndarray,
     truth: np.ndarray | None = None,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     margin: float | None = None,
-) -> "Figure":
+) -> Figure:
     """All slices of a patient with the contours of the prediction and of the expert.
 
     The patient's right is on the left; the lowest slice comes first.
@@ -131,7 +125,7 @@ def plot_montage(
         image: Image `(depth, height, width)`, on axes of (superior, posterior, left).
         prediction: Mask of 0 and 1, of the image's shape.
         truth: The expert's mask, of the same shape, or `None`.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
         margin: Show only the contours' surroundings, up to this many mm from them; `None` for whole slices.
 
     Returns:
@@ -142,7 +136,7 @@ def plot_montage(
     """
     masks = expert_and_prediction(truth, prediction)
     either = union({"image": image}, masks)
-    view = _view(either.any(axis=0), spacing, margin)
+    view = _view(either.any(axis=0), spacing_zyx, margin)
     columns = math.ceil(math.sqrt(1.4 * len(either)))
     rows = math.ceil(len(either) / columns)
 
@@ -151,8 +145,8 @@ def plot_montage(
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     limits = _grey_limits(image[:, view[0], view[1]])
     for depth, axes in enumerate(panels[: len(either)]):
-        _show(axes, image[depth], view, spacing, limits)
-        _outline(axes, masks, depth, spacing)
+        _show(axes, image[depth], view, spacing_zyx, limits)
+        _outline(axes, masks, depth, spacing_zyx)
         _write(axes, 0.02, 0.98, depth + 1, ha="left", va="top")
     for axes in panels[len(either) :]:
         axes.remove()
@@ -163,18 +157,18 @@ def plot_montage(
 def plot_heat(
     images: Mapping[str, np.ndarray],
     maps: Mapping[str, np.ndarray],
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     depth: int | None = None,
     title: str | None = None,
     truth: np.ndarray | None = None,
     prediction: np.ndarray | None = None,
-) -> "Figure":
+) -> Figure:
     """One slice of each modality, cropped to the body, with a map over it; the patient's right is on the left.
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         maps: `{modality: map of the images' shape}`.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest sum of the maps.
         title: What the map shows.
         truth: The expert's mask, whose contour is drawn, or `None`.
@@ -195,13 +189,13 @@ def plot_heat(
     figure = _dark_figure(3.4 * len(images) + 0.6, 4.2)
     panels = figure.subplots(1, len(images), squeeze=False)[0]
     for axes, (name, image) in zip(panels, images.items(), strict=True):
-        _show(axes, image[depth], view, spacing)
+        _show(axes, image[depth], view, spacing_zyx)
         heat = maps[name][depth]
         # Clear where it is cold, so that the anatomy is seen.
         alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
-        extent = _extent(heat.shape, spacing)
+        extent = _extent(heat.shape, spacing_zyx)
         shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
-        _outline(axes, masks, depth, spacing)
+        _outline(axes, masks, depth, spacing_zyx)
         axes.set_title(name, color="white")
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
     where = f"slice {depth + 1} of {len(total)}"
@@ -216,7 +210,7 @@ def slice_strips(
     images: Mapping[str, np.ndarray],
     prediction: np.ndarray,
     truth: np.ndarray,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     side: int = 160,
     margin: float = 30.0,
     most: int = 64,
@@ -229,7 +223,7 @@ def slice_strips(
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         prediction: Mask of 0 and 1, of the images' shape.
         truth: The expert's mask, of the same shape.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
         side: Pixels of the longer side of one slice of one modality, at most.
         margin: Shown about the masks, in mm in plane; along z, two slices.
         most: Of more slices than these only every second, third, ... is shown.
@@ -242,19 +236,18 @@ def slice_strips(
     Raises:
         ValueError: The shapes differ.
     """
-    from matplotlib.colors import to_rgba_array
     from scipy import ndimage
 
     masks = expert_and_prediction(truth, prediction)
     either = union(images, masks)
-    view = _view(either.any(axis=0), spacing, margin)
+    view = _view(either.any(axis=0), spacing_zyx, margin)
     held = np.flatnonzero(either.any(axis=(1, 2))) if either.any() else np.arange(len(either))
     numbers = np.arange(max(held[0] - 2, 0), min(held[-1] + 3, len(either)))
     numbers = numbers[:: math.ceil(len(numbers) / most)]
     part = (numbers, *view)
-    size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing[1:], strict=True)])
+    size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing_zyx[1:], strict=True)])
     # Pixels of fewer mm than the images' would show nothing more.
-    pixel = max(max(size) / side, min(spacing[1:]))
+    pixel = max(max(size) / side, min(spacing_zyx[1:]))
 
     def scaled(volume, times):
         shape = np.maximum(np.round(size / pixel), 1) * times
@@ -280,8 +273,6 @@ def slice_strips(
 
 def _body_view(images):
     """The rows and the columns of the body, as two slices: where any image is above its Otsu threshold."""
-    from keras_mmfnet.data.body import bounding_box, otsu_threshold
-
     whole = [(0, size) for size in np.shape(next(iter(images.values())))[1:]]
     # A missing modality is constant.
     found = [bounding_box(image > otsu_threshold(image))[1:] for image in images.values() if np.ptp(image)]
@@ -299,25 +290,21 @@ def _dice(one, other):
     return 2 * np.count_nonzero(one & other) / size if size else 1.0
 
 
-def _view(mask, spacing, margin):
+def _view(mask, spacing_zyx, margin):
     """The rows and the columns to show, as two slices: all, or up to `margin` mm from the mask."""
     if margin is None or not mask.any():
         return tuple(slice(0, size) for size in mask.shape)
-    reach = [round(margin / size) for size in spacing[1:]]
+    reach = [round(margin / size) for size in spacing_zyx[1:]]
     return tuple(
         slice(max(index.min() - r, 0), min(index.max() + r + 1, size))
         for index, r, size in zip(np.nonzero(mask), reach, mask.shape, strict=True)
     )
 
 
-def _extent(shape, spacing):
+def _extent(shape, spacing_zyx):
     """Edges of a slice in mm, so that pixels that are not square are not shown so."""
-    return [
-        -0.5 * spacing[2],
-        (shape[1] - 0.5) * spacing[2],
-        (shape[0] - 0.5) * spacing[1],
-        -0.5 * spacing[1],
-    ]
+    (height, width), (_, y, x) = shape[:2], spacing_zyx
+    return [-0.5 * x, (width - 0.5) * x, (height - 0.5) * y, -0.5 * y]
 
 
 def _grey_limits(values):
@@ -326,18 +313,16 @@ def _grey_limits(values):
 
 
 def _dark_figure(width, height):
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained", facecolor="black")
 
 
-def _show(axes, image, view, spacing, limits=None):
+def _show(axes, image, view, spacing_zyx, limits=None):
     """A slice in grey, with the patient's sides."""
     low, high = limits or _grey_limits(image[view])
-    axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=_extent(image.shape, spacing))
+    axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=_extent(image.shape, spacing_zyx))
     rows, columns = view
-    axes.set_xlim((columns.start - 0.5) * spacing[2], (columns.stop - 0.5) * spacing[2])
-    axes.set_ylim((rows.stop - 0.5) * spacing[1], (rows.start - 0.5) * spacing[1])
+    axes.set_xlim((columns.start - 0.5) * spacing_zyx[2], (columns.stop - 0.5) * spacing_zyx[2])
+    axes.set_ylim((rows.stop - 0.5) * spacing_zyx[1], (rows.start - 0.5) * spacing_zyx[1])
     axes.set_axis_off()
     _write(axes, 0.02, 0.5, "R", ha="left", va="center")
     _write(axes, 0.98, 0.5, "L", ha="right", va="center")
@@ -349,23 +334,17 @@ def _write(axes, x, y, text, **alignment):
     axes.text(x, y, text, color="white", fontsize=8, bbox=box, transform=axes.transAxes, **alignment)
 
 
-def _outline(axes, masks, depth, spacing):
+def _outline(axes, masks, depth, spacing_zyx):
     """The contours of masks on a slice."""
     for mask, colour in masks.values():
         if mask[depth].any():
-            x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing[:0:-1], strict=True))
+            x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing_zyx[:0:-1], strict=True))
             axes.contour(x, y, mask[depth], levels=[0.5], colors=[colour], linewidths=1.6)
 
 
 def _legend(figure, colours, filled=False):
     """Names and their colours below all panels."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(color=colour, label=name) if filled else Line2D([], [], color=colour, label=name)
-        for name, colour in colours.items()
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, labelcolor="white", fontsize=9
-    )
+    kind = Patch if filled else functools.partial(Line2D, [], [])
+    handles = [kind(color=colour, label=name) for name, colour in colours.items()]
+    style = {"frameon": False, "labelcolor": "white", "fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **style)

@@ -1,17 +1,15 @@
 """Masks in three dimensions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from keras_mmfnet.plots._masks import expert_and_prediction, union
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # Corners of a voxel's face at its upper end along z, y and x, in steps of half a voxel from its centre; in an order
-# in which they turn about the outward direction.
+# in which they go around the outward direction.
 _FACES = (
     ((1, -1, -1), (1, -1, 1), (1, 1, 1), (1, 1, -1)),
     ((-1, 1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1)),
@@ -20,8 +18,8 @@ _FACES = (
 
 
 def plot_surfaces(
-    prediction: np.ndarray, truth: np.ndarray | None = None, spacing: Sequence[float] = (1.0, 1.0, 1.0)
-) -> "Figure":
+    prediction: np.ndarray, truth: np.ndarray | None = None, spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Figure:
     """The surfaces of the expert's mask and of the prediction in 3D (as the paper's Figure 8).
 
     Seen from the front: the patient's right is on the left. The surface consists of the faces of the voxels, without
@@ -30,7 +28,7 @@ def plot_surfaces(
     Args:
         prediction: Mask of 0 and 1, `(depth, height, width)`, on axes of (superior, posterior, left).
         truth: The expert's mask, of the same shape, or `None`.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
 
     Returns:
         A Matplotlib figure, one panel per mask, all on the same axes in mm.
@@ -38,19 +36,16 @@ def plot_surfaces(
     Raises:
         ValueError: The shapes differ, or all masks are empty.
     """
-    from matplotlib.figure import Figure
-    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
-
     masks = expert_and_prediction(truth, prediction)
     found = np.argwhere(union({}, masks))
     if not len(found):
         raise ValueError(f"at least one mask must not be empty. Received: {', '.join(masks)} of zeros")
-    low, high = (found.min(axis=0) - 0.5) * spacing, (found.max(axis=0) + 0.5) * spacing
+    low, high = (found.min(axis=0) - 0.5) * spacing_zyx, (found.max(axis=0) + 0.5) * spacing_zyx
 
     figure = Figure(figsize=(4.2 * len(masks), 4.0), layout="constrained")
     for number, (name, (mask, colour)) in enumerate(masks.items(), start=1):
         axes = figure.add_subplot(1, len(masks), number, projection="3d")
-        faces = voxel_faces(mask, spacing)
+        faces = voxel_faces(mask, spacing_zyx)
         if len(faces):
             # Matplotlib's axes are x, y and z.
             axes.add_collection3d(Poly3DCollection(faces[..., ::-1], facecolors=colour, shade=True))
@@ -65,12 +60,12 @@ def plot_surfaces(
     return figure
 
 
-def voxel_faces(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
+def voxel_faces(mask: np.ndarray, spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
     """The faces between a mask and its background, which includes everything outside the volume.
 
     Args:
         mask: Mask of 0 and 1, `(depth, height, width)`.
-        spacing: Voxel size in mm, `(z, y, x)`.
+        spacing_zyx: Voxel size in mm.
 
     Returns:
         Corners `(faces, 4, 3)` in mm, `(z, y, x)` relative to the first voxel's centre, counterclockwise as seen from
@@ -87,4 +82,4 @@ def voxel_faces(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) ->
                 outward[:, axis] = -1
                 outward = outward[::-1]
             faces.append(ends[:, None] + 0.5 * outward)
-    return np.concatenate(faces) * spacing
+    return np.concatenate(faces) * spacing_zyx
