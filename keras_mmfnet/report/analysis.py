@@ -98,8 +98,7 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
         ValueError: There are no results, or a patient of the run is no longer where its data was.
     """
     results = run.results()
-    write_tables(results, run.folder, baseline)
-    rows = compare_results(results, baseline)
+    rows, charts = write_tables(results, run.folder, baseline)
     best = max(rows, key=lambda row: row["dsc"])
     facts = [
         ("Highest mean DSC", f"{best['dsc']:.3f}", best["title"]),
@@ -109,12 +108,11 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     ]
     every = [result for folds in results.values() for result in folds]
     scores = {folds[0]["title"]: [row["dsc"] for row in _by_patient(folds).values()] for folds in results.values()}
-    charts = [_figure(*chart) for chart in _charts(results).values()]
     attention = _attention({folds[0]["title"]: folds for folds in results.values()})
     sections = [
         ("Run", [_origin(run, every)]),
         ("Results", [_table(_COLUMNS, _cells(rows, baseline)), _explained(_OF_PAPER + _DISTANCES)]),
-        ("Charts", [*charts, _figure(plot_boxes(scores), _BOXES)]),
+        ("Charts", [*(_figure(*chart) for chart in charts.values()), _figure(plot_boxes(scores), _BOXES)]),
         ("Which modality is listened to", attention),
         *_setting(run, every),
     ]
@@ -287,10 +285,12 @@ def _training(run, method):
 
 def _setting(run, results):
     """The sections about the patients, the recipe and the software."""
+    # The versions of the first result, and of what else is installed.
+    software = {"backend of Keras": keras.backend.backend(), **machine(*_PACKAGES), **results[0]["machine"]}
     return [
         ("Patients", _cohort(run)),
         ("Recipe", _recipe(run.recipe)),
-        ("Software", [_table(["", "Version"], _software(results[0]).items(), left=2)]),
+        ("Software", [_table(["", "Version"], software.items(), left=2)]),
     ]
 
 
@@ -334,21 +334,21 @@ def _recipe(recipe):
     return [*blocks, _table(["As in the paper", "Value"], same, left=2)]
 
 
-def _software(result):
-    """The backend, the machine and the versions: those of the first result, and of what else is installed."""
-    return {"backend of Keras": keras.backend.backend(), **machine(*_PACKAGES), **result["machine"]}
-
-
 # --- the comparison of methods
 
 
-def write_tables(results: Mapping[str, Sequence[Mapping]], folder: Path, baseline: str = "multi_encoder") -> None:
+def write_tables(
+    results: Mapping[str, Sequence[Mapping]], folder: Path, baseline: str = "multi_encoder"
+) -> tuple[list[dict], dict[str, tuple]]:
     """Writes `table.md`, `table.csv`, `methods.png` and, with results of both kinds, `self_transfer.png`.
 
     Args:
         results: As `Run.results` returns them.
         folder: Folder for the tables and the charts.
         baseline: Name of the method that the others are compared with.
+
+    Returns:
+        The rows, as from `compare_results`, and `{name of a chart's file: (figure, caption)}`.
 
     Raises:
         ValueError: There are no results.
@@ -362,8 +362,10 @@ def write_tables(results: Mapping[str, Sequence[Mapping]], folder: Path, baselin
         lines.append(f"| {' | '.join([title, *cells])} |")
     write(folder / "table.md", "\n".join(lines) + "\n")
     write(folder / "table.csv", metrics_csv(rows))
-    for name, (figure, _) in _charts(results).items():
+    charts = _charts(results)
+    for name, (figure, _) in charts.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
+    return rows, charts
 
 
 def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> list[dict]:
