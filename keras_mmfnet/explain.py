@@ -174,10 +174,13 @@ def spatial_attention(model: keras.Model, block: str) -> Callable:
     Returns:
         A function from a batch of images to weights `(batch, depth, height, width, 1)`, upsampled trilinearly.
     """
+    from scipy import ndimage
 
     def call(images):
         weights = fusion_attention(model, images)[1][block]
-        return _onto(weights, next(iter(images.values())).shape[1:4])[..., None]
+        shape = next(iter(images.values())).shape[1:4]
+        factors = (1, *(size / old for size, old in zip(shape, weights.shape[1:], strict=True)))
+        return ndimage.zoom(weights, factors, order=1, mode="nearest", grid_mode=True)[..., None]
 
     return call
 
@@ -243,14 +246,7 @@ def gradient_maps(
 
 
 def _predicted_tumour(output):
-    inside = ops.cast(output >= 0.5, output.dtype)
-    inside = ops.where(ops.any(output >= 0.5, axis=(1, 2, 3, 4), keepdims=True), inside, ops.ones_like(inside))
-    axes = (1, 2, 3, 4)
+    axes, tumour = (1, 2, 3, 4), output >= 0.5
+    none = ops.logical_not(ops.any(tumour, axis=axes, keepdims=True))
+    inside = ops.cast(ops.logical_or(tumour, none), output.dtype)
     return ops.sum(output * inside, axis=axes) / ops.sum(inside, axis=axes)
-
-
-def _onto(maps, shape):
-    from scipy import ndimage
-
-    factors = (1, *(size / old for size, old in zip(shape, maps.shape[1:], strict=True)))
-    return ndimage.zoom(maps, factors, order=1, mode="nearest", grid_mode=True)

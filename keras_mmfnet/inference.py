@@ -20,7 +20,7 @@ def predict_volume(
     centre: Sequence[float] | None = None,
     batch_size: int = 2,
     weights: np.ndarray | None = None,
-    mirror_axis: int | None = None,
+    flip_axis: int | None = None,
 ) -> np.ndarray:
     """Probabilities of a whole volume, averaged over overlapping windows (section IV-A).
 
@@ -34,7 +34,7 @@ def predict_volume(
         batch_size: Windows per batch. The last batch is filled up, so that a model is compiled once.
         weights: Weight of each voxel of a window in the average, such as `gaussian_weights(patch_shape)`; `None` for
             equal weights.
-        mirror_axis: Axis of `(z, y, x)`, 0 to 2, along which each window is also flipped and predicted; the two
+        flip_axis: Axis of `(z, y, x)`, 0 to 2, along which each window is also flipped and predicted; the two
             predictions are averaged. `None`: no flip.
 
     Returns:
@@ -49,7 +49,7 @@ def predict_volume(
     shape = next(iter(shapes.values()))
     centre = centre if centre is not None else [n / 2 for n in shape]
     call = getattr(predict, "predict_on_batch", predict)
-    call = call if mirror_axis is None else _with_flip(call, mirror_axis + 1)
+    call = call if flip_axis is None else _with_flip(call, flip_axis + 1)
     weights = np.ones(patch_shape, np.float32) if weights is None else weights
 
     starts = window_starts(shape, patch_shape, stride, centre)
@@ -143,7 +143,7 @@ def segment_ensemble(
     images = case.images_of(recipe.data.modalities)
     options = {
         "weights": gaussian_weights(recipe.patches.shape) if gaussian else None,
-        "mirror_axis": recipe.patches.flip_axis if mirror else None,
+        "flip_axis": recipe.patches.flip_axis if mirror else None,
     }
     # Running sums: the volumes of all networks at once may not fit into memory.
     total, squares = 0.0, 0.0

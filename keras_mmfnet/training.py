@@ -115,22 +115,18 @@ def train_method(
         }
     _log.info("Training %s", method.title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    build = functools.partial(method.build, recipe, encoders=encoders)
-    return _train(build, training, validation, recipe, path, tuple(encoders), method.samples)
-
-
-def _train(build, training, validation, recipe, path, frozen=(), samples="volumes"):
-    """Trains a network and writes it and its history: first, if any are `frozen`, with these encoders frozen."""
     settings, work = recipe.training, path.with_name(f".{path.stem}")
 
     def start():
         keras.utils.set_random_seed(settings.seed)
-        return build(dtype=dtype_policy(settings.mixed_precision))
+        return method.build(recipe, dtype=dtype_policy(settings.mixed_precision), encoders=encoders)
 
-    fit = functools.partial(_fit, training=training, validation=validation, recipe=recipe, work=work, samples=samples)
+    fit = functools.partial(
+        _fit, training=training, validation=validation, recipe=recipe, work=work, samples=method.samples
+    )
     model, stages = start(), []
-    if frozen and settings.warmup_epochs:
-        for modality in frozen:
+    if encoders and settings.warmup_epochs:
+        for modality in encoders:
             model.encoder(modality).trainable = False
         epochs = min(settings.warmup_epochs, settings.epochs)
         stages.append(fit(model, name="encoders frozen", learning_rate=settings.warmup_learning_rate, epochs=epochs))
@@ -139,7 +135,7 @@ def _train(build, training, validation, recipe, path, frozen=(), samples="volume
         model.set_weights(warm.get_weights())
     past = sum(len(stage.history) for stage in stages)
     if settings.epochs > past:
-        rate = settings.learning_rate if frozen else settings.pretrain_learning_rate
+        rate = settings.learning_rate if encoders else settings.pretrain_learning_rate
         epochs, schedule = settings.epochs - past, settings.schedule
         stages.append(fit(model, name="all", learning_rate=rate, epochs=epochs, schedule=schedule, past=past))
     return _finish(model, path, stages, work, settings.steps_per_epoch)

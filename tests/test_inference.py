@@ -108,7 +108,7 @@ def test_mirrored_prediction(axis):
         return batch["a"] * half[None, ..., None]
 
     image = {"a": np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32)}
-    result = predict_volume(one_sided, image, (8, 8, 8), mirror_axis=axis, batch_size=1)
+    result = predict_volume(one_sided, image, (8, 8, 8), flip_axis=axis, batch_size=1)
     np.testing.assert_allclose(result, image["a"] / 2, rtol=1e-6)
 
 

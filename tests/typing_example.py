@@ -57,7 +57,7 @@ def register(fixed: sitk.Image, moving: sitk.Image) -> float:
     motion, gain = register_rigid(fixed, moving)
     assert_type(motion, Motion)
     assert_type(gain, float)
-    return motion.turn
+    return motion.rotation
 
 
 def run(folder: Path) -> list[dict[str, Any]]:

@@ -49,8 +49,6 @@ def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.nd
 
     Returns:
         A bool array of the same shape.
-
-    Reference: Chen et al., MMFNet, section IV-A.
     """
     counts, low, width = _slice_histograms(volume)
     # The Otsu threshold of a slice of air lies within the noise: none may be below half the volume's.

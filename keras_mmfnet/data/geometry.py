@@ -126,9 +126,9 @@ def upright_grid(grid: Grid) -> Grid:
     voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
     voxel.SetDirection(grid.direction)
     direction = sitk.DICOMOrient(voxel, "LPS").GetDirection()
-    turn = np.rint(np.reshape(grid.direction, (3, 3)).T @ np.reshape(direction, (3, 3)))
-    order = np.abs(turn).argmax(axis=0)
-    corner = np.where(turn.sum(axis=1) < 0, np.asarray(grid.size) - 1, 0)
+    rotation = np.rint(np.reshape(grid.direction, (3, 3)).T @ np.reshape(direction, (3, 3)))
+    order = np.abs(rotation).argmax(axis=0)
+    corner = np.where(rotation.sum(axis=1) < 0, np.asarray(grid.size) - 1, 0)
     size, spacing = (tuple(np.asarray(values)[order].tolist()) for values in (grid.size, grid.spacing))
     return Grid(size, spacing, tuple(grid.positions(corner).tolist()), direction)
 

@@ -23,8 +23,8 @@ except ImportError as error:
 def hide_gpus() -> None:
     """Hides all GPUs from TensorFlow, for the rest of the process.
 
-    Patches are cut on the CPU. If the backend is PyTorch or JAX, TensorFlow would otherwise reserve most of the GPU's
-    memory at the first patch. The command `mmfnet` calls this; a training loop of your own calls it before
+    Patches are cropped on the CPU. If the backend is PyTorch or JAX, TensorFlow would otherwise reserve most of the
+    GPU's memory at the first patch. The command `mmfnet` calls this; a training loop of your own calls it before
     `patch_dataset`.
 
     Raises:
@@ -93,10 +93,8 @@ def patch_dataset(
     def patch(sample):
         return _split(_crop(volume, windows[sample], np.zeros(3, int), np.zeros(2, int), recipe), modalities)
 
-    if training:
-        samples = tf.data.Dataset.range(first_batch * batch_size, np.iinfo(np.int64).max)
-    else:
-        samples = tf.data.Dataset.range(first_batch * batch_size, len(windows))
+    last = np.iinfo(np.int64).max if training else len(windows)
+    samples = tf.data.Dataset.range(first_batch * batch_size, last)
     patches = samples.map(random_patch if training else patch, num_parallel_calls=tf.data.AUTOTUNE)
     return patches.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, reason
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image
@@ -25,9 +25,9 @@ _OVERSHOOT = 0.02
 
 
 def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) -> PreprocessedCase:
-    """Reads one patient and brings the images onto one grid and to one scale of intensity.
+    """Reads one patient and brings the images onto one grid and to one scale of intensity (section IV-A).
 
-    The first modality's axes (of those that are there) are put into the order and direction of the patient's (left,
+    The reference modality's axes (of those that are there) are put into the order and direction of the patient's (left,
     posterior, superior), its pixels resampled to `recipe.spacing` in plane, its slices kept. The other modalities and
     the mask are brought onto that grid by the positions in their headers, or with `recipe.align="rigid"` by what fits
     best, by one linear interpolation each. Every image is then z-scored inside the body and clipped, or divided by
@@ -47,8 +47,6 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
             of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`; an image is
             constant, in all or inside the body; an image lies outside the first one's field of view; the mask has
             several labels and `recipe.mask_labels` does not choose, or no voxel of the labels wanted.
-
-    Reference: Chen et al., MMFNet, section IV-A.
     """
     recipe = recipe_of(case, recipe)
     if cache is None:
@@ -83,43 +81,41 @@ def recipe_of(case: Case, recipe: DataRecipe) -> DataRecipe:
 
 
 def _preprocess(case, recipe):
-    # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
-    with ThreadPoolExecutor() as pool:
-        return _preprocess_in(pool, case, recipe)
-
-
-def _preprocess_in(pool, case, recipe):
     first = recipe.modalities[0]
     notes, images, motions, intensities = [], {}, {}, {}
-    read = pool.map(lambda modality: read_image(case.images[modality], case.name, sitk.sitkFloat32), recipe.modalities)
-    for modality, image in zip(recipe.modalities, read, strict=True):
-        where = f"{case.name}: {case.images[modality]}"
-        if modality == first:
-            fixed, source = image, Grid.from_image(image)
-            upright = upright_grid(source)
-            grid = in_plane_grid(upright, recipe.spacing)
-            notes += reference_notes(upright, recipe)
-        else:
-            notes += coverage_notes(case, modality, upright.coverage_by(Grid.from_image(image)), first)
-            if recipe.align == "rigid":
-                motions[modality], note = _find_motion(fixed, image, f"{case.name}: {modality}", where)
-                image = moved(image, motions[modality])
-                notes.append(f"{modality}: {note}")
-        values = sitk.GetArrayViewFromImage(image)
-        lowest = _require_contrast(values, where)
-        if lowest < 0 and recipe.normalised_scale is None and not isinstance(case.images[modality], Series):
-            intensities[modality] = _Intensities.of(values)
-        volume = resample(image, grid, background=lowest)
-        _require_contrast(volume, where, f" in the field of view of {first}")
-        if modality == first:
-            centre = tuple((low + high) // 2 for low, high in bounding_box(volume > otsu_threshold(volume)))
-        images[modality] = pool.submit(_normalise, volume, grid, recipe, modality, where)
-    notes += _normalised_notes(case, recipe, intensities)
-    mask = None
-    if case.mask is not None:
-        mask, mask_notes = _read_mask(case, recipe, grid, upright, motions)
-        notes += mask_notes
-    images = {modality: normalised.result() for modality, normalised in images.items()}
+    # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(
+            lambda modality: read_image(case.images[modality], case.name, sitk.sitkFloat32), recipe.modalities
+        )
+        for modality, image in zip(recipe.modalities, read, strict=True):
+            where = f"{case.name}: {case.images[modality]}"
+            if modality == first:
+                fixed, source = image, Grid.from_image(image)
+                upright = upright_grid(source)
+                grid = in_plane_grid(upright, recipe.spacing)
+                notes += reference_notes(upright, recipe)
+            else:
+                notes += coverage_notes(case, modality, upright.coverage_by(Grid.from_image(image)), first)
+                if recipe.align == "rigid":
+                    motions[modality], note = _find_motion(fixed, image, f"{case.name}: {modality}", where)
+                    image = moved(image, motions[modality])
+                    notes.append(f"{modality}: {note}")
+            values = sitk.GetArrayViewFromImage(image)
+            lowest = _require_contrast(values, where)
+            if lowest < 0 and recipe.normalised_scale is None and not isinstance(case.images[modality], Series):
+                intensities[modality] = _Intensities.of(values)
+            volume = resample(image, grid, background=lowest)
+            _require_contrast(volume, where, f" in the field of view of {first}")
+            if modality == first:
+                centre = tuple((low + high) // 2 for low, high in bounding_box(volume > otsu_threshold(volume)))
+            images[modality] = pool.submit(_normalise, volume, grid, recipe, modality, where)
+        notes += _normalised_notes(case, recipe, intensities)
+        mask = None
+        if case.mask is not None:
+            mask, mask_notes = _read_mask(case, recipe, grid, upright, motions)
+            notes += mask_notes
+        images = {modality: normalised.result() for modality, normalised in images.items()}
     return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), motions)
 
 
@@ -145,15 +141,14 @@ def coverage_notes(case: Case, modality: str, coverage: float, first: str) -> li
 
 
 def _find_motion(fixed, image, name, where):
-    """The rigid motion that brings an image onto the first modality's, and a note on it."""
+    """The rigid transform that brings an image onto the reference modality's, and a note on it."""
     try:
         motion, gain = register_rigid(fixed, image, name=name)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CaseError(f"{where}: must be an image that can be aligned. Received: {reason}") from error
+        raise CaseError(f"{where}: must be an image that can be aligned. Received: {reason(error)}") from error
     if not gain:
         return motion, "stays where its header puts it: the motion that was found would have made the fit worse"
-    return motion, f"aligned by {motion.shift:.1f} mm and {motion.turn:.1f} degrees"
+    return motion, f"aligned by {motion.shift:.1f} mm and {motion.rotation:.1f} degrees"
 
 
 def _require_contrast(values, where, place=""):
@@ -273,7 +268,7 @@ def _listed(values):
 
 
 def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> np.ndarray:
-    """The expert's tumour of a patient on the first modality's own grid, by position.
+    """The expert's tumour of a patient on the reference modality's own grid, by position.
 
     Args:
         case: A `Case` with a mask.
@@ -348,7 +343,7 @@ def _one_tumour_on(case, source, recipe, grid, motion):
 
 
 def _read_mask(case, recipe, grid, upright, motions):
-    """The mask on `grid` and notes on it; `upright` is the first modality's own grid in the order of `grid`."""
+    """The mask on `grid` and notes on it; `upright` is the reference modality's own grid in the order of `grid`."""
     mask, grids, volume = _tumour_on(case, recipe, grid, motions)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
     where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))

@@ -39,7 +39,7 @@ class Motion:
         return transform
 
     @property
-    def turn(self) -> float:
+    def rotation(self) -> float:
         """Rotation angle in degrees."""
         trace = np.trace(np.reshape(self.transform.GetMatrix(), (3, 3)))
         return math.degrees(math.acos(min(max((trace - 1) / 2, -1.0), 1.0)))

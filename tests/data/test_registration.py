@@ -58,7 +58,7 @@ def test_an_image_is_moved_by_its_header():
         expected = image.TransformIndexToPhysicalPoint(index)
         np.testing.assert_allclose(motion.transform.TransformPoint(place), expected, atol=1e-6)
     assert motion.shift == pytest.approx(77**0.5)
-    assert Motion((0.0, 0.0, 0.3), (0.0, 0.0, 0.0), (1.0, 2.0, 3.0)).turn == pytest.approx(np.degrees(0.3))
+    assert Motion((0.0, 0.0, 0.3), (0.0, 0.0, 0.0), (1.0, 2.0, 3.0)).rotation == pytest.approx(np.degrees(0.3))
 
 
 @pytest.mark.parametrize("motion", [NONE, Motion((0.1, -0.08, 0.15), (8.0, -10.0, 6.0), (0.0, 0.0, 0.0))])
