@@ -34,8 +34,6 @@ class DiceLoss(keras.losses.Loss):
     ```python
     model.compile(optimizer="adam", loss=DiceLoss())
     ```
-
-    Reference: Chen et al., MMFNet, eq. 1.
     """
 
     def __init__(

@@ -33,8 +33,6 @@ class DiceScore(keras.metrics.Metric):
     ```python
     model.compile(optimizer="adam", loss=DiceLoss(), metrics=[DiceScore()])
     ```
-
-    Reference: Chen et al., MMFNet, eq. 14.
     """
 
     def __init__(self, threshold: float = 0.5, name: str = "dice_score", **kwargs: Any):
@@ -80,8 +78,6 @@ class AveragePrecision(keras.metrics.Metric):
     ```python
     model.compile(optimizer="adam", loss=DiceLoss(), metrics=[AveragePrecision()])
     ```
-
-    Reference: Chen et al., MMFNet, eq. 15-17.
     """
 
     def __init__(self, bins: int = 200, name: str = "average_precision", **kwargs: Any):

@@ -114,9 +114,6 @@ class DataRecipe(_Part):
         normalised_scale: `None`: each image is z-scored inside the body and clipped. A number: the images hold
             z-scores times this number and are only divided by it.
         clip: Lowest and highest z-score by modality; a modality not named here is not clipped.
-
-    Raises:
-        RecipeError: A value is outside its range; a `ValueError`.
     """
 
     modalities: _Names = ("t1", "t2", "cet1")
@@ -162,9 +159,6 @@ class PatchRecipe(_Part):
             `(4, 32, 32)` voxels.
         max_rotation: Largest random in-plane rotation, in degrees.
         flip_axis: Axis flipped with probability one half: 1 (vertical), 2 (left to right) or `None`.
-
-    Raises:
-        RecipeError: A value is outside its range; a `ValueError`.
     """
 
     shape: tuple[_Positive, _Positive, _Positive] = (16, 256, 256)
@@ -190,9 +184,6 @@ class NetworkRecipe(_Part):
         shared_mlp: One MLP for all statistics (CBAM) instead of one each.
         bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
         modality_dropout: Probability with which each modality of a training patch is set to zero, except one.
-
-    Raises:
-        RecipeError: A value is outside its range; a `ValueError`.
     """
 
     filters: _Counts = (8, 16, 32, 64)
@@ -226,9 +217,6 @@ class TrainingRecipe(_Part):
             person and stay in the same fold. `None`: no groups.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
-
-    Raises:
-        RecipeError: A value is outside its range; a `ValueError`.
     """
 
     self_transfer: bool = True
@@ -267,8 +255,6 @@ class Recipe(_Part):
     ```python
     recipe = Recipe().replace({"training.epochs": 20, "data.spacing": 1.0})
     ```
-
-    Reference: Chen et al., MMFNet, sections III and IV.
     """
 
     data: DataRecipe = DataRecipe()

@@ -177,7 +177,7 @@ def _grad_over_channels(weights, features, values, grad_output, statistics, axis
 
 
 def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
-    """`K F + W_s ((K W_c) F)`, in which no tensor has the size of the features."""
+    """`K F + W_s ((K W_c) F)`: nothing of the size of the features is saved but they themselves."""
 
     @tf.custom_gradient
     def compute(channel_weights, spatial_weights, kernel, *features):
