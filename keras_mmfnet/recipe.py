@@ -307,11 +307,9 @@ class Recipe(_Part):
             *above, last = path.split(".")
             inner = values
             for name in above:
-                if not isinstance(inner, dict) or name not in inner:
-                    break
-                inner = inner[name]
+                inner = inner.get(name) if isinstance(inner, dict) else None
             # Only the fields that hold values by modality take new names.
-            if len(above) < 1 or not isinstance(inner, dict) or (len(above) == 1 and last not in inner):
+            if not (above and isinstance(inner, dict) and (len(above) > 1 or last in inner)):
                 known = [f"{part}.{field}" for part, fields in self.model_dump().items() for field in fields]
                 raise RecipeError({path: _unknown(path, known)})
             inner[last] = value
