@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, PreprocessedCase, refuser
+from keras_mmfnet.data._errors import refuser
+from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image

@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +39,6 @@ class CaseError(ValueError):
             listed.append(f"  ... and {len(errors) - 20} more")
         count = f"{len(errors)} of {patients}" if patients else len(errors)
         return cls("\n".join([f"{count} patients cannot be used; --skip-bad leaves them out:", *listed]))
-
-
-def refuser(source: object, patient: str) -> Callable[[str, str], CaseError]:
-    """A function `refuse(expected, received)` that makes the error for a patient's file or series."""
-    return lambda expected, received: CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
-
-
-def reason(error: Exception) -> str:
-    """The last line of SimpleITK's message, which says what went wrong."""
-    return str(error).strip().splitlines()[-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError, reason, refuser
+from keras_mmfnet.data._errors import reason, refuser
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.geometry import Grid
 
 _UID, _DESCRIPTION, _PATIENT = "0020|000e", "0008|103e", "0010|0020"

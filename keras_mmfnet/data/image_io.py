@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import CaseError, reason, refuser
+from keras_mmfnet.data._errors import reason, refuser
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
 

@@ -10,8 +10,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data import cache as cache_files
+from keras_mmfnet.data._errors import reason
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, reason
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image
