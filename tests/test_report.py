@@ -230,7 +230,7 @@ def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
     old = Run(shutil.copytree(run.folder, tmp_path / "old"))
     new = ("sensitivity", "precision", "volume_ml", "predicted_ml", "false_islands")
     for fold in (0, 1):
-        result = json.loads(old.result(fold, "mmfnet").read_text())
+        result = json.loads(old.result(fold, "mmfnet").read_text(encoding="utf-8"))
         result["patients"] = [{k: v for k, v in row.items() if k not in new} for row in result["patients"]]
         del result["shares"]
         old.result(fold, "mmfnet").write_text(json.dumps(result))
@@ -240,7 +240,7 @@ def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
     assert f"{all_rows(old)[0]['hd95']:.2f} mm" in page.texts
     # And with one patient in all.
     old.result(1, "mmfnet").unlink()
-    result = json.loads(old.result(0, "mmfnet").read_text())
+    result = json.loads(old.result(0, "mmfnet").read_text(encoding="utf-8"))
     old.result(0, "mmfnet").write_text(json.dumps({**result, "patients": result["patients"][:1]}))
     page, (row,) = Page(write_report(old)), result["patients"][:1]
     assert page.after("Mean DSC", 2) == [f"{row['dsc']:.3f}", f"95% interval {row['dsc']:.3f} to {row['dsc']:.3f}"]
@@ -310,7 +310,7 @@ def test_the_rows_of_a_comparison(results):
 
 def test_the_tables_of_a_comparison(results, tmp_path):
     write_tables(results, tmp_path)
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[2].startswith("| **Multi** | 0.7000 | 0.6000 ± 0.0816 | 0.7400 | 0.5000 ± 0.0000 |")
     assert "+0.1500 [+0.1000, +0.2000]" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
@@ -318,7 +318,7 @@ def test_the_tables_of_a_comparison(results, tmp_path):
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert (rows["multi_encoder"]["difference_mean"], rows["multi_encoder"]["paper_ap"]) == ("", "0.74")
     write_tables(results, tmp_path, baseline="zz_mine")
-    assert "| **zz_mine** |" in (tmp_path / "table.md").read_text()
+    assert "| **zz_mine** |" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("methods", "self_transfer"))
 
 
@@ -353,7 +353,9 @@ def test_the_report_of_a_comparison(run, results, tmp_path):
 def test_results_of_earlier_versions_make_the_same_tables(name, tmp_path):
     results = Run(RESULTS / name).results()
     write_tables(results, tmp_path)
-    written, before = ((folder / "table.md").read_text().splitlines() for folder in (tmp_path, RESULTS / name))
+    written, before = (
+        (folder / "table.md").read_text(encoding="utf-8").splitlines() for folder in (tmp_path, RESULTS / name)
+    )
     assert len(written) == len(before) > 3
     for line, expected in zip(written, before, strict=True):
         cells, wanted = line.split("|"), expected.split("|")

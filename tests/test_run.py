@@ -53,7 +53,7 @@ def run(tiny_cohort, tmp_path_factory):
 def test_a_run_leaves_what_is_needed(run, tiny_cohort):
     folder, result = run
     assert Recipe.load(folder / "recipe.json") == COARSE
-    fold = json.loads((folder / "cohort.json").read_text())["folds"][1]
+    fold = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))["folds"][1]
     assert [row["patient"] for row in result] == fold["test"]
     names = {path.name for path in (folder / "fold_1").iterdir()}
     networks = ("unet3d_t1", "unet3d_t2", "unet3d_cet1", "mmfnet")
@@ -61,8 +61,10 @@ def test_a_run_leaves_what_is_needed(run, tiny_cohort):
     assert {name for name in names if not name.endswith(".lock")} == expected
     model = keras.models.load_model(folder / "fold_1" / "mmfnet.keras")
     assert isinstance(model, MMFNet)
-    assert (folder / "metrics.json").read_text() == metrics_json(result)
-    assert [row["patient"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())] == fold["test"]
+    assert (folder / "metrics.json").read_text(encoding="utf-8") == metrics_json(result)
+    assert [
+        row["patient"] for row in csv.DictReader((folder / "metrics.csv").read_text(encoding="utf-8").splitlines())
+    ] == fold["test"]
     for row in result:
         own = sitk.ReadImage(str(tiny_cohort / row["patient"] / "t1.nii.gz"))
         mask = sitk.ReadImage(str(folder / "fold_1" / "masks" / "mmfnet" / f"{row['patient']}.nii.gz"))

@@ -50,6 +50,6 @@ def test_alignment_of_an_image_that_was_moved(benchmarks, tiny_cohort, tmp_path,
     monkeypatch.setattr(registration, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["registration.py", "--patient", str(patient), "--turns", "1"])
     registration.main()
-    result = json.loads((tmp_path / f"{patient.name}_t2.json").read_text())
+    result = json.loads((tmp_path / f"{patient.name}_t2.json").read_text(encoding="utf-8"))
     assert result["seconds"] > 0
     assert 0 < result["largest_error_mm"] < 3

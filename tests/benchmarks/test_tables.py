@@ -22,7 +22,7 @@ def test_tables_are_made_of_what_a_comparison_wrote(tmp_path, benchmarks):
     (tmp_path / "out").mkdir()
     tables = importlib.import_module("tables")
     tables.main([str(tmp_path), "--out", str(tmp_path / "out"), "--baseline", "mine"])
-    assert "| **Mine** |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| **Mine** |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "table.csv", "methods.png"}
 
 

@@ -40,7 +40,7 @@ def run(name, trained, cohort, tmp_path, benchmarks, monkeypatch):
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--run", str(trained), "--data", str(cohort)])
     script.main()
-    return json.loads(next(tmp_path.glob("*.json")).read_text())
+    return json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
 
 
 def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmarks, monkeypatch):

@@ -23,7 +23,7 @@ def test_patients_that_can_be_used(mmfnet, cohort, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["patient"] for row in rows] == [f"patient_{number:02d}" for number in range(6)]
     assert (rows[0]["t2_voxels"], rows[0]["t2_spacing_mm"], rows[0]["usable"]) == ("38x38x20", "2.5x2.5x4", "True")
-    found = json.loads((tmp_path / "c.json").read_text())
+    found = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
     assert found[0]["images"]["t1"]["size"] == [32, 32, 20]
     assert 11 < found[0]["tumour_ml"] < 13
     again = mmfnet("check", cohort, "--csv", tmp_path / "c.csv", code=1)

@@ -39,9 +39,9 @@ def test_from_patients_to_a_table(mmfnet, tiny, tiny_cohort, tmp_path, registry,
     done = mmfnet(*arguments, "--import", tmp_path / "mine.py")
     assert "| My U-net |" in done.stdout
     assert f"Report: {out / 'report.html'}" in done.stdout
-    results = {path.stem: json.loads(path.read_text()) for path in (out / "fold_0").glob("*.json")}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (out / "fold_0").glob("*.json")}
     assert set(results) == set(names)
-    fold = json.loads((out / "cohort.json").read_text())["folds"][0]
+    fold = json.loads((out / "cohort.json").read_text(encoding="utf-8"))["folds"][0]
     for name, result in results.items():
         assert result["method"] == name
         assert [row["patient"] for row in result["patients"]] == fold["test"]
@@ -57,7 +57,7 @@ def test_from_patients_to_a_table(mmfnet, tiny, tiny_cohort, tmp_path, registry,
     assert [name for name, result in results.items() if result["shares"]] == ["mmfnet_t1_t2"]
     # The single-modality networks are trained once, for the row of their own and for the one that borrows them.
     assert (out / "fold_0" / "unet3d_t2.keras").exists()
-    assert "| **Multi-encoder multi-modality network** | 0.7005 |" in (out / "table.md").read_text()
+    assert "| **Multi-encoder multi-modality network** | 0.7005 |" in (out / "table.md").read_text(encoding="utf-8")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3
     assert "<td>My U-net</td>" in page

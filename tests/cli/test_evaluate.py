@@ -40,7 +40,7 @@ def test_two_folders_of_masks(mmfnet, folders):
     assert float(rows["bob"]["predicted_ml"]) == pytest.approx(3 * 8 * 4 * 3 / 1000)
     assert float(rows["ann"]["hd95"]) == 0
     assert "ap" not in rows["ann"]
-    found = json.loads((folders / "numbers.json").read_text())
+    found = json.loads((folders / "numbers.json").read_text(encoding="utf-8"))
     dsc = found["summary"]["dsc"]
     assert dsc["mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert 0 <= dsc["low"] < dsc["mean"] < dsc["high"] <= 1

@@ -132,7 +132,10 @@ def test_killed_at_ten_moments_and_started_again(tiny_cohort, tmp_path):
             for a, b in zip(load_network(one).get_weights(), load_network(other).get_weights(), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
         elif name.endswith("_history.csv"):
-            a, b = ([row["val_loss"] for row in csv.DictReader(path.read_text().splitlines())] for path in (one, other))
+            a, b = (
+                [row["val_loss"] for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
+                for path in (one, other)
+            )
             np.testing.assert_allclose(np.array(a, float), np.array(b, float), rtol=1e-3)
         elif name.endswith(".nii.gz"):
             a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (one, other))
@@ -182,7 +185,9 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     assert sorted(results(folder)) == sorted(results(tmp_path / "undisturbed"))
     for name, path in results(tmp_path / "undisturbed").items():
         if name.endswith("_history.csv"):
-            expected, found = (list(csv.reader(one.read_text().splitlines())) for one in (path, folder / name))
+            expected, found = (
+                list(csv.reader(one.read_text(encoding="utf-8").splitlines())) for one in (path, folder / name)
+            )
             for row, other in zip(found, expected, strict=True):
                 for column, value, reference in zip(expected[0], row, other, strict=True):
                     if column != "seconds" and reference[:1].isdigit():
@@ -199,7 +204,7 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     assert "Segmented patient 2 of 2: DSC" in log
 
     # The folder is enough to segment a patient.
-    patient = json.loads((folder / "metrics.json").read_text())["patients"][0]["patient"]
+    patient = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["patients"][0]["patient"]
     run("segment", folder, cohort / patient, "--out", tmp_path / "out", "--picture")
     mask = folder / "fold_0" / "masks" / "mmfnet" / f"{patient}.nii.gz"
     np.testing.assert_array_equal(read(tmp_path / "out" / f"{patient}.nii.gz"), read(mask))

@@ -56,7 +56,7 @@ def test_a_quiet_run_shows_errors_only(tmp_path, capsys):
         terminal.table(["name"], [["ann"]])
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "error: a mishap\n")
-    assert "on the way" in (tmp_path / "run.log").read_text()
+    assert "on the way" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
 
 def test_the_file_has_all_messages_where_logging_was_set_up_before(tmp_path):
@@ -65,14 +65,14 @@ def test_the_file_has_all_messages_where_logging_was_set_up_before(tmp_path):
         with log_to_file(tmp_path / "run.log"):
             LOG.info("on the way")
         assert root.level == logging.WARNING
-        assert "on the way" in (tmp_path / "run.log").read_text()
+        assert "on the way" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
 
 def test_the_file_tells_what_ended_the_run(tmp_path, capsys):
     with bare_root() as root:
         with pytest.raises(KeyboardInterrupt), log_to_file(tmp_path / "run.log"):
             raise KeyboardInterrupt("stopped")
-        assert "KeyboardInterrupt: stopped" in (tmp_path / "run.log").read_text()
+        assert "KeyboardInterrupt: stopped" in (tmp_path / "run.log").read_text(encoding="utf-8")
         assert capsys.readouterr().out == ""
         assert not [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
 

@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     # The patients' folder may have moved.
     shutil.copytree(tiny_cohort, tmp_path / "moved")
     mmfnet("train", tmp_path / "moved", "--out", started, "--resume")
-    assert json.loads((started / "cohort.json").read_text())["data"] == str(tmp_path / "moved")
+    assert json.loads((started / "cohort.json").read_text(encoding="utf-8"))["data"] == str(tmp_path / "moved")
     mmfnet("train", tiny_cohort, "--out", started, "--resume")
     again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
     assert "must hold no run" in again.stderr
@@ -186,7 +186,7 @@ def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
     assert "--skip-bad" in refused.stderr
     done = mmfnet("train", tmp_path / "patients", "--out", out, *tiny, "--skip-bad")
     assert "warning: Left out: Zoë 5: " in done.stderr
-    assert list(json.loads((out / "cohort.json").read_text())["skipped"]) == ["Zoë 5"]
+    assert list(json.loads((out / "cohort.json").read_text(encoding="utf-8"))["skipped"]) == ["Zoë 5"]
     assert "Left out: Zoë 5: " in mmfnet("train", "--out", out, "--resume").stderr
     assert len(list(out.glob("fold_*/masks/*/*"))) == 2
     assert "Zoë" in (out / "report.html").read_text(encoding="utf-8")
@@ -202,7 +202,7 @@ def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
 def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
     done = mmfnet("demo", "--out", tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["summary"]
     assert summary["dsc"]["mean"] >= 0.75
     assert "mean of" in done.stdout
     assert "Try it: mmfnet segment" in done.stdout

@@ -709,7 +709,7 @@ def test_voxels_in_numbered_files(tmp_path):
     for number, voxels in enumerate(sitk.GetArrayFromImage(image)):
         (tmp_path / f"t1_{number:03d}.raw").write_bytes(voxels.tobytes())
     (tmp_path / "t1.raw").unlink()
-    path.write_text(path.read_text().replace("t1.raw", f"t1_%03d.raw 0 {number} 1"))
+    path.write_text(path.read_text(encoding="utf-8").replace("t1.raw", f"t1_%03d.raw 0 {number} 1"))
     back = read_image(path, "ann")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
 

@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
 
 LOAD = """
 import pathlib, sys
-import keras, numpy, keras_mmfnet
+import keras, numpy, keras_mmfnet.models
 
 folder, outputs = pathlib.Path(sys.argv[1]), {}
 inputs = numpy.load(folder / "inputs.npz")
@@ -78,7 +78,7 @@ import sys
 import keras
 
 before = set(sys.modules)
-import keras_mmfnet
+import keras_mmfnet, keras_mmfnet.layers, keras_mmfnet.models, keras_mmfnet.losses, keras_mmfnet.metrics
 
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 print(*keras_mmfnet.__all__)
