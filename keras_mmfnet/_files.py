@@ -2,13 +2,41 @@
 
 import json
 import os
+import uuid
 
 
-def write(path, content):
-    """Writes text or bytes so that the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+def write(path, content, replace=True):
+    """Writes text or bytes so that the file is there whole or not at all.
+
+    Args:
+        path: The file's path.
+        content: Text or bytes.
+        replace: Whether a file that is there is replaced.
+
+    Raises:
+        FileExistsError: The file is there and is not to be replaced.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if replace:
+            os.replace(partial, path)
+        else:
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: The file is damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: must be undamaged JSON. Received: {error}") from error
 
 
 def write_once(path, text, other, free=()):
@@ -23,9 +51,10 @@ def write_once(path, text, other, free=()):
     Raises:
         ValueError: The file is there with other values, which the message lists.
     """
-    if not path.exists():
-        return write(path, text)
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(text))
+    try:
+        return write(path, text, replace=False)
+    except FileExistsError:
+        before, now = _flat(read_json(path)), _flat(json.loads(text))
     differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     fixed = {key: values for key, values in differing.items() if key.partition(".")[0] not in free}
     if fixed:

@@ -53,13 +53,21 @@ def _rising(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[flo
     return limits
 
 
+def _labels(labels: tuple[int, ...]) -> tuple[int, ...]:
+    if 0 in labels:
+        raise ValueError("must be label values other than 0, the background")
+    return _distinct(labels)
+
+
 # One value stands for a tuple of it.
 _SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
 _Positive = Annotated[int, Field(ge=1)]
 _Rate = Annotated[float, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
-_Names = Annotated[tuple[str, ...], _SEVERAL, AfterValidator(_distinct)]
+# Names of files, of layers and of folders.
+_Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
+_Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct)]
 _Statistics = Annotated[tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct)]
 
 
@@ -119,7 +127,7 @@ class DataRecipe(_Part):
     modalities: _Names = ("t1", "t2", "cet1")
     mask: Annotated[str, Field(min_length=1)] = "mask"
     series: Annotated[dict[str, str], AfterValidator(_patterns)] = {}
-    mask_labels: Annotated[tuple[int, ...], _SEVERAL, Field(min_length=1)] | None = None
+    mask_labels: Annotated[tuple[int, ...], _SEVERAL, AfterValidator(_labels)] | None = None
     mask_from: str | None = None
     allow_missing: bool = False
     align: Literal["header", "rigid"] = "header"
@@ -233,7 +241,7 @@ class TrainingRecipe(_Part):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     group: Annotated[str, AfterValidator(_pattern)] | None = None
     mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Recipe(_Part):

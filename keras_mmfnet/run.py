@@ -15,11 +15,12 @@ import filelock
 import keras
 import SimpleITK as sitk
 
-from keras_mmfnet._files import write, write_once
+from keras_mmfnet._files import read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data import find_cases, five_folds, group_patients, preprocess_case
+from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.data.image_io import write_image
@@ -45,7 +46,7 @@ class Run:
     | file | holds |
     |---|---|
     | `recipe.json` | the `Recipe` |
-    | `cohort.json` | the path of the data, the patients with notes on them, those left out, the folds |
+    | `cohort.json` | the path of the data, the patients with notes and a hash of their images, those left out, the folds |
     | `cache/` | the preprocessed patients |
     | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
@@ -97,17 +98,17 @@ class Run:
 
     def trained_folds(self, name: str = "mmfnet") -> list[int]:
         """Numbers of the folds whose network of a method is trained."""
-        found = self.folder.glob(f"fold_*/{name}.keras")
-        return sorted(int(path.parent.name.removeprefix("fold_")) for path in found)
+        return [fold for fold in range(self.recipe.training.folds) if self.network(fold, name).exists()]
 
     def results(self) -> dict[str, list[dict]]:
         """The results so far, `{method: [that of a fold, ...]}`, in the order of the registry and then by name."""
         found = {}
-        for path in self.folder.glob("fold_*/*.json"):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            found.setdefault(result["method"], []).append(result)
+        for fold in range(self.recipe.training.folds):
+            for path in self.fold_folder(fold).glob("*.json"):
+                result = read_json(path)
+                found.setdefault(result["method"], []).append(result)
         names = sorted(found, key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
-        return {name: sorted(found[name], key=lambda result: result["fold"]) for name in names}
+        return {name: found[name] for name in names}
 
     # --- what the files hold
 
@@ -120,10 +121,10 @@ class Run:
 
     @functools.cached_property
     def cohort(self) -> dict:
-        """What `cohort.json` holds: `data`, `patients`, `skipped` and `folds`."""
+        """What `cohort.json` holds: `data`, `patients`, `images`, `skipped` and `folds`."""
         if not self.cohort_file.is_file():
             raise ValueError(f"the folder of a run, with a cohort.json, is expected. Received: {self.folder}")
-        return json.loads(self.cohort_file.read_text(encoding="utf-8"))
+        return read_json(self.cohort_file)
 
     @property
     def folds(self) -> list[Fold]:
@@ -212,6 +213,8 @@ class Run:
         cohort = {
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
+            # Those of a resumed run must be the same, not only their names.
+            "images": {case.name: key(case, recipe.data) for case in cases if case.name in patients},
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in divide(patients)],
         }
@@ -278,7 +281,7 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     path = run.result(fold, method.name)
     with run.claim(fold, method.name, wait):
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
         about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
         _log.info(about, method.title, fold, *map(len, parts))

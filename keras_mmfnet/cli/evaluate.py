@@ -32,6 +32,8 @@ def evaluate(
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
+        if labels is not None and not re.fullmatch(r"\d+(,\d+)*", labels):
+            raise ValueError(f"--labels: whole numbers separated by commas are expected. Received: {labels}")
         counted = None if labels is None else tuple(int(label) for label in labels.split(","))
         predicted, expert = _find_masks(predictions), _find_masks(truth)
         for name in sorted(set(predicted) ^ set(expert)):
@@ -60,7 +62,13 @@ def _find_masks(folder):
 
     options.require_folder(folder, "PREDICTIONS, TRUTH")
     images = [path for path in sorted(folder.iterdir()) if path.is_file() and image_suffix(path)]
-    masks = {_stem(path): path for path in images if not re.search("_(probability|disagreement)$", _stem(path))}
+    masks = {}
+    for path in images:
+        name = _stem(path)
+        if name in masks:
+            raise ValueError(f"{folder}: must hold one mask of {name}. Received: {masks[name].name}, {path.name}")
+        if not name.startswith(".") and not re.search("_(probability|disagreement)$", name):
+            masks[name] = path
     for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
         found = [path for path in patient.iterdir() if image_suffix(path) and _MASK.search(_stem(path))]
         if len(found) > 1:
@@ -75,7 +83,7 @@ def _find_masks(folder):
 def _stem(path):
     from keras_mmfnet.data.image_io import image_suffix
 
-    return path.name.removesuffix(path.name[-len(image_suffix(path)) :])
+    return path.name[: -len(image_suffix(path))]
 
 
 def _compare(name, predicted, expert, labels):
@@ -97,7 +105,8 @@ def _compare(name, predicted, expert, labels):
     for path, image in zip((predicted, expert), images, strict=True):
         array = sitk.GetArrayFromImage(image)
         try:
-            masks.append(tumour_voxels(array, labels) if array.any() else array > 0)
+            absent = not (array.any() if labels is None else np.isin(array, labels).any())
+            masks.append(np.zeros(array.shape, bool) if absent else tumour_voxels(array, labels))
         except ValueError as error:
             raise ValueError(f"{name}: {path}: {error}; --labels says which ones count") from None
     numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])

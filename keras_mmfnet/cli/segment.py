@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from pathlib import Path
@@ -41,15 +43,28 @@ def segment(
         if not 1 <= len(structure) <= 64 or "\\" in structure:
             raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
         _log.info("Computing with %s", start_backend(device))
+        from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import find_patients
 
         opened, failed = options.open_run(run), []
         cases = find_patients(patients, opened.recipe.data, failed.append)
         total = len(cases) + len(failed)
-        todo = [case for case in cases if _missing(out, case, wanted)]
-        if len(todo) < len(cases):
-            _log.info("%d of %d patients are segmented already", len(cases) - len(todo), len(cases))
+        _require_distinct(cases)
+        folds = fold or opened.trained_folds()
+        settings = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
+        networks_digest = [_digest(opened.network(number, "mmfnet")) for number in folds]
+        sources, todo = {}, []
+        for case in cases:
+            try:
+                sources[case.name] = {**settings, "source": _source(case, opened.recipe.data, networks_digest)}
+                _require_same(out, case, sources[case.name])
+            except ValueError as error:
+                failed.append(error)
+            else:
+                todo += [case] if _missing(out, case, wanted) else []
+        if done := total - len(todo) - len(failed):
+            _log.info("%d of %d patients are segmented already", done, total)
         if mirror and opened.recipe.patches.flip_axis is None:
             raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
         networks = options.load_networks(opened, fold) if todo else []
@@ -58,6 +73,7 @@ def segment(
         out.mkdir(parents=True, exist_ok=True)
         for number, case in enumerate(todo, start=1):
             try:
+                write(out / f"{case.name}.json", json.dumps(sources[case.name], indent=2) + "\n")
                 line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
                 _log.info("%d of %d: %s", number, len(todo), line)
             except ValueError as error:
@@ -68,6 +84,45 @@ def segment(
             several = f"{len(failed)} of {total} patients were not segmented"
             raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
         terminal.say(out, always=True)
+
+
+def _require_distinct(cases):
+    """Refuses patients of whom one's file would have the name of another's."""
+    names = {case.name for case in cases}
+    clashes = sorted(
+        case.name for case in cases for end in ("_probability", "_disagreement") if case.name + end in names
+    )
+    if len(names) < len(cases) or clashes:
+        expected = "patients whose files have different names are expected"
+        raise ValueError(f"{expected}. Received: {', '.join(clashes or sorted(case.name for case in cases))}")
+
+
+def _digest(path):
+    if not path.is_file():
+        return None  # which `load_networks` tells
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _source(case, recipe, networks):
+    """A hash of what a patient's files are made from: the networks and the images."""
+    from keras_mmfnet.data.cache import key
+    from keras_mmfnet.data.preprocess import recipe_of
+
+    images = key(dataclasses.replace(case, mask=None), recipe_of(case, recipe))
+    return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
+
+
+def _require_same(out, case, source):
+    """Refuses to add to a patient's files, or to leave them, where they were made from something else."""
+    from keras_mmfnet._files import read_json
+
+    record = out / f"{case.name}.json"
+    there = [path for path in (out / f"{case.name}{end}" for end in (".nii.gz", *_FILES.values())) if path.exists()]
+    if there and not (record.exists() and read_json(record) == source):
+        raise ValueError(
+            f"{case.name}: {there[0]}: must be made from the same images, networks and options as now; choose another "
+            "--out. Received: a file made otherwise"
+        )
 
 
 def _missing(out, case, wanted):

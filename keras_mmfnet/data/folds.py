@@ -115,10 +115,14 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
         Names that do not match are left out.
 
     Raises:
-        ValueError: `find_duplicates` finds patients whose names do not match.
+        ValueError: `find_duplicates` finds patients whose names do not match, or the pattern matches none.
     """
     matches = {case.name: re.search(pattern, case.name) for case in cases} if pattern is not None else {}
     groups = {name: match[1] if match.re.groups and match[1] else match[0] for name, match in matches.items() if match}
+    if pattern is not None and not groups:
+        raise ValueError(
+            f"`training.group` must match the names of patients. Received: {pattern!r}, which matches none"
+        )
     # Where the pattern matches, the names tell who is who.
     apart = [names for names in find_duplicates(cases) if not groups.keys() >= set(names)]
     if apart:

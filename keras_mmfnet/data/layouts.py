@@ -434,8 +434,13 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
             return None
         # A channel is a file of its own, or a volume of the patient's.
         found = {modality: stems.get(f"{name}_{number:04d}") for modality, number in numbers.items()}
+        if name in stems and any(found.values()):
+            raise CaseError(
+                f"{name}: {folder}: must hold a file for each channel or one of all channels. Received: {stems[name].name} "
+                f"and {', '.join(file.name for file in found.values() if file)}"
+            )
         if name in stems:
-            found = {m: file or Volume(stems[name], numbers[m]) for m, file in found.items()}
+            found = {modality: Volume(stems[name], number) for modality, number in numbers.items()}
         found = {modality: source for modality, source in found.items() if source}
         if not (len(found) == len(numbers) or (optional and found)) or (require_mask and not mask):
             wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())

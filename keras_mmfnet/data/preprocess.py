@@ -233,8 +233,8 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np
 
     Args:
         values: Array of finite numbers.
-        labels: The values that count as tumour. `None`: the one value besides 0; in a mask of fractions, as
-            interpolation leaves it, what is above half the largest value.
+        labels: The values that count as tumour. `None`: the one value besides 0; in a mask of one label and
+            fractions of it, as interpolation leaves it, what is above half the label.
 
     Returns:
         A bool array of the same shape.
@@ -246,7 +246,9 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np
         whole = np.rint(values)
         if np.abs(values - whole).max() < 1e-3:
             values = whole
-        elif labels is None:
+        elif labels is None and np.all(np.isin(whole[np.abs(values - whole) < 1e-3], (0, values.max().round()))):
+            if values.max() < 0.5:
+                raise ValueError(f"must hold a label of 1 or more. Received: values up to {values.max():g}")
             values = values > values.max() / 2
         else:
             raise ValueError(f"must hold whole numbers. Received: {_listed(np.unique(values))}")
