@@ -31,7 +31,7 @@ def explain_patient(
 
     Args:
         model: An `MMFNet`.
-        case: A `PreprocessedCase`; the contour of its mask is drawn, or without one that of the prediction.
+        case: A `PreprocessedCase`; the contours of its mask, if it has one, and of the prediction are drawn.
         recipe: The network's `Recipe`.
         methods: Gradient maps to make, of `METHODS`; on another backend than TensorFlow they are left out.
 
@@ -57,7 +57,7 @@ def explain_patient(
     probability = whole(model)
     predicted = probability >= 0.5
     tumour = predicted if case.mask is None else np.asarray(case.mask) > 0
-    contour = {"prediction" if case.mask is None else "truth": tumour}
+    contours = {"prediction": predicted} if case.mask is None else {"truth": tumour, "prediction": predicted}
     depth = int(np.argmax((tumour if tumour.any() else probability).sum(axis=(1, 2))))
     batch, start = tumour_window(images, predicted if predicted.any() else tumour, patches.shape, case.centre)
     share = fusion_attention(model, batch)[2]
@@ -66,19 +66,19 @@ def explain_patient(
     for block in share:
         heat = dict.fromkeys(images, whole(spatial_attention(model, block)))
         title = f"{case.name}: where {block} looks (spatial attention, 0 to 1)"
-        figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contour)
+        figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contours)
     if methods and keras.backend.backend() != "tensorflow":
         _log.warning("Gradient maps need TensorFlow: start this again with KERAS_BACKEND=tensorflow")
         return figures
     if methods and not predicted.any():
         _log.warning("No tumour is predicted: the mean probability of the whole window is explained")
     window = {name: image[0, ..., 0] for name, image in batch.items()}
-    contour = {name: cut(mask, start, patches.shape, 0) for name, mask in contour.items()}
+    contours = {name: cut(mask, start, patches.shape, 0) for name, mask in contours.items()}
     inside = min(max(depth - start[0], 0), patches.shape[0] - 1)
     for method in methods:
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
         title = f"{case.name}: what the predicted tumour depends on ({_TITLES[method]}, the window about it)"
-        figure = plot_heat(window, maps, case.spacing, inside, title, **contour)
+        figure = plot_heat(window, maps, case.spacing, inside, title, **contours)
         figures[method.replace("+", "p")] = figure
     return figures
 

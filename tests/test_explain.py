@@ -126,7 +126,7 @@ def test_all_pictures_of_a_patient(make_case, mask, caplog):
     assert all(figure.get_suptitle().startswith("anna: ") for figure in figures.values())
     for name in [*maps, *gradients]:
         (legend,) = figures[name].legends
-        assert [text.get_text() for text in legend.get_texts()] == ["expert" if mask else "prediction"]
+        assert [text.get_text() for text in legend.get_texts()] == [*(["expert"] if mask else []), "prediction"]
     with pytest.raises(ValueError, match=r"must be of gradcam, gradcam\+\+, saliency\. Received: \['lime'\]"):
         explain_patient(network(), case, recipe, methods=("lime",))
 
