@@ -208,6 +208,7 @@ def gradient_maps(
         modalities.
 
     Raises:
+        ImportError: The extra `vis` is not installed.
         ValueError: The backend is not TensorFlow, or the method is none of these.
     """
     if method not in METHODS:
@@ -218,8 +219,11 @@ def gradient_maps(
             "KERAS_BACKEND=tensorflow and load the same weights by keras.models.load_model(path). "
             f"Received: the backend {keras.backend.backend()!r}"
         )
-    from tf_keras_vis.gradcam import Gradcam, GradcamPlusPlus
-    from tf_keras_vis.saliency import Saliency
+    try:
+        from tf_keras_vis.gradcam import Gradcam, GradcamPlusPlus
+        from tf_keras_vis.saliency import Saliency
+    except ImportError as error:
+        raise ImportError("gradient maps need the extra: pip install keras-mmfnet[vis]") from error
 
     listed = keras.Model([model.input[name] for name in images], model.output)
     seeds = list(images.values())

@@ -88,7 +88,9 @@ class _Part(pydantic.BaseModel):
                 elif detail["type"] == "extra_forbidden":
                     problems[path] = _unknown(path, type(self).model_fields)
                 else:
-                    text = re.sub("^(Value error, )?(Input should be|Value should)?", "", detail["msg"]).strip()
+                    text = re.sub(
+                        "^(Value error, )?((Input|Value|String|Field) (should be|should)?)?", "", detail["msg"]
+                    ).strip()
                     text = text if text.startswith("must") else f"must {'' if text.startswith('have') else 'be '}{text}"
                     problems[path] = f"{text}. Received: {detail['input']!r}"
             raise RecipeError(problems) from None

@@ -46,7 +46,7 @@ class Run:
     | file | holds |
     |---|---|
     | `recipe.json` | the `Recipe` |
-    | `cohort.json` | the path of the data, the patients with notes and a hash of their images, those left out, the folds |
+    | `cohort.json` | the data's path, the patients with notes and a hash of their images, those left out, the folds |
     | `cache/` | the preprocessed patients |
     | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
@@ -187,7 +187,12 @@ class Run:
             )
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
         settings, bad = recipe.training, []
-        cases = find_cases(data, recipe.data, on_error=None if on_error is None else bad.append)
+        try:
+            cases = find_cases(data, recipe.data, on_error=bad.append)
+        except ValueError:
+            if bad:
+                raise CaseError.of_several(bad) from None
+            raise
         divide = functools.partial(
             five_folds,
             folds=settings.folds,
@@ -207,7 +212,7 @@ class Run:
             _log.info("Preprocessed patient %d of %d: %s", number, len(cases), about)
             progress("preprocessing", number, len(cases))
         if bad and on_error is None:
-            raise CaseError.of_several(bad, len(cases))
+            raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
         cohort = {

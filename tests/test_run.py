@@ -125,6 +125,14 @@ def test_other_patients_are_not_resumed(run, tiny_cohort, tmp_path, no_training)
         Run.start(folder, tmp_path / "fewer", COARSE, resume=True)
 
 
+def test_images_that_changed_are_not_resumed(run, tiny_cohort, tmp_path, no_training):
+    folder, _ = run
+    shutil.copytree(tiny_cohort, tmp_path / "changed")
+    shutil.copy(tmp_path / "changed" / "patient_01" / "t2.nii.gz", tmp_path / "changed" / "patient_00" / "t2.nii.gz")
+    with pytest.raises(ValueError, match=r"other patients. Received: images.patient_00: \w+ before, \w+ now$"):
+        Run.start(folder, tmp_path / "changed", COARSE, resume=True)
+
+
 def test_an_unknown_fold_is_refused(tiny_cohort, tmp_path, no_training):
     with pytest.raises(ValueError, match=r"from 0 to 2\. Received: 3"):
         cross(tmp_path, tiny_cohort, folds=[3])

@@ -50,8 +50,7 @@ class Plan:
         self.shares[path] = done / total
         self.position = f"{path.parent.name.replace('_', ' ')}, {path.name}"
         # The last whole epoch: the state after an epoch is there once the next one begins.
-        self.epochs = total // self.steps
-        self.epoch = self.epochs if done == total else (done - 1) // self.steps
+        self.epochs, self.epoch = total // self.steps, (done - 1) // self.steps
 
     @property
     def done(self) -> float:
@@ -110,7 +109,9 @@ class Terminal(logging.Handler):
             table.add_row(*map(rich.markup.escape, row))
         self.bar.stop()
         if not self.quiet:
-            rich.console.Console(highlight=False).print(table)
+            console = rich.console.Console(highlight=False)
+            console.width = console.width if console.is_terminal else 200
+            console.print(table)
 
     def metrics(self, rows: Iterable[Mapping]) -> None:
         """Prints the numbers of each patient, their mean and its 95% interval; not if quiet."""

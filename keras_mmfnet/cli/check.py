@@ -55,7 +55,8 @@ def check(
         if unusable:
             remedy = "mmfnet train --skip-bad leaves them out"
             raise CaseError(f"{len(unusable)} of {len(rows)} patients cannot be used; {remedy}: {', '.join(unusable)}")
-        terminal.say(f"{len(rows)} patients can be used")
+        seen = "" if deep else ", as far as headers tell; --deep reads the voxels"
+        terminal.say(f"{len(rows)} patients can be used{seen}")
 
 
 def _lines(row):

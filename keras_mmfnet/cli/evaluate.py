@@ -36,8 +36,13 @@ def evaluate(
             raise ValueError(f"--labels: whole numbers separated by commas are expected. Received: {labels}")
         counted = None if labels is None else tuple(int(label) for label in labels.split(","))
         predicted, expert = _find_masks(predictions), _find_masks(truth)
-        for name in sorted(set(predicted) ^ set(expert)):
-            _log.warning("%s: has %s", name, "no prediction" if name in expert else "no mask of the expert")
+        for lacking, alone in (
+            ("prediction", expert.keys() - predicted),
+            ("mask of the expert", predicted.keys() - expert),
+        ):
+            if alone:
+                listed = ", ".join(sorted(alone)[:10]) + (", ..." if len(alone) > 10 else "")
+                _log.warning("no %s of %d patients: %s", lacking, len(alone), listed)
         names = sorted(set(predicted) & set(expert))
         if not names:
             raise ValueError(
@@ -61,6 +66,8 @@ def _find_masks(folder):
     from keras_mmfnet.data.image_io import image_suffix
 
     options.require_folder(folder, "PREDICTIONS, TRUTH")
+    if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
+        folder = folder / "labelsTr"
     images = [path for path in sorted(folder.iterdir()) if path.is_file() and image_suffix(path)]
     masks = {}
     for path in images:

@@ -77,6 +77,8 @@ def segment(
                 line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
                 _log.info("%d of %d: %s", number, len(todo), line)
             except ValueError as error:
+                if not _there(out, case):
+                    (out / f"{case.name}.json").unlink(missing_ok=True)
                 failed.append(error)
                 _log.warning("%d of %d: %s", number, len(todo), error)
             progress("segmenting", number, len(todo))
@@ -117,12 +119,17 @@ def _require_same(out, case, source):
     from keras_mmfnet._files import read_json
 
     record = out / f"{case.name}.json"
-    there = [path for path in (out / f"{case.name}{end}" for end in (".nii.gz", *_FILES.values())) if path.exists()]
+    there = _there(out, case)
     if there and not (record.exists() and read_json(record) == source):
         raise ValueError(
             f"{case.name}: {there[0]}: must be made from the same images, networks and options as now; choose another "
             "--out. Received: a file made otherwise"
         )
+
+
+def _there(out, case):
+    """The files of a patient that are there."""
+    return [path for path in (out / f"{case.name}{end}" for end in (".nii.gz", *_FILES.values())) if path.exists()]
 
 
 def _missing(out, case, wanted):

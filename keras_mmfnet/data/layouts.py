@@ -436,8 +436,8 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
         found = {modality: stems.get(f"{name}_{number:04d}") for modality, number in numbers.items()}
         if name in stems and any(found.values()):
             raise CaseError(
-                f"{name}: {folder}: must hold a file for each channel or one of all channels. Received: {stems[name].name} "
-                f"and {', '.join(file.name for file in found.values() if file)}"
+                f"{name}: {folder}: must hold a file for each channel or one of all channels. "
+                f"Received: {', '.join(file.name for file in (stems[name], *found.values()) if file)}"
             )
         if name in stems:
             found = {modality: Volume(stems[name], number) for modality, number in numbers.items()}

@@ -246,9 +246,7 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np
         whole = np.rint(values)
         if np.abs(values - whole).max() < 1e-3:
             values = whole
-        elif labels is None and np.all(np.isin(whole[np.abs(values - whole) < 1e-3], (0, values.max().round()))):
-            if values.max() < 0.5:
-                raise ValueError(f"must hold a label of 1 or more. Received: values up to {values.max():g}")
+        elif labels is None and _is_one_label(values, whole):
             values = values > values.max() / 2
         else:
             raise ValueError(f"must hold whole numbers. Received: {_listed(np.unique(values))}")
@@ -263,6 +261,12 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np
         wanted = "a value besides 0" if labels is None else f"one of the labels {_listed(labels)}"
         raise ValueError(f"must have a voxel with {wanted}. Received: {_listed(found) or 'only 0'}")
     return tumour
+
+
+def _is_one_label(values, whole):
+    """Whether fractions are those of one label: nearly all whole values besides 0 are the largest."""
+    labels = whole[(np.abs(values - whole) < 1e-3) & (whole != 0)]
+    return values.max() >= 0.5 and (not labels.size or np.mean(labels == whole.max()) > 0.9)
 
 
 def _listed(values):

@@ -26,7 +26,7 @@ def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
     done = mmfnet("segment", trained, patient, "--out", out, *flags)
     assert re.search(r"1 of 1: Zoë.*; [1-9]\d* voxels of tumour, \d+\.\d ml", done.stderr)
     assert done.stdout == f"{out}\n"
-    ends = (".nii.gz", "_disagreement.nii.gz", "_probability.nii.gz", "_rtstruct.dcm", "_seg.dcm")
+    ends = (".json", ".nii.gz", "_disagreement.nii.gz", "_probability.nii.gz", "_rtstruct.dcm", "_seg.dcm")
     assert sorted(path.name for path in out.iterdir()) == sorted(f"Zoë{end}" for end in ends)
     assert Grid.from_image(sitk.ReadImage(str(out / "Zoë.nii.gz"))).matches(GRID)
     np.testing.assert_array_equal(read(out / "Zoë_probability.nii.gz") >= 0.5, read(out / "Zoë.nii.gz") > 0)
@@ -84,7 +84,22 @@ def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatc
     again = mmfnet("segment", trained, patients, "--out", out, "--picture")
     assert "3 of 4 patients are segmented already" in again.stderr
     changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before.get(path)}
-    assert changed == {"patient_02.png"}
+    assert changed == {"patient_02.json", "patient_02.png"}
+
+    # Masks of other networks, options or images are neither kept as if they were of these nor overwritten.
+    other = mmfnet("segment", trained, patients, "--out", out, "--picture", "--fold", 0, code=1)
+    assert "error: 4 of 4 patients were not segmented" in other.stderr
+    assert "made from the same images, networks and options" in other.stderr
+    shutil.copy(patients / "patient_02" / "t1.nii.gz", patients / "patient_00" / "t1.nii.gz")
+    other = mmfnet("segment", trained, patients, "--out", out, "--picture", code=1)
+    assert "error: 1 of 4 patients were not segmented" in other.stderr
+
+
+def test_patients_whose_files_would_have_one_name(mmfnet, trained, tiny_cohort, tmp_path):
+    for name in ("anna", "anna_probability"):
+        shutil.copytree(tiny_cohort / "patient_00", tmp_path / "patients" / name)
+    refused = mmfnet("segment", trained, tmp_path / "patients", "--out", tmp_path / "out", code=1).stderr
+    assert "different names are expected. Received: anna" in refused
 
 
 def test_a_patient_without_tumour(mmfnet, trained, tmp_path):
@@ -99,7 +114,7 @@ def test_a_patient_without_tumour(mmfnet, trained, tmp_path):
         write_series(patient, GRID, name, prefix=name, seed=seed)
     done = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
     assert "no tumour was found, the mask is empty, no DICOM file was written" in done.stderr
-    assert [path.name for path in out.iterdir()] == ["Ann.nii.gz"]
+    assert sorted(path.name for path in out.iterdir()) == ["Ann.json", "Ann.nii.gz"]
     assert not read(out / "Ann.nii.gz").any()
     again = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
     assert "1 of 1 patients are segmented already" in again.stderr
@@ -115,8 +130,8 @@ def test_every_layout_that_trains_is_segmented(mmfnet, trained, tiny_cohort, tmp
             shutil.copy(source, dataset / "imagesTs" / f"{name}_{number:04d}.nii.gz")
     mmfnet("segment", trained, dataset, "--out", tmp_path / "root", "--fold", 0)
     mmfnet("segment", trained, dataset / "imagesTs" / "patient_01_0000.nii.gz", "--out", tmp_path / "one", "--fold", 0)
-    assert {path.name for path in (tmp_path / "root").iterdir()} == {"patient_00.nii.gz", "patient_01.nii.gz"}
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["patient_01.nii.gz"]
+    assert {path.name for path in (tmp_path / "root").glob("*.gz")} == {"patient_00.nii.gz", "patient_01.nii.gz"}
+    assert [path.name for path in (tmp_path / "one").glob("*.gz")] == ["patient_01.nii.gz"]
 
 
 @pytest.mark.parametrize("command", ["segment", "explain"])

@@ -70,10 +70,10 @@ def test_finds_patients_sorted_and_passes_over_the_rest(tmp_path):
 
 
 def test_names_come_from_the_recipe(tmp_path):
-    make_patient(tmp_path / "a", ("T1.5.nii.gz", "flair.nii.gz", "seg.nii.gz"))
-    recipe = Recipe().replace({"data.modalities": ("T1.5", "flair"), "data.mask": "seg"})
+    make_patient(tmp_path / "a", ("T1-5.nii.gz", "flair.nii.gz", "seg.nii.gz"))
+    recipe = Recipe().replace({"data.modalities": ("T1-5", "flair"), "data.mask": "seg"})
     (case,) = find_cases(str(tmp_path), recipe.data)
-    assert list(case.images) == ["T1.5", "flair"]
+    assert list(case.images) == ["T1-5", "flair"]
     assert case.mask.name == "seg.nii.gz"
 
 

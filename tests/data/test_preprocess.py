@@ -424,7 +424,10 @@ def test_labels_are_chosen():
 def test_a_mask_of_fractions_is_cut_at_half():
     values = np.array([0, 0.2, 0.499, 0.51, 0.999, 1], np.float32)
     np.testing.assert_array_equal(tumour_voxels(values), [0, 0, 0, 1, 1, 1])
-    np.testing.assert_array_equal(tumour_voxels(values * 255), [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(tumour_voxels(values * 254), [0, 0, 0, 1, 1, 1])
+    for several in ([0.0, 1, 2, 0.5], [0.0, 1, 2, 2.5, 4], [0.0, 0.1, 0.3]):
+        with pytest.raises(ValueError, match="must hold whole numbers"):
+            tumour_voxels(np.array(several))
     with pytest.raises(ValueError, match=r"must hold whole numbers. Received: 0, 0.2, "):
         tumour_voxels(values, labels=(1,))
 
