@@ -103,12 +103,12 @@ class Run:
     def results(self) -> dict[str, list[dict]]:
         """The results so far, `{method: [that of a fold, ...]}`, in the order of the registry and then by name."""
         found = {}
-        for fold in range(self.recipe.training.folds):
-            for path in self.fold_folder(fold).glob("*.json"):
-                result = read_json(path)
+        for path in self.folder.glob("fold_*/*.json"):
+            result = read_json(path)
+            if path.parent == self.fold_folder(result["fold"]):  # no copy of a fold's folder
                 found.setdefault(result["method"], []).append(result)
         names = sorted(found, key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
-        return {name: found[name] for name in names}
+        return {name: sorted(found[name], key=lambda result: result["fold"]) for name in names}
 
     # --- what the files hold
 

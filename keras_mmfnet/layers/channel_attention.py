@@ -37,8 +37,6 @@ class ChannelStdAttention3D(keras.layers.Layer):
     features = keras.random.normal((2, 8, 32, 32, 24))
     weighted = ChannelStdAttention3D(reduction=12)(features)  # (2, 8, 32, 32, 24)
     ```
-
-    Reference: Chen et al., MMFNet, section III-B.
     """
 
     def __init__(

@@ -45,8 +45,6 @@ class FusionBlock3D(keras.layers.Layer):
     t1, t2, cet1 = (keras.random.normal((2, 8, 32, 32, 8)) for _ in range(3))
     fused = FusionBlock3D(filters=8)([t1, t2, cet1])  # (2, 8, 32, 32, 8)
     ```
-
-    Reference: Chen et al., MMFNet, section III-B.
     """
 
     def __init__(

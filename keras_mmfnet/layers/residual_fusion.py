@@ -36,16 +36,10 @@ class ResidualFusion3D(keras.layers.Layer):
     features = keras.random.normal((2, 8, 32, 32, 24))
     fused = ResidualFusion3D(filters=8)(features)  # (2, 8, 32, 32, 8)
     ```
-
-    Reference: Chen et al., MMFNet, section III-B.
     """
 
     def __init__(
-        self,
-        filters: int,
-        kernel_size: int | Sequence[int] = (1, 3, 3),
-        data_format: str | None = None,
-        **kwargs: Any,
+        self, filters: int, kernel_size: int | Sequence[int] = (1, 3, 3), data_format: str | None = None, **kwargs: Any
     ):
         super().__init__(**kwargs)
         if not isinstance(filters, int) or filters < 1:
@@ -55,17 +49,11 @@ class ResidualFusion3D(keras.layers.Layer):
         self.data_format = _axes.standardize(data_format)
         self.input_spec = keras.layers.InputSpec(ndim=5)
 
+        common = {"data_format": self.data_format, "dtype": self.dtype_policy}
+
         def conv(kernel, name, **options):
-            return Conv3D(
-                filters,
-                kernel,
-                padding="same",
-                kernel_initializer="he_normal",
-                data_format=self.data_format,
-                dtype=self.dtype_policy,
-                name=name,
-                **options,
-            )
+            options |= common
+            return Conv3D(filters, kernel, padding="same", kernel_initializer="he_normal", name=name, **options)
 
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
@@ -92,9 +80,5 @@ class ResidualFusion3D(keras.layers.Layer):
         return _axes.with_channels(input_shape, self.filters, self.data_format)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "data_format": self.data_format,
-        }
+        config = {"filters": self.filters, "kernel_size": self.kernel_size, "data_format": self.data_format}
+        return {**super().get_config(), **config}

@@ -35,8 +35,6 @@ class SpatialStdAttention3D(keras.layers.Layer):
     features = keras.random.normal((2, 8, 32, 32, 24))
     weighted, weights = SpatialStdAttention3D()(features, return_attention_scores=True)
     ```
-
-    Reference: Chen et al., MMFNet, section III-B.
     """
 
     def __init__(
@@ -51,15 +49,8 @@ class SpatialStdAttention3D(keras.layers.Layer):
         self.statistics = kernels.check_statistics(statistics)
         self.data_format = _axes.standardize(data_format)
         self.input_spec = keras.layers.InputSpec(ndim=5)
-        self.conv = Conv3D(
-            1,
-            kernel_size,
-            padding="same",
-            activation="sigmoid",
-            data_format=self.data_format,
-            dtype=self.dtype_policy,
-            name="conv",
-        )
+        common = {"data_format": self.data_format, "dtype": self.dtype_policy}
+        self.conv = Conv3D(1, kernel_size, padding="same", activation="sigmoid", name="conv", **common)
 
     def build(self, input_shape):
         self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
@@ -85,9 +76,5 @@ class SpatialStdAttention3D(keras.layers.Layer):
         return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_size": self.kernel_size,
-            "statistics": self.statistics,
-            "data_format": self.data_format,
-        }
+        config = {"kernel_size": self.kernel_size, "statistics": self.statistics, "data_format": self.data_format}
+        return {**super().get_config(), **config}
