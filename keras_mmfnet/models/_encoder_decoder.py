@@ -34,11 +34,13 @@ class EncoderDecoder(Network):
         self._compute = compute
 
     def call(self, inputs, training=None, mask=None):
-        """Calls the layers in the order in which the network is written, in place of Keras' order by depth.
+        """On PyTorch calls the layers in the order in which the network is written, not in Keras' order by depth.
 
         Features are released after their last use, and a level is fused before the next one is encoded. A backward pass
         goes the opposite way: it reaches the largest features when it has released those of the other levels.
         """
+        if keras.backend.backend() != "torch":  # Compilers choose an order of their own.
+            return super().call(inputs, training=training, mask=mask)
         return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
 
     def encoder(self, modality: str) -> keras.Model:
