@@ -365,7 +365,7 @@ def memory_since_now(backend):
         return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
 
     before = status("VmRSS")
-    return lambda: status("VmHWM") - before
+    return lambda: max(status("VmHWM") - before, 0)  # the kernel updates the two at different times
 
 
 def memory_of_tensors(run):
