@@ -3,6 +3,7 @@
     python benchmarks/step.py                                   # two CPU cores: TensorFlow and PyTorch
     python benchmarks/step.py --check                           # fails where a ratio is 20% worse than the one kept
     python benchmarks/step.py --baseline ../before              # beside another checkout of this package
+    python benchmarks/step.py --each-kernel --name kernels      # what each of the fast kernels gains
     python benchmarks/step.py --backends torch jax --name a100 --shape 8 16 256 256 --policy mixed_bfloat16     # a GPU
 
 Every contender lives in a process of its own, and they take turns, so that whatever else the machine does falls on all
@@ -11,6 +12,7 @@ of them. What is compared is the ratio within a turn; its median over the turns 
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -30,6 +32,9 @@ KEPT, COMPILED = "plain with memory kept, channels last", "plain, compiled"
 MEMORY_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(2**28)}
 # Names of what is measured, in the ratios.
 MEMORY = {"peak_mib": "memory", "peak_tensors_mib": "tensors"}
+# Operations that have a fast implementation.
+_BOTH = ("statistics_over_space", "statistics_over_channels", "weighted_reduction", "batch_norm_relu")
+FAST = {"tensorflow": _BOTH, "torch": (*_BOTH, "conv", "max_pool")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +49,15 @@ class Contender:
     compiled: bool = False
     memory_kept: bool = True
     kernels: str | None = None
+    plain_kernel: str | None = None
     checkout: str | None = None
 
 
-def choose_contenders(backends, policy, gpu, baseline=None):
+def choose_contenders(backends, policy, gpu, baseline=None, each_kernel=False):
     """The contenders of one run: plain PyTorch in its variants, and each backend in the variants that count.
 
-    Those are without attention, with plain kernels, and from the checkout `baseline` where there is one.
+    Those are without attention, with plain kernels, with one plain kernel among the fast ones (`each_kernel`), and from
+    the checkout `baseline` where there is one.
     """
     plain = [
         Contender("plain", policy=policy, memory_kept=False),
@@ -65,6 +72,9 @@ def choose_contenders(backends, policy, gpu, baseline=None):
         ours.append(Contender(backend, backend, policy=policy))
         ours.append(Contender(f"{backend} without attention", backend, attention=False, policy=policy))
         ours.append(Contender(f"{backend}, plain kernels", backend, policy=policy, kernels="plain"))
+        for kernel in FAST.get(backend, ()) if each_kernel else ():
+            name = f"{backend}, plain {kernel}"
+            ours.append(Contender(name, backend, policy=policy, kernels="fast", plain_kernel=kernel))
         if baseline:
             ours.append(Contender(f"{backend}, baseline", backend, policy=policy, checkout=str(baseline)))
         if policy != "float32":
@@ -84,6 +94,7 @@ def main():
     add("--name", default="cpu", help="name of the machine, for the file of results (cpu)")
     add("--check", action="store_true", help="compare with the results of that name that are kept")
     add("--baseline", type=Path, metavar="DIR", help="another checkout of this package to measure beside this one")
+    add("--each-kernel", action="store_true", help="measure the step with each of the fast kernels made plain, too")
     add("--out", type=Path, help=f"JSON file for the results (default: {RESULTS}/<name>.json, not with --check)")
     parsed = parser.parse_args()
     kept = RESULTS / f"{parsed.name}.json"
@@ -104,7 +115,7 @@ def measure(parsed):
 
     gpu = torch.cuda.is_available()
     context = multiprocessing.get_context("spawn")
-    contenders = choose_contenders(parsed.backends, parsed.policy, gpu, parsed.baseline)
+    contenders = choose_contenders(parsed.backends, parsed.policy, gpu, parsed.baseline, parsed.each_kernel)
     results, seconds = {}, {}
     # On a GPU one at a time: its memory is not for all of them.
     groups = [[contender] for contender in contenders] if gpu else [contenders]
@@ -199,7 +210,8 @@ def compare(results, seconds, backends):
         if "peak_tensors_mib" in results[backend]:
             ratios |= memory(backend, "peak_tensors_mib")
         ratios[f"{backend}, train with / without attention"] = ratio(backend, f"{backend} without attention", "train")
-        ratios |= beside(backend, "plain kernels") | beside(backend, "baseline")
+        for variant in ("plain kernels", *(f"plain {kernel}" for kernel in FAST.get(backend, ())), "baseline"):
+            ratios |= beside(backend, variant)
         if f"{backend} in float32" in results:
             ratios[f"{backend}, train / in float32"] = ratio(backend, f"{backend} in float32", "train")
     return ratios
@@ -211,6 +223,9 @@ def work(connection, contender, shape, gpu):
         os.environ["MMFNET_KERNELS"] = contender.kernels
     if contender.checkout:
         sys.path.insert(0, contender.checkout)
+    if contender.plain_kernel:
+        # Where the backend's module lacks an operation, the reference is used.
+        delattr(importlib.import_module(f"keras_mmfnet.kernels.{contender.backend}"), contender.plain_kernel)
     start = time.perf_counter()
     train, predict, memory = (make_keras if contender.backend else make_plain)(contender, shape)
     built = time.perf_counter()

@@ -1,3 +1,5 @@
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -6,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from keras_mmfnet import kernels
+from keras_mmfnet.kernels import reference
 from keras_mmfnet.models import mmfnet
 
 SHAPE = (2, 16, 16, 16)
@@ -31,6 +35,8 @@ def test_the_contenders(step):
     ]
     names = [contender.name for contender in step.choose_contenders(["torch"], "float32", False, "before")]
     assert names[-1] == "torch, baseline"
+    chosen = step.choose_contenders(["torch"], "float32", False, each_kernel=True)
+    assert [contender.plain_kernel for contender in chosen if contender.plain_kernel] == list(step.FAST["torch"])
     assert all(contender.policy == "float32" for contender in step.choose_contenders(["jax"], "float32", gpu=False))
 
 
@@ -61,7 +67,18 @@ def test_the_ratios_are_medians_over_the_turns(step):
     }
 
 
-@pytest.mark.parametrize("variant", ["plain kernels", "baseline"])
+def test_every_fast_kernel_is_measured(step):
+    backend = keras.backend.backend()
+    if backend == "jax":
+        pytest.skip("it has none")
+    fast = importlib.import_module(f"keras_mmfnet.kernels.{backend}")
+    operations = [
+        name for name, value in vars(reference).items() if inspect.isfunction(value) and name in vars(kernels)
+    ]
+    assert set(step.FAST[backend]) == {name for name in operations if name in vars(fast)}
+
+
+@pytest.mark.parametrize("variant", ["plain kernels", "plain conv", "baseline"])
 def test_the_ratios_beside_a_variant(step, variant):
     names = {"plain": 4.0, step.KEPT: 3.0, "torch": 1.0, "torch without attention": 0.8, f"torch, {variant}": 2.0}
     results = {
