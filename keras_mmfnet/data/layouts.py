@@ -12,20 +12,11 @@ from pathlib import Path
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import find_series, is_dicom
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
+from keras_mmfnet.data.names import is_named, sequence_of
 from keras_mmfnet.recipe import DataRecipe
 
 _log = logging.getLogger(__name__)
 
-_CONTRAST = r"((?<![a-z])(ce|gd|gad[a-z]*|contrast|post|km|c\+)|\+ ?c)(?![a-z])"
-_FLAIR = r"flair|dark.?fluid"
-_CET1 = rf"t1.*({_CONTRAST})|({_CONTRAST}).*t1|t1[ _-]?(ce|c|gd)(?![a-z])|cet1"
-# What a series or a channel is called, by modality; searched in lower case.
-_PATTERNS = {
-    "cet1": _CET1,
-    "t1": rf"^(?!.*({_CET1})).*t1",
-    "t2": rf"^(?!.*({_FLAIR})).*t2",
-    "flair": _FLAIR,
-}
 # What BraTS calls its files after the patient's name, in 2020 and from 2023.
 _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
 _ALLOW_MISSING = "only a patient to be segmented may lack it, with `data.allow_missing`"
@@ -257,8 +248,8 @@ def _find_images(folder, recipe, optional):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     for modality, path in images.items():
         if not path and not (optional and any(images.values())):
-            like = next((p for p in _PATTERNS.values() if re.search(p, modality.lower())), _pattern(modality, recipe))
-            raise _missing(folder, names, modality, like, "data.modalities", f"; {_ALLOW_MISSING}")
+            is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
+            raise _missing(folder, names, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
     images = {modality: path for modality, path in images.items() if path}
     return layout, images, functools.partial(_find_mask, folder, names, recipe)
 
@@ -288,18 +279,22 @@ def _brats_stems(folder, endings):
     return [f"{folder.name}{separator}{ending}" for separator in "_-" for ending in endings]
 
 
-def _missing(folder, names, stem, pattern, field, remedy=""):
-    """The error for a file that is missing; with the files whose names are near, where there are."""
+def _missing(folder, names, stem, is_near, field, remedy=""):
+    """The error for a file that is missing; with the files of the patient whose names are near."""
     near = [
         path.name
         for start, path in _stems(folder).items()
-        if re.search(pattern, start.lower()) and (pattern == _MASK or not re.search(_MASK, start.lower()))
+        if is_near(start) and (is_near == _is_mask or not _is_mask(start))
     ]
     expected = f"a file of that name with one of the endings {', '.join(IMAGE_SUFFIXES)} is expected{remedy}"
     if near:
         expected = f"did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
     received = ", ".join(names) or ("a folder without files" if _folders(folder) else "an empty folder")
     return CaseError(f"{folder.name}: {folder / stem}: is missing; {expected}. Received: {received}")
+
+
+def _is_mask(name):
+    return re.search(_MASK, name.lower()) is not None
 
 
 def _find_mask(folder, names, recipe, required):
@@ -310,7 +305,7 @@ def _find_mask(folder, names, recipe, required):
     masks = {m: _find_file(folder, names, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
     masks = {modality: path for modality, path in masks.items() if path}
     if required and not masks:
-        raise _missing(folder, names, recipe.mask, _MASK, "data.mask")
+        raise _missing(folder, names, recipe.mask, _is_mask, "data.mask")
     return masks or None
 
 
@@ -321,13 +316,10 @@ def _holds_dicom(folder):
     return any(is_dicom(path) or path.suffix.lower() == ".dcm" for path in folder.rglob("*") if path.is_file())
 
 
-def _pattern(modality, recipe):
-    return recipe.series.get(modality) or _PATTERNS.get(modality) or rf"(?<![a-z0-9]){re.escape(modality)}(?![a-z0-9])"
-
-
 def _named(sources, modality, recipe):
-    """Those of the sources, given with their names, whose name is a modality's."""
-    return [source for source, name in sources.items() if re.search(_pattern(modality, recipe), name, re.IGNORECASE)]
+    """Those of the sources, given with `(name, folder)`, that are called as a modality is."""
+    pattern = recipe.series.get(modality)
+    return [source for source, (name, folder) in sources.items() if is_named(name, modality, pattern, folder)]
 
 
 def _find_dicom(folder, recipe, optional):
@@ -335,12 +327,11 @@ def _find_dicom(folder, recipe, optional):
     mask_pattern = recipe.series.get(recipe.mask) or rf"(?<![a-z])({re.escape(recipe.mask.lower())}|roi|seg|gtv)"
     images, masks = {}, {}
     for one in find_series(folder, folder.name):
-        name = f"{one.folder.relative_to(folder)} {one.description}".lower()
-        (masks if re.search(mask_pattern, name) else images)[one] = name
+        name = one.description, str(one.folder.relative_to(folder))
+        (masks if re.search(mask_pattern, " ".join(name[::-1]).lower()) else images)[one] = name
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder)).lower()
         if image_suffix(path) and not path.name.startswith(".") and re.search(mask_pattern, path.name.lower()):
-            masks[path] = name
+            masks[path] = path.name, str(path.parent.relative_to(folder))
     chosen = {modality: _choose(folder, images, modality, recipe, optional) for modality in recipe.modalities}
     if not any(chosen.values()):
         _choose(folder, images, recipe.modalities[0], recipe, False)
@@ -473,7 +464,7 @@ def _channels(path, recipe, optional):
     numbers = {}
     for modality in recipe.modalities:
         found = [number for number, name in channels.items() if name == modality.lower()]
-        found = found or _named(channels, modality, recipe)
+        found = found or _named({number: (name, "") for number, name in channels.items()}, modality, recipe)
         if len(found) != 1 and (found or not optional):
             raise ValueError(
                 f"{path}: must name one channel of {modality}; `data.series.{modality}` may give a pattern for its "
