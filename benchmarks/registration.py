@@ -17,7 +17,7 @@ from machine import machine, report
 
 from keras_mmfnet.data import read_case_folder
 from keras_mmfnet.data.image_io import read_image
-from keras_mmfnet.data.registration import Motion, moved, register_rigid
+from keras_mmfnet.data.registration import RigidTransform, apply_transform, register_rigid
 from keras_mmfnet.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "registration"
@@ -38,16 +38,18 @@ def main():
     centre = fixed.TransformContinuousIndexToPhysicalPoint((size / 2).tolist())
     places = [(np.add(place, centre) / 2).tolist() for place in [*places, centre]]
 
-    start = register_rigid(fixed, moving)[0].transform
+    start = register_rigid(fixed, moving)[0].to_sitk()
     rng, seconds, errors = np.random.default_rng(0), [], []
     for _ in range(parsed.turns):
-        motion = Motion(tuple(rng.uniform(-0.15, 0.15, 3)), tuple(rng.uniform(-10, 10, 3)), centre).transform
-        back = sitk.Euler3DTransform(motion.GetInverse())
-        shifted = moved(moving, Motion(back.GetParameters()[:3], back.GetParameters()[3:], back.GetCenter()))
+        transform = RigidTransform(tuple(rng.uniform(-0.15, 0.15, 3)), tuple(rng.uniform(-10, 10, 3)), centre).to_sitk()
+        back = sitk.Euler3DTransform(transform.GetInverse())
+        shifted = apply_transform(
+            moving, RigidTransform(back.GetParameters()[:3], back.GetParameters()[3:], back.GetCenter())
+        )
         begin = time.perf_counter()
-        found = register_rigid(fixed, shifted)[0].transform
+        found = register_rigid(fixed, shifted)[0].to_sitk()
         seconds.append(time.perf_counter() - begin)
-        wanted = [motion.TransformPoint(start.TransformPoint(place)) for place in places]
+        wanted = [transform.TransformPoint(start.TransformPoint(place)) for place in places]
         errors.append(
             max(np.linalg.norm(np.subtract(found.TransformPoint(p), w)) for p, w in zip(places, wanted, strict=True))
         )

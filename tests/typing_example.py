@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import find_cases, five_folds, patch_dataset, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.folds import Fold
-from keras_mmfnet.data.registration import Motion, register_rigid
+from keras_mmfnet.data.registration import RigidTransform, register_rigid
 from keras_mmfnet.data.windows import gaussian_weights
 from keras_mmfnet.evaluation import evaluate_case, summarise
 from keras_mmfnet.inference import predict_volume, segment_case, segment_ensemble
@@ -54,10 +54,10 @@ def train_and_segment(folder: Path) -> sitk.Image:
 
 def register(fixed: sitk.Image, moving: sitk.Image) -> float:
     """Rotation angle of the second image."""
-    motion, gain = register_rigid(fixed, moving)
-    assert_type(motion, Motion)
+    transform, gain = register_rigid(fixed, moving)
+    assert_type(transform, RigidTransform)
     assert_type(gain, float)
-    return motion.rotation
+    return transform.rotation
 
 
 def run(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
-from keras_mmfnet.data.registration import Motion
+from keras_mmfnet.data.registration import RigidTransform
 from keras_mmfnet.recipe import DataRecipe
 
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`, which must be
@@ -71,7 +71,7 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
             "source": preprocessed.source.to_dict(),
             "centre": preprocessed.centre,
             "notes": preprocessed.notes,
-            "motions": {modality: dataclasses.astuple(motion) for modality, motion in preprocessed.motions.items()},
+            "motions": {modality: dataclasses.astuple(rigid) for modality, rigid in preprocessed.transforms.items()},
             "checksums": {file: _checksum(temporary / file) for file in arrays},
         }
         (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -105,7 +105,7 @@ def load(entry: Path, name: str) -> PreprocessedCase | None:
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),
             notes=tuple(description["notes"]),
-            motions={modality: Motion(*map(tuple, numbers)) for modality, numbers in description["motions"].items()},
+            transforms={m: RigidTransform(*map(tuple, numbers)) for m, numbers in description["motions"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -6,7 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.registration import Motion
+from keras_mmfnet.data.registration import RigidTransform
 
 
 class CaseError(ValueError):
@@ -78,7 +78,7 @@ class PreprocessedCase:
         source: The grid of the reference modality's image.
         centre: Voxel indices `(z, y, x)` of the centre of the body's bounding box.
         notes: What the user may want to know about the preprocessing, one sentence each.
-        motions: By modality, the rigid transform that aligned it with the reference modality.
+        transforms: By modality, the rigid transform that aligned it with the reference modality.
     """
 
     name: str
@@ -88,7 +88,7 @@ class PreprocessedCase:
     source: Grid
     centre: tuple[int, int, int]
     notes: tuple[str, ...] = ()
-    motions: Mapping[str, Motion] = dataclasses.field(default_factory=dict)
+    transforms: Mapping[str, RigidTransform] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:

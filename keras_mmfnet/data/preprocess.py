@@ -16,7 +16,7 @@ from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image
-from keras_mmfnet.data.registration import moved, register_rigid
+from keras_mmfnet.data.registration import apply_transform, register_rigid
 from keras_mmfnet.recipe import DataRecipe
 
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
@@ -83,7 +83,7 @@ def recipe_of(case: Case, recipe: DataRecipe) -> DataRecipe:
 
 def _preprocess(case, recipe):
     first = recipe.modalities[0]
-    notes, images, motions, intensities = [], {}, {}, {}
+    notes, images, transforms, intensities = [], {}, {}, {}
     # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
     with ThreadPoolExecutor() as pool:
         read = pool.map(
@@ -99,8 +99,8 @@ def _preprocess(case, recipe):
             else:
                 notes += coverage_notes(case, modality, upright.coverage_by(Grid.from_image(image)), first)
                 if recipe.align == "rigid":
-                    motions[modality], note = _find_motion(fixed, image, f"{case.name}: {modality}", where)
-                    image = moved(image, motions[modality])
+                    transforms[modality], note = _align(fixed, image, f"{case.name}: {modality}", where)
+                    image = apply_transform(image, transforms[modality])
                     notes.append(f"{modality}: {note}")
             values = sitk.GetArrayViewFromImage(image)
             lowest = _require_contrast(values, where)
@@ -114,10 +114,10 @@ def _preprocess(case, recipe):
         notes += _normalised_notes(case, recipe, intensities)
         mask = None
         if case.mask is not None:
-            mask, mask_notes = _read_mask(case, recipe, grid, upright, motions)
+            mask, mask_notes = _read_mask(case, recipe, grid, upright, transforms)
             notes += mask_notes
         images = {modality: normalised.result() for modality, normalised in images.items()}
-    return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), motions)
+    return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), transforms)
 
 
 def reference_notes(grid: Grid, recipe: DataRecipe) -> list[str]:
@@ -141,15 +141,15 @@ def coverage_notes(case: Case, modality: str, coverage: float, first: str) -> li
     return []
 
 
-def _find_motion(fixed, image, name, where):
+def _align(fixed, image, name, where):
     """The rigid transform that brings an image onto the reference modality's, and a note on it."""
     try:
-        motion, gain = register_rigid(fixed, image, name=name)
+        transform, gain = register_rigid(fixed, image, name=name)
     except RuntimeError as error:
         raise CaseError(f"{where}: must be an image that can be aligned. Received: {reason(error)}") from error
     if not gain:
-        return motion, "stays where its header puts it: the motion that was found would have made the fit worse"
-    return motion, f"aligned by {motion.shift:.1f} mm and {motion.rotation:.1f} degrees"
+        return transform, "not aligned: the rigid transform found fits worse"
+    return transform, f"aligned by {transform.shift:.1f} mm and {transform.rotation:.1f} degrees"
 
 
 def _require_contrast(values, where, place=""):
@@ -280,7 +280,7 @@ def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) 
     Args:
         case: A `Case` with a mask.
         recipe: The `DataRecipe`, whose `mask_labels` and `mask_from` choose what counts as tumour.
-        preprocessed: The `PreprocessedCase` of the same patient: its `source` is the grid, its `motions` bring masks
+        preprocessed: The `PreprocessedCase` of the same patient: its `source` is the grid, its `transforms` bring masks
             drawn on other modalities there.
 
     Returns:
@@ -289,7 +289,7 @@ def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) 
     Raises:
         CaseError: The file is damaged, or has no voxel of the labels wanted.
     """
-    return _tumour_on(case, recipe, preprocessed.source, preprocessed.motions)[0]
+    return _tumour_on(case, recipe, preprocessed.source, preprocessed.transforms)[0]
 
 
 def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
@@ -321,23 +321,25 @@ def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
     return []
 
 
-def _tumour_on(case, recipe, grid, motions):
+def _tumour_on(case, recipe, grid, transforms):
     """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
 
     Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
     modality it was drawn on.
     """
     sources = mask_sources(case, recipe)
-    found = (_one_tumour_on(case, source, recipe, grid, motions.get(modality)) for modality, source in sources.items())
+    found = (
+        _one_tumour_on(case, source, recipe, grid, transforms.get(modality)) for modality, source in sources.items()
+    )
     tumours, grids, volumes = zip(*found, strict=True)
     combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
     return combine.reduce(tumours).astype(np.uint8), grids, sum(volumes) / len(volumes)
 
 
-def _one_tumour_on(case, source, recipe, grid, motion):
+def _one_tumour_on(case, source, recipe, grid, transform):
     """The same for one file: whether each voxel of `grid` is tumour, the file's grid, and the volume."""
     image = read_image(source, case.name)
-    image = moved(image, motion) if motion else image
+    image = apply_transform(image, transform) if transform else image
     own = Grid.from_image(image)
     try:
         tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels)
@@ -349,9 +351,9 @@ def _one_tumour_on(case, source, recipe, grid, motion):
     return inside, upright_grid(own), _millilitres(tumour, own)
 
 
-def _read_mask(case, recipe, grid, upright, motions):
+def _read_mask(case, recipe, grid, upright, transforms):
     """The mask on `grid` and notes on it; `upright` is the reference modality's own grid in the order of `grid`."""
-    mask, grids, volume = _tumour_on(case, recipe, grid, motions)
+    mask, grids, volume = _tumour_on(case, recipe, grid, transforms)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
     where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))
     if not kept:

@@ -16,7 +16,7 @@ _RELAXATION = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class Motion:
+class RigidTransform:
     """A rigid transform from positions in one image to the corresponding positions in another.
 
     Args:
@@ -29,9 +29,8 @@ class Motion:
     translation: tuple[float, float, float]
     centre: tuple[float, float, float]
 
-    @property
-    def transform(self) -> sitk.Euler3DTransform:
-        """The same as a `SimpleITK.Euler3DTransform`."""
+    def to_sitk(self) -> sitk.Euler3DTransform:
+        """Returns the transform as a `SimpleITK.Euler3DTransform`."""
         transform = sitk.Euler3DTransform()
         transform.SetCenter(self.centre)
         transform.SetRotation(*self.angles)
@@ -41,7 +40,7 @@ class Motion:
     @property
     def rotation(self) -> float:
         """Rotation angle in degrees."""
-        trace = np.trace(np.reshape(self.transform.GetMatrix(), (3, 3)))
+        trace = np.trace(np.reshape(self.to_sitk().GetMatrix(), (3, 3)))
         return math.degrees(math.acos(min(max((trace - 1) / 2, -1.0), 1.0)))
 
     @property
@@ -52,7 +51,7 @@ class Motion:
 
 def register_rigid(
     fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration"
-) -> tuple[Motion, float]:
+) -> tuple[RigidTransform, float]:
     """Registers one image of a patient to another: the rigid transform of highest mutual information.
 
     The optimisation starts from the positions in the headers. Mattes' mutual information is maximised by gradient
@@ -65,16 +64,16 @@ def register_rigid(
         name: Name in the log.
 
     Returns:
-        `(motion, gain)`: the `Motion` from positions in `fixed` to positions in `moving`, and the increase of mutual
-        information. If there was none, the identity and 0.
+        `(transform, gain)`: the `RigidTransform` from positions in `fixed` to positions in `moving`, and the increase
+        of mutual information. If there was none, the identity and 0.
 
     Raises:
         RuntimeError: The images do not overlap.
     """
     fixed, moving = (sitk.Cast(image, sitk.sitkFloat32) for image in (fixed, moving))
     centre = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
-    start = Motion((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), centre)
-    transform = start.transform
+    start = RigidTransform((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), centre)
+    transform = start.to_sitk()
     for number, size in enumerate(_LEVELS, start=1):
         pair = [_coarse(image, size) for image in (fixed, moving)]
         method = _method(pair[0], seed)
@@ -93,7 +92,7 @@ def register_rigid(
         )
     # Rounded far below the accuracy, but above the differences that come from the threads' order of summation.
     numbers = tuple(round(number, 5) for number in transform.GetParameters())
-    found = Motion(numbers[:3], numbers[3:], centre)
+    found = RigidTransform(numbers[:3], numbers[3:], centre)
     gain = _information(*pair, found, seed) - _information(*pair, start, seed)
     return (found, gain) if gain > 0 else (start, 0.0)
 
@@ -108,10 +107,10 @@ def _method(fixed, seed):
     return method
 
 
-def _information(fixed, moving, motion, seed):
+def _information(fixed, moving, transform, seed):
     """Mutual information of two images; higher is better."""
     method = _method(fixed, seed)
-    method.SetInitialTransform(motion.transform)
+    method.SetInitialTransform(transform.to_sitk())
     return -method.MetricEvaluate(fixed, moving)
 
 
@@ -124,17 +123,17 @@ def _coarse(image, size):
     return sitk.Shrink(sitk.DiscreteGaussian(image, variance.tolist(), maximumKernelWidth=64), factors.tolist())
 
 
-def moved(image: sitk.Image, motion: Motion) -> sitk.Image:
+def apply_transform(image: sitk.Image, transform: RigidTransform) -> sitk.Image:
     """Applies the inverse of a rigid transform to an image by changing its origin and direction only.
 
     Args:
         image: 3D SimpleITK image.
-        motion: The `Motion` from positions in the result to positions in `image`.
+        transform: The `RigidTransform` from positions in the result to positions in `image`.
 
     Returns:
         A SimpleITK image with the same voxels and a new header.
     """
-    inverse = motion.transform.GetInverse()
+    inverse = transform.to_sitk().GetInverse()
     rotation = np.reshape(inverse.GetMatrix(), (3, 3))
     result = sitk.Image(image)
     result.SetOrigin(inverse.TransformPoint(image.GetOrigin()))

@@ -7,10 +7,10 @@ from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.preprocess import read_tumour
-from keras_mmfnet.data.registration import Motion, moved, register_rigid
+from keras_mmfnet.data.registration import RigidTransform, apply_transform, register_rigid
 from keras_mmfnet.recipe import Recipe
 
-NONE = Motion((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+IDENTITY = RigidTransform((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
 def corners(image):
@@ -29,9 +29,9 @@ def turn_between(one, other):
     return np.degrees(np.arccos(np.clip((np.trace(matrix) - 1) / 2, -1, 1)))
 
 
-def inverse(motion):
-    transform = sitk.Euler3DTransform(motion.transform.GetInverse())
-    return Motion(transform.GetParameters()[:3], transform.GetParameters()[3:], transform.GetCenter())
+def inverse(transform):
+    back = sitk.Euler3DTransform(transform.to_sitk().GetInverse())
+    return RigidTransform(back.GetParameters()[:3], back.GetParameters()[3:], back.GetCenter())
 
 
 def phantom(inverted=False, seed=0):
@@ -48,49 +48,53 @@ def phantom(inverted=False, seed=0):
     return sitk.Cast(grid.image(values), sitk.sitkFloat32), grid.image(tumour.astype(np.uint8))
 
 
-def test_an_image_is_moved_by_its_header():
+def test_a_transform_changes_only_the_header():
     image, _ = phantom()
-    motion = Motion((0.1, -0.2, 0.3), (4.0, -5.0, 6.0), (10.0, 20.0, -5.0))
-    result = moved(image, motion)
+    transform = RigidTransform((0.1, -0.2, 0.3), (4.0, -5.0, 6.0), (10.0, 20.0, -5.0))
+    result = apply_transform(image, transform)
     np.testing.assert_array_equal(sitk.GetArrayViewFromImage(result), sitk.GetArrayViewFromImage(image))
     for index in ((0, 0, 0), (63, 10, 29)):
         place = result.TransformIndexToPhysicalPoint(index)
         expected = image.TransformIndexToPhysicalPoint(index)
-        np.testing.assert_allclose(motion.transform.TransformPoint(place), expected, atol=1e-6)
-    assert motion.shift == pytest.approx(77**0.5)
-    assert Motion((0.0, 0.0, 0.3), (0.0, 0.0, 0.0), (1.0, 2.0, 3.0)).rotation == pytest.approx(np.degrees(0.3))
+        np.testing.assert_allclose(transform.to_sitk().TransformPoint(place), expected, atol=1e-6)
+    assert transform.shift == pytest.approx(77**0.5)
+    assert RigidTransform((0.0, 0.0, 0.3), (0.0, 0.0, 0.0), (1.0, 2.0, 3.0)).rotation == pytest.approx(np.degrees(0.3))
 
 
-@pytest.mark.parametrize("motion", [NONE, Motion((0.1, -0.08, 0.15), (8.0, -10.0, 6.0), (0.0, 0.0, 0.0))])
-def test_a_known_motion_is_found_between_two_contrasts(motion):
+@pytest.mark.parametrize(
+    "transform", [IDENTITY, RigidTransform((0.1, -0.08, 0.15), (8.0, -10.0, 6.0), (0.0, 0.0, 0.0))]
+)
+def test_a_known_transform_is_found_between_two_contrasts(transform):
     fixed, (moving, _) = phantom()[0], phantom(inverted=True, seed=1)
-    found, gain = register_rigid(fixed, moved(moving, inverse(motion)))
-    assert max(distances(found.transform, motion.transform, corners(fixed))) < 1
-    assert turn_between(found.transform.GetMatrix(), motion.transform.GetMatrix()) < 1
-    assert gain > 0 or motion == NONE
+    found, gain = register_rigid(fixed, apply_transform(moving, inverse(transform)))
+    assert max(distances(found.to_sitk(), transform.to_sitk(), corners(fixed))) < 1
+    assert turn_between(found.to_sitk().GetMatrix(), transform.to_sitk().GetMatrix()) < 1
+    assert gain > 0 or transform == IDENTITY
 
 
-def test_the_same_seed_finds_the_same_motion():
+def test_the_same_seed_finds_the_same_transform():
     fixed, moving = phantom()[0], phantom(inverted=True)[0]
-    motion = Motion((0.05, 0.0, 0.1), (3.0, 2.0, 0.0), (0.0, 0.0, 0.0))
-    one, other = (register_rigid(fixed, moved(moving, motion), seed=3)[0] for _ in range(2))
+    transform = RigidTransform((0.05, 0.0, 0.1), (3.0, 2.0, 0.0), (0.0, 0.0, 0.0))
+    one, other = (register_rigid(fixed, apply_transform(moving, transform), seed=3)[0] for _ in range(2))
     assert one == other
 
 
 def test_images_that_do_not_overlap():
     fixed, moving = phantom()[0], phantom(inverted=True)[0]
     with pytest.raises(RuntimeError):
-        register_rigid(fixed, moved(moving, Motion((0.0, 0.0, 0.0), (900.0, 0.0, 0.0), (0.0, 0.0, 0.0))))
+        register_rigid(
+            fixed, apply_transform(moving, RigidTransform((0.0, 0.0, 0.0), (900.0, 0.0, 0.0), (0.0, 0.0, 0.0)))
+        )
 
 
 def test_a_patient_who_moved(tmp_path):
     """Images and masks of the other sequences come back to where the first one has them, and the note says so."""
-    moves = {"t2": Motion((0.06, 0.0, 0.1), (4.0, -6.0, 3.0), (0.0, 0.0, 0.0)), "cet1": NONE}
+    moves = {"t2": RigidTransform((0.06, 0.0, 0.1), (4.0, -6.0, 3.0), (0.0, 0.0, 0.0)), "cet1": IDENTITY}
     for name in ("t1", "t2", "cet1"):
-        motion = moves.get(name, NONE)
+        transform = moves.get(name, IDENTITY)
         image, mask = phantom(inverted=name == "t2", seed=len(name))
-        sitk.WriteImage(moved(image, motion), str(tmp_path / f"{name}.nii.gz"))
-        sitk.WriteImage(moved(mask, motion), str(tmp_path / f"mask_{name}.nii.gz"))
+        sitk.WriteImage(apply_transform(image, transform), str(tmp_path / f"{name}.nii.gz"))
+        sitk.WriteImage(apply_transform(mask, transform), str(tmp_path / f"mask_{name}.nii.gz"))
     recipe = Recipe().replace({"data.spacing": None, "data.mask_from": "t2", "data.align": "rigid"})
     files = read_case_folder(tmp_path, recipe.data)
     case = preprocess_case(files, recipe.data, cache=tmp_path / "cache")
@@ -106,10 +110,10 @@ def test_a_patient_who_moved(tmp_path):
     t2 = next(note for note in case.notes if note.startswith("t2: aligned by "))
     assert 6 < float(t2.split()[3]) < 9
     assert 5 < float(t2.split()[6]) < 8
-    # From the cache: the motions are part of it.
+    # From the cache: the transforms are part of it.
     again = preprocess_case(files, recipe.data, cache=tmp_path / "cache")
-    assert again.motions == case.motions
-    assert again.motions["t2"].shift > 6
+    assert again.transforms == case.transforms
+    assert again.transforms["t2"].shift > 6
     # The only mask there is moves with the sequence that its name, or the recipe, says.
     for name in ("t1", "cet1"):
         (tmp_path / f"mask_{name}.nii.gz").unlink()
@@ -130,8 +134,8 @@ def test_the_cache_knows_the_alignment_and_not_the_training(tiny_cohort):
 
 
 @pytest.mark.parametrize(("patient", "modality"), [("brats2013_patient", "cet1"), ("brainix", "t2")])
-def test_a_known_motion_of_real_images(patient, modality, test_data):
-    """A motion put on an image is found again, to 1 mm and 1 degree, beside what is found without it.
+def test_a_known_transform_of_real_images(patient, modality, test_data):
+    """A transform applied to an image is found again, to 1 mm and 1 degree, beside what is found without it.
 
     The sequences of brainix are a good millimetre apart from the beginning.
     """
@@ -139,11 +143,11 @@ def test_a_known_motion_of_real_images(patient, modality, test_data):
     files = read_case_folder(test_data / patient, recipe.data, require_mask=False)
     fixed, moving = (read_image(files.images[name], patient, sitk.sitkFloat32) for name in recipe.data.modalities)
     centre = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
-    motion = Motion((0.07, -0.05, 0.14), (6.0, -9.0, 5.0), centre)
-    found, gain = register_rigid(fixed, moved(moving, inverse(motion)))
-    before = NONE if patient == "brats2013_patient" else register_rigid(fixed, moving)[0]
-    expected = sitk.CompositeTransform([motion.transform, before.transform])
-    assert max(distances(found.transform, expected, corners(fixed))) < 1
-    matrix = np.reshape(motion.transform.GetMatrix(), (3, 3)) @ np.reshape(before.transform.GetMatrix(), (3, 3))
-    assert turn_between(found.transform.GetMatrix(), matrix) < 1
+    transform = RigidTransform((0.07, -0.05, 0.14), (6.0, -9.0, 5.0), centre)
+    found, gain = register_rigid(fixed, apply_transform(moving, inverse(transform)))
+    before = IDENTITY if patient == "brats2013_patient" else register_rigid(fixed, moving)[0]
+    expected = sitk.CompositeTransform([transform.to_sitk(), before.to_sitk()])
+    assert max(distances(found.to_sitk(), expected, corners(fixed))) < 1
+    matrix = np.reshape(transform.to_sitk().GetMatrix(), (3, 3)) @ np.reshape(before.to_sitk().GetMatrix(), (3, 3))
+    assert turn_between(found.to_sitk().GetMatrix(), matrix) < 1
     assert gain > 0.1
