@@ -21,6 +21,8 @@ from keras_mmfnet.recipe import DataRecipe
 
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
 _HALF = 0.5 - 1e-4
+# Share of a mask's volume that must be left on the reference grid.
+_KEPT = 2 / 3
 # Of the 99th percentile: how far below 0 the interpolation of a magnitude brings its 1st percentile at most.
 _OVERSHOOT = 0.02
 
@@ -347,8 +349,14 @@ def _one_tumour_on(case, source, recipe, grid, transform):
         raise CaseError(f"{case.name}: {source}: {error}") from error
     near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
     image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
-    inside = resample(image_near, grid, background=0.0) >= _HALF
-    return inside, upright_grid(own), _millilitres(tumour, own)
+    inside, volume = resample(image_near, grid, background=0.0) >= _HALF, _millilitres(tumour, own)
+    if 0 < (kept := _millilitres(inside, grid)) < _KEPT * volume:
+        raise CaseError(
+            f"{case.name}: {source}: must lie within {recipe.modalities[0]} and be large enough for its voxels of "
+            f"{' x '.join(f'{step:.3g}' for step in grid.spacing)} mm. Received: {volume:.3g} ml of tumour, of which "
+            f"{kept:.3g} ml are left on that grid"
+        )
+    return inside, upright_grid(own), volume
 
 
 def _read_mask(case, recipe, grid, upright, transforms):

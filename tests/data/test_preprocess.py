@@ -459,6 +459,20 @@ def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
     assert 2 * np.count_nonzero(truth & result.mask) / (truth.sum() + result.mask.sum()) > 0.9
 
 
+def test_a_mask_that_loses_a_third_of_its_volume_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    # T1 has 8 slices, the 27th to the 34th of the mask's.
+    beyond = make_grid(size=(60, 50, 60))
+    for first, refusal in ((30, None), (32, r"0\.256 ml of tumour, of which 0\.102 ml are left")):
+        mask = np.zeros(beyond.shape, np.uint8)
+        mask[first : first + 5, 20:25, 20:24] = 1
+        write(case.mask, beyond, mask)
+        if refusal:
+            assert re.search(refusal, refused(case, RAW, case.mask))
+        else:
+            assert np.count_nonzero(preprocess_case(case, RAW.data).mask) == 4 * 20
+
+
 def test_a_mask_in_another_order_of_the_axes_is_not_another_grid(tmp_path):
     case = make_case(tmp_path)
     sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(case.mask)), "RAS"), str(case.mask))
