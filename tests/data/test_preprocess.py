@@ -24,7 +24,7 @@ from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_sc
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.layouts import read_case_folder
-from keras_mmfnet.data.preprocess import preprocess_case, tumour_voxels
+from keras_mmfnet.data.preprocess import preprocess_case, read_tumour, tumour_voxels
 from keras_mmfnet.recipe import Recipe
 
 REVERSED = np.diag([-1.0, -1.0, 1.0])
@@ -672,3 +672,18 @@ def test_real_intensities_are_not_taken_for_z_scores(test_data, folder, modaliti
         case = read_case_folder(test_data / folder / patient, recipe)
         notes = preprocess_case(dataclasses.replace(case, mask=None), recipe).notes
         assert not any("z-scores" in note for note in notes)
+
+
+@pytest.mark.parametrize(("drawn_on", "least"), [("ct", 0.999), ("pet", 0.94)])
+def test_masks_drawn_on_ct_and_pet_agree_with_that_on_t1(drawn_on, least, test_data):
+    # PET's pixels are 4 to 5.5 times T1's.
+    recipe = Recipe().replace(
+        {"data.modalities": ("t1", "ct", "pet"), "data.spacing": None, "data.normalised_scale": 1}
+    )
+    for folder in sorted((test_data / "sts_patients").iterdir()):
+        case, masks = read_case_folder(folder, recipe.data), []
+        for mask_from in ("t1", drawn_on):
+            own = recipe.replace({"data.mask_from": mask_from}).data
+            masks.append(read_tumour(case, own, preprocess_case(case, own)))
+        truth, found = masks
+        assert 2 * np.count_nonzero(truth & found) / (truth.sum() + found.sum()) >= least, folder.name
