@@ -1,13 +1,13 @@
 """The metrics of a patient, their summary over patients, and how they are written."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from keras_mmfnet._files import csv_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,8 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
         the mean, see `mean_interval`.
     """
     summary = {}
-    for name in _keys(rows):
+    # Rows written by earlier versions have fewer keys.
+    for name in dict.fromkeys(key for row in rows for key in row):
         if name in ("patient", "fold"):
             continue
         values = np.array([row.get(name) for row in rows], float)
@@ -220,11 +221,6 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
         numbers = (float(values.mean()), float(values.std()), *mean_interval(values)) if len(values) else [None] * 4
         summary[name] = {**dict(zip(("mean", "std", "low", "high"), numbers, strict=True)), "patients": len(values)}
     return summary
-
-
-def _keys(rows):
-    """The keys of all rows, since those of earlier versions have fewer."""
-    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
@@ -269,28 +265,5 @@ def metrics_json(rows: Sequence[Mapping]) -> str:
 
 
 def metrics_csv(rows: Sequence[Mapping]) -> str:
-    """Dicts as CSV text, one row each."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=_keys(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def metrics_table(rows: Sequence[Mapping]) -> str:
-    """The numbers of each patient, their mean and its 95% interval as a plain-text table."""
-    summary = summarise(rows)
-    metrics = {key: metric for key, metric in METRICS.items() if key in summary}
-    lines = [["patient", "fold", *(metric.title for metric in metrics.values())]]
-    lines += [
-        [row["patient"], str(row.get("fold", "")), *(metric.text(row.get(key)) for key, metric in metrics.items())]
-        for row in rows
-    ]
-    for name, label in (("mean", "mean"), ("low", "95% from"), ("high", "95% to")):
-        lines.append([label, "", *(metric.text(summary[key][name]) for key, metric in metrics.items())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    return "\n".join([*text[:-3], "-" * len(text[0]), *text[-3:]])
+    """The metrics of each patient as CSV text, one row per patient."""
+    return csv_text(rows)
