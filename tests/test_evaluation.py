@@ -101,7 +101,7 @@ def test_average_precision_is_scikit_learns():
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"one shape\. Received: \(2, 2\) and \(2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: \(2, 2\) and \(2, 2, 2\)"):
         evaluate_case(np.zeros((2, 2)), TRUTH, (1, 1, 1))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_mmfnet.data import augment
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import cut, window_starts
+from keras_mmfnet.data.windows import crop, window_starts
 from keras_mmfnet.recipe import PatchRecipe
 
 try:
@@ -173,8 +173,8 @@ def _pack(cases, recipe, modalities, training):
         block = np.moveaxis(volume[:, :, top : top + count], 2, 0)
         for channel, name in enumerate(modalities):
             image = case.images[name]
-            block[..., channel] = cut(image, corner, block.shape[:3], image.min())
-        block[..., -1] = cut(case.mask, corner, block.shape[:3], 0)
+            block[..., channel] = crop(image, corner, block.shape[:3], image.min())
+        block[..., -1] = crop(case.mask, corner, block.shape[:3], 0)
         begins = np.array([[top, top + count - depth]] * len(first))
         windows.append(np.concatenate([first - corner + (top, 0, 0), begins], axis=1))
     return volume, np.concatenate(windows).astype(np.int32)
