@@ -20,7 +20,7 @@ from pathlib import Path
 # TensorFlow leaves it off on some processors; a step takes a third of the time with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from keras_mmfnet.evaluation import metrics_table
+from keras_mmfnet.evaluation import METRICS, summarise
 from keras_mmfnet.methods import method_of
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import write_report
@@ -40,8 +40,11 @@ def main(arguments):
         # The synthetic patients are easy enough to end here.
         recipe = recipe.replace({"training.steps_per_epoch": 40, "training.epochs": 4, "training.warmup_epochs": 1})
     run = Run.start(out, data, recipe)
-    print(metrics_table(cross_validate(run, method_of(recipe), folds=[0])))
-    print(f"The report is {write_report(run)}")
+    summary = summarise(cross_validate(run, method_of(recipe), folds=[0]))
+    for name in ("dsc", "hd95"):
+        metric, numbers = METRICS[name], summary[name]
+        print(f"{metric.title}: mean {metric.text(numbers['mean'])} over {numbers['patients']} test patients")
+    print(f"Report: {write_report(run)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """MMFNet for Keras 3: fuses several MRI sequences of one patient into a tumour segmentation.
 
-The modules, each loaded when it is first asked for:
+The modules, which are imported on first use:
 
-    layers, models                   the attention and fusion layers; MMFNet and the networks it is compared with
-    losses, metrics                  for model.fit
-    recipe                           every number of a run
+    layers, models                   attention and fusion layers; MMFNet and the networks of the comparison
+    losses, metrics                  Dice loss and metrics for model.fit
+    recipe                           all settings of a run
     data                             finds patients, preprocesses them, makes patches
     methods, training, run           train networks, cross-validate, compare methods
     inference, evaluation, export    segment, compare with the expert, write files
-    explain, plots, report           show what was done
+    explain, plots, report           attention and gradient maps, figures, the HTML report
 
 Example:
 

@@ -1,10 +1,10 @@
-"""Where the channels are: the one place that knows what `channels_first` means."""
+"""Shapes of batches in both data formats."""
 
 import keras
 
 
 def standardize(data_format):
-    """The layout meant by `data_format`, with `None` for Keras' own setting."""
+    """Returns `data_format`, or Keras' setting for `None`; raises `ValueError` if it is unknown."""
     if data_format is None:
         return keras.config.image_data_format()
     if data_format not in ("channels_last", "channels_first"):
@@ -13,12 +13,18 @@ def standardize(data_format):
 
 
 def channel_axis(data_format):
-    """Axis of the channels in a batch."""
+    """The axis of the channels in a batch."""
     return -1 if data_format == "channels_last" else 1
 
 
 def with_channels(shape, channels, data_format):
-    """A batch's shape with another number of channels."""
+    """The shape of a batch with another number of channels."""
     shape = list(shape)
     shape[channel_axis(data_format)] = channels
     return tuple(shape)
+
+
+def output_spec(layer, shapes, return_all):
+    """The symbolic outputs of a layer: one of each shape, or only the first one."""
+    specs = tuple(keras.KerasTensor(shape, dtype=layer.compute_dtype) for shape in shapes)
+    return specs if return_all else specs[0]

@@ -1,4 +1,4 @@
-"""Ends an import in one line where Keras has no backend; imported before Keras by each module that needs it."""
+"""Raises a clear error if Keras' backend is not installed. Modules that need Keras import this one first."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ _INSTALL = "pip install " + " or ".join(f'"keras-mmfnet[{name}]"' for name in BA
 
 
 def configured_backend() -> str:
-    """Name of the backend that Keras will import: that of KERAS_BACKEND, else of Keras' own file, else TensorFlow."""
+    """The backend that Keras will import: KERAS_BACKEND, else the one in keras.json, else TensorFlow."""
     if name := os.environ.get("KERAS_BACKEND"):
         return name
     file = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
@@ -22,17 +22,17 @@ def configured_backend() -> str:
 
 
 def require_backend() -> None:
-    """Raises an `ImportError` that names the extras, unless Keras' backend is installed."""
+    """Raises an `ImportError` that names the extras if Keras' backend is not installed."""
     if "keras" in sys.modules:
         return
     name = configured_backend()
     if name not in BACKENDS:
         raise ImportError(
-            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}; each is installed by {_INSTALL}. Received: {name!r}"
+            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}, installed by {_INSTALL}. Received: {name!r}"
         )
     if importlib.util.find_spec(name) is None:
         raise ImportError(
-            f"Keras needs a backend, which is not installed: {_INSTALL}, and KERAS_BACKEND set to it unless it is "
+            f"Keras needs a backend, which is not installed: {_INSTALL}, and set KERAS_BACKEND unless it is "
             f"tensorflow. Received: {name!r}"
         )
 

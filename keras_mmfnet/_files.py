@@ -1,20 +1,22 @@
-"""Files that are there whole or not at all."""
+"""Reads and writes small files. A file is never left half-written."""
 
+import csv
+import io
 import json
 import os
 import uuid
 
 
 def write(path, content, replace=True):
-    """Writes text or bytes so that the file is there whole or not at all.
+    """Writes text or bytes atomically: the file is complete or absent.
 
     Args:
         path: The file's path.
         content: Text or bytes.
-        replace: Whether a file that is there is replaced.
+        replace: Whether an existing file is replaced.
 
     Raises:
-        FileExistsError: The file is there and is not to be replaced.
+        FileExistsError: The file exists and `replace` is false.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -28,7 +30,7 @@ def write(path, content, replace=True):
 
 
 def read_json(path):
-    """The object in a JSON file.
+    """Reads a JSON file.
 
     Raises:
         ValueError: The file is damaged; the message names it.
@@ -39,17 +41,26 @@ def read_json(path):
         raise ValueError(f"{path}: must be undamaged JSON. Received: {error}") from error
 
 
+def csv_text(rows):
+    """Dicts as CSV text, one row each. The columns are the keys of all rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write_once(path, text, other, free=()):
-    """Writes a JSON file that a resumed run must find with the same values.
+    """Writes a JSON file; if it exists already, checks that it has the same values.
 
     Args:
         path: The file's path.
         text: A JSON object.
-        other: What a file with other values is of, for the message.
-        free: Names at the top of the object that may change.
+        other: What a file with other values belongs to, for the error message.
+        free: Top-level keys whose values may differ; the file is then replaced.
 
     Raises:
-        ValueError: The file is there with other values, which the message lists.
+        ValueError: The file exists with other values. The message lists them.
     """
     try:
         return write(path, text, replace=False)
@@ -66,7 +77,7 @@ def write_once(path, text, other, free=()):
 
 
 def _flat(values, above=""):
-    """Nested dicts as one, by the path of each value."""
+    """Flattens nested dicts; the keys are dotted paths."""
     flat = {}
     for key, value in values.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}

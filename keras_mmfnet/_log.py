@@ -1,4 +1,4 @@
-"""What a run says while it works."""
+"""Progress and log file of a run."""
 
 import contextlib
 import logging
@@ -10,18 +10,18 @@ _progress = logging.getLogger("keras_mmfnet.progress")
 
 
 def progress(what: str | os.PathLike, done: int, total: int) -> None:
-    """Reports how far a piece of work is, to whoever listens to the logger `keras_mmfnet.progress`.
+    """Reports the progress of a task to the logger `keras_mmfnet.progress`.
 
     Args:
-        what: Path of the network that is trained, or the name of another work.
-        done: Updates or patients that are done.
-        total: How many there are.
+        what: Path of the network that is trained, or the name of another task.
+        done: Number of updates or patients that are done.
+        total: Number of all updates or patients.
     """
     _progress.debug("%s: %d of %d", what, done, total, extra={"what": what, "done": done, "total": total})
 
 
 class _File(logging.FileHandler):
-    """Waits with the file until its folder is there, so that a run that does not start leaves nothing behind."""
+    """Creates the file when its folder exists, so that a run that fails to start leaves no files."""
 
     def __init__(self, path):
         super().__init__(path, encoding="utf-8", delay=True)
@@ -37,19 +37,19 @@ class _File(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Adds all messages, and the error that ends the block, to the end of a file, as soon as its folder is there."""
+    """Appends all log messages, and the error that ends the block, to a file once its folder exists."""
     file = _File(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.setLevel(logging.INFO)
     root = logging.getLogger()
     root.addHandler(file)
-    # Where others have set up logging before, it may let only warnings through.
+    # The root logger may be set to pass only warnings.
     level = root.level
     root.setLevel(min(level, logging.INFO))
     try:
         yield
     except BaseException as error:
-        # In the file alone: the terminal has it from Python.
+        # Only in the file: Python prints it to the terminal.
         file.handle(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
         raise
     finally:

@@ -1,4 +1,4 @@
-"""What numbers were taken on."""
+"""Describes the machine that results were computed on."""
 
 import importlib.metadata
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def machine(*packages: str) -> dict[str, str]:
-    """The processor, the system, the memory allocator and the versions of packages.
+    """Returns the processor, the system, the memory allocator and the versions of packages.
 
     Args:
-        packages: Names of installed packages; one that is not installed is left out.
+        packages: Names of packages; those that are not installed are left out.
 
     Returns:
-        A dict that JSON can hold.
+        A dict of strings.
     """
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -31,7 +31,7 @@ def machine(*packages: str) -> dict[str, str]:
     return {
         "processor": f"{processor}, {cores} cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        # The allocator decides much of the memory that a step takes, and some of its time.
+        # The allocator affects the memory and the time of a training step.
         "allocator": Path(preloaded).name if "malloc" in preloaded else libc,
         **versions,
     }

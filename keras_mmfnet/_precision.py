@@ -4,7 +4,7 @@ import keras
 
 
 def dtype_policy(mixed_precision: str = "auto") -> str:
-    """Name of the dtype policy for a recipe's `mixed_precision`.
+    """Returns the dtype policy for a recipe's `mixed_precision`.
 
     `"auto"` is bfloat16 on a GPU of compute capability 8 or more, float16 on an older GPU and float32 without a GPU.
 
@@ -15,7 +15,7 @@ def dtype_policy(mixed_precision: str = "auto") -> str:
         `"float32"`, `"mixed_float16"` or `"mixed_bfloat16"`.
 
     Raises:
-        ValueError: The value is unknown, or TensorFlow cannot train in it on a CPU.
+        ValueError: The value is unknown, or TensorFlow cannot train in this precision on a CPU.
     """
     if mixed_precision not in ("auto", "off", "float16", "bfloat16"):
         raise ValueError(
@@ -30,15 +30,15 @@ def dtype_policy(mixed_precision: str = "auto") -> str:
         return "mixed_bfloat16" if capability >= 8 else "mixed_float16"
     if capability is None and keras.backend.backend() == "tensorflow":
         raise ValueError(
-            "`mixed_precision` must be 'auto' or 'off' under TensorFlow without a GPU, where it has no 3D pooling in "
-            "float16, and wrong gradients of 3D convolutions in bfloat16 unless XLA compiles them. Received: "
+            "`mixed_precision` must be 'auto' or 'off' on TensorFlow without a GPU, which has no 3D pooling in float16 "
+            "and, without XLA, wrong gradients of 3D convolutions in bfloat16. Received: "
             f"{mixed_precision!r}"
         )
     return f"mixed_{mixed_precision}"
 
 
 def _gpu_capability() -> float | None:
-    """Compute capability of the first GPU that the backend uses; `None` without a GPU."""
+    """The compute capability of the backend's first GPU; `None` without a GPU."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf

@@ -1,24 +1,24 @@
-"""The metrics of a patient, their summary over patients, and how they are written."""
+"""Metrics of a patient, their summary over patients, and tests between methods."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_mmfnet._files import csv_text
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a number of a patient is called and means.
+    """Describes a metric.
 
     Args:
-        label: Its short name.
-        unit: Its unit, `""` for none.
-        about: One line that explains it.
-        better: `"higher"`, `"lower"`, or `""` where neither is.
+        label: Short name.
+        unit: Unit, or `""`.
+        about: One sentence that explains it.
+        better: `"higher"`, `"lower"`, or `""` if neither is better.
         digits: Decimals shown.
     """
 
@@ -30,18 +30,18 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The label with the unit."""
+        """The label and the unit."""
         return f"{self.label} {self.unit}".strip()
 
     def text(self, value: float | None) -> str:
-        """A value with its decimals, a count without; `-` where it is not defined."""
+        """Formats a value: an int without decimals, `-` if it is `None` or NaN."""
         if isinstance(value, int):
             return str(value)
         return "-" if value is None or math.isnan(value) else f"{value:.{self.digits}f}"
 
 
 METRICS: dict[str, Metric] = {
-    "dsc": Metric("DSC", "", "Dice coefficient: overlap of both masks, 1 where they are equal.", "higher", 4),
+    "dsc": Metric("DSC", "", "Dice coefficient: overlap of both masks, 1 if they are equal.", "higher", 4),
     "ap": Metric("AP", "", "Average precision of the probabilities, over all thresholds.", "higher", 4),
     "dice_loss": Metric("Dice loss", "", "1 - Dice coefficient of the probabilities, without a threshold.", "lower", 4),
     "hd95": Metric(
@@ -60,7 +60,7 @@ METRICS: dict[str, Metric] = {
 def evaluate_case(
     probability: np.ndarray, truth: np.ndarray, spacing_zyx: Sequence[float], threshold: float = 0.5
 ) -> dict[str, float]:
-    """The metrics of one patient, over all voxels of the volume (section IV-B).
+    """Computes the metrics of one patient over all voxels of the volume (section IV-B).
 
     | metric | definition | truth empty | prediction empty | both empty |
     |---|---|---|---|---|
@@ -77,10 +77,10 @@ def evaluate_case(
         probability: Probabilities `(depth, height, width)` in [0, 1].
         truth: The expert's mask of 0 and 1, of the same shape.
         spacing_zyx: Size of a voxel in mm.
-        threshold: A voxel counts as tumour from this probability on.
+        threshold: Lowest probability that counts as tumour.
 
     Returns:
-        The numbers by the keys of `METRICS`, without `seconds`.
+        The metrics by the keys of `METRICS`, except `seconds`.
 
     Raises:
         ValueError: The shapes differ.
@@ -110,15 +110,15 @@ def evaluate_case(
 def _check_shapes(probability, truth):
     if probability.shape != truth.shape:
         raise ValueError(
-            f"`probability` and `truth` must have one shape. Received: {probability.shape} and {truth.shape}"
+            f"`probability` and `truth` must have the same shape. Received: {probability.shape} and {truth.shape}"
         )
 
 
 def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[float]) -> dict[str, float]:
-    """How far apart the surfaces of two masks are.
+    """Distances between the surfaces of two masks.
 
-    A mask's surface is its voxels with a face on the background; outside the volume is background. The
-    distances are those from each surface voxel's centre to the nearest one's of the other surface.
+    The surface of a mask is its voxels that share a face with the background, which includes everything outside the
+    volume. A distance is measured from the centre of a surface voxel to the nearest one of the other surface.
 
     Args:
         one: Mask `(depth, height, width)`.
@@ -126,9 +126,9 @@ def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[
         spacing_zyx: Size of a voxel in mm.
 
     Returns:
-        `hd95`, the larger of the two directions' 95th percentiles, and `assd`, the mean over all voxels of both
-        surfaces, in mm. Both are 0 where both masks are empty and, where only one is, the length of the volume's
-        diagonal, than which no distance is larger.
+        `hd95`, the larger of the 95th percentiles of the two directions, and `assd`, the mean over all voxels of both
+        surfaces, in mm. If both masks are empty, both are 0. If one mask is empty, both are the length of the volume's
+        diagonal, which is the upper bound of all distances.
     """
     import SimpleITK as sitk
 
@@ -139,7 +139,7 @@ def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[
     if not (one.any() and other.any()):
         diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing_zyx)))
         return {"hd95": diagonal, "assd": diagonal}
-    # Only the part with both masks, and one voxel around it.
+    # Crop to both masks and one voxel around them.
     box = tuple(slice(index.min(), index.max() + 1) for index in found)
     maps, surfaces = [], []
     for mask in (one, other):
@@ -159,16 +159,16 @@ def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[
 def calibration(
     probability: np.ndarray, truth: np.ndarray, bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Whether probabilities mean what they say: how often there is tumour where a network gives which probability.
+    """Calibration of probabilities: the share of tumour among voxels of similar predicted probability.
 
     Args:
         probability: Probabilities in [0, 1].
         truth: The expert's mask of 0 and 1, of the same shape.
-        bins: Bins of equal width; each includes its upper end, the first one both.
+        bins: Number of bins of equal width. A bin includes its upper edge; the first one also its lower edge.
 
     Returns:
-        `(mean, share, voxels, error)`: mean probability and share of tumour of each bin that is not empty, the number
-        of voxels of every bin `(bins,)`, and the expected calibration error: `|mean - share|`, averaged over voxels.
+        `(mean, share, voxels, error)`: the mean probability and the share of tumour of each non-empty bin, the number
+        of voxels of every bin `(bins,)`, and the expected calibration error, `|mean - share|` averaged over voxels.
 
     Raises:
         ValueError: The shapes differ.
@@ -183,13 +183,13 @@ def calibration(
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean over patients, by the percentile bootstrap of `scipy.stats`, always the same.
+    """The 95% percentile bootstrap interval of a mean over patients, with a fixed seed.
 
     Args:
-        values: A finite number for each patient, at least one.
+        values: A finite number per patient, at least one.
 
     Returns:
-        `(low, high)`; of one patient, twice its number.
+        `(low, high)`; for one patient, both are its number.
     """
     from scipy.stats import bootstrap
 
@@ -201,18 +201,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
-    """Mean, standard deviation and interval of every number over patients.
+    """Mean, standard deviation and 95% interval of every metric over patients.
 
     Args:
-        rows: Dicts with a `patient`, a `fold` and numbers; `None`, NaN or no such key where one is not defined.
+        rows: A dict per patient with `patient`, `fold` and metrics. An undefined metric is `None`, NaN or missing.
 
     Returns:
-        `{number: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
-        number is defined, `None` where there are none; the population's standard deviation, and the 95% interval of
-        the mean, see `mean_interval`.
+        `{metric: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
+        metric is defined; `None` if there are none. `std` is the population standard deviation, `low` and `high` are
+        the interval from `mean_interval`.
     """
     summary = {}
-    for name in _keys(rows):
+    # Rows written by earlier versions have fewer keys.
+    for name in dict.fromkeys(key for row in rows for key in row):
         if name in ("patient", "fold"):
             continue
         values = np.array([row.get(name) for row in rows], float)
@@ -222,22 +223,17 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     return summary
 
 
-def _keys(rows):
-    """The keys of all rows, since those of earlier versions have fewer."""
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """How much one method differs from another on the same patients.
+    """Compares two methods on the same patients.
 
     Args:
-        values: A number for each patient.
-        baseline: The other method's numbers for the same patients, in the same order.
+        values: A number per patient.
+        baseline: The numbers of the other method for the same patients, in the same order.
 
     Returns:
-        A dict: `mean`, the mean of `values - baseline`; `low` and `high`, its 95% interval, see `mean_interval`; `p`,
-        of the two-sided Wilcoxon signed-rank test (1 where no patient differs); and `patients`, how many there are.
-        Patients without a number in either are left out.
+        A dict: `mean` of `values - baseline`; `low` and `high`, its interval from `mean_interval`; `p` of the two-sided
+        Wilcoxon signed-rank test (1 if no patient differs); and the number of `patients`. Patients without a finite
+        number in both are left out.
 
     Raises:
         ValueError: The lengths differ, or no patient has both numbers.
@@ -263,34 +259,11 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def metrics_json(rows: Sequence[Mapping]) -> str:
-    """The numbers of each patient and their summary as JSON text; a number that is not defined is `null`."""
+    """The metrics of each patient and their summary as JSON text. An undefined metric is `null`."""
     patients = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     return json.dumps({"patients": patients, "summary": summarise(rows)}, indent=2, allow_nan=False) + "\n"
 
 
 def metrics_csv(rows: Sequence[Mapping]) -> str:
-    """Dicts as CSV text, one row each."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=_keys(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def metrics_table(rows: Sequence[Mapping]) -> str:
-    """The numbers of each patient, their mean and its 95% interval as a plain-text table."""
-    summary = summarise(rows)
-    metrics = {key: metric for key, metric in METRICS.items() if key in summary}
-    lines = [["patient", "fold", *(metric.title for metric in metrics.values())]]
-    lines += [
-        [row["patient"], str(row.get("fold", "")), *(metric.text(row.get(key)) for key, metric in metrics.items())]
-        for row in rows
-    ]
-    for name, label in (("mean", "mean"), ("low", "95% from"), ("high", "95% to")):
-        lines.append([label, "", *(metric.text(summary[key][name]) for key, metric in metrics.items())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    return "\n".join([*text[:-3], "-" * len(text[0]), *text[-3:]])
+    """The metrics of each patient as CSV text, one row per patient."""
+    return csv_text(rows)

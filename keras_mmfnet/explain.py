@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import cut, window_starts
+from keras_mmfnet.data.windows import crop, window_starts
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.recipe import Recipe
@@ -27,21 +27,21 @@ _log = logging.getLogger(__name__)
 def explain_patient(
     model: keras.Model, case: PreprocessedCase, recipe: Recipe, methods: Sequence[str] = ("gradcam",)
 ) -> "dict[str, Figure]":
-    """Figures of the attention and of the gradient maps of a network in one patient.
+    """Draws the attention and the gradient maps of a network for one patient.
 
     Args:
         model: An `MMFNet`.
-        case: A `PreprocessedCase`; the contours of its mask, if it has one, and of the prediction are drawn.
+        case: A `PreprocessedCase`. The contours of the prediction and of its mask, if any, are drawn.
         recipe: The network's `Recipe`.
-        methods: Gradient maps to make, of `METHODS`; on another backend than TensorFlow they are left out.
+        methods: Gradient maps, of `METHODS`. They need the TensorFlow backend and are left out on others.
 
     Returns:
-        `{name: Matplotlib figure}`: `attention`, how much each fusion block listens to each modality about the
-        tumour; `spatial_<block>`, where it looks; and a gradient map for each method (`gradcam`, `gradcampp`,
+        `{name: Matplotlib figure}`: `attention`, the share of each modality in each fusion block around the tumour;
+        `spatial_<block>`, the spatial weights of a block; and a gradient map per method (`gradcam`, `gradcampp`,
         `saliency`). Maps are shown on the slice with the largest contour.
 
     Raises:
-        ValueError: The network has no fusion block, or there is no such method.
+        ValueError: The network has no fusion block, or a method is unknown.
     """
     from keras_mmfnet.plots import plot_attention, plot_heat
 
@@ -61,46 +61,46 @@ def explain_patient(
     depth = int(np.argmax((tumour if tumour.any() else probability).sum(axis=(1, 2))))
     batch, start = tumour_window(images, predicted if predicted.any() else tumour, patches.shape, case.centre)
     share = fusion_attention(model, batch)[2]
-    title = f"{case.name}: share of each modality in the features a fusion block passes on"
+    title = f"{case.name}: share of each modality in the weighted features of each fusion block"
     figures = {"attention": plot_attention(share, title)}
     for block in share:
         heat = dict.fromkeys(images, whole(spatial_attention(model, block)))
-        title = f"{case.name}: where {block} looks (spatial attention, 0 to 1)"
+        title = f"{case.name}: spatial attention of {block} (0 to 1)"
         figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contours)
     if methods and keras.backend.backend() != "tensorflow":
-        _log.warning("Gradient maps need TensorFlow: start this again with KERAS_BACKEND=tensorflow")
+        _log.warning("Gradient maps need TensorFlow: run again with KERAS_BACKEND=tensorflow")
         return figures
     if methods and not predicted.any():
         _log.warning("No tumour is predicted: the mean probability of the whole window is explained")
     window = {name: image[0, ..., 0] for name, image in batch.items()}
-    contours = {name: cut(mask, start, patches.shape, 0) for name, mask in contours.items()}
+    contours = {name: crop(mask, start, patches.shape, 0) for name, mask in contours.items()}
     inside = min(max(depth - start[0], 0), patches.shape[0] - 1)
     for method in methods:
         maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
-        title = f"{case.name}: what the predicted tumour depends on ({_TITLES[method]}, the window about it)"
+        title = f"{case.name}: {_TITLES[method]} of the predicted tumour, in the window around it"
         figure = plot_heat(window, maps, case.spacing, inside, title, **contours)
         figures[method.replace("+", "p")] = figure
     return figures
 
 
 def fusion_attention(model: keras.Model, images: Mapping[str, np.ndarray]) -> tuple[dict, dict, dict]:
-    """The attention weights of every fusion block for a batch; on every backend.
+    """Computes the attention weights of every fusion block for a batch, on every backend.
 
     Args:
         model: An `MMFNet`.
         images: `{modality: float32 (batch, depth, height, width, 1)}`.
 
     Returns:
-        `(channel, spatial, share)`, each a dict by the block's name. `channel[block]` is
-        `{modality: (batch, channels)}`, the weights of eq. 7; `spatial[block]` is `(batch, d, h, w)`, the weights of
-        eq. 11 at the block's own resolution; `share[block]` is `{modality: (batch,)}`, the modality's share of the
-        weighted features: the mean of `|W_c F|` over its channels, divided by the sum over all modalities. The weights
-        alone have little meaning, because the weight of a channel of zeros is arbitrary.
+        `(channel, spatial, share)`, each a dict by block name. `channel[block]` is `{modality: (batch, channels)}`, the
+        weights of eq. 7. `spatial[block]` is `(batch, d, h, w)`, the weights of eq. 11 at the block's resolution.
+        `share[block]` is `{modality: (batch,)}`, the modality's share of the weighted features: the mean of `|W_c F|`
+        over its channels, divided by the sum over all modalities. The weights alone are hard to interpret, because the
+        weight of a channel of zeros is arbitrary.
 
     Raises:
         ValueError: The network has no fusion block.
     """
-    # From the finest level to the coarsest; a graph lists them in reverse order.
+    # From the finest level to the coarsest.
     blocks = sorted((layer for layer in model.layers if isinstance(layer, FusionBlock3D)), key=lambda b: b.name)
     if not blocks:
         raise ValueError(f"`model` must have fusion blocks. Received: {model.name}")
@@ -128,21 +128,20 @@ def tumour_window(
 
     Args:
         images: `{modality: (depth, height, width)}`, preprocessed.
-        tumour: The expert's or the predicted mask `(depth, height, width)`; the window is centred on the median of
-            its voxels.
+        tumour: Mask `(depth, height, width)`; the window is centred on the median of its voxels.
         patch_shape: `(depth, height, width)` of the window.
-        centre: `(z, y, x)` of the window's centre if the mask is empty.
+        centre: `(z, y, x)`, the centre of the window if the mask is empty.
 
     Returns:
         `(batch, start)`: `{modality: float32 (1, depth, height, width, 1)}`, and the window's first voxel `(z, y, x)`.
     """
     centre = [int(np.median(index)) for index in np.nonzero(tumour)] if np.any(tumour) else centre
     start = window_starts(tumour.shape, patch_shape, (None, None, None), centre)[0]
-    return {name: cut(x, start, patch_shape, x.min())[None, ..., None] for name, x in images.items()}, start
+    return {name: crop(x, start, patch_shape, x.min())[None, ..., None] for name, x in images.items()}, start
 
 
 def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict[str, dict[str, np.ndarray]]:
-    """Share of each modality in the weighted features of each fusion block, around the tumours of several patients.
+    """The share of each modality in the weighted features of each fusion block, for the tumours of several patients.
 
     Args:
         model: An `MMFNet`.
@@ -165,7 +164,7 @@ def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict
 
 
 def spatial_attention(model: keras.Model, block: str) -> Callable:
-    """A callable for `predict_volume` that returns the spatial weights of a fusion block instead of probabilities.
+    """Returns a callable for `predict_volume` that computes the spatial weights of a fusion block.
 
     Args:
         model: An `MMFNet`.
@@ -192,24 +191,24 @@ def gradient_maps(
     layers: Mapping[str, str] | None = None,
     score: Callable | None = None,
 ) -> dict[str, np.ndarray]:
-    """Grad-CAM, Grad-CAM++ or saliency of each modality, by tf-keras-vis on the TensorFlow backend.
+    """Computes Grad-CAM, Grad-CAM++ or saliency maps of each modality, by tf-keras-vis on the TensorFlow backend.
 
     Args:
         model: A network over a dict of inputs by modality.
         images: `{modality: float32 (batch, depth, height, width, 1)}`.
         method: `"gradcam"`, `"gradcam++"` or `"saliency"`.
         layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's encoder. A
-            layer shared by all modalities, such as one of the decoder, has the same map for all of them.
-        score: A function from the output `(batch, depth, height, width, 1)` to one number per patch; `None` for the
-            mean probability over the voxels of at least 0.5, or over the whole patch if there are none.
+            layer of the decoder gives the same map for all modalities.
+        score: Function from the output `(batch, depth, height, width, 1)` to one number per patch. `None` is the mean
+            probability over the voxels of at least 0.5, or over the whole patch if there are none.
 
     Returns:
-        `{modality: (batch, depth, height, width)}` in [0, 1], scaled by the largest value of the patch in all
+        `{modality: (batch, depth, height, width)}` in [0, 1], divided by the largest value of the patch over all
         modalities.
 
     Raises:
         ImportError: The extra `vis` is not installed.
-        ValueError: The backend is not TensorFlow, or the method is none of these.
+        ValueError: The backend is not TensorFlow, or the method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}. Received: {method!r}")
@@ -243,7 +242,7 @@ def gradient_maps(
             )[index]
             for index, name in enumerate(images)
         ]
-    # One scale for all modalities, so that a modality without influence is dark.
+    # One scale for all modalities: a modality without influence is dark.
     found = np.stack([np.asarray(heat, np.float32) for heat in found])
     found = found / np.maximum(found.max(axis=(0, 2, 3, 4), keepdims=True), np.finfo(np.float32).tiny)
     return dict(zip(images, found, strict=True))

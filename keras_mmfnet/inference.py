@@ -5,10 +5,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import cut, gaussian_weights, window_starts
+from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
 from keras_mmfnet.recipe import Recipe
 
-# A Keras model, or any function from `{modality: (batch, depth, height, width, 1)}` to probabilities.
+# A Keras model or any other callable from `{modality: (batch, depth, height, width, 1)}` to probabilities.
 Predictor = Callable[[dict[str, np.ndarray]], Any]
 
 
@@ -22,30 +22,30 @@ def predict_volume(
     weights: np.ndarray | None = None,
     flip_axis: int | None = None,
 ) -> np.ndarray:
-    """Probabilities of a whole volume, averaged over overlapping windows (section IV-A).
+    """Predicts the probabilities of a volume, averaged over overlapping windows (section IV-A).
 
     Args:
-        predict: A Keras model, or any callable, that takes `{modality: float32 (batch, depth, height, width, 1)}`
+        predict: A Keras model or any other callable that takes `{modality: float32 (batch, depth, height, width, 1)}`
             and returns probabilities of the same shape.
-        images: `{modality: (depth, height, width)}`, preprocessed, all of the same shape.
+        images: `{modality: (depth, height, width)}`, preprocessed and of the same shape.
         patch_shape: `(depth, height, width)` of a window in voxels.
-        stride: Steps between windows in voxels; `None` for one window at the centre.
+        stride: Steps between windows in voxels along each axis; `None` for one window at the centre.
         centre: `(z, y, x)` in voxels; `None` for the centre of the volume.
-        batch_size: Windows per batch. The last batch is filled up, so that a model is compiled once.
-        weights: Weight of each voxel of a window in the average, such as `gaussian_weights(patch_shape)`; `None` for
+        batch_size: Windows per batch. The last batch is padded to this size, so that a model is compiled once.
+        weights: Weights of the voxels of a window in the average, such as `gaussian_weights(patch_shape)`; `None` for
             equal weights.
-        flip_axis: Axis of `(z, y, x)`, 0 to 2, along which each window is also flipped and predicted; the two
-            predictions are averaged. `None`: no flip.
+        flip_axis: Axis of `(z, y, x)`, 0 to 2. The predictions of each window and of its flipped copy are averaged.
+            `None`: no flip.
 
     Returns:
         Float32 probabilities `(depth, height, width)`; 0 outside all windows.
 
     Raises:
-        ValueError: The images differ in shape.
+        ValueError: The images have different shapes.
     """
     shapes = {name: image.shape for name, image in images.items()}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"`images` must be of one shape. Received: {shapes}")
+        raise ValueError(f"`images` must have the same shape. Received: {shapes}")
     shape = next(iter(shapes.values()))
     centre = centre if centre is not None else [n / 2 for n in shape]
     call = getattr(predict, "predict_on_batch", predict)
@@ -59,7 +59,7 @@ def predict_volume(
         chosen = starts[first : first + batch_size]
         filled = chosen + chosen[-1:] * (batch_size - len(chosen))
         batch = {
-            name: np.stack([cut(image, start, patch_shape, fill[name]) for start in filled])[..., None]
+            name: np.stack([crop(image, start, patch_shape, fill[name]) for start in filled])[..., None]
             for name, image in images.items()
         }
         for start, probability in zip(chosen, np.asarray(call(batch))[..., 0], strict=False):
@@ -67,8 +67,8 @@ def predict_volume(
             low = np.maximum(start, 0)
             high = np.minimum(np.add(start, patch_shape), shape)
             there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            total[there] += cut(probability * weights, low - start, high - low, 0)
-            count[there] += cut(weights, low - start, high - low, 0)
+            total[there] += crop(probability * weights, low - start, high - low, 0)
+            count[there] += crop(weights, low - start, high - low, 0)
     return total / np.where(count > 0, count, 1)
 
 
@@ -91,21 +91,21 @@ def segment_case(
     mirror: bool = False,
     gaussian: bool = False,
 ) -> tuple[sitk.Image, sitk.Image]:
-    """Segments a preprocessed patient; the result is on the grid of the reference modality's image.
+    """Segments a preprocessed patient, on the grid of the reference modality's image.
 
     Args:
         predict: A Keras model, or a callable as for `predict_volume`.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
         threshold: Lowest probability that counts as tumour.
-        mirror: Also predict flipped windows, along the axis that was flipped in training, and average.
-        gaussian: Weight the centre of each window more than its margin.
+        mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
+        gaussian: Weight the centre of each window more than its edges.
 
     Returns:
         `(mask, probability)`, `SimpleITK.Image`s on the patient's own grid: uint8 of 0 and 1, and float32.
 
     Raises:
-        ValueError: `mirror` for a recipe without a `flip_axis`.
+        ValueError: `mirror` is set but the recipe has no `flip_axis`.
     """
     return segment_ensemble([predict], case, recipe, threshold, mirror, gaussian)[:2]
 
@@ -118,22 +118,22 @@ def segment_ensemble(
     mirror: bool = False,
     gaussian: bool = False,
 ) -> tuple[sitk.Image, sitk.Image, sitk.Image]:
-    """Segments a preprocessed patient with several networks, such as the networks of a run's folds.
+    """Segments a preprocessed patient with the mean of several networks, such as those of a run's folds.
 
     Args:
         predicts: Keras models or callables as for `predict_volume`, at least one.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
-        threshold: Lowest average probability that counts as tumour.
-        mirror: Also predict flipped windows, along the axis that was flipped in training, and average.
-        gaussian: Weight the centre of each window more than its margin.
+        threshold: Lowest mean probability that counts as tumour.
+        mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
+        gaussian: Weight the centre of each window more than its edges.
 
     Returns:
-        `(mask, probability, disagreement)`, `SimpleITK.Image`s on the patient's own grid: uint8 of 0 and 1, the mean
-        of the networks' probabilities and their standard deviation, both float32.
+        `(mask, probability, disagreement)`, `SimpleITK.Image`s on the patient's own grid: uint8 of 0 and 1, and the
+        mean and the standard deviation of the networks' probabilities in float32.
 
     Raises:
-        ValueError: There is no network, or `mirror` for a recipe without a `flip_axis`.
+        ValueError: There is no network, or `mirror` is set but the recipe has no `flip_axis`.
     """
     predicts = list(predicts)
     if not predicts:
@@ -145,7 +145,7 @@ def segment_ensemble(
         "weights": gaussian_weights(recipe.patches.shape) if gaussian else None,
         "flip_axis": recipe.patches.flip_axis if mirror else None,
     }
-    # Running sums: the volumes of all networks at once may not fit into memory.
+    # Running sums: the volumes of all networks may not fit in memory.
     total, squares = 0.0, 0.0
     for predict in predicts:
         volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre, **options)

@@ -7,14 +7,14 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class DiceLoss(keras.losses.Loss):
-    """Dice loss of a probability map, with its sums over the whole batch (eq. 1).
+    """Dice loss of probabilities, with sums over the whole batch (eq. 1).
 
     `"standard"` is `1 - (2 I + s) / (P + G + s)` with `I = sum(p * g)`, `P = sum(p)`, `G = sum(g)`: it is 0 if truth
     and prediction are both empty. `"as_printed"` is the paper's `1 - 2 (I + s) / (P + G + s)`, which is -1 in that
-    case. For a tumour of many voxels the two agree. Computed in float32 under every dtype policy.
+    case. The two agree for tumours of many voxels. Always computed in float32.
 
     Args:
-        smooth: The smoothing term `s` > 0, which keeps the quotient defined.
+        smooth: The smoothing term `s` > 0.
         formula: `"standard"` or `"as_printed"`.
         name: Name of the loss.
         **kwargs: `reduction` and `dtype`, as for every Keras loss.

@@ -6,7 +6,7 @@ from keras import ops
 
 
 def _as_float(y_true, y_pred, sample_weight):
-    """Truth, prediction and weights in float32; the weights get as many axes as the prediction."""
+    """Casts to float32, and expands the weights to the rank of the prediction."""
     y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
     if sample_weight is None:
         return y_true, y_pred, ops.ones([1] * len(y_pred.shape), "float32")
@@ -20,8 +20,8 @@ def _as_float(y_true, y_pred, sample_weight):
 class DiceScore(keras.metrics.Metric):
     """Dice similarity coefficient of the thresholded probabilities, over all batches of an epoch (eq. 14).
 
-    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together; 1 if both are empty. Computed in float32
-    under every dtype policy.
+    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together; 1 if both are empty. Always computed in
+    float32.
 
     Args:
         threshold: Lowest probability that counts as tumour.
@@ -60,10 +60,9 @@ class DiceScore(keras.metrics.Metric):
 class AveragePrecision(keras.metrics.Metric):
     """Average precision of the probabilities, over all batches of an epoch (eq. 15-17).
 
-    `sum_n (R_n - R_(n-1)) P_n` over thresholds from 1 down to 0, as scikit-learn's `average_precision_score`. The
-    probabilities are rounded down to `bins` levels, so that two histograms are enough to hold an epoch. Without a
-    tumour voxel the value is 0. Computed in float32 under every dtype policy. For exact values per patient see
-    `keras_mmfnet.evaluation`.
+    `sum_n (R_n - R_(n-1)) P_n` over thresholds from 1 down to 0, as in scikit-learn's `average_precision_score`. The
+    probabilities are rounded down to `bins` levels, so that two histograms represent an epoch. The value is 0 if there
+    is no tumour voxel. Always computed in float32. See `keras_mmfnet.evaluation` for exact values per patient.
 
     Args:
         bins: Number of levels of the probabilities.
@@ -93,7 +92,7 @@ class AveragePrecision(keras.metrics.Metric):
         y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight)
         level = ops.clip(ops.cast(ops.floor(y_pred * self.bins), "int32"), 0, self.bins - 1)
         for histogram, counts in ((self.positives, y_true * weights), (self.negatives, (1 - y_true) * weights)):
-            # Segments are summed in float32; integer counts of one batch stay exact up to 2 ** 24.
+            # The sums are float32: the counts of one batch are exact up to 2 ** 24.
             histogram.assign_add(
                 ops.segment_sum(ops.reshape(counts, (-1,)), ops.reshape(level, (-1,)), num_segments=self.bins)
             )

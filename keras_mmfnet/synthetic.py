@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data.geometry import Grid
+
 _MODALITIES = ("t1", "t2", "cet1")
 
-# Brightness of each tissue by modality, before noise.
+# Intensity of each tissue by modality, before noise.
 _TISSUES = {
     "air": (0.0, 0.0, 0.0),
     "bone": (0.08, 0.06, 0.10),
@@ -27,13 +29,13 @@ _TISSUES = {
     "csf": (0.24, 1.15, 0.24),
     "tumour": (0.32, 0.80, 1.02),
 }
-# A look-alike is as bright as the tumour in all modalities but the one it is named after. Hence one modality cannot
-# tell the tumour from two kinds of look-alikes, two modalities cannot tell it from one kind, and all three can.
+# A look-alike has the intensity of the tumour except in the modality that it is named after. With one modality, two
+# kinds of look-alikes cannot be told from the tumour; with two modalities, one kind; with all three, none.
 _LOOK_ALIKES = {"t1": 0.64, "t2": 0.38, "cet1": 0.46}
 
 # The head as ellipsoids; later rows overwrite earlier ones. Columns: layers (tissue, and the depth in mm at which it
 # starts), centre and radii in mm (left, posterior, superior), tilt about the left-right axis in degrees, roughness of
-# the surface relative to the radius and its wavelength in mm. A row off the midline stands for both sides.
+# the surface relative to the radius and its wavelength in mm. A row off the midline is placed on both sides.
 _ANATOMY = (
     ((("fat", 0),), (0, 0, 8), (73, 86, 108), 0, 0.015, 80),
     ((("fat", 0),), (0, -26, -48), (56, 62, 66), 0, 0.02, 60),
@@ -73,20 +75,6 @@ _EDGE = 0.9  # width in mm of the transition between two tissues: the resolution
 
 
 @dataclasses.dataclass(frozen=True)
-class _Grid:
-    """Geometry of an image as in SimpleITK: size `(x, y, z)`, spacing and centre in mm; the axes are columns."""
-
-    size: tuple[int, int, int]
-    spacing: np.ndarray
-    axes: np.ndarray
-    centre: np.ndarray
-
-    @property
-    def origin(self):
-        return self.centre - self.axes @ (self.spacing * (np.array(self.size) - 1) / 2)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Waves:
     """The smooth random function `sum(amplitudes * sin(vectors @ point + phases))`."""
 
@@ -99,8 +87,8 @@ class _Waves:
 class _Shape:
     """An ellipsoid with a wavy surface.
 
-    `stretch` maps the unit ball to the ellipsoid; times `growth` it contains the waves as well. `radius` is the
-    smallest radius in mm. `layers` are tissues and the depths in mm at which they start.
+    `stretch` maps the unit ball to the ellipsoid; the ellipsoid scaled by `growth` contains the waves. `radius` is the
+    smallest radius in mm. `layers` are the tissues and the depths in mm at which they start.
     """
 
     centre: np.ndarray
@@ -113,12 +101,12 @@ class _Shape:
 
 @dataclasses.dataclass(frozen=True)
 class _Patient:
-    """All random parameters of a patient; of the noise, its level and seed."""
+    """All random parameters of a patient. `noise` has the level and the seed of the noise."""
 
     shapes: list[_Shape]
     tumour: _Shape
     levels: dict[str, dict[str, float]]
-    grids: dict[str, _Grid]
+    grids: dict[str, Grid]
     bias: dict[str, _Waves]
     noise: dict[str, tuple[float, np.random.SeedSequence]]
 
@@ -131,12 +119,13 @@ def make_synthetic_cohort(
 ) -> list[Path]:
     """Writes synthetic head MRI patients with one tumour each, a folder per patient.
 
-    A patient is a head of 20 to 28 slices at 3.5 to 5.5 mm with pixels of 0.33 to 0.69 mm; some are oblique. In every
+    A patient is a head of 20 to 28 slices of 3.5 to 5.5 mm with pixels of 0.33 to 0.69 mm; some are oblique. In every
     second patient each modality has its own grid. The images have a smooth bias field of about 20% and Rician noise.
-    Each patient also has look-alikes of the tumour, with the same distribution of positions, sizes and shapes. Each
-    look-alike is as bright as the tumour in two modalities and differs in the third, so no two modalities suffice.
+    Each patient also has look-alikes of the tumour, with the same distribution of positions, sizes and shapes. A
+    look-alike has the intensity of the tumour in two modalities and differs in the third, so two modalities are not
+    enough to find the tumour.
 
-    A folder appears only when it is complete, and existing folders are kept: a second call completes an interrupted
+    A folder appears only when it is complete, and existing folders are kept, so a second call completes an interrupted
     cohort. A patient depends only on `seed` and its number.
 
     Args:
@@ -150,7 +139,7 @@ def make_synthetic_cohort(
         1 in the tumour, on the grid of the first of `modalities`.
 
     Raises:
-        ValueError: `patients` is below 1, a modality is unknown or named twice, or the seed is negative.
+        ValueError: `patients` is below 1, a modality is unknown or repeated, or the seed is negative.
     """
     modalities = tuple(modalities)
     if not modalities or len(set(modalities)) < len(modalities) or not set(modalities) <= set(_MODALITIES):
@@ -173,7 +162,7 @@ def make_synthetic_cohort(
 
 
 def _write_patient(folder, patient, modalities):
-    """Writes the files into a temporary folder, which is then renamed."""
+    """Writes the files to a temporary folder, which is then renamed."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         files = Path(temporary, folder.name)
         files.mkdir()
@@ -189,18 +178,11 @@ def _write_patient(folder, patient, modalities):
 
 
 def _write(path, array, grid):
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(grid.spacing.tolist())
-    image.SetOrigin(grid.origin.tolist())
-    image.SetDirection(grid.axes.ravel().tolist())
-    writer = sitk.ImageFileWriter()
-    writer.SetFileName(str(path))
-    writer.UseCompressionOn()
-    writer.SetCompressionLevel(1)  # higher levels take longer and gain little on noise
-    writer.Execute(image)
+    # Higher compression levels are slower and gain little on noise.
+    sitk.WriteImage(grid.image(array), str(path), useCompression=True, compressionLevel=1)
 
 
-# From random numbers to the parameters of a patient.
+# Random numbers to parameters.
 
 
 def _draw_patient(seed, index):
@@ -219,7 +201,7 @@ def _draw_patient(seed, index):
         tissues[modality][channel] *= _LOOK_ALIKES[modality] / _TISSUES["tumour"][channel]
     levels, bias, noise = {}, {}, {}
     for channel, modality in enumerate(_MODALITIES):
-        scale = rng.uniform(400, 1200)  # a scanner's unit
+        scale = rng.uniform(400, 1200)  # the scanner's arbitrary unit
         levels[modality] = {name: scale * float(level[channel]) for name, level in tissues.items()}
         bias[modality] = _draw_waves(rng, 4, 0.3, (200, 400))
         noise[modality] = (scale * 0.6 / rng.uniform(15, 25), sequence.spawn(1)[0])
@@ -227,7 +209,7 @@ def _draw_patient(seed, index):
 
 
 def _draw_grids(rng, centre, own):
-    """The grid of each modality; `own`: a different one for each."""
+    """The grid of each modality. If `own`, the grids differ."""
     axes = _rotation(rng.uniform(-1, 1, 3) * (12, 3, 3) * (rng.random() < 0.5))
 
     def draw():
@@ -236,12 +218,16 @@ def _draw_grids(rng, centre, own):
         view = rng.uniform((176, 196), (200, 220))
         pixel = rng.uniform(0.39, 0.68)
         shift = axes @ rng.uniform((-4, -6, -3), (4, 2, 3))
-        return _Grid(
-            (*(int(mm / pixel) for mm in view), slices), np.array([pixel, pixel, thickness]), axes, centre + shift
-        )
+        return _grid((*(int(mm / pixel) for mm in view), slices), (pixel, pixel, thickness), axes, centre + shift)
 
     shared = draw()
     return {modality: draw() if own else shared for modality in _MODALITIES}
+
+
+def _grid(size, spacing, axes, centre):
+    """The grid with these unit axes (columns) about a centre in mm."""
+    origin = centre - axes @ (np.array(spacing) * (np.array(size) - 1) / 2)
+    return Grid(size, spacing, tuple(origin.tolist()), tuple(axes.ravel().tolist()))
 
 
 def _draw_anatomy(rng, centre, pose):
@@ -257,12 +243,12 @@ def _draw_anatomy(rng, centre, pose):
 
 
 def _draw_blobs(rng, centre, thickness):
-    """The tumour and its look-alikes, from one distribution: they differ in brightness only."""
+    """The tumour and its look-alikes, from one distribution: they differ in intensity only."""
     kinds = ("tumour", *_MODALITIES)
-    lattice = _Grid((34, 34, 26), np.full(3, 3.0), np.eye(3), centre)
+    lattice = _grid((34, 34, 26), (3.0, 3.0, 3.0), np.eye(3), centre)
     for attempt in itertools.count():
-        if attempt % 120 == 0:  # start over: the first ones may leave no room for the others
-            blobs, taken = [], np.zeros(lattice.size[::-1], bool)
+        if attempt % 120 == 0:  # start over: the first blobs may leave no room for the others
+            blobs, taken = [], np.zeros(lattice.shape, bool)
         place = centre + rng.uniform((-25, -25, -15), (25, 25, 15))
         if any(np.linalg.norm(place - other.centre) < 26 for other in blobs):
             continue  # too close, whatever the shape
@@ -300,15 +286,15 @@ def _rotation(degrees):
     return np.reshape(sitk.Euler3DTransform((0, 0, 0), *np.radians(degrees).tolist()).GetMatrix(), (3, 3))
 
 
-# From the parameters to voxels. The position of voxel [i, j] of a slice is rows[i] + columns[j], so ellipsoids and
-# plane waves on a slice are products of two thin matrices.
+# Parameters to voxels. The position of voxel [i, j] of a slice is rows[i] + columns[j], so ellipsoids and plane waves
+# on a slice are products of two thin matrices.
 
 
 def _image(patient, modality):
     grid, levels = patient.grids[modality], patient.levels[modality]
     sigma, seed = patient.noise[modality]
     rng = np.random.default_rng(seed)
-    image = np.empty(grid.size[::-1], np.int16)
+    image = np.empty(grid.shape, np.int16)
     for number in range(grid.size[2]):
         rows, columns = _slice_points(grid, number)
         signal = np.zeros(image.shape[1:], np.float32)
@@ -328,7 +314,7 @@ def _image(patient, modality):
 
 def _inside(shape, grid, margin=0.0):
     """Voxels inside `shape` or within about `margin` mm of it, a bool array `(z, y, x)`."""
-    inside = np.zeros(grid.size[::-1], bool)
+    inside = np.zeros(grid.shape, bool)
     for number in range(grid.size[2]):
         rows, columns = _slice_points(grid, number)
         window = _window(grid, number, shape)
@@ -338,15 +324,16 @@ def _inside(shape, grid, margin=0.0):
 
 
 def _slice_points(grid, number):
-    along = grid.axes * grid.spacing
-    rows = grid.origin + number * along[:, 2] + np.arange(grid.size[1])[:, None] * along[:, 1]
-    return rows, np.arange(grid.size[0])[:, None] * along[:, 0]
+    """Positions in mm of the rows and offsets of the columns of a slice."""
+    rows = grid.origin + number * grid.axes[:, 2] + np.arange(grid.size[1])[:, None] * grid.axes[:, 1]
+    return rows, np.arange(grid.size[0])[:, None] * grid.axes[:, 0]
 
 
 def _window(grid, number, shape):
-    """The rows and columns of a slice that can contain `shape`, or `None`."""
-    place = grid.axes.T @ (shape.centre - grid.origin) - (0, 0, number * grid.spacing[2])
-    reach = shape.growth * np.linalg.norm(shape.stretch.T @ grid.axes, axis=0)
+    """The rows and columns of a slice that `shape` can reach, or `None`."""
+    axes = np.reshape(grid.direction, (3, 3))
+    place = axes.T @ (shape.centre - grid.origin) - (0, 0, number * grid.spacing[2])
+    reach = shape.growth * np.linalg.norm(shape.stretch.T @ axes, axis=0)
     if abs(place[2]) > reach[2]:
         return None
     first, last = (np.maximum(edge / grid.spacing, 0).astype(int) for edge in (place - reach, place + reach))

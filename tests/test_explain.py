@@ -95,7 +95,7 @@ def test_pictures():
     figure = plot_heat(images, dict.fromkeys(images, heat), depth=2, title="A map", truth=heat > 0)
     assert figure.get_suptitle() == "A map\nslice 3 of 4"
     assert [len(axes.collections) for axes in figure.axes[:2]] == [1, 1]
-    with pytest.raises(ValueError, match=r"one shape\. Received: .*map of t2"):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: .*map of t2"):
         plot_heat(images, {"t1": heat, "t2": heat[1:]})
 
 

@@ -136,7 +136,7 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
 
 
 def test_images_of_different_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"one shape\. Received: .*\(4, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: .*\(4, 4, 5\)"):
         predict_volume(mean_of_modalities, {"a": np.zeros((4, 4, 4)), "b": np.zeros((4, 4, 5))}, (4, 4, 4))
 
 

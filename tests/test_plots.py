@@ -72,7 +72,7 @@ def test_an_empty_prediction_is_drawn(tmp_path):
 
 def test_other_shapes_are_refused():
     images, prediction, _ = patient()
-    with pytest.raises(ValueError, match=r"one shape\. Received: "):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: "):
         plot_segmentation(images, prediction[1:])
 
 
@@ -118,7 +118,7 @@ def test_errors_of_methods_side_by_side():
     assert [text.get_text() for text in figure.axes[0].texts] == ["R", "L", "t1"]
     with pytest.raises(ValueError, match=r"at least one method\. Received: \{\}"):
         plot_errors(images, {}, truth)
-    with pytest.raises(ValueError, match=r"one shape\. Received: .*'the expert': \(5,"):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: .*'the expert': \(5,"):
         plot_errors(images, {"all": truth}, truth[1:])
 
 
@@ -132,7 +132,7 @@ def test_a_montage_shows_every_slice():
         np.testing.assert_array_equal(axes.images[0].get_array(), images["t1"][number])
         # All show the same part.
         np.testing.assert_allclose(axes.get_xlim(), (3 / 2 - 0.25, 21 / 2 + 0.25))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         plot_montage(images["t1"], prediction[1:])
 
 
@@ -163,7 +163,7 @@ def test_strips_of_slices_and_what_to_mark():
     assert max(small.shape[0] / 2, small.shape[1] / 2) == 10
     # Without any tumour, whole slices.
     assert slice_strips(images, 0 * prediction, 0 * truth)[2] == list(range(6))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         slice_strips(images, prediction[1:], truth)
 
 
@@ -190,7 +190,7 @@ def test_surfaces_in_space(tmp_path):
     assert [len(axes.collections) for axes in plot_surfaces(0 * prediction, truth).axes] == [1, 0]
     with pytest.raises(ValueError, match=r"not be empty\. Received: prediction of zeros"):
         plot_surfaces(0 * prediction)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         plot_surfaces(prediction, truth[1:])
 
 
@@ -248,7 +248,7 @@ def test_the_reliability_of_probabilities():
     # A bin without voxels has no point and no part in the error.
     (curves, _) = plot_reliability({"sure": (np.array([0.0, 1.0, 1.0]), np.array([0, 1, 0]))}).axes
     assert curves.get_legend().get_texts()[0].get_text() == "sure, ECE 0.3333"
-    with pytest.raises(ValueError, match=r"one shape\. Received: \(3,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"the same shape\. Received: \(3,\) and \(2,\)"):
         plot_reliability({"network": (np.zeros(3), np.zeros(2))})
     with pytest.raises(ValueError, match="at least one title"):
         plot_reliability({})

@@ -40,7 +40,7 @@ def cross(folder, data, recipe=COARSE, folds=None, **options):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+    monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +257,13 @@ def test_a_network_is_trained_by_one_process(run, tmp_path):
 def test_methods_share_the_single_modality_networks(run, tmp_path, monkeypatch):
     folder, _ = run
     shutil.copytree(folder, tmp_path / "run")
-    copy, fitted, fit = Run(tmp_path / "run"), [], training._fit
+    copy, fitted, fit = Run(tmp_path / "run"), [], training._Trainer.fit
 
-    def watch(model, **kwargs):
+    def watch(self, model, **kwargs):
         fitted.append(type(model).__name__)
-        return fit(model, **kwargs)
+        return fit(self, model, **kwargs)
 
-    monkeypatch.setattr(training, "_fit", watch)
+    monkeypatch.setattr(training._Trainer, "fit", watch)
     results = compare_methods(copy, [METHODS["unet3d_t1"], METHODS["mmfnet_t1_t2"]], folds=[1])
     assert fitted == ["MMFNet", "MMFNet"]
     assert list(results) == ["unet3d_t1", "mmfnet_t1_t2", "mmfnet"]

@@ -234,16 +234,16 @@ def three(make_case):
 def test_a_method_lends_its_encoder_to_another(three, tmp_path, monkeypatch):
     donor = training.train_method(METHODS["unet3d_t1"], *three, THREE, tmp_path)
     fitted = []
-    fit = training._fit
+    fit = training._Trainer.fit
 
-    def watch(model, **kwargs):
+    def watch(self, model, **kwargs):
         fitted.append((type(model).__name__, *model.input))
         if isinstance(model, MMFNet) and kwargs["name"] == "encoders frozen":
             for one, other in zip(weights(model.encoder("t1")), weights(donor.encoder("t1")), strict=True):
                 np.testing.assert_array_equal(one, other)
-        return fit(model, **kwargs)
+        return fit(self, model, **kwargs)
 
-    monkeypatch.setattr(training, "_fit", watch)
+    monkeypatch.setattr(training._Trainer, "fit", watch)
     network = training.train_method(METHODS["mmfnet_t1_t2"], *three, THREE, tmp_path)
     assert fitted == [("UNet3D", "t2"), ("MMFNet", "t1", "t2"), ("MMFNet", "t1", "t2")]
     assert network.modalities == ("t1", "t2")
@@ -269,14 +269,14 @@ def test_the_other_methods_train(name, three, tmp_path, no_second_training):
 
 @pytest.fixture
 def no_second_training(monkeypatch):
-    fit, calls = training._fit, []
+    fit, calls = training._Trainer.fit, []
 
     def once(*args, **kwargs):
         calls.append(1)
         assert len(calls) == 1
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(training, "_fit", once)
+    monkeypatch.setattr(training._Trainer, "fit", once)
 
 
 def test_a_patch_classifier_learns(patients, tmp_path):
@@ -374,7 +374,7 @@ def test_a_training_that_diverges_says_so(patients, tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+    monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
 
 
 @pytest.mark.parametrize("damage", ["backup/latest.weights.h5", "history.csv", "checksums.json"])

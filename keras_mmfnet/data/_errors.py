@@ -1,13 +1,13 @@
-"""The errors about a patient's files."""
+"""Errors about a patient's files."""
 
 from keras_mmfnet.data.case import CaseError
 
 
 def refuser(source, patient):
-    """A function `refuse(expected, received)` that makes the error for a patient's file or series."""
+    """Returns a function `refuse(expected, received)` that creates the error for a file or series of a patient."""
     return lambda expected, received: CaseError(f"{patient}: {source}: must be {expected}. Received: {received}")
 
 
 def reason(error):
-    """The last line of SimpleITK's message, which says what went wrong."""
+    """The last line of SimpleITK's error message, which has the reason."""
     return str(error).strip().splitlines()[-1]

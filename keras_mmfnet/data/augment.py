@@ -1,4 +1,4 @@
-"""The augmentation of training patches: random parameters are drawn apart from being applied (section IV-A)."""
+"""Augmentation of training patches: draws random parameters, then applies them (section IV-A)."""
 
 import math
 
@@ -9,12 +9,12 @@ from keras_mmfnet.recipe import PatchRecipe
 
 
 def margin(recipe: PatchRecipe) -> np.ndarray:
-    """How many pixels `(y, x)` a rotated patch can extend beyond the unrotated one on each side.
+    """The margin in pixels `(y, x)` on each side that rotating a patch needs.
 
-    Half the difference between its bounding box and the patch, and one pixel for the interpolation.
+    It is half the difference between the rotated patch's bounding box and the patch, plus one pixel for interpolation.
 
     Args:
-        recipe: The `PatchRecipe`, of which `shape` and `max_rotation` count.
+        recipe: The `PatchRecipe`.
 
     Returns:
         Two integers.
@@ -24,7 +24,7 @@ def margin(recipe: PatchRecipe) -> np.ndarray:
 
 
 def draw(sample: tf.Tensor, windows: int, recipe: PatchRecipe, seed: int) -> tuple[tf.Tensor, ...]:
-    """The random parameters of a training patch, which depend only on the seed and the patch's number.
+    """Draws the random parameters of a training patch. They depend only on the seed and the patch's number.
 
     Args:
         sample: Number of the patch, int64.
@@ -33,8 +33,8 @@ def draw(sample: tf.Tensor, windows: int, recipe: PatchRecipe, seed: int) -> tup
         seed: The seed.
 
     Returns:
-        `(window, offset, angle, flip)`: the number of the window; the offset in voxels `(z, y, x)`, int32; the in-plane
-        angle in radians, float32; and whether it is flipped.
+        `(window, offset, angle, flip)`: the number of the window; the offset `(z, y, x)` in voxels, int32; the in-plane
+        angle in radians, float32; and whether the patch is flipped.
     """
     # Each pass over the windows has its own order.
     order = tf.stack([seed, sample // windows])
@@ -47,14 +47,14 @@ def draw(sample: tf.Tensor, windows: int, recipe: PatchRecipe, seed: int) -> tup
 def rotate_and_flip(
     box: tf.Tensor, angle: tf.Tensor, flip: tf.Tensor, margin: np.ndarray, recipe: PatchRecipe
 ) -> tf.Tensor:
-    """Rotates a window about its centre, flips it and crops the margin, in one bilinear interpolation.
+    """Rotates a window about its centre, flips it and crops the margin, with one bilinear interpolation.
 
-    All slices and modalities of a pixel are contiguous, so each of its four neighbours is one row to gather.
+    All slices and modalities of a pixel are contiguous, so the interpolation gathers one row per neighbour.
 
     Args:
-        box: Float32 `(height, width, depth, channels)`, the patch with a margin in plane.
-        angle: Angle in radians.
-        flip: Whether to flip it along `recipe.flip_axis`.
+        box: Float32 `(height, width, depth, channels)`, the patch with the margin.
+        angle: In-plane angle in radians.
+        flip: Whether to flip along `recipe.flip_axis`.
         margin: Pixels `(y, x)` of the margin on each side.
         recipe: The `PatchRecipe`.
 

@@ -1,4 +1,4 @@
-"""Where the body is in an image, and its intensities there (section IV-A)."""
+"""The body in an image, and the normalisation of its intensities (section IV-A)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _CLOSING_MM = 3.0
 
 
 def _slice_histograms(volume):
-    """Counts `(depth, bins)` over equal bins from the volume's lowest value to its highest, the lowest, the width."""
+    """Histograms `(depth, bins)` over the range of the volume, the lowest value, and the width of a bin."""
     low, high = float(volume.min()), float(volume.max())
     width = (high - low) / _BINS
     bins = np.minimum((volume - np.float32(low)) * np.float32(1 / width), _BINS - 1).astype(np.uint16)
@@ -18,10 +18,9 @@ def _slice_histograms(volume):
 
 
 def _otsu_levels(counts):
-    """How many of the lowest bins are background, by Otsu, for each histogram along the last axis.
+    """The number of bins below Otsu's threshold, for each histogram along the last axis.
 
-    Otsu's threshold maximises the variance between the two classes; where bins in a row are equally good, the middle
-    of them is taken.
+    The threshold maximises the variance between the two classes; it is the middle of consecutive bins that tie.
     """
     counts = counts.astype(np.float64)
     below = np.cumsum(counts, axis=-1)
@@ -41,17 +40,17 @@ def otsu_threshold(volume: np.ndarray) -> float:
 
 
 def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.ndarray:
-    """The voxels inside the body: each slice above half its Otsu threshold, closed, with what is enclosed.
+    """The voxels inside the body: each slice above half its Otsu threshold, closed and with its holes filled.
 
     Args:
         volume: Raw intensities `(depth, height, width)`, not constant.
-        pixel: Size of a pixel in mm, `(height, width)` or one number; the closing reaches 3 mm in plane.
+        pixel: Size of a pixel in mm, `(height, width)` or one number; the radius of the closing is 3 mm.
 
     Returns:
         A bool array of the same shape.
     """
     counts, low, width = _slice_histograms(volume)
-    # The Otsu threshold of a slice of air lies within the noise: none may be below half the volume's.
+    # In a slice of air the Otsu threshold lies within the noise, so half the volume's is the lower bound.
     levels = np.maximum(_otsu_levels(counts), _otsu_levels(counts.sum(axis=0)) / 2) / 2
     inside = volume > (low + width * levels).astype(volume.dtype)[:, None, None]
     reach = [max(1, round(_CLOSING_MM / size)) for size in np.broadcast_to(pixel, 2)]
@@ -60,7 +59,7 @@ def body_mask(volume: np.ndarray, pixel: float | Sequence[float] = 1.0) -> np.nd
 
 
 def _closed(mask, reach):
-    """The mask dilated and eroded in plane by a box that reaches so many pixels `(y, x)` to each side."""
+    """Closes a mask in plane by a box that extends `reach` pixels `(y, x)` to each side."""
     mask = np.pad(mask, [(0, 0), *((2 * count, 2 * count) for count in reach)])
     for combine in (np.logical_or, np.logical_and):
         for axis, count in enumerate(reach, start=1):
@@ -69,7 +68,7 @@ def _closed(mask, reach):
 
 
 def _in_a_row(values, combine, length):
-    """Combines each `length` neighbours along the first axis, with every pass twice as many."""
+    """Combines each `length` consecutive values along the first axis; each pass doubles their number."""
     done = 1
     while done < length:
         step = min(done, length - done)
@@ -79,10 +78,10 @@ def _in_a_row(values, combine, length):
 
 
 def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int], ...]:
-    """The box around a mask `(depth, height, width)`, as one `(low, high)` per axis, `high` excluded.
+    """The bounding box of a mask `(depth, height, width)`: `(low, high)` per axis, `high` excluded.
 
-    A slice, row or column belongs to the box if it holds more than `share` of the voxels of the fullest one, so that
-    a few specks outside the body do not move it.
+    A slice, row or column belongs to the box if it has more than `share` times the voxels of the fullest one, so that
+    isolated voxels outside the body are ignored.
     """
     box = []
     for axis in range(3):
@@ -93,7 +92,7 @@ def bounding_box(mask: np.ndarray, share: float = 0.01) -> tuple[tuple[int, int]
 
 
 def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """The volume minus its mean inside the body, divided by its (population) standard deviation there.
+    """Subtracts the mean inside the body and divides by the population standard deviation there.
 
     Args:
         volume: Float array.
@@ -103,7 +102,7 @@ def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
         An array of the volume's shape and dtype.
 
     Raises:
-        ValueError: The values inside the body are all the same, or the body is empty.
+        ValueError: All values inside the body are equal, or the body is empty.
     """
     values = volume[body]
     mean, std = (values.mean(), values.std()) if values.size else (0, 0)

@@ -1,4 +1,4 @@
-"""Preprocessed patients on disk, each in a folder that appears only when it is complete."""
+"""Preprocessed patients on disk. Each is a folder, which appears only when it is complete."""
 
 import contextlib
 import dataclasses
@@ -22,14 +22,14 @@ from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import RigidTransform
 from keras_mmfnet.recipe import DataRecipe
 
-# A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`, which must be
-# raised whenever preprocessing or the format of an entry changes.
+# A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
+# version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
 _VERSION = 6
 
 
 def key(case: Case, recipe: DataRecipe) -> str:
-    """Name of a cache entry: a hash of everything that preprocessing depends on, without the patient's name."""
+    """The name of a cache entry: a hash of all that preprocessing depends on. The patient's name is not part of it."""
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
     settings = {name: getattr(recipe, name) for name in _FIELDS}
@@ -41,7 +41,7 @@ def key(case: Case, recipe: DataRecipe) -> str:
 
 
 def _digest(source, patient):
-    """A hash of the content of an image's files, including the voxels if they are in a separate file."""
+    """A hash of the content of an image's files, including a separate file of voxels."""
     if isinstance(source, Series):
         return [_digest(path, patient) for path in source.files]
     if isinstance(source, Volume):
@@ -78,7 +78,7 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
         try:
             os.rename(temporary, entry)
         except OSError:
-            # The entry exists: written by another process, which is as good, or damaged and to be replaced.
+            # The entry exists: another process has written it, or it is damaged and is replaced.
             if load(entry, preprocessed.name) is None:
                 with contextlib.suppress(OSError):
                     os.rename(entry, replaced)
@@ -89,7 +89,7 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
 
 
 def load(entry: Path, name: str) -> PreprocessedCase | None:
-    """Reads a case from a folder as memory-mapped arrays; `None` if it is missing or damaged."""
+    """Reads a case as memory-mapped arrays; `None` if the folder is missing or damaged."""
     try:
         description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
         checksums = description["checksums"]

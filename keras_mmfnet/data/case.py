@@ -12,7 +12,7 @@ from keras_mmfnet.data.registration import RigidTransform
 class CaseError(ValueError):
     """A patient's files cannot be used.
 
-    The message starts with the patient's name, names the file, says what was expected and ends with what was received.
+    The message has the patient's name, the file, what was expected and what was received.
     """
 
     @property
@@ -22,15 +22,15 @@ class CaseError(ValueError):
 
     @classmethod
     def of_several(cls, errors: Sequence["CaseError"], patients: int | None = None) -> "CaseError":
-        """One error for the patients who cannot be used.
+        """Combines the errors of several patients.
 
         Args:
-            errors: Their errors, one or more.
+            errors: One error per patient that cannot be used, at least one.
             patients: The number of all patients, if known.
 
         Returns:
-            An error that counts them and lists the first 20; of a single error that error, with the remedy if there
-            are other patients.
+            An error that counts them and lists the first 20. A single error is returned with the remedy if there are
+            other patients.
         """
         if len(errors) == 1:
             return errors[0] if patients in (None, 1) else cls(f"{errors[0]} (--skip-bad leaves this patient out)")
@@ -43,12 +43,12 @@ class CaseError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The paths of one patient's files; nothing is read.
+    """The paths of one patient's files.
 
     Args:
         name: The patient's name.
-        images: By modality, the path of an image file, a DICOM `Series` or a `Volume` of a file.
-        mask: The same for the tumour mask, or a dict of masks by the modality they were drawn on, or `None`.
+        images: `{modality: source}`. A source is the path of an image file, a DICOM `Series` or a `Volume` of a file.
+        mask: The source of the tumour mask, `{modality it was drawn on: source}`, or `None`.
     """
 
     name: str
@@ -68,17 +68,17 @@ def _path(source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreprocessedCase:
-    """One preprocessed patient, with the grids that lead back to the original image.
+    """One preprocessed patient, with the grids to map results back to the original image.
 
     Args:
         name: The patient's name.
-        images: By modality, a float32 array `(depth, height, width)`, all on `grid`.
+        images: `{modality: float32 (depth, height, width)}`, all on `grid`.
         mask: The tumour, uint8 {0, 1} on `grid`, or `None`.
         grid: The grid of the arrays; its axes are as close as possible to the patient's (left, posterior, superior).
         source: The grid of the reference modality's image.
         centre: Voxel indices `(z, y, x)` of the centre of the body's bounding box.
-        notes: What the user may want to know about the preprocessing, one sentence each.
-        transforms: By modality, the rigid transform that aligned it with the reference modality.
+        notes: Remarks on the preprocessing for the user, one sentence each.
+        transforms: `{modality: rigid transform}` that aligned it with the reference modality.
     """
 
     name: str
@@ -101,7 +101,7 @@ class PreprocessedCase:
         return self.grid.spacing[::-1]
 
     def images_of(self, modalities: Iterable[str]) -> dict[str, np.ndarray]:
-        """The images of these modalities by name; zeros for a missing one, as in modality dropout."""
+        """The images of these modalities by name. A missing one is zeros, as in modality dropout."""
         return {name: self.images.get(name, np.zeros(self.shape, np.float32)) for name in modalities}
 
     def to_source(self, array: np.ndarray, threshold: float | None = None) -> sitk.Image:
@@ -109,7 +109,7 @@ class PreprocessedCase:
 
         Args:
             array: Values `(depth, height, width)`, of this case's `shape`.
-            threshold: Lowest value that belongs to the mask; `None` for no mask.
+            threshold: Lowest value that belongs to the mask; `None` returns the values.
 
         Returns:
             A SimpleITK image on `source`: float32, linearly interpolated; with a threshold, a uint8 mask {0, 1}.
@@ -120,6 +120,6 @@ class PreprocessedCase:
         array = np.asarray(array, dtype=np.float32)
         if array.shape != self.shape:
             raise ValueError(f"`array` must have the shape {self.shape} of {self.name}. Received: {array.shape}")
-        # The grid may be up to half a voxel smaller than its source: `extend` fills that edge.
+        # The grid can be up to half a voxel smaller than its source: `extend` fills this edge.
         values = self.source.resample(self.grid.image(array), extend=True)
         return self.source.image(values if threshold is None else (values >= threshold).astype(np.uint8))

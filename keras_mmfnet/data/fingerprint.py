@@ -1,4 +1,4 @@
-"""What the images of a cohort are, and what preprocessing would do with them or refuse."""
+"""Surveys the images of a cohort: their geometry, and what preprocessing would change or refuse."""
 
 import dataclasses
 import math
@@ -30,10 +30,10 @@ class ImageSurvey:
         path: The file, or the series.
         size: Voxels along x, y and z.
         spacing_xyz: Distance between voxel centres in mm.
-        orientation: The patient's direction along x, y and z, such as `"LPS"` (left, posterior, superior).
+        orientation: The directions of x, y and z in the patient, such as `"LPS"` (left, posterior, superior).
         resampled: Whether preprocessing interpolates it.
-        coverage: Share of the reference modality's field of view that lies inside it, 0 to 1; `None` where that one
-            could not be read.
+        coverage: Share of the reference modality's field of view that it covers, in [0, 1]; `None` if the reference
+            modality cannot be read.
     """
 
     path: str
@@ -46,16 +46,16 @@ class ImageSurvey:
 
 @dataclasses.dataclass(frozen=True)
 class CaseSurvey:
-    """One patient as `survey_case` finds it.
+    """One patient, as returned by `survey_case`.
 
     Args:
         name: The patient's name.
-        images: By modality, what could be read.
-        mask: The masks' paths, or `None` for a patient without one.
-        labels: The values in the masks besides 0; `None` where no voxel was read.
-        tumour_ml: Volume of what counts as tumour, in ml; `None` where it was not read or is refused.
-        problems: Why preprocessing would refuse the patient, in its words.
-        notes: What preprocessing would do that the user may want to know, one sentence each.
+        images: `{modality: survey}` of the images that can be read.
+        mask: The paths of the masks, or `None` if there is none.
+        labels: The non-zero values in the masks; `None` if the voxels were not read.
+        tumour_ml: Volume of the tumour in ml; `None` if it was not read or is refused.
+        problems: Error messages of preprocessing, if it would refuse the patient.
+        notes: Remarks on the preprocessing for the user, one sentence each.
     """
 
     name: str
@@ -73,19 +73,19 @@ def survey(
     deep: bool = False,
     progress: Callable[[CaseSurvey], object] | None = None,
 ) -> list[CaseSurvey]:
-    """Surveys patients, several at once.
+    """Surveys patients in parallel.
 
     Args:
         cases: The patients.
         recipe: A `DataRecipe`.
-        deep: Read the voxels too, and preprocess each patient.
+        deep: Also read the voxels, and preprocess each patient.
         progress: Called with each patient's result, in order.
 
     Returns:
         One `CaseSurvey` per patient, in the order of `cases`.
     """
     rows = []
-    # A preprocessed patient takes gigabytes, and several threads already.
+    # Preprocessing a patient takes gigabytes and several threads.
     with ThreadPoolExecutor(2 if deep else None) as pool:
         for row in pool.map(lambda case: survey_case(case, recipe, deep), cases):
             rows.append(row)
@@ -95,15 +95,15 @@ def survey(
 
 
 def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurvey:
-    """Surveys one patient: from the headers alone, or `deep`, by preprocessing it.
+    """Surveys one patient from the headers or, if `deep`, by preprocessing it.
 
     Args:
         case: A `Case`.
         recipe: A `DataRecipe`.
-        deep: Read the voxels too, and preprocess the patient.
+        deep: Also read the voxels, and preprocess the patient.
 
     Returns:
-        A `CaseSurvey`; what is wrong with the files is in its `problems`.
+        A `CaseSurvey`. Errors are listed in its `problems`.
     """
     problems, notes, images, labels, volume = [], [], {}, None, None
 
@@ -150,6 +150,6 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
 
 
 def _labels(sources, patient):
-    """The values of masks besides 0; of a mask of fractions, as interpolation leaves it, the first ten."""
+    """The non-zero values of masks; at most ten of each, as an interpolated mask can have any number."""
     values = [np.unique(sitk.GetArrayFromImage(read_image(source, patient)))[:10] for source in sources]
     return tuple(np.unique([value for found in values for value in found if value]).tolist())

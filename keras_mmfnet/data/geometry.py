@@ -1,4 +1,4 @@
-"""The grids of images, and bringing an image onto another grid."""
+"""Grids of images, and resampling."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ import SimpleITK as sitk
 class Grid:
     """The geometry of a 3D image: size, spacing, origin and direction.
 
-    The fields are in SimpleITK's order `(x, y, z)`. Arrays on the grid have the opposite order,
+    The fields are in SimpleITK's order `(x, y, z)`. Arrays on the grid have the reverse order,
     `(depth, height, width)`, which is `shape`.
 
     Args:
@@ -35,11 +35,11 @@ class Grid:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The grid that `to_dict` wrote, also after conversion to JSON and back."""
+        """The grid of a dict from `to_dict`, also after conversion to JSON and back."""
         return cls(**{field.name: tuple(values[field.name]) for field in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dict that can be written as JSON."""
+        """The fields as a dict, which can be converted to JSON."""
         return dataclasses.asdict(self)
 
     @property
@@ -61,14 +61,14 @@ class Grid:
         return (positions - np.asarray(self.origin)) @ np.linalg.inv(self.axes).T
 
     def matches(self, other: "Grid") -> bool:
-        """Whether both grids have the same voxels, within a hundredth of a voxel, as file headers are rounded."""
+        """Whether both grids have the same voxels. The tolerance is 0.01 voxels, because file headers are rounded."""
         if self.size != other.size:
             return False
         corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.size]), axis=-1)
         return bool(np.abs(self.indices(other.positions(corners)) - corners).max() < 0.01)
 
     def coverage_by(self, other: "Grid") -> float:
-        """Share of this grid's volume in [0, 1] that lies inside another, from 16 x 16 x 16 points."""
+        """The share of this grid's volume that lies inside another, in [0, 1], estimated from 16 x 16 x 16 points."""
         points = np.stack(np.meshgrid(*[(np.arange(16) + 0.5) / 16 * n - 0.5 for n in self.size]), axis=-1)
         indices = other.indices(self.positions(points))
         return float(np.all((indices >= -0.5) & (indices <= np.asarray(other.size) - 0.5), axis=-1).mean())
@@ -90,7 +90,7 @@ class Grid:
     def resample(self, image: sitk.Image, background: float = 0.0, extend: bool = False) -> np.ndarray:
         """Resamples an image to this grid by position, with linear interpolation.
 
-        An image with the same voxels, in any order of its axes, is not interpolated: its values are unchanged.
+        An image with the same voxels, in any order of axes, is not interpolated.
 
         Args:
             image: A 3D SimpleITK image.
@@ -119,9 +119,9 @@ class Grid:
 
 
 def upright_grid(grid: Grid) -> Grid:
-    """The grid of the same voxels whose axes have the order and direction of the patient's (left, posterior, superior).
+    """The grid of the same voxels whose axes follow the patient's: left, posterior, superior.
 
-    SimpleITK's `DICOMOrient` brings an image onto it.
+    SimpleITK's `DICOMOrient` reorders an image to it.
     """
     voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
     voxel.SetDirection(grid.direction)
@@ -134,34 +134,33 @@ def upright_grid(grid: Grid) -> Grid:
 
 
 def in_plane_grid(grid: Grid, spacing: float | None) -> Grid:
-    """The grid with pixels of `spacing` mm in plane, the same slices and the same first edges.
+    """The grid with pixels of `spacing` mm in plane, and the same slices and first edges.
 
     Args:
         grid: A `Grid`.
-        spacing: Pixel size in mm along x and y, or `None` to keep the grid's.
+        spacing: Pixel size in mm along x and y; `None` keeps that of the grid.
 
     Returns:
-        A `Grid`. Every voxel's centre lies inside `grid`; its last edges are less than half a pixel from `grid`'s.
+        A `Grid`. All voxel centres lie inside `grid`; its last edges are less than half a pixel from those of `grid`.
     """
     if spacing is None:
         return grid
     new = (spacing, spacing, grid.spacing[2])
-    # The small number keeps a centre that would fall on the very edge, after rounding, off it.
+    # 1e-6 excludes a centre that would lie on the edge after rounding.
     size = np.maximum(np.ceil(np.multiply(grid.size, grid.spacing) / new - 0.5 - 1e-6), 1).astype(int)
     first_centre = (np.divide(new, grid.spacing) - 1) / 2
     return Grid(tuple(size.tolist()), new, tuple(grid.positions(first_centre).tolist()), grid.direction)
 
 
 def resample(image: sitk.Image, grid: Grid, background: float) -> np.ndarray:
-    """The values of a float image on a grid, by position: smoothed where voxels grow, then one linear interpolation.
+    """Resamples a float image to a grid by position, with antialiasing and linear interpolation.
 
-    Along each axis on which the grid's voxels are larger than the image's, the image is first smoothed by the
-    Gaussian that widens a profile of one old voxel (full width at half maximum) to one new voxel, so that detail
-    finer than a new voxel is averaged and not aliased.
+    Along each axis on which the grid's voxels are larger than the image's, the image is first smoothed. The Gaussian
+    widens a profile from the full width at half maximum of one old voxel to that of one new voxel.
 
     Args:
         image: A 3D SimpleITK float image.
-        grid: The `Grid` wanted.
+        grid: The target `Grid`.
         background: Value outside the image.
 
     Returns:
@@ -172,7 +171,7 @@ def resample(image: sitk.Image, grid: Grid, background: float) -> np.ndarray:
     nearest = np.abs(np.reshape(own.direction, (3, 3)).T @ np.reshape(grid.direction, (3, 3))).argmax(axis=1)
     old, new = np.asarray(own.spacing), np.asarray(grid.spacing)[nearest]
     variance = np.maximum(new**2 - old**2, 0) / (8 * math.log(2))
-    # A Gaussian narrower than a quarter of a voxel does next to nothing.
+    # A Gaussian narrower than a quarter of a voxel has hardly any effect.
     variance[variance < (old / 4) ** 2] = 0
     if variance.any():
         image = sitk.DiscreteGaussian(image, variance.tolist(), maximumKernelWidth=256)

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_mmfnet.data import augment
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import cut, window_starts
+from keras_mmfnet.data.windows import crop, window_starts
 from keras_mmfnet.recipe import PatchRecipe
 
 try:
@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     backend = keras.backend.backend()
     raise ImportError(
-        f"patches are made by tf.data, so training needs TensorFlow beside {backend}: "
+        f"patches are made by tf.data, so training on {backend} also needs TensorFlow: "
         f"pip install keras-mmfnet[{backend}]"
     ) from error
 
@@ -23,12 +23,11 @@ except ImportError as error:
 def hide_gpus() -> None:
     """Hides all GPUs from TensorFlow, for the rest of the process.
 
-    Patches are cropped on the CPU. If the backend is PyTorch or JAX, TensorFlow would otherwise reserve most of the
-    GPU's memory at the first patch. The command `mmfnet` calls this; a training loop of your own calls it before
-    `patch_dataset`.
+    Patches are cropped on the CPU. On PyTorch or JAX, TensorFlow would otherwise reserve most of the GPU's memory at
+    the first patch. The command `mmfnet` calls this function. Call it before `patch_dataset` in your own training loop.
 
     Raises:
-        RuntimeError: TensorFlow has initialised the GPUs already.
+        RuntimeError: TensorFlow has already initialised the GPUs.
     """
     tf.config.set_visible_devices([], "GPU")
 
@@ -42,21 +41,21 @@ def patch_dataset(
     seed: int = 0,
     first_batch: int = 0,
 ) -> tf.data.Dataset:
-    """Batches of 3D patches of preprocessed patients, as a `tf.data.Dataset` on every backend (section IV-A).
+    """Creates a `tf.data.Dataset` of batches of 3D patches of preprocessed patients, on every backend (section IV-A).
 
     For training, the dataset is endless. Each pass takes the windows of all patients in a new random order. Each
-    window gets a random offset, in-plane rotation and flip, the same for all modalities and the mask. A batch depends
-    only on `seed` and its number. For validation, each window comes once, without augmentation. All voxels that a
-    window can reach are kept in memory, in float16.
+    window has a random offset, in-plane rotation and flip, the same for all modalities and the mask. A batch depends
+    only on `seed` and its number. For validation, the dataset has each window once, without augmentation. All voxels
+    that a window can reach are kept in memory in float16.
 
     Args:
         cases: `PreprocessedCase`s with a mask.
         recipe: The `PatchRecipe`: shape, windows and augmentation.
-        modalities: Names of the modalities in the batches; `None` for all of the first patient's.
+        modalities: Names of the modalities in the batches; `None` for all modalities of the first patient.
         batch_size: Patches per batch.
         training: Whether the dataset is random and endless.
         seed: Seed of the order of the windows and of the augmentation.
-        first_batch: Number of the first batch, to resume a training.
+        first_batch: Number of the first batch, for resuming a training.
 
     Returns:
         A dataset of `({modality: float32 (batch, depth, height, width, 1)}, uint8 mask of the same shape)`.
@@ -77,11 +76,11 @@ def patch_dataset(
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
     volume, windows = _pack(cases, recipe, modalities, training)
-    # As tensors, so that the pipeline captures them by reference and does not copy them into its graph.
+    # As tensors: the pipeline captures them by reference and does not copy them into its graph.
     volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
     margin = augment.margin(recipe)
 
-    # Compiled, it reads the patch once and not a dozen times.
+    # Compiled, it reads the patch once instead of a dozen times.
     @tf.function(jit_compile=True)
     def transform(box, angle, flip):
         return augment.rotate_and_flip(box, angle, flip, margin, recipe)
@@ -106,24 +105,23 @@ def centre_patches(
     seed: int = 0,
     first_batch: int = 0,
 ) -> tf.data.Dataset:
-    """2D patches and the class of their centre pixel, from batches of 3D patches (section IV-D).
+    """Crops 2D patches from batches of 3D patches, labelled by the class of their centre pixel (section IV-D).
 
     In each 3D patch, half of the centres are random tumour voxels and half are random background voxels. If there are
-    too few of one kind, more of the other kind are taken. Beyond the edge, patches are padded with 0, the mean of a
-    normalised image.
+    too few of one class, more of the other are taken. Patches are padded with 0, the mean of a normalised image.
 
     Args:
         dataset: Batches from `patch_dataset`.
         patch_shape: `(height, width)` of a 2D patch; its centre is the pixel `(height // 2, width // 2)`.
         count: 2D patches per 3D patch.
-        seed: Seed of the choice, which depends only on it and on the number of the batch.
+        seed: Seed of the random centres. They depend only on it and on the number of the batch.
         first_batch: Number of the dataset's first batch.
 
     Returns:
         A dataset of `({modality: float32 (batch * count, height, width, 1)}, uint8 (batch * count, 1, 1, 1))`.
     """
     height, width = patch_shape
-    # With this padding, a patch starts at the padded pixel whose index is that of its centre.
+    # With this padding, the first pixel of a patch has the index of its centre in the unpadded slice.
     pads = [(0, 0), (0, 0), (height // 2, height - 1 - height // 2), (width // 2, width - 1 - width // 2)]
 
     def choose(number, batch):
@@ -151,12 +149,12 @@ def centre_patches(
 
 
 def _pack(cases, recipe, modalities, training):
-    """All voxels of the patients that a window can reach, concatenated along the slices.
+    """Concatenates the voxels of all patients that a window can reach along the slices.
 
     Returns:
         The voxels, float16 `(height, width, slices, modalities + 1)` with the mask as the last channel; and the
-        windows, int32 `(windows, 5)`: first slice, row and column, and the lowest and highest first slice that keep
-        the window inside the patient.
+        windows, int32 `(windows, 5)`: first slice, row and column, and the lowest and highest first slice for which
+        the window lies inside the patient.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
     _warn(cases, starts, recipe.shape)
@@ -173,8 +171,8 @@ def _pack(cases, recipe, modalities, training):
         block = np.moveaxis(volume[:, :, top : top + count], 2, 0)
         for channel, name in enumerate(modalities):
             image = case.images[name]
-            block[..., channel] = cut(image, corner, block.shape[:3], image.min())
-        block[..., -1] = cut(case.mask, corner, block.shape[:3], 0)
+            block[..., channel] = crop(image, corner, block.shape[:3], image.min())
+        block[..., -1] = crop(case.mask, corner, block.shape[:3], 0)
         begins = np.array([[top, top + count - depth]] * len(first))
         windows.append(np.concatenate([first - corner + (top, 0, 0), begins], axis=1))
     return volume, np.concatenate(windows).astype(np.int32)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import SimpleITK as sitk
 
-# Voxel size of each resolution level in mm; thicker slices are kept. Sequences of one patient are at most a few
-# centimetres apart, which the first level captures.
+# Voxel size of each resolution level in mm; thicker slices are kept. The first level captures displacements of a few
+# centimetres, the most that is expected between sequences of one patient.
 _LEVELS = (4.0, 2.0)
 _BINS = 32
 _SAMPLES = 60_000
@@ -52,10 +52,10 @@ class RigidTransform:
 def register_rigid(
     fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration"
 ) -> tuple[RigidTransform, float]:
-    """Registers one image of a patient to another: the rigid transform of highest mutual information.
+    """Registers two images of a patient by a rigid transform.
 
-    The optimisation starts from the positions in the headers. Mattes' mutual information is maximised by gradient
-    ascent from coarse to fine resolution. A result that is no better than the start is discarded.
+    Gradient ascent maximises Mattes' mutual information from coarse to fine resolution. It starts at the positions in
+    the headers. A result that is no better than the start is discarded.
 
     Args:
         fixed: 3D SimpleITK image.
@@ -65,7 +65,7 @@ def register_rigid(
 
     Returns:
         `(transform, gain)`: the `RigidTransform` from positions in `fixed` to positions in `moving`, and the increase
-        of mutual information. If there was none, the identity and 0.
+        of mutual information; the identity and 0 if there is no increase.
 
     Raises:
         RuntimeError: The images do not overlap.
@@ -90,7 +90,7 @@ def register_rigid(
         logging.getLogger(__name__).info(
             "%s: alignment, level %d of %d, %d steps", name, number, len(_LEVELS), method.GetOptimizerIteration()
         )
-    # Rounded far below the accuracy, but above the differences that come from the threads' order of summation.
+    # Rounding removes the differences between runs that come from the order in which threads sum.
     numbers = tuple(round(number, 5) for number in transform.GetParameters())
     found = RigidTransform(numbers[:3], numbers[3:], centre)
     gain = _information(*pair, found, seed) - _information(*pair, start, seed)
@@ -100,9 +100,11 @@ def register_rigid(
 def _method(fixed, seed):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
-    # Random points: a regular grid of points aligns with the other image's voxels, which biases the result.
+    # Random points: a regular grid aligns with the voxels of the other image, which biases the result.
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(min(_SAMPLES / fixed.GetNumberOfPixels(), 1.0), seed + 1)  # 0: the clock
+    method.SetMetricSamplingPercentage(
+        min(_SAMPLES / fixed.GetNumberOfPixels(), 1.0), seed + 1
+    )  # a seed of 0 means the clock
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
@@ -124,7 +126,7 @@ def _coarse(image, size):
 
 
 def apply_transform(image: sitk.Image, transform: RigidTransform) -> sitk.Image:
-    """Applies the inverse of a rigid transform to an image by changing its origin and direction only.
+    """Applies the inverse of a rigid transform to an image. Only its origin and direction change.
 
     Args:
         image: 3D SimpleITK image.

@@ -1,4 +1,4 @@
-"""The windows of a volume: their positions, and cropping them. Pure functions over shapes and arrays."""
+"""The positions of the windows of a volume, and cropping them. Pure functions over shapes and arrays."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ def window_starts(
     stride: Sequence[int | None],
     centre: Sequence[float],
 ) -> list[tuple[int, int, int]]:
-    """First voxel of each window over a volume (section IV-A).
+    """The first voxel of each window of a volume (section IV-A).
 
-    Along an axis with a stride the windows cover the whole volume, and the last one ends where the volume ends. Along
-    an axis without a stride there is one window at the centre, shifted if needed so that it lies inside the volume.
-    If the volume is smaller than the patch, one window is centred on it and extends beyond it on both sides.
+    Along an axis with a stride, the windows cover the whole volume and the last one ends at its edge. Along an axis
+    without a stride, there is one window at the centre, shifted if necessary to lie inside the volume. If the volume is
+    smaller than the patch, one window is centred on it and extends beyond both edges.
 
     Args:
         shape: `(depth, height, width)` of the volume in voxels.
@@ -40,14 +40,14 @@ def window_starts(
 
 
 def gaussian_weights(patch_shape: Sequence[int]) -> np.ndarray:
-    """Weight of each voxel of a window in the average of overlapping windows, highest at the window's centre.
+    """Gaussian weights of the voxels of a window, for the average of overlapping windows.
 
     Args:
         patch_shape: `(depth, height, width)` of a window in voxels.
 
     Returns:
-        Float32 `(depth, height, width)` in [0.001, 1]: a Gaussian about the centre whose standard deviation is an
-        eighth of the window, as in nnU-Net.
+        Float32 `(depth, height, width)` in [0.001, 1]. The standard deviation is an eighth of the window, as in
+        nnU-Net.
     """
     squares = [((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2 for n in patch_shape]
     total = sum(square.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, square in enumerate(squares))
@@ -55,11 +55,11 @@ def gaussian_weights(patch_shape: Sequence[int]) -> np.ndarray:
     return np.maximum(weights / weights.max(), np.float32(1e-3))
 
 
-def cut(volume: np.ndarray, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
-    """Crops a window out of a volume and pads it where it extends beyond the volume.
+def crop(volume: np.ndarray, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
+    """Crops a window from a volume, and pads the part that lies outside the volume.
 
     Args:
-        volume: The array.
+        volume: Array.
         start: First voxel of the window; may be negative.
         shape: Shape of the window in voxels.
         fill: Value outside the volume.

@@ -1,9 +1,9 @@
-"""The operations of the layers: what each computes, and which implementation computes it.
+"""The operations of the layers, and the choice of their implementation.
 
-`reference` has each operation in plain Keras ops, with Keras' own gradient. The modules named after a backend have
-faster implementations of the same operations. `MMFNET_KERNELS=plain` or `fast` in the environment, or `set_kernels`,
-chooses between them; by default they are fast on a CPU, and plain on a GPU and on JAX. Layers are traced once: choose
-before a model is trained.
+`reference` implements each operation in plain Keras ops with automatic gradients. The modules named after a backend
+have faster implementations of the same operations. The environment variable `MMFNET_KERNELS` (`plain` or `fast`) or
+`set_kernels` chooses between them. The default is fast on a CPU and plain on a GPU and on JAX. Choose before a model is
+built: a layer that is already traced keeps its implementation.
 
 `axis` is the axis of the channels, -1 or 1.
 """
@@ -24,20 +24,20 @@ _chosen = None
 
 
 def set_kernels(kernels: str | None) -> None:
-    """Chooses the implementation for this process.
+    """Sets the implementation for this process.
 
     Args:
-        kernels: `"plain"`, `"fast"`, or `None` for the environment's choice or else the default.
+        kernels: `"plain"`, `"fast"`, or `None` for the environment variable or, if it is not set, the default.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: `kernels` is none of these.
     """
     global _chosen
     _chosen = kernels if kernels is None else _checked("`kernels`", kernels)
 
 
 def get_kernels() -> str:
-    """The implementation in use, `"plain"` or `"fast"`.
+    """Returns the implementation in use, `"plain"` or `"fast"`.
 
     Raises:
         ValueError: The environment variable `MMFNET_KERNELS` is neither.
@@ -69,7 +69,7 @@ def _on_gpu():
 
 
 def _implementation(name):
-    """The function `name` of the backend's module, or of `reference` where there is no faster one."""
+    """The function `name` of the backend's module, or of `reference` if there is no faster one."""
     backend = keras.backend.backend()
     if backend in ("tensorflow", "torch") and get_kernels() == "fast":
         module = importlib.import_module(f"{__name__}.{backend}")
@@ -78,7 +78,7 @@ def _implementation(name):
 
 
 def check_statistics(statistics: str | Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple; raises `ValueError` unless they are distinct and known."""
+    """Returns the names as a tuple; raises `ValueError` unless they are distinct and known."""
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     if not names or len(set(names)) != len(names) or not set(names) <= set(STATISTICS):
         raise ValueError(f"`statistics` must be one or more of {STATISTICS}, each once. Received: {statistics!r}")
@@ -88,14 +88,14 @@ def check_statistics(statistics: str | Sequence[str]) -> tuple[str, ...]:
 def statistics_over_space(features: Sequence[Any], statistics: Sequence[str], axis: int, training: bool = False) -> Any:
     """Statistics of each channel over depth, height and width (eq. 8-10).
 
-    The standard deviation is that of the population, `sqrt(var + 1e-6)`. Where several values are the largest, they
-    share the gradient of the maximum.
+    The standard deviation is that of the population, `sqrt(var + 1e-6)`. Values that tie for the maximum share its
+    gradient equally.
 
     Args:
-        features: A list of tensors of five axes that are concatenated along the channels.
+        features: A list of 5D tensors, to be concatenated along the channels.
         statistics: Names of the statistics, of `STATISTICS`.
         axis: Axis of the channels.
-        training: Whether it may be compiled; a compiled operation cannot be exported.
+        training: Whether the operation may be compiled. A compiled operation cannot be exported.
 
     Returns:
         A float32 tensor `(batch, statistics, channels)`.
@@ -106,17 +106,17 @@ def statistics_over_space(features: Sequence[Any], statistics: Sequence[str], ax
 def statistics_over_channels(
     features: Sequence[Any], statistics: Sequence[str], axis: int, weights: Any = None, training: bool = False
 ) -> Any:
-    """Statistics of each voxel over the channels of features times `weights` (eq. 11), as in `statistics_over_space`.
+    """Statistics of each voxel over the channels of features times `weights` (eq. 11), see `statistics_over_space`.
 
     Args:
-        features: A list of tensors of five axes that are concatenated along the channels.
+        features: A list of 5D tensors, to be concatenated along the channels.
         statistics: Names of the statistics, of `STATISTICS`.
         axis: Axis of the channels.
-        weights: A factor for each channel, with sizes of 1 for depth, height and width, or `None`.
-        training: Whether it may be compiled; a compiled operation cannot be exported.
+        weights: A factor per channel, of size 1 along depth, height and width, or `None`.
+        training: Whether the operation may be compiled. A compiled operation cannot be exported.
 
     Returns:
-        A float32 tensor like the features with the statistics in place of the channels.
+        A float32 tensor of the features' shape, with the statistics in place of the channels.
     """
     return _implementation("statistics_over_channels")(features, statistics, axis, weights, training)
 
@@ -127,14 +127,14 @@ def weighted_reduction(
     """The 1x1x1 convolution of `F (1 + W_s W_c)`, where `F` is the features (eq. 6 and 12).
 
     Args:
-        features: A list of tensors of five axes that are concatenated along the channels.
-        channel_weights: `W_c`, with sizes of 1 for depth, height and width.
-        spatial_weights: `W_s`, of 1 channel.
-        kernel: `(channels, filters)`.
+        features: A list of 5D tensors, to be concatenated along the channels.
+        channel_weights: `W_c`, of size 1 along depth, height and width.
+        spatial_weights: `W_s`, with 1 channel.
+        kernel: Tensor `(channels, filters)`.
         axis: Axis of the channels.
 
     Returns:
-        A tensor like the features, of `filters` channels.
+        A tensor of the features' shape, with `filters` channels.
     """
     return _implementation("weighted_reduction")(features, channel_weights, spatial_weights, kernel, axis)
 
@@ -150,11 +150,11 @@ def batch_norm_relu(
         beta: Offset of each channel, float32.
         epsilon: Added to the variance.
         axis: Axis of the channels.
-        moments: `(mean, variance)` of each channel, or `None` for those of `x`.
+        moments: `(mean, variance)` of each channel; `None` computes them from `x`.
 
     Returns:
-        `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the population's moments that were used, in
-        float32 and without a gradient.
+        `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the moments used (population variance),
+        in float32 and without a gradient.
     """
     return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)
 

@@ -1,28 +1,28 @@
-"""Each operation of `kernels` in plain Keras ops, with Keras' own gradient: what the fast ones must equal."""
+"""The operations of `kernels` in plain Keras ops with automatic gradients. The fast kernels must equal them."""
 
 import keras
 from keras import ops
 
-# ruff: noqa: D103  (what each computes is said in `kernels`)
+# ruff: noqa: D103  (documented in `kernels`)
 
-# Added to a variance: the gradient of its root stays finite where the variance is 0.
+# Added to the variance, so that the gradient of the standard deviation is finite at a variance of 0.
 EPSILON = 1e-6
 
 
 def spatial_axes(axis):
-    """The axes of depth, height and width of five, with the channels at `axis`."""
+    """The axes of depth, height and width of a 5D tensor with the channels at `axis`."""
     return (1, 2, 3) if axis == -1 else (2, 3, 4)
 
 
 def concatenate(features, axis):
-    """The features concatenated; a single tensor as it is."""
+    """Concatenates the features; returns a single tensor unchanged."""
     return ops.concatenate(features, axis=axis) if len(features) > 1 else features[0]
 
 
 def _statistics(x, statistics, axes):
-    """The statistics by name, in float32: squares overflow in float16."""
+    """The statistics in float32: squares overflow in float16."""
     x = ops.cast(x, "float32")
-    # The last axis first: TensorFlow sums one value after the other, and loses digits where they are many.
+    # Reduce the last axis first: TensorFlow sums sequentially, which is inaccurate over many values.
     average = ops.mean(ops.mean(x, axis=axes[-1], keepdims=True), axis=axes, keepdims=True)
     square = ops.square(x - average)
     variance = ops.mean(ops.mean(square, axis=axes[-1], keepdims=True), axis=axes, keepdims=True)
@@ -61,7 +61,7 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
 def conv(x, kernel, strides, padding, data_format, dilation_rate):
     if keras.backend.backend() == "torch" and keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         depth = x.shape[1 if data_format == "channels_last" else 2]
-        # On a CPU PyTorch's gradient of a kernel deeper than its volume is wrong.
+        # PyTorch's CPU gradient is wrong if the kernel is deeper than the volume.
         if x.device.type == "cpu" and depth < kernel.shape[0]:
             x, kernel = ops.cast(x, "float32"), ops.cast(kernel, "float32")
             return ops.cast(ops.conv(x, kernel, strides, padding, data_format, dilation_rate), "bfloat16")

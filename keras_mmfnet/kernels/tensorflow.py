@@ -1,7 +1,7 @@
-"""The operations on TensorFlow: their gradients are compiled by XLA, and so are they themselves in training.
+"""The operations on TensorFlow. XLA compiles their gradients and, in training, their forward passes.
 
-Outside of XLA each of TensorFlow's operations reads and writes whole tensors, and by its own gradient a statistic has a
-dozen of them. A function that XLA compiled cannot be exported, so that nothing is compiled without `training`.
+Without XLA every TensorFlow operation reads and writes whole tensors, and the automatic gradient of a statistic has a
+dozen operations. A function compiled by XLA cannot be exported, so the forward pass is compiled only in training.
 """
 
 import functools
@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_mmfnet.kernels import reference
 from keras_mmfnet.kernels.reference import EPSILON, concatenate, spatial_axes
 
-# Up to so many channels are unrolled.
+# A loop over at most this many channels is unrolled.
 _FEW_CHANNELS = 8
 
 _compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
@@ -23,12 +23,12 @@ def _float32(x):
 
 
 def _split(x, features, axis, x_axis=None):
-    """`x` in parts along `x_axis`, by default `axis`, with as many channels as the features have along `axis`."""
+    """Splits `x` along `x_axis` (default `axis`) into as many channels as each of the features has along `axis`."""
     return tf.split(x, [feature.shape[axis] for feature in features], axis if x_axis is None else x_axis)
 
 
 def _mean(x, axes):
-    # TensorFlow sums one value after the other, and loses digits where they are many. Compiled, half the time, too.
+    # TensorFlow sums sequentially, which is inaccurate over many values. Compiled, this order is also twice as fast.
     return tf.reduce_mean(tf.reduce_mean(x, axes[0], keepdims=True), axes, keepdims=True)
 
 
@@ -43,13 +43,13 @@ def _where_equal(x, value):
 
 
 def _share(grad_output, count):
-    """The gradient of a maximum for each of the `count` values that are as large."""
-    # XLA may compute a value twice and round it in two ways; then none is as large.
+    """The gradient of a maximum for each of the `count` values that tie for it."""
+    # XLA may compute a value twice with different rounding, so that no value equals the maximum.
     return grad_output / tf.maximum(count, 1.0)
 
 
 def _shift_and_scale(values, grads, count):
-    """What average and standard deviation add to the gradient of a value, and by what they multiply the value."""
+    """The gradient of average and standard deviation by a value `x` is `shift + scale * x`."""
     zero = tf.zeros_like(next(iter(grads.values())))
     shift = grads["avg"] / count if "avg" in grads else zero
     scale = grads["std"] / (values["std"] * count) if "std" in grads else zero
@@ -57,12 +57,12 @@ def _shift_and_scale(values, grads, count):
 
 
 def statistics_over_space(features, statistics, axis, training=False):
-    """Its gradient takes one compiled pass over the features."""
+    """The gradient is one compiled pass over the features."""
     axes = spatial_axes(axis)
 
     @tf.custom_gradient
     def compute(*features):
-        # Without XLA the last axis first takes less time.
+        # Without XLA it is faster to reduce the last axis first.
         output, values = (_compiled_over_space if training else _over_space)(
             features, statistics, axes if training else axes[::-1], axis
         )
@@ -72,7 +72,7 @@ def statistics_over_space(features, statistics, axis, training=False):
 
 
 def _over_space(features, statistics, axes, axis):
-    """The statistics concatenated along the channels, and by name what the gradient needs."""
+    """The statistics concatenated along the channels, and a dict of the values that the gradient needs."""
     values = {}
     if "max" in statistics:  # exact in any dtype
         largest = [tf.reduce_max(x, axes, keepdims=True) for x in features]
@@ -109,7 +109,7 @@ def _grad_over_space(features, values, grad_output, statistics, axes, axis):
 
 
 def statistics_over_channels(features, statistics, axis, weights=None, training=False):
-    """The features are neither concatenated nor multiplied by the weights in memory."""
+    """Neither the concatenated features nor their products with the weights are stored."""
     run = _compiled_over_channels if training else _over_channels
     number = len(features)
 
@@ -123,7 +123,7 @@ def statistics_over_channels(features, statistics, axis, weights=None, training=
 
 
 def _over_channels(weights, features, statistics, axis, unroll=False):
-    """The statistics concatenated, and by name what the gradient needs."""
+    """The statistics concatenated along the channels, and a dict of the values that the gradient needs."""
     over = functools.partial(_over_all, axis=axis, unroll=unroll)
     weighted, _ = _weighted(weights, features, axis)
     values, count = {}, sum(x.shape[axis] for x in features)
@@ -141,9 +141,9 @@ _compiled_over_channels = _compiled(functools.partial(_over_channels, unroll=Tru
 
 
 def _over_all(values, combine, reduce, axis, unroll):
-    """All channels of `values` reduced by `reduce`; `combine` does that of two, voxel by voxel."""
+    """Reduces all channels of the tensors `values` by `reduce`; `combine` reduces two tensors elementwise."""
     if len({x.shape[axis] for x in values}) == 1:
-        # A reduction over few channels takes longer than combining the tensors before it.
+        # Combine the tensors first: a reduction over few channels is slow.
         values = [functools.reduce(combine, values)]
     if unroll and max(x.shape[axis] for x in values) <= _FEW_CHANNELS:
         values = itertools.chain.from_iterable(tf.split(x, x.shape[axis], axis) for x in values)
@@ -152,7 +152,7 @@ def _over_all(values, combine, reduce, axis, unroll):
 
 
 def _weighted(weights, features, axis):
-    """The features times their weights, in float32, and their weights."""
+    """The weighted features in float32, and the weights of each."""
     shares = _split(_float32(weights[0]), features, axis) if weights else [1.0] * len(features)
     return [_float32(x) * share for x, share in zip(features, shares, strict=True)], shares
 
@@ -165,7 +165,7 @@ def _grad_over_channels(weights, features, values, grad_output, statistics, axis
     where = [_where_equal(x, values["max"]) if "max" in grads else None for x in weighted]
     if "max" in grads:
         by_largest = _share(grads["max"], _over_all(where, tf.add, tf.reduce_sum, axis, unroll=True))
-    axes = spatial_axes(axis)[::-1]  # the last first takes less time, compiled
+    axes = spatial_axes(axis)[::-1]  # compiled, the last axis first is faster
     by_weights, by_features = [], []
     for feature, x, share, largest in zip(features, weighted, shares, where, strict=True):
         gradient = x * scale + shift
@@ -177,7 +177,7 @@ def _grad_over_channels(weights, features, values, grad_output, statistics, axis
 
 
 def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
-    """`K F + W_s ((K W_c) F)`: nothing of the size of the features is saved but they themselves."""
+    """`K F + W_s ((K W_c) F)`: no tensor of the features' size is saved for backward except the features."""
 
     @tf.custom_gradient
     def compute(channel_weights, spatial_weights, kernel, *features):
@@ -202,17 +202,17 @@ def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis)
 
 
 def _product(x, kernels, axis):
-    """The channels of each voxel times its patch's matrix `(batch, channels, filters)`."""
+    """Multiplies the channels of each voxel by the matrix of its patch, `(batch, channels, filters)`."""
     return tf.einsum("bdhwc,bcf->bdhwf" if axis == -1 else "bcdhw,bcf->bfdhw", x, kernels)
 
 
 def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
-    """TensorFlow's one operation, for channels that come last and float32."""
-    # In half precision XLA's variance of a large constant comes out negative.
+    """TensorFlow's fused operation, for float32 with channels last."""
+    # In half precision XLA computes a negative variance for large constants.
     if axis % len(x.shape) != len(x.shape) - 1 or x.dtype != tf.float32:
         return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, moments)
     shape, channels = tf.shape(x), x.shape[-1]
-    # The operation takes four axes; which of the others are merged makes no difference.
+    # The operation takes 4D tensors; which axes are merged makes no difference.
     mean, variance = moments or ([], [])
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=tf.reshape(x, tf.stack([-1, shape[-3], shape[-2], channels])),
@@ -225,7 +225,7 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
         is_training=moments is None,
     )
     y = tf.ensure_shape(tf.nn.relu(tf.reshape(y, shape)), x.shape)
-    if moments is None:  # the operation gives the variance of the sample, Keras keeps that of the population
+    if moments is None:  # the operation returns the sample variance, Keras uses the population variance
         count = _float32(tf.size(x) // channels)
         variance *= (count - 1) / count
     return y, tf.stop_gradient(mean), tf.stop_gradient(variance)

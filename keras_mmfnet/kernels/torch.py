@@ -1,9 +1,11 @@
-"""The operations on PyTorch: their gradients are written out, so that little is saved for backward.
+"""The operations on PyTorch, with explicit gradients that save little for backward.
 
-A pass over a tensor takes several times as long where it writes to memory that was not just used: what is not needed
-any more is overwritten. The output of `batch_norm_relu` is not saved for the backward of the operations here that take
-it: it carries a `Recomputed` as an attribute, by which it is recomputed from what its own backward saves. An
-operation that is not here finds no such attribute on what it makes of the output, and saves it as usual.
+Writing to freshly allocated memory is several times slower than to memory in the cache, so tensors are overwritten when
+they are no longer needed.
+
+The operations of this module do not save the output of `batch_norm_relu` for backward. The output has an attribute
+`recomputed`, a `Recomputed` that recomputes it from the tensors saved by its own backward. Other operations ignore the
+attribute and save the output as usual.
 """
 
 import contextlib
@@ -20,44 +22,44 @@ from keras_mmfnet.kernels.reference import EPSILON, spatial_axes
 
 
 class Recomputed:
-    """The output of a function, recomputed for the backward of those that take it.
+    """The output of a function, recomputed for the backward of the operations that use it.
 
     Args:
-        recompute: A function from the tensors that `context` saved to the output.
+        recompute: Function that computes the output from the function's saved tensors.
     """
 
     def __init__(self, recompute):
         self._recompute, self._context, self._saved, self._output = recompute, None, None, None
 
     def attach(self, context, output):
-        """Names the function's context, in its forward, and its output."""
-        # The graph holds it for as long as the backward of a function that takes the output may run.
+        """Sets the context and the output of the function; called in its forward."""
+        # A weak reference: the graph keeps the context alive as long as it is needed for backward.
         self._context = weakref.ref(context)
         self._layout = output.size(), output.stride()
 
     def saved(self):
-        """What the context saved, which PyTorch's own recomputing and offloading let be asked for only once."""
+        """The saved tensors. With PyTorch's checkpointing and offloading they can be read only once."""
         if self._saved is None:
             self._saved = self._context().saved_tensors
         return self._saved
 
     def output(self):
-        """The output, which is kept until `release`."""
+        """The recomputed output, which is cached until `release`."""
         if self._output is None:
             with torch.no_grad():
                 output = self._recompute(*self.saved())
-            if (output.size(), output.stride()) != self._layout:  # what was saved was offloaded
+            if (output.size(), output.stride()) != self._layout:  # the saved tensors were offloaded
                 output = output.new_empty_strided(*self._layout).copy_(output)
             self._output = output
         return self._output
 
     def release(self):
-        """Lets go of the output and what was saved, once the gradient by the output is known."""
+        """Releases the output and the saved tensors; called when the gradient of the output is complete."""
         self._saved = self._output = None
 
 
 def _saving_no_recomputed(*tensors):
-    """A context in which PyTorch saves none of the tensors for backward that can be recomputed."""
+    """A context in which PyTorch does not save those of the tensors for backward that can be recomputed."""
     recomputed = {x.untyped_storage().data_ptr(): x.recomputed for x in tensors if hasattr(x, "recomputed")}
     if not recomputed:
         return contextlib.nullcontext()
@@ -81,18 +83,18 @@ def _apply(function, settings, *tensors):
 
 
 def _split(x, features, axis, x_axis=None):
-    """`x` in parts along `x_axis`, by default `axis`, with as many channels as the features have along `axis`."""
+    """Splits `x` along `x_axis` (default `axis`) into as many channels as each of the features has along `axis`."""
     return x.split([feature.shape[axis] for feature in features], axis if x_axis is None else x_axis)
 
 
 def _where_largest(x, largest):
-    """1 where `x` is `largest`, else 0."""
-    # It is never larger, and to ask whether it is equal takes four times as long.
+    """1 where `x` equals its maximum `largest`, else 0."""
+    # `x` is never larger, and `eq` is four times slower than `ge`.
     return torch.ge(x, largest, out=torch.empty_like(x))
 
 
 def _shift_and_scale(values, grads, count):
-    """What average and standard deviation add to the gradient of a value, and by what they multiply the value."""
+    """The gradient of average and standard deviation by a value `x` is `shift + scale * x`."""
     zero = torch.zeros_like(next(iter(grads.values())))
     shift = grads["avg"] / count if "avg" in grads else zero
     if "std" not in grads:
@@ -102,7 +104,7 @@ def _shift_and_scale(values, grads, count):
 
 
 def statistics_over_space(features, statistics, axis, training=False):
-    """Saves only the features and one value of each statistic for each channel."""
+    """Saves the features and one value per statistic and channel for backward."""
     output = _apply(_StatisticsOverSpace, (statistics, axis), *features)
     return output.reshape(len(output), len(statistics), -1)
 
@@ -113,7 +115,7 @@ class _StatisticsOverSpace(torch.autograd.Function):
         statistics, axis = settings
         axes, values = spatial_axes(axis), {}
         if "max" in statistics:
-            # Exact in any dtype. Axis by axis it takes a tenth of the time.
+            # Exact in any dtype. Reducing axis by axis is ten times faster.
             largest = [functools.reduce(lambda x, axis: x.amax(axis, keepdim=True), axes, x) for x in features]
             values["max"] = torch.cat(largest, axis).float()
         if "avg" in statistics or "std" in statistics:
@@ -151,7 +153,7 @@ class _StatisticsOverSpace(torch.autograd.Function):
 
 
 def statistics_over_channels(features, statistics, axis, weights=None, training=False):
-    """Saves only the features; by `reference` the tensors of a training step take 44% more memory."""
+    """Saves only the features; with `reference` the tensors of a training step take 44% more memory."""
     tensors = features if weights is None else [*features, weights]
     return _apply(_StatisticsOverChannels, (statistics, axis, len(features)), *tensors)
 
@@ -189,7 +191,7 @@ class _StatisticsOverChannels(torch.autograd.Function):
             ties = _over_all(where, features, axis, torch.Tensor.add_, torch.sum)
             by_largest = grads["max"] / ties.clamp_(min=1)
         by_weights, by_features = [], []
-        # One tensor after the other, each weighted anew: so little memory is needed at a time.
+        # One tensor at a time, with its weighted values recomputed, to save memory.
         for feature, share in pairs:
             weighted, spare = _weighted(feature, share), None
             if "max" in grads:
@@ -206,30 +208,30 @@ class _StatisticsOverChannels(torch.autograd.Function):
 
 
 def _pairs(tensors, number, axis):
-    """Each of the `number` features with its weights in float32, which are 1 where no weights follow the features."""
+    """Pairs each of the `number` features with its float32 weights, or with 1 if there are no weights."""
     features, weights = tensors[:number], tensors[number:]
     shares = _split(weights[0].float(), features, axis) if weights else [1.0] * number
     return zip(features, shares, strict=True)
 
 
 def _weighted(feature, share):
-    """A new tensor, in float32: so the products are exact in half precision too."""
+    """The weighted feature as a new float32 tensor, in which products of half precision are exact."""
     return feature.float() * share
 
 
 def _over_all(values, features, axis, combine, reduce):
-    """All channels of `values` reduced by `reduce`; `combine` does that of two, voxel by voxel.
+    """Reduces all channels of the tensors `values` by `reduce`; `combine` reduces two tensors elementwise.
 
-    The values may be a generator, of one tensor for each of the features: then few of them exist at a time.
+    The values may be a generator of one tensor per feature, so that few of them exist at a time.
     """
     if len({x.shape[axis] for x in features}) == 1:
-        # A reduction over few channels takes longer than combining the tensors before it.
+        # Combine the tensors first: a reduction over few channels is slow.
         values = [functools.reduce(combine, values)]
     return functools.reduce(combine, [reduce(x, axis, keepdim=True) for x in values])
 
 
 def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis):
-    """`K F + W_s ((K W_c) F)`, in which no tensor has the size of the features."""
+    """`K F + W_s ((K W_c) F)`, in which no intermediate tensor has the size of the features."""
     return _apply(_WeightedReduction, axis, channel_weights, spatial_weights, kernel, *features)
 
 
@@ -256,18 +258,18 @@ class _WeightedReduction(torch.autograd.Function):
         weights = channel_weights.reshape(-1, len(kernel), 1)
         by_kernel = (by_plain + weights * by_weighted).sum(0)
         by_channel = (kernel * by_weighted).sum(-1).reshape(channel_weights.shape)
-        # Eight columns alone take as long as all together.
+        # One product for all features: eight columns take as long as all of them.
         by_features = _split(_product([both], kernels.mT, axis), features, axis)
         return None, by_channel, by_spatial, by_kernel, *by_features
 
 
 def _matrix(x, axis):
-    """A volume as one matrix for each patch, whose other side is the channels."""
+    """A batch of volumes as one matrix per patch: voxels by channels, or channels by voxels."""
     return x.reshape(len(x), -1, x.shape[-1]) if axis == -1 else x.reshape(*x.shape[:2], -1)
 
 
 def _product(features, kernels, axis):
-    """The channels of each voxel times its patch's matrix `(batch, channels, filters)`, without concatenating them."""
+    """Multiplies the channels of each voxel by the matrix of its patch, `(batch, channels, filters)`."""
     pairs = zip(features, _split(kernels, features, axis, 1), strict=True)
     pairs = [(_matrix(x, -1), part) if axis == -1 else (part.mT, _matrix(x, 1)) for x, part in pairs]
     product = torch.bmm(*pairs[0])
@@ -279,7 +281,7 @@ def _product(features, kernels, axis):
 
 
 def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
-    """By `reference` a training step takes 1.9 times the time, and its tensors 1.8 times the memory."""
+    """With `reference` a training step takes 1.9 times the time, and its tensors 1.8 times the memory."""
     x = x.movedim(axis, 1)
     if moments is not None:
         y, recomputed = _normalized(x, gamma, beta, *moments, epsilon), None
@@ -293,7 +295,7 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
 
 
 def _normalized(x, gamma, beta, mean, variance, epsilon):
-    # Nothing else has seen the normalized values, nor does their gradient need them.
+    # In-place: nothing else uses the normalized values, and the gradient does not need them.
     return torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, epsilon)[0].relu_()
 
 
@@ -310,7 +312,7 @@ class _BatchNormReLU(torch.autograd.Function):
         ctx.save_for_backward(x, gamma, beta, mean, variance)
         ctx.mark_non_differentiable(mean, variance)
         ctx.epsilon, ctx.recomputed = epsilon, recomputed
-        # Must equal the recomputed output bitwise: the gradient of a maximum compares with the maximum of this.
+        # Must equal the recomputed output bitwise: the gradient of the maximum compares against the stored maximum.
         y = _normalized(x, gamma, beta, mean, variance, epsilon)
         recomputed.attach(ctx, y)
         return y, mean, variance
@@ -327,14 +329,14 @@ class _BatchNormReLU(torch.autograd.Function):
 
 
 def _grad(grad_output, x, gamma, mean, inverse, epsilon, wanted=(True, True, True)):
-    """The gradients by `x`, gamma and beta, or those of them that are wanted."""
+    """The gradients of `x`, gamma and beta, or those of them that are wanted."""
     return torch.ops.aten.native_batch_norm_backward(
         grad_output, x, gamma, None, None, mean, inverse, True, epsilon, wanted
     )
 
 
 def _grad_of_few(grad_output, x, gamma, mean, inverse, epsilon):
-    """`_grad` where the channels are few; with `moments_of_rows` a layer of 8 channels takes half the time."""
+    """`_grad` for few channels; with `moments_of_rows` a layer of 8 channels takes half the time."""
     rows, grad_rows = several_rows(_rows(x)), several_rows(_rows(grad_output))
     number, channels = rows.shape[1] // x.shape[1], x.shape[1]
 
@@ -352,7 +354,7 @@ def _grad_of_few(grad_output, x, gamma, mean, inverse, epsilon):
 
 
 def _rows(x):
-    """The channels of each voxel, which come second in `x`, as a row."""
+    """A matrix with the channels of each voxel as a row, from `x` with the channels second."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
@@ -365,31 +367,31 @@ def moments_of_rows(x):
 
 
 def several_rows(x):
-    """A matrix of few columns with several of its rows joined to one.
+    """Reshapes a matrix with few columns: joins several rows into one.
 
-    The threads of PyTorch's batch normalization write their sums for each column next to each other. Where the sums of
-    two threads share a line of the processor's cache, more threads take longer than one.
+    This avoids false sharing: the threads of PyTorch's batch normalization store their sums per column next to each
+    other, and are slower than a single thread if their sums share a cache line.
     """
     rows, columns = x.shape
     return x.reshape(-1, columns * math.gcd(rows, max(1, 128 // columns)))
 
 
 def conv(x, kernel, strides, padding, data_format, dilation_rate):
-    """Without Keras' copies to the order with the channels first; by `reference` tensors take 24% more memory."""
+    """Avoids Keras' transposed copies; with `reference` the tensors take 24% more memory."""
     in_float32 = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] < kernel.shape[0]
     usual = len(x.shape) == 5 and data_format == "channels_last" and padding == "same" and set(strides) == {1}
     if not usual or in_float32 or x.shape[-1] != kernel.shape[-2]:
         return reference.conv(x, kernel, strides, padding, data_format, dilation_rate)
     with _saving_no_recomputed(x):
         if set(kernel.shape[:3]) == {1}:
-            # Stored so, the kernel's gradient is computed in the order that is many times as fast.
+            # In this layout the gradient of the kernel is computed many times faster.
             return functional.linear(x, kernel[0, 0, 0].T.contiguous())
         kernel = kernel.permute(4, 3, 0, 1, 2)
         return functional.conv3d(x.movedim(-1, 1), kernel, padding="same", dilation=dilation_rate).movedim(1, -1)
 
 
 def max_pool(x, pool_size, strides, padding, data_format):
-    """Without Keras' copies, and without saving its input; by `reference` tensors take 13% more memory."""
+    """Avoids Keras' copies and does not save its input; with `reference` the tensors take 13% more memory."""
     if data_format != "channels_last" or len(x.shape) != 5 or padding != "valid":
         return reference.max_pool(x, pool_size, strides, padding, data_format)
     with _saving_no_recomputed(x):

@@ -91,12 +91,9 @@ class ChannelStdAttention3D(keras.layers.Layer):
         return tuple(input_shape)
 
     def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
-        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-        if not return_attention_scores:
-            return outputs
         channels = inputs.shape[_axes.channel_axis(self.data_format)]
-        shape = _axes.with_channels((inputs.shape[0], 1, 1, 1, 1), channels, self.data_format)
-        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        weights = _axes.with_channels((inputs.shape[0], 1, 1, 1, 1), channels, self.data_format)
+        return _axes.output_spec(self, [inputs.shape, weights], return_attention_scores)
 
     def get_config(self):
         return {

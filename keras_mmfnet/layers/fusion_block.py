@@ -98,14 +98,13 @@ class FusionBlock3D(keras.layers.Layer):
         return _axes.with_channels(self._merged_shape(input_shape), self.filters, self.data_format)
 
     def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
-        shapes = [x.shape for x in inputs] if isinstance(inputs, (list, tuple)) else inputs.shape
-        merged = keras.KerasTensor(self._merged_shape(shapes), dtype=self.compute_dtype)
-        outputs = keras.KerasTensor(self.compute_output_shape(shapes), dtype=self.compute_dtype)
-        if not return_attention_scores:
-            return outputs
-        _, channel_weights = self.channel_attention.compute_output_spec(merged, return_attention_scores=True)
-        _, spatial_weights = self.spatial_attention.compute_output_spec(merged, return_attention_scores=True)
-        return outputs, channel_weights, spatial_weights
+        input_shape = [x.shape for x in inputs] if isinstance(inputs, (list, tuple)) else inputs.shape
+        merged = self._merged_shape(input_shape)
+        channels = merged[_axes.channel_axis(self.data_format)]
+        channel_weights = _axes.with_channels((merged[0], 1, 1, 1, 1), channels, self.data_format)
+        spatial_weights = _axes.with_channels(merged, 1, self.data_format)
+        shapes = [self.compute_output_shape(input_shape), channel_weights, spatial_weights]
+        return _axes.output_spec(self, shapes, return_attention_scores)
 
     def _merged_shape(self, input_shape):
         several = isinstance(input_shape[0], (list, tuple))

@@ -69,11 +69,8 @@ class SpatialStdAttention3D(keras.layers.Layer):
         return tuple(input_shape)
 
     def compute_output_spec(self, inputs, training=None, return_attention_scores=False):
-        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-        if not return_attention_scores:
-            return outputs
-        shape = _axes.with_channels(inputs.shape, 1, self.data_format)
-        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        weights = _axes.with_channels(inputs.shape, 1, self.data_format)
+        return _axes.output_spec(self, [inputs.shape, weights], return_attention_scores)
 
     def get_config(self):
         config = {"kernel_size": self.kernel_size, "statistics": self.statistics, "data_format": self.data_format}

@@ -8,10 +8,10 @@ from keras_mmfnet.layers import BatchNormReLU, volumes
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The blocks of one network (section III-A), in 2D or 3D, in one layout and one dtype policy.
+    """The building blocks of a network (section III-A) in 2D or 3D.
 
-    Called with symbolic tensors they add their layers to the network's graph; called again, with symbols or with data,
-    they use the layers of the same names.
+    The first call of a method creates its layers. Later calls, with symbolic tensors or with data, reuse the layers of
+    the same names.
     """
 
     dtype: keras.dtype_policies.DTypePolicy
@@ -20,19 +20,19 @@ class Blocks:
     layers: dict = dataclasses.field(default_factory=dict)
 
     def layer(self, name, kind, *args, **options):
-        """The layer of that name, made by `kind` with these arguments where there is none yet."""
+        """Returns the layer `name`; creates it by `kind(*args, **options)` if it does not exist."""
         if name not in self.layers:
             self.layers[name] = kind(*args, **{"dtype": self.dtype, "name": name, **options})
         return self.layers[name]
 
     def _kind(self, name):
-        """Class of a layer over the network's number of axes, such as `Conv3D` for `"Conv{}"`."""
+        """The layer class of the network's rank, such as `Conv3D` for `"Conv{}"`."""
         name = name.format(f"{self.rank}D")
         return getattr(volumes, name, None) or getattr(keras.layers, name)
 
     def conv(self, x, filters, name, kernel_size=3, padding="same", dilation=1):
-        """A convolution, batch normalization and ReLU."""
-        # Without a bias: the normalization that follows would subtract it.
+        """Convolution, batch normalization and ReLU."""
+        # No bias: the batch normalization would subtract it.
         x = self.layer(
             f"{name}_conv",
             self._kind("Conv{}"),
@@ -48,7 +48,7 @@ class Blocks:
         return self.layer(f"{name}_norm", BatchNormReLU, axis, momentum=0.9, epsilon=1e-5)(x)
 
     def encode(self, x, filters, name):
-        """The encoder: yields the features of each block before its pooling, then those after the last pooling."""
+        """The encoder. Yields the features of each block before its pooling, then the bottom features."""
         for level, count in enumerate(filters, start=1):
             x = self.conv(x, count, f"{name}_block{level}_1")
             x = self.conv(x, count, f"{name}_block{level}_2")
@@ -58,9 +58,9 @@ class Blocks:
         yield self.conv(x, filters[-1], f"{name}_bottom")
 
     def decode(self, features, filters):
-        """The decoder over the features of each level, and the head: probabilities in float32."""
+        """The decoder and the head: float32 probabilities from the features of each level, finest first."""
         *skips, x = features
-        del features  # each is released after its last use
+        del features  # so that each tensor is released after its last use
         for level in range(len(filters), 0, -1):
             count, name = filters[level - 1], f"decoder_block{level}"
             up = self._kind("Conv{}Transpose")
@@ -69,9 +69,9 @@ class Blocks:
         return self.head(x)
 
     def head(self, x):
-        """Probabilities of each voxel, from its features."""
-        # Always float32: in float16 a sigmoid cannot tell probabilities near 1 apart. Tumour is rare: a network that
-        # starts from a probability of 5% (logit -3) need not first learn that most voxels are none.
+        """The probability of each voxel, from its features."""
+        # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1. The initial probability is
+        # 5% (logit -3) because tumour is rare.
         return self.layer(
             "probability",
             self._kind("Conv{}"),
@@ -85,7 +85,7 @@ class Blocks:
         )(x)
 
     def join(self, features, name):
-        """The features concatenated; a single tensor as it is."""
+        """Concatenates features along the channels; returns a single tensor unchanged."""
         if len(features) == 1:
             return features[0]
         axis = _axes.channel_axis(self.data_format)

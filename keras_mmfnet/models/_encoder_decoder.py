@@ -5,21 +5,22 @@ from keras_mmfnet.models._network import Network, make_blocks, make_inputs
 
 
 class EncoderDecoder(Network):
-    """A network of one or more encoders and one decoder, over volumes or slices.
+    """A network with one or more encoders and one decoder, over volumes or slices.
 
-    The graph is flat: no encoder is a model inside the model, so that freezing, copying and Grad-CAM see its layers.
-    The layers of an encoder are named after it.
+    The graph is flat: the encoders are not nested models, so freezing, copying weights and Grad-CAM work on their
+    layers. The names of an encoder's layers start with its modality.
 
     Args:
         modalities: Names of the inputs.
-        patch_shape: Sizes of a patch.
+        patch_shape: Size of a patch along each axis.
         filters: Filters of the decoder, from the finest level.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        compute_features: A function `compute_features(blocks, inputs, filters)` from the network's `Blocks` and inputs
-            by modality to the features of each level for the decoder, from the finest to the bottom.
-        settings: The other arguments of the subclass, kept as attributes and in the config as these are.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        compute_features: Function `compute_features(blocks, inputs, filters)` that returns the decoder's inputs: the
+            features of each level, from the finest to the bottom. `blocks` are the network's `Blocks`, `inputs` is
+            `{modality: tensor}`.
+        settings: The other arguments of the subclass, which become attributes and part of the config.
         rank: 3 for volumes, 2 for slices.
-        **kwargs: `name` and `trainable`, as for every model.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
     """
 
     def __init__(self, modalities, patch_shape, filters, dtype, compute_features, settings, rank=3, **kwargs):
@@ -34,30 +35,30 @@ class EncoderDecoder(Network):
         self._compute = compute
 
     def call(self, inputs, training=None, mask=None):
-        """On PyTorch calls the layers in the order in which the network is written, not in Keras' order by depth.
+        """On PyTorch, calls the layers in the order of the code instead of Keras' order by depth, which saves memory.
 
-        Features are released after their last use, and a level is fused before the next one is encoded. A backward pass
-        goes the opposite way: it reaches the largest features when it has released those of the other levels.
+        Features are released after their last use, and a level is fused before the next one is encoded. The backward
+        pass has the opposite order: it reaches the largest features after it has released those of the other levels.
         """
-        if keras.backend.backend() != "torch":  # Compilers choose an order of their own.
+        if keras.backend.backend() != "torch":  # compilers choose their own order
             return super().call(inputs, training=training, mask=mask)
         return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
 
     def encoder(self, modality: str) -> keras.Model:
-        """One modality's encoder, as a model over the same layers.
+        """Returns one modality's encoder as a model that shares the layers of this network.
 
-        Setting `trainable` on it freezes or frees these layers here too, and `set_weights` fills them. A frozen batch
-        normalization also stops updating its statistics.
+        Both models share the weights and the `trainable` attribute of these layers. A frozen batch normalization also
+        stops updating its moving averages.
 
         Args:
             modality: Name of the modality.
 
         Returns:
-            A `keras.Model` from the modality's patch to a list of features: those of each block before its pooling,
-            then those after the last one.
+            A `keras.Model` from the modality's patch to a list of features: the output of each block before its
+            pooling, then the bottom features.
 
         Raises:
-            ValueError: The network has no such encoder.
+            ValueError: The network has no encoder for this modality alone.
         """
         names = [f"{modality}_block{level}_2_norm" for level in range(1, len(self.filters) + 1)]
         outputs = {layer.name: layer.output for layer in self.layers}

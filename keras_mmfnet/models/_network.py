@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class Network(keras.Model):
-    """A network over a dict of inputs by modality, which keeps its arguments as attributes and in its config.
+    """A network over a dict of inputs by modality. Its arguments become attributes and part of its config.
 
     Args:
-        inputs: Symbolic inputs by modality, from `make_inputs`.
+        inputs: Symbolic inputs by modality; see `make_inputs`.
         outputs: Symbolic probabilities.
         dtype: Dtype policy of the layers.
         settings: The arguments of the subclass.
-        **kwargs: `name` and `trainable`, as for every model.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
     """
 
     def __init__(self, inputs, outputs, dtype, settings, **kwargs):
@@ -28,13 +28,13 @@ class Network(keras.Model):
             setattr(self, name, value)
 
     def export(self, filepath: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes the network for use without Keras, as every Keras model does; also one that was only just loaded.
+        """Exports the network for inference without Keras, as `keras.Model.export`.
 
         Args:
-            filepath: The file or folder.
+            filepath: Path of the file or folder.
             **kwargs: As for `keras.Model.export`, such as `format="onnx"`, `"openvino"` or `"tf_saved_model"`.
         """
-        self(self.input)  # Keras exports a model that was called
+        self(self.input)  # Keras cannot export a loaded model before its first call
         super().export(str(filepath), **kwargs)
 
     def get_config(self):
@@ -43,25 +43,25 @@ class Network(keras.Model):
 
 
 def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> keras.Model:
-    """Reads a network from a `.keras` file; code in the file is never run.
+    """Loads a network from a `.keras` file. Code in the file is never executed.
 
     Args:
-        path: The file.
-        recipe: The `Recipe` of whose patches the network must give probabilities, or `None`.
+        path: Path of the file.
+        recipe: The `Recipe` whose modalities and patch shape the network must match, or `None` for no check.
 
     Returns:
         A `keras.Model` that is not compiled.
 
     Raises:
-        ValueError: The file is missing, damaged, needs code of its own or a class that was not imported, or its network
-            is one of other modalities or patches.
+        ValueError: The file is missing or damaged, it needs custom code or a class that is not imported, or the network
+            does not match the recipe.
     """
     try:
         model = keras.models.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # of the archive, of HDF5, or what a layer says of its arguments
+    except Exception as error:  # from zipfile, HDF5, or the constructor of a layer
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: must be an undamaged .keras file of a network. Received: {reason[0]}") from error
-    if recipe is not None and not _is_over(recipe, model):
+    if recipe is not None and not _matches(recipe, model):
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
         raise ValueError(
             f"{path}: must be a network from patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} to "
@@ -70,8 +70,8 @@ def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> ker
     return model
 
 
-def _is_over(recipe, model):
-    """Whether a network takes the recipe's patches, or such of any size, and gives one number per voxel."""
+def _matches(recipe, model):
+    """Whether a network maps the recipe's patches, or patches of any size, to one number per voxel."""
     if not isinstance(inputs := getattr(model, "input", None), dict) or set(inputs) != set(recipe.data.modalities):
         return False
     shapes = [tensor.shape for tensor in (*inputs.values(), *keras.tree.flatten(model.output))]
@@ -83,10 +83,10 @@ def _is_over(recipe, model):
 
 
 def make_inputs(modalities, patch_shape, filters, rank=3):
-    """Symbolic inputs by modality, each one patch of one channel; checks the arguments every network has.
+    """Creates a symbolic input of one channel per modality, and checks the arguments that all networks share.
 
     Raises:
-        ValueError: Names repeat, or the sizes do not fit a network with these filters.
+        ValueError: `modalities`, `patch_shape` or `filters` is invalid.
     """
     factor = 2 ** len(filters)
     check_names(modalities, filters)
@@ -99,7 +99,7 @@ def make_inputs(modalities, patch_shape, filters, rank=3):
 
 
 def check_names(modalities, filters):
-    """Raises `ValueError` unless the modalities are distinct and the filters positive."""
+    """Raises `ValueError` unless the modalities are distinct names and the filters are positive integers."""
     if not modalities or len(set(modalities)) != len(modalities):
         raise ValueError(f"`modalities` must be distinct names, at least one. Received: {modalities!r}")
     if not filters or any(not isinstance(count, int) or count < 1 for count in filters):
@@ -107,6 +107,6 @@ def check_names(modalities, filters):
 
 
 def make_blocks(dtype, rank=3):
-    """The blocks for a dtype policy, `None` for Keras' own."""
+    """`Blocks` of a dtype policy; `None` is Keras' global policy."""
     policy = keras.dtype_policies.get(dtype if dtype is not None else keras.config.dtype_policy())
     return Blocks(rank=rank, dtype=policy)

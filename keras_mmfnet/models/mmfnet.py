@@ -11,7 +11,7 @@ from keras_mmfnet.models._network import load_network
 
 
 def _encode_each(blocks, inputs, filters):
-    """Yields, for each level, the features of every modality's own encoder."""
+    """Yields, for each level, the list of the features of all encoders."""
     encoders = [blocks.encode(x, filters, modality) for modality, x in inputs.items()]
     for level in zip(*encoders, strict=True):
         yield list(level)
@@ -24,14 +24,14 @@ def _encode_and_join(blocks, inputs, filters):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class MultiEncoderUNet3D(EncoderDecoder):
-    """One encoder per modality and one decoder, their features concatenated: MMFNet without its fusion (section IV-D).
+    """MMFNet without fusion blocks: the features of its encoders are concatenated (section IV-D).
 
     Args:
         modalities: Names of the modalities.
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of each encoder's blocks; the decoder mirrors them.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -40,7 +40,7 @@ class MultiEncoderUNet3D(EncoderDecoder):
         Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
 
     Raises:
-        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+        ValueError: `modalities`, `patch_shape` or `filters` is invalid.
     """
 
     def __init__(
@@ -58,22 +58,22 @@ class MultiEncoderUNet3D(EncoderDecoder):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class MMFNet(EncoderDecoder):
-    """Multi-modality MRI fusion network: one encoder per modality, a fusion block per level, one decoder.
+    """Multi-modality MRI fusion network: an encoder per modality, a fusion block per level and a decoder.
 
     Args:
         modalities: Names of the modalities.
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
-        filters: Filters of each encoder's blocks; the fusion blocks and the decoder have the same.
+        filters: Filters of each encoder's blocks, and of the fusion blocks and the decoder.
         reduction: Ratio `r` of the channel attention's hidden layer.
         channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
-        spatial_statistics: The same for the spatial attention.
-        shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
-        bottleneck: How the encoders' last features are joined, on which the paper is silent: `"fusion"` by a fusion
-            block as on the other levels, or `"concat"`.
-        modality_dropout: Probability with which each modality of each patch in training is replaced by zeros, the
-            mean of a normalised image; at least one stays.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        spatial_statistics: Statistics of the spatial attention.
+        shared_mlp: Whether the statistics of the channel attention share one MLP, as in CBAM.
+        bottleneck: How the bottom features of the encoders are joined, which the paper does not say: `"fusion"` for a
+            fusion block, `"concat"` for concatenation.
+        modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
+            image. At least one modality is kept.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -82,7 +82,7 @@ class MMFNet(EncoderDecoder):
         Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
 
     Raises:
-        ValueError: An argument does not fit.
+        ValueError: An argument is invalid.
 
     Example:
 
@@ -124,7 +124,7 @@ class MMFNet(EncoderDecoder):
         def encode_and_fuse(blocks, inputs, filters):
             names = [*(f"fusion{index}" for index in range(1, len(filters) + 1)), "fusion_bottom"]
             fused = []
-            # Each level is fused before the next one is encoded.
+            # Fuse each level before the next one is encoded.
             for level, name, count in zip(
                 _encode_each(blocks, inputs, filters), names, [*filters, filters[-1]], strict=True
             ):
@@ -147,31 +147,31 @@ class MMFNet(EncoderDecoder):
         return super().call(inputs, training=training, mask=mask)
 
     def _drop(self, inputs):
-        """The inputs with modalities of each patch at zero, at random."""
+        """Replaces random modalities of each patch by zeros."""
         shape = (ops.shape(inputs[self.modalities[0]])[0], len(self.modalities))
         numbers = keras.random.uniform(shape, seed=self.seed_generator)
-        # The modality with the largest number always stays.
-        stays = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
+        # The modality with the largest number is always kept.
+        kept = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
         return {
-            name: ops.where(ops.reshape(stays[:, index], (-1, 1, 1, 1, 1)), inputs[name], 0)
+            name: ops.where(ops.reshape(kept[:, index], (-1, 1, 1, 1, 1)), inputs[name], 0)
             for index, name in enumerate(self.modalities)
         }
 
     @classmethod
     def from_pretrained_encoders(cls, encoders: Mapping[str, keras.Model | str | os.PathLike], **kwargs: Any) -> Self:
-        """Self-transfer: an MMFNet that starts with the encoders of single-modality networks (section III-C).
+        """Creates an MMFNet from the encoders of single-modality networks: self-transfer (section III-C).
 
         Args:
-            encoders: By modality, a network with an encoder for it, such as a `UNet3D`, or the path of one saved as
-                `.keras`.
-            **kwargs: As for the constructor. `modalities`, `patch_shape` and `filters` follow the encoders where
-                they are not given.
+            encoders: `{modality: network or path}`. Each network has an encoder of its modality, such as a `UNet3D`; a
+                path is that of a `.keras` file.
+            **kwargs: Arguments of the constructor. The defaults of `modalities`, `patch_shape` and `filters` are those
+                of the encoders.
 
         Returns:
-            The network. Its encoders' weights are copies; nothing is frozen yet.
+            The network. The encoders' weights are copied; all layers are trainable.
 
         Raises:
-            ValueError: A modality has no encoder, or the encoders differ from each other or from the arguments.
+            ValueError: A modality has no encoder, or the encoders do not match each other or the arguments.
 
         Example:
 
@@ -194,8 +194,8 @@ class MMFNet(EncoderDecoder):
                 raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
             if model.filters != tuple(kwargs["filters"]):
                 raise ValueError(
-                    f"the encoder for {modality!r} must have the filters {tuple(kwargs['filters'])}, as the network "
-                    f"and the encoder for {first!r}. Received: {model.filters}"
+                    f"the encoder for {modality!r} must have the filters {tuple(kwargs['filters'])}, as the "
+                    f"encoder for {first!r}. Received: {model.filters}"
                 )
         network = cls(modalities, **kwargs)
         for modality, (_, encoder) in donors.items():
@@ -204,7 +204,7 @@ class MMFNet(EncoderDecoder):
 
 
 def _load_encoder(modality, source):
-    """A network with an encoder for `modality`, and that encoder, from the network itself or its path."""
+    """Returns the network, which may be given as a path, and its encoder for `modality`."""
     model = load_network(source) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(model, EncoderDecoder):
         raise ValueError(f"the network for {modality!r} must be a UNet3D, or the path of one. Received: {source!r}")

@@ -9,30 +9,29 @@ from keras_mmfnet.models._network import Network, check_names, make_blocks
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class PatchCNN(Network):
-    """A classifier of the centre pixel of 2D patches, applied to all patches of a slice in one pass (section IV-D).
+    """Classifies the centre pixel of 2D patches, for all patches of a slice in one pass (section IV-D).
 
-    Each block has two 3x3 convolutions without padding and a 2x2 max-pooling; a fully connected layer over what is left
-    of the patch, and the probability follow. The network is fully convolutional: instead of skipping pixels, each
-    pooling spreads the kernels after it, so that a slice costs one pass and every patch gets the probability that it
-    gets by itself.
+    Each block has two 3x3 convolutions without padding and a 2x2 max-pooling. A fully connected layer over the
+    remaining pixels and the output follow. The network is fully convolutional: the poolings have stride 1 and the
+    kernels after them are dilated, so every patch of a slice gets the same probability as if it were classified alone.
 
     Args:
         modality: Name of the modality.
-        patch_shape: `(height, width)` of the patch in pixels, about its pixel `(height // 2, width // 2)`. It shrinks
-            by 4 pixels and then to half in each block, which must leave a whole number.
-        filters: Filters of each block and, last, units of the fully connected layer.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        patch_shape: `(height, width)` of a patch in pixels; its centre is the pixel `(height // 2, width // 2)`. Each
+            block subtracts 4 pixels and halves the rest, which must give whole numbers.
+        filters: Filters of each block, then units of the fully connected layer.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
-        inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`, at least of `patch_shape`.
+        inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`, not smaller than `patch_shape`.
 
     Returns:
-        Float32 probabilities of the tumour, one for each patch in the input:
+        Float32 probabilities of the tumour, one per patch of the input:
         `(batch, height - patch height + 1, width - patch width + 1, 1)`.
 
     Raises:
-        ValueError: `patch_shape` or `filters` does not fit.
+        ValueError: `patch_shape` or `filters` is invalid.
     """
 
     def __init__(
@@ -50,25 +49,25 @@ class PatchCNN(Network):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class SiamesePatchCNN(Network):
-    """A `PatchCNN` over several modalities: its branches are joined in the fully connected layer (section IV-D).
+    """A `PatchCNN` with a branch per modality; the fully connected layer joins the branches (section IV-D).
 
-    The branches have weights of their own, since the modalities show the same tissue in different grey values.
+    The branches do not share weights, because the modalities show the same tissue in different intensities.
 
     Args:
         modalities: Names of the modalities.
         patch_shape: As for `PatchCNN`.
         filters: As for `PatchCNN`, for each branch.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
-        inputs: `{modality: tensor}`, each tensor of shape `(batch, height, width, 1)`, at least of `patch_shape`.
+        inputs: `{modality: tensor}`, each tensor of shape `(batch, height, width, 1)`, not smaller than `patch_shape`.
 
     Returns:
         Float32 probabilities of the tumour, as from `PatchCNN`.
 
     Raises:
-        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+        ValueError: `modalities`, `patch_shape` or `filters` is invalid.
     """
 
     def __init__(
@@ -85,19 +84,19 @@ class SiamesePatchCNN(Network):
 
 
 def _classifier(modalities, patch_shape, filters, dtype):
-    """Inputs, probabilities and dtype policy of a patch classifier."""
+    """The inputs, the probabilities and the dtype policy of a patch classifier."""
     check_names(modalities, filters)
     remaining = patch_shape if all(isinstance(size, int) for size in patch_shape) else ()
     for _ in filters[:-1]:
         remaining = tuple((size - 4) / 2 for size in remaining)
     if len(remaining) != 2 or any(size < 1 or size != int(size) for size in remaining):
         raise ValueError(
-            f"`patch_shape` must have two sizes that {len(filters) - 1} times less 4 and halved leave a whole number, "
-            f"such as 32 with two blocks. Received: {patch_shape!r}"
+            f"`patch_shape` must have two sizes that give whole numbers when each of the {len(filters) - 1} blocks "
+            f"subtracts 4 and halves them, such as 32 with two blocks. Received: {patch_shape!r}"
         )
     blocks = make_blocks(dtype, rank=2)
     inputs = {name: keras.Input((None, None, 1), name=name) for name in modalities}
-    spread = 2 ** (len(filters) - 1)
+    dilation = 2 ** (len(filters) - 1)
     branches = []
     for name, x in inputs.items():
         for level, count in enumerate(filters[:-1]):
@@ -107,11 +106,11 @@ def _classifier(modalities, patch_shape, filters, dtype):
         branches.append(x)
     x = blocks.join(branches, "joined")
     kernel = tuple(int(size) for size in remaining)
-    x = blocks.conv(x, filters[-1], "dense", kernel_size=kernel, padding="valid", dilation=spread)
+    x = blocks.conv(x, filters[-1], "dense", kernel_size=kernel, padding="valid", dilation=dilation)
     return inputs, blocks.head(x), blocks.dtype
 
 
 def _max_of_neighbours(x, distance):
-    """2x2 max-pooling at every pixel, of pixels that far apart."""
+    """2x2 max-pooling with stride 1 over pixels that are `distance` apart."""
     x = ops.maximum(x[:, :-distance], x[:, distance:])
     return ops.maximum(x[:, :, :-distance], x[:, :, distance:])

@@ -9,13 +9,13 @@ from keras_mmfnet.models._network import Network
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class SliceWise3D(Network):
-    """A 2D network over each slice of a volume: it trains and predicts as a 3D network does.
+    """Applies a 2D network to each slice of a volume.
 
     Args:
-        network: A 2D network over a dict of slices by modality, such as `UNet2D` or `PatchCNN`. Where it gives fewer
-            pixels than it takes, the slices are padded with 0, the mean of a normalised image.
+        network: A 2D network over a dict of slices by modality, such as `UNet2D` or `PatchCNN`. If its output is
+            smaller than its input, the slices are padded with 0, the mean of a normalised image.
         patch_shape: `(depth, height, width)` of the volumes in voxels.
-        **kwargs: `name` and `trainable`, as for every model.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -46,7 +46,7 @@ class SliceWise3D(Network):
         _, height, width = patch_shape
         taken = network.patch_shape
         given = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:3]
-        # The pixel of a patch at half its size is its centre.
+        # The centre of a patch is its pixel `size // 2`.
         pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip(taken, given, strict=True)]
         inputs = {name: keras.Input((*patch_shape, 1), name=name) for name in network.input}
         slices = {}

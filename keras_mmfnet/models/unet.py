@@ -8,14 +8,14 @@ from keras_mmfnet.models._encoder_decoder import EncoderDecoder
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class UNet3D(EncoderDecoder):
-    """The base encoder-decoder: a 3D U-net over one modality (section III-A).
+    """3D U-net over one modality: the base encoder-decoder (section III-A).
 
     Args:
         modality: Name of the modality.
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, depth, height, width, 1)`.
@@ -24,7 +24,7 @@ class UNet3D(EncoderDecoder):
         Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
 
     Raises:
-        ValueError: `patch_shape` or `filters` does not fit.
+        ValueError: `patch_shape` or `filters` is invalid.
 
     Example:
 
@@ -47,14 +47,14 @@ class UNet3D(EncoderDecoder):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class UNet2D(EncoderDecoder):
-    """The 2D U-net of the comparison: the same blocks as `UNet3D`, over slices (section IV-D).
+    """2D U-net over slices of one modality, with the blocks of `UNet3D` (section IV-D).
 
     Args:
         modality: Name of the modality.
         patch_shape: `(height, width)` in pixels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`.
@@ -63,7 +63,7 @@ class UNet2D(EncoderDecoder):
         Float32 probabilities of the tumour, `(batch, height, width, 1)`.
 
     Raises:
-        ValueError: `patch_shape` or `filters` does not fit.
+        ValueError: `patch_shape` or `filters` is invalid.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ def _encode_one(blocks, inputs, filters):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class SingleEncoderUNet3D(EncoderDecoder):
-    """A 3D U-net over all modalities as channels of one image (section IV-D).
+    """3D U-net over all modalities, stacked as the channels of one image (section IV-D).
 
-    Its encoder has as many times the filters as there are modalities, so that it finds as many features as the
-    encoders of an MMFNet together.
+    The filters of its encoder are multiplied by the number of modalities, so that it computes as many features as all
+    encoders of an MMFNet.
 
     Args:
         modalities: Names of the modalities.
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
-        filters: Filters of the decoder's blocks, from the finest.
-        dtype: Dtype policy of the layers, or `None` for Keras' own.
-        **kwargs: `name` and `trainable`, as for every model.
+        filters: Filters of the decoder's blocks, finest level first.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
+        **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -105,7 +105,7 @@ class SingleEncoderUNet3D(EncoderDecoder):
         Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
 
     Raises:
-        ValueError: `modalities`, `patch_shape` or `filters` does not fit.
+        ValueError: `modalities`, `patch_shape` or `filters` is invalid.
     """
 
     def __init__(

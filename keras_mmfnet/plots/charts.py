@@ -1,4 +1,4 @@
-"""Charts of numbers: of methods, of patients, of a training."""
+"""Charts of methods, patients and trainings."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from keras_mmfnet.plots._masks import LINE_COLOURS, PREDICTION_COLOUR, TRUTH_COL
 
 
 def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], label: str = "DSC") -> Figure:
-    """Mean over patients of each method with its 95% interval, and the paper's number.
+    """Plots the mean of each method over patients with its 95% interval, and the paper's number.
 
     Args:
-        scores: `{title: (a number for each patient, the paper's mean or None)}`.
+        scores: `{title: (a number per patient, the paper's mean or None)}`.
         label: Name of the number.
 
     Returns:
         A Matplotlib figure, one line per method in the order given.
 
     Raises:
-        ValueError: There is no method, or one without patients.
+        ValueError: There is no method, or a method has no patients.
     """
     empty = [title for title, (values, _) in scores.items() if not len(values)]
     if not scores or empty:
@@ -44,10 +44,10 @@ def plot_methods(scores: Mapping[str, tuple[Sequence[float], float | None]], lab
 
 
 def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """Validation loss against updates, several curves in each of several panels.
+    """Plots validation losses against updates, in one panel or several.
 
     Args:
-        charts: `{title of a panel: {label of a curve: (updates, losses)}}`; the labels have one colour in all panels.
+        charts: `{title of a panel: {label of a curve: (updates, losses)}}`. A label has the same colour in all panels.
 
     Returns:
         A Matplotlib figure.
@@ -74,13 +74,14 @@ def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float]
 
 
 def plot_training(history: Sequence[Mapping]) -> Figure:
-    """Losses, Dice scores and learning rate of one training by epoch, with the end of the warm-up.
+    """Plots losses, Dice scores and learning rate of a training by epoch.
 
     Args:
-        history: Rows of a `<network>_history.csv` as dicts by column; numbers or strings.
+        history: Rows of a `<network>_history.csv` as dicts by column; values are numbers or strings.
 
     Returns:
-        A Matplotlib figure of three panels, the best epoch (of the lowest validation loss) marked in the first two.
+        A Matplotlib figure of three panels, which mark the end of the warm-up and the epoch of the lowest validation
+        loss.
 
     Raises:
         ValueError: There is no epoch.
@@ -113,10 +114,10 @@ def plot_training(history: Sequence[Mapping]) -> Figure:
 
 
 def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC") -> Figure:
-    """Box plot of a number over patients, one box per method, with a dot for each patient.
+    """Draws a box plot over patients per method, with a dot per patient.
 
     Args:
-        scores: `{title: a number for each patient}`; `None` or NaN where it is not defined.
+        scores: `{title: a number per patient}`; an undefined number is `None` or NaN.
         label: Name of the number.
 
     Returns:
@@ -124,7 +125,7 @@ def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC")
         within 1.5 times the interquartile range.
 
     Raises:
-        ValueError: There is no method, or one without numbers.
+        ValueError: There is no method, or a method has no defined number.
     """
     values = {title: np.array(numbers, float) for title, numbers in scores.items()}
     values = {title: numbers[np.isfinite(numbers)] for title, numbers in values.items()}
@@ -153,19 +154,19 @@ def plot_boxes(scores: Mapping[str, Sequence[float | None]], label: str = "DSC")
 
 
 def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> Figure:
-    """Calibration of probabilities: the share of tumour among voxels of a given predicted probability.
+    """Plots the calibration of probabilities: the share of tumour among voxels of similar predicted probability.
 
     Args:
-        probabilities: `{title: (probabilities in [0, 1], the expert's mask of the same shape)}`; the voxels of several
-            patients in one array.
-        bins: Bins of equal width.
+        probabilities: `{title: (probabilities in [0, 1], the expert's mask of the same shape)}`. One array may hold the
+            voxels of several patients.
+        bins: Number of bins of equal width.
 
     Returns:
         A Matplotlib figure: above, the share of tumour against the mean probability of each bin, with the expected
         calibration error (ECE) of each title; below, the number of voxels in each bin.
 
     Raises:
-        ValueError: Nothing is given, or the shapes differ.
+        ValueError: `probabilities` is empty, or the shapes differ.
     """
     if not probabilities:
         raise ValueError(f"`probabilities` must hold at least one title. Received: {probabilities}")
@@ -179,7 +180,7 @@ def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]],
     curves.set(ylabel="share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     curves.legend(frameon=False, fontsize=9)
     counts.set(xlabel="probability of tumour", ylabel="voxels", yscale="symlog")
-    # Matplotlib does not see the end of the highest stair.
+    # Matplotlib's automatic limit ignores the highest step.
     counts.set_ylim(0, max(np.size(truth) for _, truth in probabilities.values()))
     for axes in (curves, counts):
         axes.grid(alpha=0.3)
@@ -187,14 +188,14 @@ def plot_reliability(probabilities: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 
 def plot_attention(share: Mapping[str, Mapping[str, np.ndarray]], title: str | None = None) -> Figure:
-    """Share of each modality in the weighted features of each fusion block, of one patient or of a cohort.
+    """Plots the share of each modality in the weighted features of each fusion block.
 
     Args:
-        share: `{block: {modality: (patients or windows,)}}`, as `explain.fusion_attention` returns it.
+        share: `{block: {modality: (patients or windows,)}}`, as returned by `explain.fusion_attention`.
         title: Title of the figure.
 
     Returns:
-        A Matplotlib figure: a group of bars per block, the mean and, of several patients, the standard deviation.
+        A Matplotlib figure: a group of bars per block with the mean and, for several patients, the standard deviation.
     """
     modalities = list(next(iter(share.values())))
     figure = Figure(figsize=(1.5 + 1.3 * len(share), 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Slices of a patient with masks over them, shown as radiologists see them: from below."""
+"""Slices of a patient with masks, in radiological orientation: seen from below."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ def plot_segmentation(
     depth: int | None = None,
     margin: float | None = None,
 ) -> Figure:
-    """One slice of each modality with the contours of the prediction and of the expert (as the paper's Figure 7).
+    """Draws one slice of each modality with the contours of the prediction and the expert (Figure 7 of the paper).
 
     The patient's right is on the left.
 
@@ -32,11 +32,11 @@ def plot_segmentation(
         truth: The expert's mask, of the same shape, or `None`.
         spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest contour.
-        margin: Show only the contours' surroundings, up to this many mm from them; `None` for the whole slice.
+        margin: Crop the slice to this distance in mm from the contours; `None` shows the whole slice.
 
     Returns:
-        A Matplotlib figure, one panel per modality. The title gives the slice and, with a truth, its Dice similarity
-        coefficient.
+        A Matplotlib figure, one panel per modality. The title has the slice and, if there is a truth, its Dice
+        similarity coefficient.
 
     Raises:
         ValueError: The shapes differ.
@@ -67,7 +67,7 @@ def plot_errors(
     depth: int | None = None,
     margin: float | None = None,
 ) -> Figure:
-    """One slice with the correct, false and missed voxels of each method (as the paper's Figure 9).
+    """Draws one slice with the correct, false and missed voxels of each method (Figure 9 of the paper).
 
     The patient's right is on the left.
 
@@ -77,7 +77,7 @@ def plot_errors(
         truth: The expert's mask, of the same shape.
         spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the expert's largest contour.
-        margin: Show only the masks' surroundings, up to this many mm from them; `None` for the whole slice.
+        margin: Crop the slice to this distance in mm from the masks; `None` shows the whole slice.
 
     Returns:
         A Matplotlib figure, a row of panels per modality and a column per method, titled with the Dice similarity
@@ -117,7 +117,7 @@ def plot_montage(
     spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     margin: float | None = None,
 ) -> Figure:
-    """All slices of a patient with the contours of the prediction and of the expert.
+    """Draws all slices of a patient with the contours of the prediction and the expert.
 
     The patient's right is on the left; the lowest slice comes first.
 
@@ -126,7 +126,7 @@ def plot_montage(
         prediction: Mask of 0 and 1, of the image's shape.
         truth: The expert's mask, of the same shape, or `None`.
         spacing_zyx: Voxel size in mm.
-        margin: Show only the contours' surroundings, up to this many mm from them; `None` for whole slices.
+        margin: Crop the slices to this distance in mm from the contours; `None` shows whole slices.
 
     Returns:
         A Matplotlib figure, one panel per slice, with the slice's number.
@@ -163,19 +163,21 @@ def plot_heat(
     truth: np.ndarray | None = None,
     prediction: np.ndarray | None = None,
 ) -> Figure:
-    """One slice of each modality, cropped to the body, with a map over it; the patient's right is on the left.
+    """Draws one slice of each modality, cropped to the body, with a heat map over it.
+
+    The patient's right is on the left.
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
         maps: `{modality: map of the images' shape}`.
         spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest sum of the maps.
-        title: What the map shows.
-        truth: The expert's mask, whose contour is drawn, or `None`.
-        prediction: The predicted mask, likewise.
+        title: Title of the figure, or `None`.
+        truth: The expert's mask, of which the contour is drawn, or `None`.
+        prediction: The predicted mask, of which the contour is drawn, or `None`.
 
     Returns:
-        A Matplotlib figure, one panel per modality and one scale for all.
+        A Matplotlib figure, one panel per modality with a common colour scale.
 
     Raises:
         ValueError: The shapes differ.
@@ -191,7 +193,7 @@ def plot_heat(
     for axes, (name, image) in zip(panels, images.items(), strict=True):
         _show(axes, image[depth], view, spacing_zyx)
         heat = maps[name][depth]
-        # Clear where it is cold, so that the anatomy is seen.
+        # Transparent at low values, so that the anatomy is visible.
         alpha = 0.7 * (heat - low) / max(high - low, 1e-9)
         extent = _extent(heat.shape, spacing_zyx)
         shown = axes.imshow(heat, cmap="viridis", alpha=alpha, vmin=low, vmax=high, extent=extent)
@@ -215,7 +217,7 @@ def slice_strips(
     margin: float = 30.0,
     most: int = 64,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """The slices around a tumour concatenated to one image, and an overlay of marks, for a page with a slider.
+    """Concatenates the slices around a tumour to one image, with an overlay, for a web page with a slider.
 
     The patient's right is on the left; the lowest slice comes first.
 
@@ -224,14 +226,14 @@ def slice_strips(
         prediction: Mask of 0 and 1, of the images' shape.
         truth: The expert's mask, of the same shape.
         spacing_zyx: Voxel size in mm.
-        side: Pixels of the longer side of one slice of one modality, at most.
-        margin: Shown about the masks, in mm in plane; along z, two slices.
-        most: Of more slices than these only every second, third, ... is shown.
+        side: Largest height and width of a slice of one modality in pixels.
+        margin: Margin around the masks in plane in mm; along z it is two slices.
+        most: Largest number of slices; if there are more, only every second, third, ... is shown.
 
     Returns:
-        `(strip, marks, numbers)`: grey values with the modalities beside each other, uint8
-        `(slices * height, modalities * width, 3)`; the contours of both masks and, translucent, what the prediction
-        adds and misses, uint8 RGBA `(slices * 2 * height, 2 * width, 4)`; and the slices' numbers, from 0.
+        `(strip, marks, numbers)`: the images, uint8 `(slices * height, modalities * width, 3)`; the contours of both
+        masks and, translucent, the false positives and false negatives, uint8 RGBA
+        `(slices * 2 * height, 2 * width, 4)`; and the slice numbers, from 0.
 
     Raises:
         ValueError: The shapes differ.
@@ -246,7 +248,7 @@ def slice_strips(
     numbers = numbers[:: math.ceil(len(numbers) / most)]
     part = (numbers, *view)
     size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing_zyx[1:], strict=True)])
-    # Pixels of fewer mm than the images' would show nothing more.
+    # Pixels are not smaller than those of the images.
     pixel = max(max(size) / side, min(spacing_zyx[1:]))
 
     def scaled(volume, times):
@@ -272,16 +274,16 @@ def slice_strips(
 
 
 def _body_view(images):
-    """The rows and the columns of the body, as two slices: where any image is above its Otsu threshold."""
+    """The rows and columns of the body as two slices: the voxels of any image above its Otsu threshold."""
     whole = [(0, size) for size in np.shape(next(iter(images.values())))[1:]]
-    # A missing modality is constant.
+    # The image of a missing modality is constant.
     found = [bounding_box(image > otsu_threshold(image))[1:] for image in images.values() if np.ptp(image)]
     boxes = np.array(found or [whole])
     return tuple(slice(*pair) for pair in zip(boxes[..., 0].min(axis=0), boxes[..., 1].max(axis=0), strict=True))
 
 
 def _largest(mask):
-    """Number of the slice with most of a mask."""
+    """Number of the slice with the most voxels of a mask."""
     return int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
 
 
@@ -291,7 +293,7 @@ def _dice(one, other):
 
 
 def _view(mask, spacing_zyx, margin):
-    """The rows and the columns to show, as two slices: all, or up to `margin` mm from the mask."""
+    """The rows and columns to show as two slices: all, or those up to `margin` mm from the mask."""
     if margin is None or not mask.any():
         return tuple(slice(0, size) for size in mask.shape)
     reach = [round(margin / size) for size in spacing_zyx[1:]]
@@ -302,7 +304,7 @@ def _view(mask, spacing_zyx, margin):
 
 
 def _extent(shape, spacing_zyx):
-    """Edges of a slice in mm, so that pixels that are not square are not shown so."""
+    """Edges of a slice in mm, for the right aspect ratio of anisotropic pixels."""
     (height, width), (_, y, x) = shape[:2], spacing_zyx
     return [-0.5 * x, (width - 0.5) * x, (height - 0.5) * y, -0.5 * y]
 
@@ -317,7 +319,7 @@ def _dark_figure(width, height):
 
 
 def _show(axes, image, view, spacing_zyx, limits=None):
-    """A slice in grey, with the patient's sides."""
+    """Shows a slice in grey and marks the patient's sides."""
     low, high = limits or _grey_limits(image[view])
     axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=_extent(image.shape, spacing_zyx))
     rows, columns = view
@@ -329,13 +331,13 @@ def _show(axes, image, view, spacing_zyx, limits=None):
 
 
 def _write(axes, x, y, text, **alignment):
-    """A short text on a panel, readable on any image."""
+    """Writes a short text on a panel."""
     box = {"facecolor": "black", "edgecolor": "none", "pad": 1.0, "alpha": 0.7}
     axes.text(x, y, text, color="white", fontsize=8, bbox=box, transform=axes.transAxes, **alignment)
 
 
 def _outline(axes, masks, depth, spacing_zyx):
-    """The contours of masks on a slice."""
+    """Draws the contours of the masks on a slice."""
     for mask, colour in masks.values():
         if mask[depth].any():
             x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing_zyx[:0:-1], strict=True))
@@ -343,7 +345,7 @@ def _outline(axes, masks, depth, spacing_zyx):
 
 
 def _legend(figure, colours, filled=False):
-    """Names and their colours below all panels."""
+    """Adds a legend below all panels."""
     kind = Patch if filled else functools.partial(Line2D, [], [])
     handles = [kind(color=colour, label=name) for name, colour in colours.items()]
     style = {"frameon": False, "labelcolor": "white", "fontsize": 9}

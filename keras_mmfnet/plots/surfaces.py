@@ -1,4 +1,4 @@
-"""Masks in three dimensions."""
+"""Surfaces of masks in 3D."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from keras_mmfnet.plots._masks import expert_and_prediction, union
 
-# Corners of a voxel's face at its upper end along z, y and x, in steps of half a voxel from its centre; in an order
-# in which they go around the outward direction.
+# The corners of a voxel's upper face along z, y and x, in half voxels from its centre, counterclockwise as seen from
+# outside.
 _FACES = (
     ((1, -1, -1), (1, -1, 1), (1, 1, 1), (1, 1, -1)),
     ((-1, 1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1)),
@@ -20,10 +20,10 @@ _FACES = (
 def plot_surfaces(
     prediction: np.ndarray, truth: np.ndarray | None = None, spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> Figure:
-    """The surfaces of the expert's mask and of the prediction in 3D (as the paper's Figure 8).
+    """Draws the surfaces of the expert's mask and the prediction in 3D (Figure 8 of the paper).
 
-    Seen from the front: the patient's right is on the left. The surface consists of the faces of the voxels, without
-    smoothing.
+    The view is from the front: the patient's right is on the left. A surface consists of the faces of the voxels,
+    without smoothing.
 
     Args:
         prediction: Mask of 0 and 1, `(depth, height, width)`, on axes of (superior, posterior, left).
@@ -31,7 +31,7 @@ def plot_surfaces(
         spacing_zyx: Voxel size in mm.
 
     Returns:
-        A Matplotlib figure, one panel per mask, all on the same axes in mm.
+        A Matplotlib figure, one panel per mask with common axes in mm.
 
     Raises:
         ValueError: The shapes differ, or all masks are empty.
@@ -61,7 +61,7 @@ def plot_surfaces(
 
 
 def voxel_faces(mask: np.ndarray, spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
-    """The faces between a mask and its background, which includes everything outside the volume.
+    """Finds the faces between a mask and its background, which includes everything outside the volume.
 
     Args:
         mask: Mask of 0 and 1, `(depth, height, width)`.

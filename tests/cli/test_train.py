@@ -102,7 +102,7 @@ def test_a_run_says_how_far_it_is_and_what_comes_next(first):
 
 
 def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("the training started"))
+    monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
     done = mmfnet("train", "--out", started, "--resume", "--quiet")
     assert done.stdout == f"{started / 'metrics.csv'}\n"
     assert done.stderr == ""

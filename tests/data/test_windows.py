@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_mmfnet.data.windows import cut, window_starts
+from keras_mmfnet.data.windows import crop, window_starts
 
 
 def test_windows_slide_over_the_slices_about_the_centre():
@@ -33,7 +33,7 @@ def test_strides_in_plane_cover_the_volume():
 
 def test_cut_inside_is_a_slice():
     volume = np.arange(4 * 5 * 6).reshape(4, 5, 6)
-    np.testing.assert_array_equal(cut(volume, (1, 2, 3), (2, 3, 3), -1), volume[1:3, 2:5, 3:6])
+    np.testing.assert_array_equal(crop(volume, (1, 2, 3), (2, 3, 3), -1), volume[1:3, 2:5, 3:6])
 
 
 @pytest.mark.parametrize("start", [(-2, 0, 1), (3, -1, -1), (2, 4, 5), (-9, 0, 0), (9, 9, 9)])
@@ -41,4 +41,4 @@ def test_cut_outside_is_filled(start):
     volume = np.random.default_rng(0).normal(size=(4, 5, 6))
     padded = np.pad(volume, 12, constant_values=-1)
     expected = padded[tuple(slice(a + 12, a + 12 + 4) for a in start)]
-    np.testing.assert_array_equal(cut(volume, start, (4, 4, 4), -1), expected)
+    np.testing.assert_array_equal(crop(volume, start, (4, 4, 4), -1), expected)
