@@ -209,7 +209,7 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     Returns:
         `{number: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
         number is defined, `None` where there are none; the population's standard deviation, and the 95% interval of
-        the mean, see `mean_interval`.
+        the mean, see `mean_interval`, `None` of one patient.
     """
     summary = {}
     for name in _keys(rows):
@@ -217,7 +217,8 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
             continue
         values = np.array([row.get(name) for row in rows], float)
         values = values[np.isfinite(values)]
-        numbers = (float(values.mean()), float(values.std()), *mean_interval(values)) if len(values) else [None] * 4
+        interval = mean_interval(values) if len(values) > 1 else (None, None)
+        numbers = (float(values.mean()), float(values.std()), *interval) if len(values) else [None] * 4
         summary[name] = {**dict(zip(("mean", "std", "low", "high"), numbers, strict=True)), "patients": len(values)}
     return summary
 

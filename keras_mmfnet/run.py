@@ -148,6 +148,18 @@ class Run:
         """Preprocessed patients by name, from the cache."""
         return [preprocess_case(self.cases[name], self.recipe.data, self.cache) for name in names]
 
+    def seen_in_training(self, case: Case, folds: Iterable[int]) -> str:
+        """Says that networks of some folds were trained on a patient, or chosen by it; empty text if none was."""
+        if not self.cohort_file.is_file():
+            return ""
+        names, who = {case.name}, "a patient of this name"
+        if case.images.keys() >= set(self.recipe.data.modalities):
+            images = key(case, self.recipe.data)
+            if same := {name for name, one in self.cohort["images"].items() if one == images}:
+                names, who = same, "this patient"
+        seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
+        return f"{who} was in the training set of fold {', '.join(seen)}" if seen else ""
+
     # --- starting, and sharing the work
 
     @classmethod

@@ -46,8 +46,8 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
     Raises:
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
             of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`, or are not
-            and it has one; an image is constant, in all or inside the body; an image lies outside the first one's field of view; the mask has
-            several labels and `recipe.mask_labels` does not choose, or no voxel of the labels wanted.
+            and it has one; an image is constant, in all or inside the body; an image lies outside the first one's field
+            of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of those wanted.
     """
     recipe = recipe_of(case, recipe)
     if cache is None:
