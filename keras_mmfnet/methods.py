@@ -38,6 +38,7 @@ class Method:
         train: In place of `build`, trains a network of another library: `train(method, training, validation, recipe,
             folder)` returns `(predict, parameters, history)`, that is a callable for `predict_volume`, the number of
             weights and a dict of numbers for each epoch.
+        library: The package that `train` computes with, whose version is written beside the results.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     samples: str = "volumes"
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     train: Callable | None = None
+    library: str | None = None
 
     def __post_init__(self):
         if not (self.build or self.train):

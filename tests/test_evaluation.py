@@ -163,13 +163,6 @@ def test_the_interval_of_a_mean():
     low, high = mean_interval(values)
     np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.001)
     assert mean_interval(values) == (low, high)
-    assert summarise([{"patient": "anna", "dsc": 0.5}])["dsc"] == {
-        "mean": 0.5,
-        "std": 0.0,
-        "low": None,
-        "high": None,
-        "patients": 1,
-    }
     assert mean_interval([0.25]) == mean_interval([0.25] * 3) == (0.25, 0.25)
 
 

@@ -180,8 +180,8 @@ def _origin(run, results):
     times = [row["seconds"] for result in results for row in result["patients"]]
     return _texts(
         *(f"Command: {command}" for command in commands),
-        f"Training the networks of {len(folds)} folds took {_duration(trained)}, {len(times)} segmentations took "
-        f"{_duration(sum(times))}.",
+        f"Training the networks of {len(folds)} fold{'s' * (len(folds) > 1)} took {_duration(trained)}, "
+        f"{len(times)} segmentation{'s' * (len(times) > 1)} took {_duration(sum(times))}.",
     )
 
 
@@ -206,10 +206,14 @@ def _results(rows):
 
 def _patients(run, method, rows):
     """A block for each test patient, with the slices about the tumour."""
-    blocks = []
+    paths = {row["patient"]: run.mask(row["fold"], method, row["patient"]) for row in rows}
+    gone = [name for name, path in paths.items() if not path.exists()]
+    blocks = [_texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
     for row in rows:
+        if row["patient"] in gone:
+            continue
         (patient,) = run.patients([row["patient"]])
-        mask = sitk.ReadImage(str(run.mask(row["fold"], method, patient.name)))
+        mask = sitk.ReadImage(str(paths[patient.name]))
         predicted = patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
         for side in (200, 160, 128, 96, 72):
             strip, marks, numbers = slice_strips(patient.images, predicted, patient.mask, patient.spacing, side)

@@ -90,7 +90,7 @@ def started(first):
 def test_a_run_says_how_far_it_is_and_what_comes_next(first):
     started, done = first
     assert "Computing with " in done.stderr
-    assert "Preprocessed patient 6 of 6" in done.stderr
+    assert "Preprocessed 6 of 6 patients" in done.stderr
     assert "Epoch 1 of 2: loss" in done.stderr
     assert "less than a minute left" in next(line for line in done.stderr.splitlines() if "Epoch 1" in line)
     assert "mean of 2" in done.stdout
