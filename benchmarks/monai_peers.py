@@ -134,9 +134,9 @@ def train_peer(method, training, validation, recipe, directory):
 
 
 for _method in (
-    Method("monai_dynunet", "MONAI DynUNet", _dyn_unet, train=train_peer),
-    Method("monai_segresnet", "MONAI SegResNet", _seg_res_net, train=train_peer),
-    Method("monai_basicunet", "MONAI BasicUNet", _basic_unet, train=train_peer),
+    Method("monai_dynunet", "MONAI DynUNet", _dyn_unet, train=train_peer, library="torch"),
+    Method("monai_segresnet", "MONAI SegResNet", _seg_res_net, train=train_peer, library="torch"),
+    Method("monai_basicunet", "MONAI BasicUNet", _basic_unet, train=train_peer, library="torch"),
 ):
     if _method.name not in METHODS:
         register_method(_method)

@@ -209,7 +209,7 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     Returns:
         `{metric: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
         metric is defined; `None` if there are none. `std` is the population standard deviation, `low` and `high` are
-        the interval from `mean_interval`.
+        the interval from `mean_interval`, `None` for one patient.
     """
     summary = {}
     # Rows written by earlier versions have fewer keys.
@@ -218,7 +218,8 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
             continue
         values = np.array([row.get(name) for row in rows], float)
         values = values[np.isfinite(values)]
-        numbers = (float(values.mean()), float(values.std()), *mean_interval(values)) if len(values) else [None] * 4
+        interval = mean_interval(values) if len(values) > 1 else (None, None)
+        numbers = (float(values.mean()), float(values.std()), *interval) if len(values) else [None] * 4
         summary[name] = {**dict(zip(("mean", "std", "low", "high"), numbers, strict=True)), "patients": len(values)}
     return summary
 

@@ -38,6 +38,7 @@ class Method:
         train: Replaces `build` for a network of another library. `train(method, training, validation, recipe, folder)`
             returns `(predict, parameters, history)`: a callable for `predict_volume`, the number of weights, and a
             dict of metrics per epoch.
+        library: The package that `train` computes with; its version is saved with the results.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     samples: str = "volumes"
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     train: Callable | None = None
+    library: str | None = None
 
     def __post_init__(self):
         if not (self.build or self.train):

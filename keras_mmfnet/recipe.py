@@ -68,6 +68,8 @@ _Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
 # Names of files, of layers and of folders.
 _Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
 _Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct)]
+# The paper's.
+_CLIP = {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
 _Statistics = Annotated[tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct)]
 
 
@@ -94,6 +96,19 @@ class _Part(pydantic.BaseModel):
                     text = text if text.startswith("must") else f"must {'' if text.startswith('have') else 'be '}{text}"
                     problems[path] = f"{text}. Received: {detail['input']!r}"
             raise RecipeError(problems) from None
+
+    def __hash__(self):
+        # Without the fields that hold values by modality, which have no hash.
+        return hash(tuple(value for value in self.__dict__.values() if not isinstance(value, dict)))
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value, info):
+        several = value.values() if info.field_name == "clip" and isinstance(value, dict) else [value]
+        numbers = [one for some in several for one in (some if isinstance(some, tuple | list) else [some])]
+        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(one, bool) for one in numbers):
+            raise ValueError("must not be true or false")
+        return value
 
 
 def _unknown(path, known):
@@ -135,11 +150,7 @@ class DataRecipe(_Part):
     align: Literal["header", "rigid"] = "header"
     spacing: _Rate | None = 0.5
     normalised_scale: _Rate | None = None
-    clip: Annotated[dict[str, tuple[float, float]], AfterValidator(_rising)] = {
-        "t1": (-2.0, 1.0),
-        "t2": (-3.0, 2.0),
-        "cet1": (-2.0, 3.5),
-    }
+    clip: Annotated[dict[str, tuple[float, float]], AfterValidator(_rising)] = _CLIP
 
     @pydantic.field_validator("mask")
     @classmethod
@@ -155,6 +166,19 @@ class DataRecipe(_Part):
         if source is not None and source not in known:
             raise ValueError(f"must be one of {', '.join(known)}")
         return source
+
+    @pydantic.model_validator(mode="after")
+    def _check_names(self):
+        # The default's limits may be of modalities that there are not.
+        own = [name for name, limits in self.clip.items() if _CLIP.get(name) != limits]
+        for field, names, known in (
+            ("series", self.series, (*self.modalities, self.mask)),
+            ("clip", own, self.modalities),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                expected = f"must be of {' or '.join(known)}"
+                raise RecipeError({f"{field}.{name}": f"{expected}. Received: {name}" for name in unknown})
+        return self
 
 
 class PatchRecipe(_Part):
@@ -302,6 +326,8 @@ class Recipe(_Part):
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """A recipe that differs in some fields.
 
+        Modalities that it drops take with them what `data.series` and `data.clip` say of them.
+
         Args:
             changes: The new values by the path of the field: `"training.epochs"`, or `"data.series.t1"` for one entry
                 of a field that holds values by modality.
@@ -313,6 +339,11 @@ class Recipe(_Part):
             RecipeError: There is no such field, or a value is outside its range.
         """
         values = self.model_dump()
+        kept = changes.get("data.modalities", self.data.modalities)
+        for name in set(self.data.modalities).difference(kept if isinstance(kept, tuple | list) else [kept]):
+            values["data"]["series"].pop(name, None)
+            if values["data"]["clip"].get(name) != _CLIP.get(name):
+                values["data"]["clip"].pop(name, None)
         for path, value in changes.items():
             *above, last = path.split(".")
             inner = values
@@ -350,10 +381,13 @@ class Recipe(_Part):
         """The recipe in the JSON file `path`.
 
         Raises:
-            ValueError: The file is no recipe; see `from_json`.
-            OSError: The file cannot be read.
+            ValueError: The file cannot be read or is no recipe; see `from_json`.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{path}: the JSON file of a recipe is expected. Received: {error.strerror}") from error
+        try:
+            return cls.from_json(text)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

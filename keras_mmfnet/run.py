@@ -21,7 +21,7 @@ from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data import find_cases, five_folds, group_patients, preprocess_case
 from keras_mmfnet.data.cache import key
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.preprocess import read_tumour
@@ -148,6 +148,18 @@ class Run:
         """Preprocessed patients by name, from the cache."""
         return [preprocess_case(self.cases[name], self.recipe.data, self.cache) for name in names]
 
+    def seen_in_training(self, case: Case, folds: Iterable[int]) -> str:
+        """Says that networks of some folds were trained on a patient, or chosen by it; empty text if none was."""
+        if not self.cohort_file.is_file():
+            return ""
+        names, who = {case.name}, "a patient of this name"
+        if case.images.keys() >= set(self.recipe.data.modalities):
+            images = key(case, self.recipe.data)
+            if same := {name for name, one in self.cohort["images"].items() if one == images}:
+                names, who = same, "this patient"
+        seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
+        return f"{who} was in the training set of fold {', '.join(seen)}" if seen else ""
+
     # --- starting, and sharing the work
 
     @classmethod
@@ -208,9 +220,10 @@ class Run:
             except CaseError as error:
                 bad.append(error)
                 continue
-            about = "; ".join([case.name, *patients[case.name].notes])
-            _log.info("Preprocessed patient %d of %d: %s", number, len(cases), about)
             progress("preprocessing", number, len(cases))
+        _log.info("Preprocessed %d of %d patients", len(patients), len(cases))
+        for line in group_messages(f"{name}: {note}" for name, patient in patients.items() for note in patient.notes):
+            _log.info("%s", line)
         if bad and on_error is None:
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
@@ -286,7 +299,15 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     path = run.result(fold, method.name)
     with run.claim(fold, method.name, wait):
         if path.exists():
-            return read_json(path)
+            names = run.folds[fold].test
+            gone = [name for name in names if not run.mask(fold, method.name, name).exists()]
+            if not gone:
+                return read_json(path)
+            lost = f"{method.title}, fold {fold}: {len(gone)} of {len(names)} masks are gone"
+            if not run.network(fold, method.name).exists():
+                _log.warning("%s and so is the network; the fold is computed again once %s is deleted", lost, path)
+                return read_json(path)
+            _log.warning("%s; segmenting the patients again", lost)
         parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
         about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
         _log.info(about, method.title, fold, *map(len, parts))
@@ -295,7 +316,8 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
         if method.train:
             predict, parameters, history = method.train(method, training, validation, recipe, folder)
         else:
-            for name in method.encoders.values():
+            finished = run.network(fold, method.name).exists()
+            for name in () if finished else method.encoders.values():
                 with run.claim(fold, name, wait=True):
                     train_method(find_method(name), training, validation, run.recipe, folder)
             network = train_method(method, training, validation, run.recipe, folder)
@@ -316,7 +338,7 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
             "parameters": parameters,
             "updates": len(history) * recipe.training.steps_per_epoch,
             "training_seconds": sum(row["seconds"] for row in history),
-            "machine": machine("keras", "keras-mmfnet", "numpy", keras.backend.backend()),
+            "machine": machine("keras", "keras-mmfnet", "numpy", method.library or keras.backend.backend()),
             "history": history,
             "patients": rows,
             "shares": {block: {name: x.tolist() for name, x in share.items()} for block, share in shares.items()},

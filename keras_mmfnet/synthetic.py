@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet._log import progress
 from keras_mmfnet.data.geometry import Grid
 
 _MODALITIES = ("t1", "t2", "cet1")
@@ -157,7 +158,8 @@ def make_synthetic_cohort(
             _write_patient(folders[index], _draw_patient(seed, index), modalities)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy releases the GIL
-        list(pool.map(complete, range(patients)))
+        for number, _ in enumerate(pool.map(complete, range(patients)), start=1):
+            progress("making patients", number, patients)
     return folders
 
 

@@ -12,7 +12,7 @@ from keras_mmfnet.recipe import Recipe
 MODALITIES = ("t1", "t2", "cet1")
 # Columns: the directions of x, y and z.
 IDENTITY = np.eye(3)
-RAW = Recipe().replace({"data.spacing": None, "data.normalised_scale": 1.0})
+RAW = Recipe().replace({"data.spacing": None, "data.clip": {}})
 
 
 def make_grid(size=(60, 50, 8), spacing=(0.8, 0.8, 4.0), direction=IDENTITY, middle=(1.0, -2.0, 30.0)):

@@ -96,6 +96,15 @@ def test_json_and_back(recipe, tmp_path):
         ("training.validation_fraction", 1.0),
         ("training.mixed_precision", "float64"),
         ("training.seed", -1),
+        ("training.epochs", True),
+        ("network.filters", (8, True)),
+        ("data.mask_labels", True),
+        ("data.spacing", True),
+        ("data.clip", {"t1": (False, True)}),
+        ("data.series.flair", "t2"),
+        ("data.series", {"t1c": "t1"}),
+        ("data.clip.flair", (-1, 1)),
+        ("data.clip.t3", (-1, 1)),
     ],
 )
 def test_a_value_outside_its_range_is_named(field, value):
@@ -154,14 +163,41 @@ def test_a_part_by_itself_names_its_fields():
 
 
 def test_one_entry_of_a_field_by_modality():
-    recipe = Recipe().replace({"data.series.t1": "t1.*tra", "data.clip.flair": (-1, 1)})
-    assert recipe.data.series == {"t1": "t1.*tra"}
+    modalities = ("t1", "t2", "cet1", "flair")
+    recipe = Recipe().replace(
+        {
+            "data.modalities": modalities,
+            "data.series.t1": "t1.*tra",
+            "data.series.mask": "x",
+            "data.clip.flair": (-1, 1),
+        }
+    )
+    assert recipe.data.series == {"t1": "t1.*tra", "mask": "x"}
     assert recipe.data.clip == {**Recipe().data.clip, "flair": (-1, 1)}
+    # What is said of a modality goes with it.
+    fewer = recipe.replace({"data.modalities": "t2"})
+    assert (fewer.data.series, fewer.data.clip) == ({"mask": "x"}, Recipe().data.clip)
+    with pytest.raises(
+        RecipeError, match=r"^`data.series.flair` must be of t1 or t2 or cet1 or mask. Received: flair$"
+    ):
+        Recipe().replace({"data.series.flair": "x"})
 
 
 def test_one_value_stands_for_a_tuple():
     recipe = Recipe().replace({"data.modalities": "flair", "data.mask_labels": 4, "network.filters": 8})
     assert (recipe.data.modalities, recipe.data.mask_labels, recipe.network.filters) == (("flair",), (4,), (8,))
+
+
+def test_equal_recipes_have_one_hash():
+    changes = {"data.series.t1": "x", "training.epochs": 3}
+    assert len({Recipe(), Recipe.small(), Recipe().replace(changes), Recipe().replace(changes)}) == 3
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"recipe\.json: the JSON file of a recipe is expected\. Received: No such file"
+    ):
+        Recipe.load(tmp_path / "recipe.json")
 
 
 def test_a_recipe_does_not_change():

@@ -243,7 +243,8 @@ def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
     result = json.loads(old.result(0, "mmfnet").read_text(encoding="utf-8"))
     old.result(0, "mmfnet").write_text(json.dumps({**result, "patients": result["patients"][:1]}))
     page, (row,) = Page(write_report(old)), result["patients"][:1]
-    assert page.after("Mean DSC", 2) == [f"{row['dsc']:.3f}", f"95% interval {row['dsc']:.3f} to {row['dsc']:.3f}"]
+    assert page.after("Mean DSC", 2) == [f"{row['dsc']:.3f}", "of one patient"]
+    assert not [text for text in page.texts if "95% " in text]
     assert len(page.pictures("jpeg")) == 1
 
 
@@ -306,6 +307,8 @@ def test_the_rows_of_a_comparison(results):
     assert full["difference_mean"] == pytest.approx(0.15)
     assert full["difference_patients"] == 2
     assert mine["difference_mean"] == pytest.approx(-0.5)
+    assert mine["difference_patients"] == 1
+    assert (mine["difference_low"], mine["difference_high"]) == (None, None)
 
 
 def test_the_tables_of_a_comparison(results, tmp_path):
@@ -313,6 +316,7 @@ def test_the_tables_of_a_comparison(results, tmp_path):
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[2].startswith("| **Multi** | 0.7000 | 0.6000 ± 0.0816 | 0.7400 | 0.5000 ± 0.0000 |")
     assert "+0.1500 [+0.1000, +0.2000]" in lines[3]
+    assert "| -0.5000 |" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}

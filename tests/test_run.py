@@ -16,6 +16,7 @@ from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.report import write_report
 from keras_mmfnet.run import Run, RunLocked, compare_methods, cross_validate, modalities_of, run_fold
 
 # For the patients in files, in voxels of 4 mm.
@@ -100,6 +101,27 @@ def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
 def test_a_finished_fold_is_not_done_again(run, tiny_cohort, no_training):
     folder, result = run
     assert cross(folder, tiny_cohort, folds=[1], resume=True) == result
+
+
+def test_masks_of_a_finished_fold_that_are_gone(run, tiny_cohort, tmp_path, no_training, caplog):
+    folder, result = run
+    copy = Run(shutil.copytree(folder, tmp_path / "run"))
+    masks = {path: read_array(path) for path in copy.fold_folder(1).glob("masks/mmfnet/*")}
+    first = next(iter(masks))
+    first.unlink()
+    again = cross(copy.folder, tiny_cohort, folds=[1], resume=True)
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in result]
+    np.testing.assert_array_equal(read_array(first), masks[first])
+    assert "MMFNet, fold 1: 1 of 2 masks are gone; segmenting the patients again" in caplog.text
+    first.unlink()
+    copy.network(1, "mmfnet").unlink()
+    assert cross(copy.folder, tiny_cohort, folds=[1], resume=True) == again
+    assert f"and so is the network; the fold is computed again once {copy.result(1, 'mmfnet')} is del" in caplog.text
+    assert f"because their masks are gone: {first.name.partition('.')[0]}" in write_report(copy).read_text("utf-8")
+
+
+def read_array(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
@@ -210,7 +232,7 @@ def test_all_bad_patients_are_listed(tiny_cohort, tmp_path):
     shutil.copytree(tiny_cohort, folder)
     for name in ("patient_01", "patient_04"):
         _rewrite(folder / name / "t2.nii.gz", _with_nan)
-    with pytest.raises(CaseError, match=r"(?s)^2 of 6 patients cannot be used.*--skip-bad.*patient_01: .*patient_04: "):
+    with pytest.raises(CaseError, match=r"(?s)^2 of 6 patients cannot be used.*--skip-bad.*patient_01: .*patient_04"):
         Run.start(tmp_path / "run", folder, COARSE)
     # Only the cache of the others is there, so that the same command can be started again.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
@@ -278,7 +300,9 @@ def test_a_network_of_another_library(run, tmp_path):
         history = [{"epoch": 0, "loss": 0.5, "val_loss": 0.5, "seconds": 1.0}]
         return lambda images: 1.0 * (images["t1"] > 0), 7, history
 
-    result = run_fold(Run(tmp_path / "run"), Method("other", "Other", train=train), 1)
+    result = run_fold(Run(tmp_path / "run"), Method("other", "Other", train=train, library="scipy"), 1)
+    assert "scipy" in result["machine"]
+    assert keras.backend.backend() not in result["machine"]
     assert (result["parameters"], result["updates"], result["training_seconds"]) == (7, 2, 1.0)
     assert all(row["dsc"] > 0 for row in result["patients"])
 

@@ -20,6 +20,12 @@ def cohort(tmp_path_factory):
     return folders, [{name: sitk.ReadImage(folder / f"{name}.nii.gz") for name in names} for folder in folders]
 
 
+def test_it_says_how_far_it_is(tmp_path, caplog):
+    with caplog.at_level("DEBUG", "keras_mmfnet.progress"):
+        make_synthetic_cohort(tmp_path, patients=1)
+    assert caplog.messages == ["making patients: 1 of 1"]
+
+
 def geometry(image):
     return np.concatenate([image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()])
 

@@ -119,7 +119,9 @@ class Terminal(logging.Handler):
 
         shown, summary = {key: METRICS[key] for key in _SHOWN}, summarise(rows)
         lines = [[row["patient"], *(metric.text(row.get(key)) for key, metric in shown.items())] for row in rows]
-        for name, label in (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to")):
+        # One patient has no interval.
+        names = (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to"))[: 3 if len(lines) > 1 else 0]
+        for name, label in names:
             lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
         self.table(["patient", *(metric.title for metric in shown.values())], lines)
 

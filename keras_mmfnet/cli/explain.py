@@ -38,6 +38,8 @@ def explain(
         cases = find_patients(patient, opened.recipe.data)
         if len(cases) > 1:
             raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
+        if seen := opened.seen_in_training(cases[0], [fold]):
+            _log.warning("%s: %s", cases[0].name, seen)
         case = preprocess_case(cases[0], opened.recipe.data)
         figures = explain_patient(network, case, opened.recipe, chosen)
         out.mkdir()

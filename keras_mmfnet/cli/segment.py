@@ -75,7 +75,8 @@ def segment(
             try:
                 write(out / f"{case.name}.json", json.dumps(sources[case.name], indent=2) + "\n")
                 line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
-                _log.info("%d of %d: %s", number, len(todo), line)
+                seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
+                _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
                 if not _there(out, case):
                     (out / f"{case.name}.json").unlink(missing_ok=True)

@@ -9,6 +9,24 @@ from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.registration import RigidTransform
 
 
+def group_messages(messages: Iterable[str]) -> list[str]:
+    """Joins messages, each `patient: text`, that differ in nothing but the patient's name.
+
+    Returns:
+        Of each kind the first message, followed by the number of the other patients and the first five names.
+    """
+    kinds = {}
+    for message in messages:
+        name, _, text = message.partition(": ")
+        kinds.setdefault(text.replace(name, "*"), []).append((name, message))
+    lines = []
+    for (_, first), *others in kinds.values():
+        listed = ", ".join(name for name, _ in others[:5]) + (", ..." if len(others) > 5 else "")
+        same = f" (the same for {len(others)} other{'s' if len(others) > 1 else ''}: {listed})"
+        lines.append(first + same if others else first)
+    return lines
+
+
 class CaseError(ValueError):
     """A patient's files cannot be used.
 
@@ -29,14 +47,15 @@ class CaseError(ValueError):
             patients: The number of all patients, if known.
 
         Returns:
-            An error that counts them and lists the first 20. A single error is returned with the remedy if there are
+            An error that counts them and lists the first 20 kinds, see `group_messages`. A single error is returned with the remedy if there are
             other patients.
         """
         if len(errors) == 1:
             return errors[0] if patients in (None, 1) else cls(f"{errors[0]} (--skip-bad leaves this patient out)")
-        listed = [f"  {error}" for error in errors[:20]]
-        if len(errors) > 20:
-            listed.append(f"  ... and {len(errors) - 20} more")
+        kinds = group_messages(map(str, errors))
+        listed = [f"  {line}" for line in kinds[:20]]
+        if len(kinds) > 20:
+            listed.append(f"  ... and {len(kinds) - 20} more")
         count = f"{len(errors)} of {patients}" if patients else len(errors)
         return cls("\n".join([f"{count} patients cannot be used; --skip-bad leaves them out:", *listed]))
 

@@ -47,9 +47,9 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
 
     Raises:
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
-            of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`; an image is
-            constant, in all or inside the body; an image lies outside the first one's field of view; the mask has
-            several labels and `recipe.mask_labels` does not choose, or no voxel of the labels wanted.
+            of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`, or are not
+            and it has one; an image is constant, in all or inside the body; an image lies outside the first one's field
+            of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of those wanted.
     """
     recipe = recipe_of(case, recipe)
     if cache is None:
@@ -106,14 +106,15 @@ def _preprocess(case, recipe):
                     notes.append(f"{modality}: {note}")
             values = sitk.GetArrayViewFromImage(image)
             lowest = _require_contrast(values, where)
-            if lowest < 0 and recipe.normalised_scale is None and not isinstance(case.images[modality], Series):
+            z_scores = recipe.normalised_scale is not None
+            if z_scores or (lowest < 0 and not isinstance(case.images[modality], Series)):
                 intensities[modality] = _Intensities.of(values)
             volume = resample(image, grid, background=lowest)
             _require_contrast(volume, where, f" in the field of view of {first}")
             if modality == first:
                 centre = tuple((low + high) // 2 for low, high in bounding_box(volume > otsu_threshold(volume)))
             images[modality] = pool.submit(_normalise, volume, grid, recipe, modality, where)
-        notes += _normalised_notes(case, recipe, intensities)
+        notes += (_raw_notes if z_scores else _normalised_notes)(case, recipe, intensities)
         mask = None
         if case.mask is not None:
             mask, mask_notes = _read_mask(case, recipe, grid, upright, transforms)
@@ -215,6 +216,25 @@ def _normalised_notes(case, recipe, intensities):
         f"{modality}: has {one}; if all images are z-scores, set data.normalised_scale={scale}"
         for modality, one in below.items()
     ]
+
+
+def _raw_notes(case, recipe, intensities):
+    """Refuses a patient whose images are said to be z-scores and are raw intensities, on which a network finds nothing.
+
+    z-scores lie on both sides of 0, whatever they were multiplied by. Patients are refused of whom no image lies below
+    0 and all have a mean beyond ten standard deviations. Where that is not as plain, there is a note.
+    """
+    scale = f"{recipe.normalised_scale:g}"
+    raw = {modality: one for modality, one in intensities.items() if one.negative <= _OVERSHOOT}
+    if len(raw) == len(recipe.modalities) and all(one.mean > 10 * recipe.normalised_scale for one in raw.values()):
+        listed = "; ".join(f"{modality} with {one}" for modality, one in raw.items())
+        raise CaseError(
+            f"{case.name}: {case.images[next(iter(raw))]}: must be z-scores times {scale}, since the recipe has "
+            f"`data.normalised_scale={scale}`; raw intensities need a network trained with "
+            f"`--set data.normalised_scale=none`. Received: {listed}"
+        )
+    about = f"values on one side of 0; if these are raw intensities, data.normalised_scale={scale} makes the mask wrong"
+    return [f"{', '.join(raw)}: {about}"] if raw else []
 
 
 def _normalise(volume, grid, recipe, modality, where):

@@ -67,8 +67,9 @@ def write_report(run: Run) -> Path:
     rows = [{"fold": result["fold"], **row} for result in results for row in result["patients"]]
     rows.sort(key=lambda row: row["dsc"])
     dsc = summarise(rows)["dsc"]
+    interval = "of one patient" if len(rows) == 1 else f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"
     facts = [
-        ("Mean DSC", f"{dsc['mean']:.3f}", f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"),
+        ("Mean DSC", f"{dsc['mean']:.3f}", interval),
         ("Patients tested", str(len(rows)), f"of {len(run.cohort['patients'])}, by networks that had not seen them"),
         ("Folds", f"{len(results)} of {len(run.folds)}", "of the cross-validation"),
         ("Method", method.title, "with self-transfer" if method.encoders else "without self-transfer"),
@@ -179,8 +180,8 @@ def _origin(run, results):
     times = [row["seconds"] for result in results for row in result["patients"]]
     return _texts(
         *(f"Command: {command}" for command in commands),
-        f"Training the networks of {len(folds)} folds took {_duration(trained)}, {len(times)} segmentations took "
-        f"{_duration(sum(times))}.",
+        f"Training the networks of {len(folds)} fold{'s' * (len(folds) > 1)} took {_duration(trained)}, "
+        f"{len(times)} segmentation{'s' * (len(times) > 1)} took {_duration(sum(times))}.",
     )
 
 
@@ -196,6 +197,7 @@ def _results(rows):
     lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
     labels = {"mean": "mean", "low": "mean, 95% from", "high": "mean, 95% to", "std": "standard deviation"}
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
+    foot = foot if len(rows) > 1 else []
     folds = sorted({row["fold"] for row in rows})
     boxes = plot_boxes({f"fold {fold}": [row["dsc"] for row in rows if row["fold"] == fold] for fold in folds})
     titles = [metric.title for metric in metrics.values()]
@@ -204,10 +206,14 @@ def _results(rows):
 
 def _patients(run, method, rows):
     """A block for each test patient, with the slices about the tumour."""
-    blocks = []
+    paths = {row["patient"]: run.mask(row["fold"], method, row["patient"]) for row in rows}
+    gone = [name for name, path in paths.items() if not path.exists()]
+    blocks = [_texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
     for row in rows:
+        if row["patient"] in gone:
+            continue
         (patient,) = run.patients([row["patient"]])
-        mask = sitk.ReadImage(str(run.mask(row["fold"], method, patient.name)))
+        mask = sitk.ReadImage(str(paths[patient.name]))
         predicted = patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
         for side in (200, 160, 128, 96, 72):
             strip, marks, numbers = slice_strips(patient.images, predicted, patient.mask, patient.spacing, side)
@@ -391,6 +397,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         common = [patient for patient in patients if patient in reference]
         same = name == baseline or not common
         difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
+        if len(common) == 1:  # of which there is no interval
+            difference |= {"low": None, "high": None}
         row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
         row["parameters"] = folds[0]["parameters"]
         row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
@@ -418,7 +426,8 @@ def _cells(rows, baseline):
             cells += ["baseline" if row["method"] == baseline else "", ""]
         else:
             low, high, p = row["difference_low"], row["difference_high"], row["difference_p"]
-            cells += [f"{row['difference_mean']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
+            interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+            cells += [f"{row['difference_mean']:+.4f}{interval}", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
         cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
         cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}"]
         lines.append(cells)

@@ -56,6 +56,11 @@ def test_two_folders_of_masks(mmfnet, folders):
     again = mmfnet(*arguments, "--csv", folders / "numbers.csv", code=1)
     assert f"Received: {folders / 'numbers.csv'}" in again.stderr
     assert float(mmfnet(*arguments, "--quiet").stdout) == pytest.approx(dsc["mean"])
+    for name in ("bob", "eve"):
+        (folders / "expert" / f"{name}.nii.gz").unlink()
+    one = mmfnet(*arguments).stdout
+    assert "ann" in one
+    assert "95%" not in one
 
 
 def test_the_expert_in_the_patients_folders(mmfnet, folders):

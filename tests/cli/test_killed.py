@@ -200,7 +200,7 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     # The page about the run is whole, and the log goes on where it was stopped.
     assert "Patients, worst first" in (folder / "report.html").read_text(encoding="utf-8")
     log = (folder / "run.log").read_text(encoding="utf-8")
-    assert log.count("Preprocessed patient 1 of 6") == 3
+    assert log.count("Preprocessed 6 of 6 patients") == 3
     assert "Segmented patient 2 of 2: DSC" in log
 
     # The folder is enough to segment a patient.

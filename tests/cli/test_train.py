@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 import signal
 
@@ -89,7 +90,7 @@ def started(first):
 def test_a_run_says_how_far_it_is_and_what_comes_next(first):
     started, done = first
     assert "Computing with " in done.stderr
-    assert "Preprocessed patient 6 of 6" in done.stderr
+    assert "Preprocessed 6 of 6 patients" in done.stderr
     assert "Epoch 1 of 2: loss" in done.stderr
     assert "less than a minute left" in next(line for line in done.stderr.splitlines() if "Epoch 1" in line)
     assert "mean of 2" in done.stdout
@@ -117,6 +118,23 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
     assert "must hold no run" in again.stderr
     assert "--resume" in again.stderr
+
+
+def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, started, tmp_path):
+    fold = json.loads((started / "cohort.json").read_text(encoding="utf-8"))["folds"][1]
+    seen, unseen = tiny_cohort / fold["train"][0], tiny_cohort / fold["test"][0]
+    renamed, other = tmp_path / "renamed", tmp_path / seen.name
+    shutil.copytree(seen, renamed)
+    shutil.copytree(unseen, other)
+    shutil.copy(seen / "mask.nii.gz", other)
+
+    def said(patient):
+        return mmfnet("segment", started, patient, "--out", tmp_path / "out" / patient.parent.name).stderr
+
+    for patient in (seen, renamed):
+        assert re.search(r"DSC .* \(this patient was in the training set of fold 1\)", said(patient))
+    assert re.search(r"DSC .* \(a patient of this name was in the training set of fold 1\)", said(other))
+    assert re.search(r"DSC \S+ HD95 \S+ mm$", said(unseen).strip())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -67,8 +67,8 @@ def test_the_cache_knows_content_and_recipe(tmp_path):
     )
     assert len(entries(cache)) == 1
     preprocess_case(case, RAW.replace({"data.spacing": 1.5}).data, cache)
-    preprocess_case(case, RAW.replace({"data.normalised_scale": None}).data, cache)
-    preprocess_case(case, RAW.replace({"data.normalised_scale": None, "data.clip": {"t1": (-1, 1)}}).data, cache)
+    preprocess_case(case, RAW.replace({"data.normalised_scale": 100}).data, cache)
+    preprocess_case(case, RAW.replace({"data.clip": {"t1": (-1, 1)}}).data, cache)
     preprocess_case(case, RAW.replace({"data.mask_labels": (1,)}).data, cache)
     preprocess_case(only(case, "t1", "t2"), RAW.replace({"data.modalities": ("t1", "t2")}).data, cache)
     preprocess_case(dataclasses.replace(case, mask=None), RAW.data, cache)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.geometry import Grid
 
 # Columns: the directions of x, y and z. Reversed and permuted axes, and an oblique set.
@@ -40,16 +40,25 @@ def test_case_error_is_a_value_error():
 
 
 def test_case_errors_are_listed_together():
-    errors = [CaseError(f"p{number}: lacks t2. Received: t1") for number in range(21)]
+    errors = [CaseError(f"p{number}: lacks t2. Received: {'abcdefghijklmnopqrstu'[number]}") for number in range(21)]
     assert CaseError.of_several(errors[:1]) is CaseError.of_several(errors[:1], 1) is errors[0]
     one = CaseError.of_several(errors[:1], 9)
-    assert (str(one), one.patient) == ("p0: lacks t2. Received: t1 (--skip-bad leaves this patient out)", "p0")
+    assert (str(one), one.patient) == ("p0: lacks t2. Received: a (--skip-bad leaves this patient out)", "p0")
     head, *lines = str(CaseError.of_several(errors[:2], 9)).splitlines()
     assert head == "2 of 9 patients cannot be used; --skip-bad leaves them out:"
-    assert lines == ["  p0: lacks t2. Received: t1", "  p1: lacks t2. Received: t1"]
+    assert lines == ["  p0: lacks t2. Received: a", "  p1: lacks t2. Received: b"]
     assert str(CaseError.of_several(errors[:20])).startswith("20 patients cannot be used")
-    assert str(CaseError.of_several(errors[:20])).endswith("\n  p19: lacks t2. Received: t1")
-    assert str(CaseError.of_several(errors)).endswith("\n  p19: lacks t2. Received: t1\n  ... and 1 more")
+    assert str(CaseError.of_several(errors[:20])).endswith("\n  p19: lacks t2. Received: t")
+    assert str(CaseError.of_several(errors)).endswith("\n  p19: lacks t2. Received: t\n  ... and 1 more")
+
+
+def test_messages_that_differ_in_the_patient_alone_are_one():
+    messages = [f"p{number}: /data/p{number}/t1.nii: is missing" for number in range(8)]
+    assert group_messages([messages[0], "q: mask: is empty", *messages[1:]]) == [
+        "p0: /data/p0/t1.nii: is missing (the same for 7 others: p1, p2, p3, p4, p5, ...)",
+        "q: mask: is empty",
+    ]
+    assert group_messages(messages[:2])[0].endswith("is missing (the same for 1 other: p1)")
 
 
 @pytest.mark.parametrize("direction", [IDENTITY, REVERSED, oblique()], ids=["identity", "reversed", "oblique"])

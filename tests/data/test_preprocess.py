@@ -114,7 +114,9 @@ def test_resample_leaves_a_ramp_a_ramp():
 def test_values_are_the_files_where_nothing_is_resampled(tmp_path, direction):
     grid = make_grid(direction=direction)
     case = make_case(tmp_path, grid)
-    result = preprocess_case(case, RAW.data)
+    for seed, path in enumerate(case.images.values()):
+        write(path, grid, (head(grid, seed) - 300).astype(np.int16))
+    result = preprocess_case(case, RAW.replace({"data.normalised_scale": 1}).data)
     for modality in MODALITIES:
         upright = sitk.DICOMOrient(sitk.ReadImage(str(case.images[modality])), "LPS")
         np.testing.assert_array_equal(result.images[modality], sitk.GetArrayFromImage(upright))
@@ -384,6 +386,19 @@ def test_z_scores_are_refused_with_their_scale(tmp_path, scale, dtype, masked):
     preprocess_case(case, Recipe().replace({"data.normalised_scale": scale}).data)
 
 
+def test_raw_intensities_are_refused_where_z_scores_are_expected(tmp_path):
+    case = make_case(tmp_path)
+    message = refused(case, Recipe().replace({"data.normalised_scale": 1}), case.images["t1"])
+    assert "must be z-scores times 1, since the recipe has `data.normalised_scale=1`" in message
+    assert "Received: t1 with values from" in message
+    # They could be numbers of another scale: a note.
+    (note,) = preprocess_case(case, Recipe().replace({"data.normalised_scale": 1000}).data).notes
+    assert note.startswith("t1, t2, cet1: values on one side of 0; if these are raw")
+    write(case.images["t2"], make_grid(), scored(make_grid(), 1).astype(np.float32))
+    (note,) = preprocess_case(case, Recipe().replace({"data.normalised_scale": 1}).data).notes
+    assert note.startswith("t1, cet1: values on one side of 0")
+
+
 def test_one_image_of_z_scores_is_noted(tmp_path):
     case = make_case(tmp_path)
     write(case.images["t2"], make_grid(), scored(make_grid(), 1).astype(np.float32))
@@ -600,7 +615,7 @@ def test_npc_masks_come_onto_another_grid(test_data, tmp_path, patient):
     # An image of the T1's field of view in fewer pixels is enough to bring the T2's mask onto.
     own = Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
     grid = in_plane_grid(own, 4.0)
-    image = write(tmp_path / "t1.nii.gz", grid, np.random.default_rng(0).random(grid.shape, dtype=np.float32))
+    image = write(tmp_path / "t1.nii.gz", grid, np.random.default_rng(0).normal(size=grid.shape).astype(np.float32))
     mask = test_data / "npc_masks" / patient / "T2.nii.gz"
     recipe = Recipe().replace({"data.modalities": ("t1",), "data.spacing": 1.0, "data.normalised_scale": 1.0})
     result = preprocess_case(Case(patient, {"t1": image}, mask), recipe.data)
