@@ -3,7 +3,9 @@
 import uuid
 
 import numpy as np
+import pydicom
 import SimpleITK as sitk
+from pydicom.dataset import Dataset, FileMetaDataset
 
 from keras_mmfnet.data.geometry import Grid
 
@@ -46,3 +48,68 @@ def write_series(
         writer.SetFileName(str(folder / f"{prefix}_{number if order > 0 else grid.size[2] - number:02d}.dcm"))
         writer.Execute(image)
     return array
+
+
+def change_series(folder, change):
+    """Applies `change(dataset, number)` to the files in a folder in the order of their names, and writes them again."""
+    for number, path in enumerate(sorted(path for path in folder.iterdir() if path.is_file())):
+        image = pydicom.dcmread(path)
+        change(image, number)
+        image.save_as(path)
+
+
+def item(**values):
+    """A sequence of one item."""
+    found = Dataset()
+    for name, value in values.items():
+        setattr(found, name, value)
+    return [found]
+
+
+def write_object(path, sop_class, **values):
+    """Writes a DICOM object of some class, of the patient `"1"`."""
+    found = Dataset()
+    found.file_meta = FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    found.SOPClassUID, found.SOPInstanceUID = sop_class, pydicom.uid.generate_uid()
+    found.SeriesInstanceUID, found.PatientID = pydicom.uid.generate_uid(), "1"
+    for name, value in values.items():
+        setattr(found, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save_as(path, enforce_file_format=True)
+
+
+def write_enhanced(path, frames, array, spacing=(0.5, 0.5), **values):
+    """Writes an enhanced MR object.
+
+    Args:
+        path: The file.
+        frames: By frame, a dict of its `position`, and of what it has of `slope`, `intercept`, `echo`, `b` and `phase`.
+        array: The voxels as stored, `(frames, rows, columns)`.
+        spacing: The distance of the rows and of the columns in mm.
+        **values: More elements.
+    """
+    shared = Dataset()
+    shared.PlaneOrientationSequence = item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    shared.PixelMeasuresSequence = item(PixelSpacing=list(spacing), SliceThickness=4.0)
+    headers = []
+    for frame in frames:
+        header = Dataset()
+        header.PlanePositionSequence = item(ImagePositionPatient=list(frame["position"]))
+        header.PixelValueTransformationSequence = item(
+            RescaleSlope=frame.get("slope", 1.0), RescaleIntercept=frame.get("intercept", 0.0), RescaleType="US"
+        )
+        if "echo" in frame:
+            header.MREchoSequence = item(EffectiveEchoTime=frame["echo"])
+        if "b" in frame:
+            header.MRDiffusionSequence = item(DiffusionBValue=frame["b"])
+        if "phase" in frame:
+            header.FrameContentSequence = item(TemporalPositionIndex=frame["phase"])
+        headers.append(header)
+    described = {
+        **{"Rows": array.shape[1], "Columns": array.shape[2], "NumberOfFrames": len(array), "SamplesPerPixel": 1},
+        **{"PhotometricInterpretation": "MONOCHROME2", "PixelRepresentation": 0, "HighBit": 15},
+        **{"BitsAllocated": 16, "BitsStored": 16, "PixelData": array.astype("<u2").tobytes()},
+        **{"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": headers},
+    }
+    write_object(path, "1.2.840.10008.5.1.4.1.1.4.1", **{"SeriesDescription": "T1", **described, **values})

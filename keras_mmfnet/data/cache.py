@@ -25,7 +25,7 @@ from keras_mmfnet.recipe import DataRecipe
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 6
+_VERSION = 7
 
 
 def key(case: Case, recipe: DataRecipe) -> str:
@@ -43,7 +43,7 @@ def key(case: Case, recipe: DataRecipe) -> str:
 def _digest(source, patient):
     """A hash of the content of an image's files, including a separate file of voxels."""
     if isinstance(source, Series):
-        return [_digest(path, patient) for path in source.files]
+        return [[_digest(path, patient) for path in source.files], source.frames]
     if isinstance(source, Volume):
         return [_digest(source.path, patient), source.index]
     try:

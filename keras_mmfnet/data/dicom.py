@@ -1,29 +1,53 @@
+import contextlib
 import dataclasses
+import filecmp
+import io
+import logging
 import math
 import os
 import re
 import struct
-from collections.abc import Iterable
+import tempfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.geometry import Grid, nearest_rotation
 
-_UID, _DESCRIPTION, _PATIENT = "0020|000e", "0008|103e", "0010|0020"
-# What kind of object a file holds: structure sets, segmentations, reports, presentations and directories are no images.
-_NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.(5\.1\.4\.1\.1\.(481|66|88|11|104)\.|1\.3\.10)")
+_log = logging.getLogger(__name__)
+
+_MEDIA_CLASS, _SYNTAX, _CLASS, _INSTANCE = 0x00020002, 0x00020010, 0x00080016, 0x00080018
+_PATIENT, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x0020000E, 0x00200052
+_DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
+_POSITION, _ORIENTATION, _SPACING, _THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
+_FRAMES, _ROWS, _SHARED, _PER_FRAME, _PIXELS = 0x00280008, 0x00280010, 0x52009229, 0x52009230, 0x7FE00010
+_BETWEEN, _COLUMNS, _BITS, _SAMPLES = 0x00180088, 0x00280011, 0x00280100, 0x00280002
+# What tells the images of one series apart: the first three always, the others where slices lie at the same place.
+_ALWAYS = {"echo": 0x00180081, "b-value": 0x00189087, "phase": 0x00200100}
+_AT_ONE_PLACE = {
+    **{"type": 0x00080008, "acquisition": 0x00200012, "trigger": 0x00181060, "inversion": 0x00180082},
+    **{"time": 0x00080032, "index": 0},
+}
+# The SOP classes of images with a position: CT, MR (no spectroscopy), secondary captures, NM, PET, 3D X-ray.
+_IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4(?!\.2$)|7|20|128|130|13\.1)(\.\d+)*")
+_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _IMPLICIT, _BIG, _DEFLATED = (b"1.2.840.10008.1.2" + end for end in (b"", b".2", b".1.99"))
 # Value representations whose length has two bytes; and four bytes, after two without a meaning.
 _SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-# Of the distance between two slices; scanners round their positions.
-_UNEVEN = 0.05
-# Of a pixel: how far slices may lie beside each other.
-_ASIDE = 0.5
+# Voxels that a byte of a compressed file can hold at most.
+_PACKED = 1100
+# In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
+TOLERANCE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,78 +58,336 @@ class Series:
         folder: The folder they lie in, or the one above where they lie in several.
         files: Their paths.
         description: What the scanner calls the series.
+        label: Its number, time, echo and what else tells it from others, as text.
+        frame_of_reference: UID of the coordinates that its positions are given in.
+        frames: Of files with several frames each: by file, the numbers of the frames that belong to the image, from 0.
+        fault: Why it cannot be read, if that is known.
     """
 
     folder: Path
     files: tuple[Path, ...]
     description: str = ""
+    label: str = ""
+    frame_of_reference: str = ""
+    frames: tuple[tuple[int, ...], ...] = ()
+    fault: str = ""
 
     def __str__(self):
-        return f"{self.folder} (DICOM series {self.description!r}, {len(self.files)} files)"
+        count = f"{sum(map(len, self.frames))} frames" if self.frames else f"{len(self.files)} files"
+        about = ", ".join(filter(None, (repr(self.description), self.label, count)))
+        return f"{self.folder} (DICOM series {about})"
+
+
+class _Slice(NamedTuple):
+    """One slice: a file, or a frame of it; `None` stands for what the header lacks."""
+
+    path: Path
+    frame: int | None = None
+    position: tuple[float, ...] | None = None
+    orientation: tuple[float, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    thickness: tuple[float, ...] | None = None
+    rescale: tuple[float, float] = (1.0, 0.0)
+    size: tuple[int, int] | None = None
+    apart: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def place(self):
+        return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
 
 
 def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
-    """Finds the DICOM series in a folder and the folders in it; no voxel is read.
+    """Finds the DICOM series in a folder and the folders in it; no voxel is read. See `find_objects`."""
+    return find_objects(folder, patient)[0]
 
-    DICOM files without an image are passed over, and other files, but for those that end in `.dcm` and empty ones
-    beside slices.
+
+def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
+    """Finds the DICOM series in a folder and the folders in it, and other DICOM objects; no voxel is read.
+
+    Echoes, phases, b-values and acquisitions in one series come as a `Series` each. An object that is there twice
+    counts once. A file that cannot be read, or is no DICOM file though called as the slices beside it, is a fault of
+    its series or, where that is unknown, of all in its folder: it is raised when such a series is read.
 
     Args:
         folder: The folder of one patient.
         patient: The patient's name, for messages.
 
     Returns:
-        A list of `Series`, sorted by folder and description.
+        A list of `Series`, sorted by folder, description and label; and by SOP class the files without an image.
 
     Raises:
-        CaseError: A file that ends in `.dcm` is none, a file beside slices is empty, or the files are those of several
-            patients.
+        CaseError: The files are those of several patients, or none of them can be read.
     """
     folder = Path(folder)
-    found, patients, empty = {}, set(), []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)):
-        start = _start(path)
-        if not _is_dicom(start):
-            if path.suffix.lower() == ".dcm":
-                raise refuser(path, patient)("a DICOM file", f"one that starts with {start[:9]}")
-            if not start:
-                empty.append(path)
+    found, others, faults, unknown, patients, instances = {}, {}, [], [], {}, {}
+    for path in walk_files(folder):
+        refuse, (offset, received), header = refuser(path, patient), _offset(path), {}
+        if offset is None:
+            if path.suffix.lower() == ".dcm" or path.is_dir():
+                faults.append((path, header, refuse("a DICOM file", received)))
+            else:
+                unknown.append((path, header, refuse("a slice, as the files beside it", received)))
             continue
-        if _NO_IMAGE.search(start):
+        try:
+            _read_header(path, patient, header)
+            kind = _text(header, _CLASS) or _text(header, _MEDIA_CLASS)
+            if not kind and _ROWS not in header:
+                raise refuse("a DICOM object of some class", "one without SOPClassUID")
+            if (kind and not _IMAGE.fullmatch(kind)) or (
+                kind.startswith(_CAPTURE) and not header.get(_POSITION) and _PER_FRAME not in header
+            ):
+                others.setdefault(kind, []).append(path)
+                continue
+            slices = _slices(path, header, patient)
+        except CaseError as error:
+            faults.append((path, header, error))
             continue
-        name, uid, description = read_tags(path, patient, (_PATIENT, _UID, _DESCRIPTION))
-        patients.add(name)
-        found.setdefault(uid, (description, []))[1].append(path)
+        if name := _text(header, _PATIENT):
+            patients.setdefault(name, path)
+        instance = _text(header, _INSTANCE)
+        if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
+            instances.setdefault(instance, []).append(slices)
+            found.setdefault(_key(path, header), []).append((header, slices))
     if len(patients) > 1:
+        listed = ", ".join(str(path.relative_to(folder)) for path in patients.values())
         raise CaseError(
             f"{patient}: {folder}: must hold the DICOM files of one patient. "
-            f"Received: {len(patients)} different PatientIDs"
+            f"Received: {len(patients)} different PatientIDs ({listed})"
         )
-    # Slices often have no ending; one that lacks at the end of a stack would not be missed.
-    folders = {path.parent for _, files in found.values() for path in files}
-    for path in empty:
-        if path.parent in folders:
-            raise refuser(path, patient)("a slice, as the files beside it", "an empty file")
-    series = [Series(_common_folder(files), tuple(files), description) for description, files in found.values()]
-    return sorted(series, key=lambda one: (str(one.folder), one.description))
+    for path, header, _ in faults:
+        if _text(header, _UID) and not any(_text(header, _UID) == key[0] for key in found):
+            found[_key(path, header)] = [(header, [_Slice(path)])]
+    series, used = [], set()
+    for key, members in found.items():
+        slices = [one for _, part in members for one in part]
+        names = set().union(*(_names(one.path) for one in slices))
+        folders = {one.path.parent for one in slices}
+        mine = [f for f in faults if (f[0].parent in folders if not _text(f[1], _UID) else _text(f[1], _UID) == key[0])]
+        # What is no DICOM file but called as a slice may be a damaged one, and the last one would not be missed.
+        mine += [one for one in unknown if _names(one[0]) & names]
+        used.update(path for path, _, _ in mine)
+        fault = str(mine[0][2]) if mine else ""
+        series += [_series(part, members[0][0], detail, fault) for detail, part in _volumes(slices)]
+    noted = [error for path, _, error in faults if path not in used]
+    if noted and not series:
+        raise noted[0]
+    for error in noted:
+        _log.warning("%s; passed over", error)
+    if others:
+        _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(others))
+    return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
+
+
+def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
+    """DICOM objects by SOP class as text, such as `1 RT Structure Set Storage (rs.dcm)`."""
+    from pydicom.uid import UID
+
+    return ", ".join(
+        f"{len(paths)} {UID(kind).name or 'without an SOP class'} ({paths[0].name}{', ...' if len(paths) > 1 else ''})"
+        for kind, paths in objects.items()
+    )
+
+
+def walk_files(folder: str | os.PathLike, above: frozenset = frozenset()) -> Iterator[Path]:
+    """The files in a folder and the folders in it, in order, also in those that are links; hidden ones are left out.
+
+    A folder that cannot be read comes as if it were a file.
+    """
+    here = os.path.realpath(folder)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        yield Path(folder)
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if not entry.is_dir():
+            yield Path(entry.path)
+        elif os.path.realpath(entry.path) not in above | {here}:
+            yield from walk_files(entry.path, above | {here})
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
-    """Whether a file starts as DICOM files do."""
-    return _is_dicom(_start(path))
+    """Whether a file starts as DICOM files do, with or without a preamble."""
+    return _offset(path)[0] is not None
 
 
-def _is_dicom(start):
-    return start[128:132] == b"DICM"
-
-
-def _start(path):
-    """The first bytes of a file; none if it cannot be read."""
+def _offset(path):
+    """Where the first element of a DICOM file is, or `None`; and what the file is instead."""
     try:
         with open(path, "rb") as file:
-            return file.read(1000)
-    except OSError:
-        return b""
+            start = file.read(140)
+    except OSError as error:
+        return None, f"one that cannot be read ({error.strerror})"
+    if start[128:132] == b"DICM":
+        return 132, ""
+    # Groups 2 or 8, of either byte order, with a value representation or a plausible length.
+    group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
+    if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6] in _SHORT or start[6:8] == b"\0\0"):
+        return 0, ""
+    return None, f"one that starts with {start[:9]}" if start else "an empty file"
+
+
+def _key(path, header):
+    """What the files of one series have in common."""
+    key = tuple(_text(header, tag) for tag in (_UID, _NUMBER, _DESCRIPTION))
+    return key if key[0] else (*key, path.parent)
+
+
+def _names(path):
+    """What the names of files that belong together have in common: all but the digits, or the ending."""
+    name = re.sub(r"\d+", "#", path.name.lower())
+    suffix = Path(name).suffix
+    return {(path.parent, name), (path.parent, name if "#" in suffix else suffix or name)}
+
+
+def _same(one, other):
+    """Whether two lists of slices of one SOP instance are those of equal files."""
+    if [s._replace(path=None) for s in one] != [s._replace(path=None) for s in other]:
+        return False
+    paths = [str(slices[0].path) for slices in (one, other)]
+    try:
+        return filecmp.cmp(*paths, shallow=False) or len({sitk.Hash(_read_files([path])) for path in paths}) == 1
+    except (OSError, RuntimeError):
+        return False
+
+
+def _series(slices, header, detail, fault):
+    """The `Series` of some slices; `header` is of any of them."""
+    files = tuple(dict.fromkeys(one.path for one in slices))
+    frames = ()
+    if slices[0].frame is not None:
+        frames = tuple(tuple(one.frame for one in slices if one.path == path) for path in files)
+    number, time = _text(header, _NUMBER), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", _text(header, _TIME))
+    label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
+    folder = Path(os.path.commonpath([path.parent for path in files]))
+    return Series(folder, files, _text(header, _DESCRIPTION), label, _text(header, _FRAME_OF_REFERENCE), frames, fault)
+
+
+def _volumes(slices):
+    """The images in a series: `[(what tells it apart, slices), ...]`."""
+    divided = []
+    for part in _split(slices, _ALWAYS):
+        keys, parts = (), [part]
+        if all(one.position and one.orientation for one in part):
+            times = max(Counter(one.place for one in part).values())
+            for tried in [*((key,) for key in _AT_ONE_PLACE), tuple(_AT_ONE_PLACE)] if times > 1 else []:
+                split = _split(part, tried)
+                if len(split) == times and all(len({one.place for one in s}) == len(s) for s in split):
+                    keys, parts = tried, split
+                    break
+        divided += [(keys, one) for one in parts]
+    several = [key for key in _ALWAYS if key == "echo" or len({one.apart.get(key) for one in slices}) > 1]
+    return [
+        ([f"{key} {value}" for key in (*several, *keys) if (value := part[0].apart.get(key))], part)
+        for keys, part in divided
+    ]
+
+
+def _split(slices, keys):
+    parts = {}
+    for one in slices:
+        parts.setdefault(tuple(one.apart.get(key) for key in keys), []).append(one)
+    return list(parts.values())
+
+
+# --- slices
+
+
+def _slices(path, header, patient):
+    """The slices in a file, from its header: one, or those of its frames."""
+    if _PER_FRAME in header:
+        with _pydicom(path, patient):
+            return _read_frames(path)
+    position, orientation, spacing, thickness = (
+        _numbers(_text(header, tag).split("\\"), count)
+        for tag, count in ((_POSITION, 3), (_ORIENTATION, 6), (_SPACING, 2), (_THICKNESS, 1))
+    )
+    apart = {key: _value(_text(header, tag)) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE, "between": _BETWEEN}.items()}
+    if len(value := header.get(_ALWAYS["b-value"], b"")) == 8:  # a binary number
+        apart["b-value"] = _value(struct.unpack("<d", value)[0])
+    return [_Slice(path, None, position, orientation, spacing, thickness, apart=apart)]
+
+
+def _read_frames(path):
+    """The slices in an enhanced object, whose frames have headers of their own."""
+    image = _dcmread(path, stop_before_pixels=True)
+    [shared] = image.get("SharedFunctionalGroupsSequence") or [{}]
+    dimensions = [int(one.DimensionIndexPointer) for one in image.get("DimensionIndexSequence") or []]
+    slices = []
+    for number, frame in enumerate(image.PerFrameFunctionalGroupsSequence):
+
+        def value(group, word, frame=frame):
+            [item] = frame.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
+            return item.get(word)
+
+        index = np.atleast_1d(value("FrameContent", "DimensionIndexValues") or [])
+        apart = {
+            "echo": value("MREcho", "EffectiveEchoTime"),
+            "b-value": value("MRDiffusion", "DiffusionBValue"),
+            "phase": value("FrameContent", "TemporalPositionIndex"),
+            "type": value("MRImageFrameType", "FrameType") or value("CTImageFrameType", "FrameType"),
+            "acquisition": value("FrameContent", "FrameAcquisitionNumber"),
+            "trigger": value("CardiacSynchronization", "NominalCardiacTriggerDelayTime"),
+            # Of the dimensions other than the place.
+            "index": [int(i) for i, tag in zip(index, dimensions, strict=False) if tag not in (0x00209057, _POSITION)],
+        }
+        rescale = (value("PixelValueTransformation", word) for word in ("RescaleSlope", "RescaleIntercept"))
+        slices.append(
+            _Slice(
+                path,
+                number,
+                _numbers(value("PlanePosition", "ImagePositionPatient"), 3),
+                _numbers(value("PlaneOrientation", "ImageOrientationPatient"), 6),
+                _numbers(value("PixelMeasures", "PixelSpacing"), 2),
+                _numbers([value("PixelMeasures", "SliceThickness")], 1),
+                tuple(default if x is None else float(x) for x, default in zip(rescale, (1.0, 0.0), strict=True)),
+                (int(image.Columns), int(image.Rows)),
+                {key: _value(found) for key, found in apart.items()},
+            )
+        )
+    if len(slices) != int(image.NumberOfFrames):
+        raise ValueError(f"the headers of {len(slices)} frames for {image.NumberOfFrames}")
+    return slices
+
+
+def _numbers(values, count):
+    """So many finite numbers, or `None`."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def _value(value):
+    """An element's value as a short text; numbers are rounded, as scanners do not always write the same one."""
+    try:
+        return f"{float(value):.5g}"
+    except (TypeError, ValueError):
+        return "/".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else value or ""
+
+
+@contextlib.contextmanager
+def _pydicom(path, patient):
+    """What pydicom raises at damaged files, which may be anything, as a `CaseError`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            received = f"{type(error).__name__}: {error}"
+            raise refuser(path, patient)("an undamaged multi-frame DICOM file", received) from error
+
+
+def _dcmread(path, **options):
+    import pydicom
+
+    return pydicom.dcmread(path, force=True, **options)
+
+
+# --- a stack
 
 
 def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown) -> sitk.Image:
@@ -122,19 +404,29 @@ def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown
     Raises:
         CaseError: As `series_grid` does, or the voxels are damaged or not one number each.
     """
-    grid, paths = series_grid(series, patient)
+    grid, slices, kinds = _read_stack(series, patient)
     refuse = refuser(series, patient)
     try:
-        image = sitk.ReadImage([str(path) for path in paths], pixel_type)
+        with tempfile.TemporaryDirectory() as folder:
+            copies = {
+                one.path: _plain_copy(one.path, folder, patient) for one in slices if one.apart.get("between") == "0"
+            }
+            if series.frames:
+                image = _decode_frames(slices, folder, patient, pixel_type)
+            else:
+                # SimpleITK takes the type of the first slice for all of them.
+                pixel_type = sitk.sitkFloat64 if len(kinds) > 1 and pixel_type == sitk.sitkUnknown else pixel_type
+                image = _read_files([copies.get(one.path, one.path) for one in slices], pixel_type)
     except RuntimeError as error:
         raise refuse("undamaged DICOM files", reason(error)) from error
     if (components := image.GetNumberOfComponentsPerPixel()) != 1:
         raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
-    if len(paths) > 1:
-        # From the headers, whatever the reader makes of slices whose numbers run against their positions.
-        image.SetOrigin(grid.origin)
-        image.SetSpacing(grid.spacing)
-        image.SetDirection(grid.direction)
+    if image.GetSize() != grid.size:
+        raise refuse(f"an image of {grid.size} voxels, as its headers say", f"one of {image.GetSize()}")
+    # From the headers, whatever the reader makes of slices whose numbers run against their positions.
+    image.SetOrigin(grid.origin)
+    image.SetSpacing(grid.spacing)
+    image.SetDirection(grid.direction)
     return image
 
 
@@ -146,62 +438,71 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
         patient: The patient's name, for messages.
 
     Returns:
-        The `Grid` and the files in the order of its slices.
+        The `Grid` and for each of its slices the file; several slices may be frames of one file.
 
     Raises:
-        CaseError: A file is damaged; the slices differ in size, spacing or orientation; two are at the same place, one
-            is missing between others, or they do not lie one behind the other.
+        CaseError: A file is damaged, or has no position, orientation or pixel size; the slices differ in size, spacing
+            or orientation; two are at the same place, one is missing between others, or some lie more than `TOLERANCE`
+            from their place in a regular stack.
     """
-    refuse, slices = refuser(series, patient), []
-    for path in series.files:
-        reader = _reader(path, patient)
-        slices.append((Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()), path))
-    first = slices[0][0]
-    if len(first.size) != 3 or (len(slices) > 1 and first.size[2] != 1):
-        raise refuse("slices of one image", f"images of {' x '.join(map(str, first.size))} voxels")
-    if len(slices) == 1:
-        return first, [slices[0][1]]
-    for grid, path in slices:
-        if grid.size != first.size:
-            raise refuse("slices of one size", f"{first.size[:2]} and {grid.size[:2]} pixels ({path.name})")
-        if not np.allclose(grid.direction, first.direction, atol=1e-3):
-            raise refuse("slices of one orientation", f"another one in {path.name}")
-        if not np.allclose(grid.spacing[:2], first.spacing[:2], rtol=1e-3):
-            raise refuse("slices of one pixel size", f"{first.spacing[:2]} and {grid.spacing[:2]} mm ({path.name})")
-
-    normal = np.reshape(first.direction, (3, 3))[:, 2]
-    origins = np.array([grid.origin for grid, _ in slices])
-    order = np.argsort(origins @ normal, kind="stable")
-    origins, paths = origins[order], [slices[index][1] for index in order]
-    steps = np.diff(origins @ normal)
-    step = float(np.median(steps))
-    twice = int(np.argmin(steps))
-    if steps[twice] < 1e-3 or steps[twice] < _UNEVEN * step:
-        raise refuse("one slice at each place", f"{paths[twice].name} and {paths[twice + 1].name} at the same place")
-    if not np.allclose(steps, step, rtol=_UNEVEN, atol=1e-3):
-        odd = int(np.argmax(np.abs(steps - step)))
-        raise refuse(
-            "a stack without a gap",
-            f"{steps[odd]:.3g} mm from {paths[odd].name} to {paths[odd + 1].name}, and {step:.3g} mm between others",
-        )
-    line = origins[0] + np.outer(origins @ normal - origins[0] @ normal, normal)
-    aside = float(np.linalg.norm(origins - line, axis=1).max())
-    if aside > _ASIDE * min(first.spacing[:2]):
-        raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
-
-    size, spacing = (*first.size[:2], len(paths)), (*first.spacing[:2], float(steps.mean()))
-    return Grid(size, spacing, tuple(origins[0].tolist()), first.direction), paths
+    grid, slices, _ = _read_stack(series, patient)
+    return grid, [one.path for one in slices]
 
 
-def _reader(path, patient):
-    """SimpleITK's reader after it has read the header."""
+def _read_files(paths, pixel_type=sitk.sitkUnknown):
+    return sitk.ReadImage([str(path) for path in paths], pixel_type, "GDCMImageIO")
+
+
+def _plain_copy(path, folder, patient):
+    """A copy of a file that SimpleITK reads as it is: without headers of frames, and a distance of slices of 0."""
+    copy = Path(folder, f"{len(os.listdir(folder))}.dcm")
+    with _pydicom(path, patient):
+        image = _dcmread(path)
+        if _PER_FRAME in image:
+            image.SOPClassUID = f"{_CAPTURE}.3"
+        for tag in (_PER_FRAME, _SHARED, _BETWEEN):
+            image.pop(tag, None)
+        image.save_as(copy)
+    return copy
+
+
+def _decode_frames(slices, folder, patient, pixel_type):
+    """The image of frames, each with its own slope and intercept, which SimpleITK would take from the first one."""
+    frames = {}
+    for path in dict.fromkeys(one.path for one in slices):
+        copy = _plain_copy(path, folder, patient)
+        with _pydicom(path, patient):
+            raw = sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
+            frames.update({one[:2]: raw[one.frame] for one in slices if one.path == path})
+    frames = [frames[one[:2]] for one in slices]
+    if any(one.rescale != (1.0, 0.0) for one in slices):
+        frames = [frame * one.rescale[0] + one.rescale[1] for frame, one in zip(frames, slices, strict=True)]
+    image = sitk.GetImageFromArray(np.stack(frames))
+    return image if pixel_type == sitk.sitkUnknown else sitk.Cast(image, pixel_type)
+
+
+def _read_stack(series, patient):
+    """The grid of a series, its slices in order, and the pixel types of its files."""
+    if series.fault:
+        raise CaseError(series.fault)
+    slices, kinds = [], set()
+    for number, path in enumerate(series.files):
+        header = _read_header(path, patient)
+        found = _slices(path, header, patient)
+        if series.frames:
+            found = [one for one in found if one.frame in series.frames[number]]
+        else:
+            size, kind = _size(path, header, patient)
+            found, kinds = [found[0]._replace(size=size)], kinds | {kind}
+        for one in found:
+            _require_geometry(one, patient)
+        slices += found
+    return *_stack(slices, refuser(series, patient)), kinds
+
+
+def _size(path, header, patient):
+    """Columns and rows of a slice, and its pixel type, as SimpleITK will read them."""
     refuse = refuser(path, patient)
-    try:
-        damage = _damage(path)
-    except OSError as error:
-        raise refuse("a readable file", error.strerror) from error
-    if damage:
-        raise refuse("an undamaged DICOM file", damage)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
@@ -209,35 +510,157 @@ def _reader(path, patient):
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise refuse("an undamaged DICOM file", reason(error)) from error
-    if not all(0 < step < math.inf for step in reader.GetSpacing()):
-        raise refuse("an image with a positive pixel size", f"{reader.GetSpacing()} mm")
-    return reader
+    size = reader.GetSize()
+    if math.prod(size) != math.prod(size[:2]) or _text(header, _FRAMES) not in ("", "1"):
+        raise refuse("one slice, or frames with positions of their own", f"{' x '.join(map(str, size))} voxels")
+    if math.prod(size) > _PACKED * path.stat().st_size:
+        raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {path.stat().st_size} bytes")
+    return size[:2], reader.GetPixelID()
 
 
-def _damage(path):
-    """An element that claims more bytes than the whole file has, or a file that starts with another than it must.
+def _require_geometry(one, patient):
+    """Refuses a slice without a position: what SimpleITK takes instead is no data."""
+    refuse = refuser(one.path, patient)
+    for name, value in (
+        ("ImagePositionPatient", one.position),
+        ("ImageOrientationPatient", one.orientation),
+        ("PixelSpacing", one.spacing),
+    ):
+        if value is None:
+            raise refuse(f"an image with {name}", "a header in which it is missing, empty or no number")
+    if not min(one.spacing) > 0:
+        raise refuse("an image with a positive pixel size", f"{one.spacing} mm")
+    row, column = np.reshape(one.orientation, (2, 3))
+    if not (abs(row @ column) < 0.02 and all(0.9 < np.linalg.norm(axis) < 1.1 for axis in (row, column))):
+        raise refuse("an image with two directions at right angles", f"ImageOrientationPatient {one.orientation}")
 
-    GDCM would take the memory, up to 4 GiB, before it looks for the content. The elements are read one after the other,
-    those in sequences too, up to the first that is not understood. pydicom cannot do this: it understands damaged
-    headers otherwise than GDCM, so that some pass which cost GDCM 4 GiB, and it takes four times as long.
+
+def _stack(slices, refuse):
+    """The regular grid of slices, and the slices in its order."""
+    first = slices[0]
+    for one in slices:
+        if one.size != first.size:
+            raise refuse("slices of one size", f"{first.size} and {one.size} pixels ({one.path.name})")
+        if not np.allclose(one.orientation, first.orientation, atol=1e-3):
+            raise refuse("slices of one orientation", f"another one in {one.path.name}")
+        if not np.allclose(one.spacing, first.spacing, rtol=1e-3):
+            pixels = f"{first.spacing[::-1]} and {one.spacing[::-1]} mm ({one.path.name})"
+            raise refuse("slices of one pixel size", pixels)
+    row, column = np.reshape(first.orientation, (2, 3))
+    direction = nearest_rotation(np.stack([row, column, np.cross(row, column)], axis=1))
+    normal, positions = direction[:, 2], np.array([one.position for one in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    slices, positions = [slices[index] for index in order], positions[order]
+    middle, count = positions.mean(axis=0), len(slices)
+    if count == 1:
+        [step] = first.thickness or (0.0,)
+        if not step > 0:
+            raise refuse("several slices, or one with a SliceThickness", "a single slice without")
+    else:
+        step = _step(slices, positions, normal, refuse)
+    origin = middle - normal * step * (count - 1) / 2
+    spacing = (first.spacing[1], first.spacing[0], float(step))
+    return Grid((*first.size, count), spacing, tuple(origin.tolist()), tuple(direction.ravel().tolist())), slices
+
+
+def _step(slices, positions, normal, refuse):
+    """The distance between neighbours of a stack, which is refused where it is not regular."""
+    names, along = [one.path.name for one in slices], (positions - positions.mean(axis=0)) @ normal
+    steps = np.diff(along)
+    usual, twice = float(np.median(steps)), int(np.argmin(steps))
+    if steps[twice] < max(1e-3, usual / 20):
+        raise refuse(
+            "one slice at each place; images of one series that cannot be told apart are not read",
+            f"{names[twice]} and {names[twice + 1]} at the same place",
+        )
+    # Straight through all positions: rounded ones lie on both sides of it.
+    step = float(np.polyfit(np.arange(len(along)), along, 1)[0])
+    off = np.abs(along - step * (np.arange(len(along)) - (len(along) - 1) / 2)).max()
+    interleaved = len(steps) > 2 and max(np.ptp(steps[::2]), np.ptp(steps[1::2])) < 1e-3 < usual / 20 < np.ptp(steps)
+    odd = int(np.argmax(np.abs(steps - usual)))
+    between = f"{steps[odd]:.3g} mm from {names[odd]} to {names[odd + 1]}, and {usual:.3g} mm between others"
+    if steps.max() > 1.5 * usual:
+        raise refuse("a stack without a gap", between)
+    if off > TOLERANCE or interleaved or steps.min() < 0.5 * usual:
+        raise refuse(f"slices at equal distances, to within {TOLERANCE} mm", between)
+    line = positions.mean(axis=0) + np.outer(along, normal)
+    aside = float(np.linalg.norm(positions - line, axis=1).max())
+    if aside > TOLERANCE:
+        raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
+    return step
+
+
+# --- headers
+
+
+def read_tags(path: Path, patient: str, tags: Iterable[int]) -> list[str]:
+    """The values of tags such as `0x00100020` in a DICOM file, empty where it has none; raises as `series_grid`."""
+    header = _read_header(path, patient)
+    return [_text(header, tag) for tag in tags]
+
+
+def _text(header, tag):
+    value = header.get(tag, b"").strip(b"\0 ")
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _read_header(path, patient, header=None):
+    """The short elements of a DICOM file, but for those in sequences, by tag as bytes.
+
+    `header` is filled with what there is, also where the file is damaged.
+    """
+    refuse, header = refuser(path, patient), {} if header is None else header
+    try:
+        damage, whole = _read_elements(path, header)
+    except OSError as error:
+        raise refuse("a readable file", error.strerror) from error
+    except zlib.error as error:
+        damage = str(error)
+    if damage:
+        raise refuse("an undamaged DICOM file", damage)
+    if not whole:  # SimpleITK understands some headers that are not by the rules
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(path))
+        with contextlib.suppress(RuntimeError, ValueError):
+            reader.ReadImageInformation()
+            for key in reader.GetMetaDataKeys():
+                value = reader.GetMetaData(key).encode(errors="surrogateescape")
+                header.setdefault(int(key.replace("|", ""), 16), value)
+    return header
+
+
+def _read_elements(path, header):
+    """Reads the elements of a file one after the other, those in sequences too, up to one that is not understood.
+
+    GDCM would take the memory that an element claims, up to 4 GiB, before it looks for the content. pydicom cannot
+    tell: it understands damaged headers otherwise than GDCM, and it takes four times as long.
 
     Returns:
-        What is wrong, or `None`.
+        What is wrong, or `None`; and whether the elements were understood up to the voxels.
     """
-    size, syntax, fragments = path.stat().st_size, b"", False
+    size, syntax, implicit = path.stat().st_size, b"", None
+    levels = []  # of sequences and items: where each ends, `None` for a mark; the encoding around it; whether fragments
     with open(path, "rb") as file:
-        file.seek(132)
-        if file.read(2) != b"\2\0":
-            return "no element of group 2 at the start"
-        file.seek(132)
+        file.seek(_offset(path)[0] or 0)
+        first = file.peek(2)[:2]
+        if first not in (b"\2\0", b"\10\0", b"\0\10"):
+            return "no element of group 2 or 8 at the start", False
         while len(head := file.read(8)) == 8:
-            described = head[:2] != b"\2\0"  # what comes before is always explicit and little endian
-            if described and syntax == _DEFLATED:
-                return None
-            order = ">" if described and syntax == _BIG else "<"
-            tag = struct.unpack_from(f"{order}HH", head)
-            kind = head[4:6]
-            if tag[0] == 0xFFFE or (described and syntax == _IMPLICIT):
+            described = head[:2] != b"\2\0" or bool(levels)  # what comes before is always explicit and little endian
+            if described and implicit is None:
+                implicit = syntax == _IMPLICIT if syntax else head[4:6] not in _SHORT | _LONG
+                if syntax == _DEFLATED:
+                    content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head + file.read(), 1 << 20)
+                    file, size = io.BufferedReader(io.BytesIO(content)), size * _PACKED
+                    continue
+            order = ">" if described and (syntax == _BIG or first == b"\0\10") else "<"
+            group, element = struct.unpack_from(f"{order}HH", head)
+            tag, kind = group << 16 | element, head[4:6]
+            if group == 0xFFFE or (described and implicit):
                 [length] = struct.unpack_from(f"{order}I", head, 4)
             elif kind in _SHORT:
                 [length] = struct.unpack_from(f"{order}H", head, 6)
@@ -245,31 +668,45 @@ def _damage(path):
                 [length] = struct.unpack(f"{order}I", file.read(4).ljust(4, b"\0"))
             elif not described:  # GDCM takes it for implicit
                 [length] = struct.unpack_from("<I", head, 4)
+            elif levels and levels[0][0] is not None:
+                file.seek(levels[0][0])
+                implicit, levels = levels[0][1], []
+                continue
             else:
-                return None
-            if length == 0xFFFFFFFF:  # up to a mark at its end
-                fragments = tag == (0x7FE0, 0x10)
-            elif length > size:
-                return f"an element of {length} bytes in a file of {size}"
-            elif tag == (2, 0x10):
-                syntax = file.read(length).rstrip(b"\0 ")
-            elif fragments or not (tag[0] == 0xFFFE or file.peek(4)[:4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)):
+                return None, False
+            open_end = length == 0xFFFFFFFF
+            if not open_end and length > size:
+                return f"an element of {length} bytes in a file of {size}", False
+            if not levels:
+                header.setdefault(tag, b"")
+                if tag == _PIXELS and not open_end and length < (needed := _voxel_bytes(header, order)):
+                    return f"voxels of {length} bytes, where the header tells of {needed}", False
+            if tag in (0xFFFEE00D, 0xFFFEE0DD):
+                if levels:
+                    implicit = levels.pop()[1]
+            elif open_end:
+                levels.append((None, implicit, tag == _PIXELS))
+                implicit = implicit or (kind == b"UN" and group != 0xFFFE)
+            elif (tag == 0xFFFEE000 and not (levels and levels[-1][2])) or (
+                group not in (0xFFFE, 0x7FE0) and file.peek(4)[:4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)
+            ):
+                levels.append((file.tell() + length, implicit, False))
+            elif not levels and length <= 256:
+                header[tag] = header[tag] or file.read(length)
+                syntax = header[tag].rstrip(b"\0 ") if tag == _SYNTAX else syntax
+            else:
                 file.seek(length, 1)
-            if tag == (0xFFFE, 0xE0DD):
-                fragments = False
-    return None
+            for depth, (end, around, _) in enumerate(levels):
+                if end is not None and file.tell() >= end:
+                    implicit, levels = around, levels[:depth]
+                    break
+    return None, True
 
 
-def read_tags(path: Path, patient: str, tags: Iterable[str]) -> list[str]:
-    """The values of tags such as `"0010|0020"` in a DICOM file, empty where it has none; raises as `series_grid`."""
-    reader = _reader(path, patient)
-    return [reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in tags]
-
-
-def _hidden(path, folder):
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _common_folder(files):
-    parents = {path.parent for path in files}
-    return parents.pop() if len(parents) == 1 else files[0].parent.parent
+def _voxel_bytes(header, order):
+    """The size of the voxels that a header tells of, 0 where it does not; GDCM takes what lacks for 0."""
+    sizes = [header.get(tag, b"") for tag in (_ROWS, _COLUMNS, _BITS)] + [
+        header.get(_SAMPLES) or struct.pack(f"{order}H", 1)
+    ]
+    numbers = [struct.unpack(f"{order}H", size)[0] if len(size) == 2 else 0 for size in sizes]
+    return math.prod(numbers) // 8 * int((_numbers([_text(header, _FRAMES) or 1], 1) or (0,))[0])

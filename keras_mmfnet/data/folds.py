@@ -13,7 +13,7 @@ from keras_mmfnet.data.dicom import Series, read_tags
 from keras_mmfnet.data.image_io import read_grid, read_image
 
 # PatientID and StudyInstanceUID.
-_STUDY = ("0010|0020", "0020|000d")
+_STUDY = (0x00100020, 0x0020000D)
 
 
 @dataclasses.dataclass(frozen=True)

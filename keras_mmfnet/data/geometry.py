@@ -118,6 +118,15 @@ class Grid:
         return sitk.GetArrayFromImage(reordered)
 
 
+def nearest_rotation(axes: np.ndarray) -> np.ndarray:
+    """The matrix of orthonormal columns nearest to the columns of a 3x3 matrix; one that has such columns is kept."""
+    axes = axes / np.linalg.norm(axes, axis=0)
+    if np.abs(axes.T @ axes - np.eye(3)).max() < 1e-6:
+        return axes
+    left, _, right = np.linalg.svd(axes)
+    return left @ right
+
+
 def upright_grid(grid: Grid) -> Grid:
     """The grid of the same voxels whose axes follow the patient's: left, posterior, superior.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.dicom import find_series, is_dicom
+from keras_mmfnet.data.dicom import Series, describe_objects, find_objects, is_dicom, walk_files
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
 from keras_mmfnet.data.names import is_named, sequence_of
 from keras_mmfnet.recipe import DataRecipe
@@ -205,7 +205,7 @@ def _stems(folder):
 
 
 def _folders(directory):
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
 
 
 def _read_folder(folder, recipe, require_mask):
@@ -313,30 +313,37 @@ def _find_mask(folder, names, recipe, required):
 
 
 def _holds_dicom(folder):
-    return any(is_dicom(path) or path.suffix.lower() == ".dcm" for path in folder.rglob("*") if path.is_file())
+    return any(path.suffix.lower() == ".dcm" or is_dicom(path) for path in walk_files(folder))
 
 
 def _named(sources, modality, recipe):
     """Those of the sources, given with `(name, folder)`, that are called as a modality is."""
     pattern = recipe.series.get(modality)
-    return [source for source, (name, folder) in sources.items() if is_named(name, modality, pattern, folder)]
+
+    def fits(source, name, folder):
+        # A pattern may choose by number, time or echo.
+        labelled = f"{name} {source.label}" if pattern and isinstance(source, Series) else name
+        return is_named(name, modality, pattern, folder) or is_named(labelled, modality, pattern, folder)
+
+    return [source for source, (name, folder) in sources.items() if fits(source, name, folder)]
 
 
 def _find_dicom(folder, recipe, optional):
     """The series of one patient by modality, and a function that finds the mask among the others and files."""
     mask_pattern = recipe.series.get(recipe.mask) or rf"(?<![a-z])({re.escape(recipe.mask.lower())}|roi|seg|gtv)"
     images, masks = {}, {}
-    for one in find_series(folder, folder.name):
+    series, others = find_objects(folder, folder.name)
+    for one in series:
         name = one.description, str(one.folder.relative_to(folder))
         (masks if re.search(mask_pattern, " ".join(name[::-1]).lower()) else images)[one] = name
-    for path in sorted(folder.rglob("*")):
-        if image_suffix(path) and not path.name.startswith(".") and re.search(mask_pattern, path.name.lower()):
+    for path in walk_files(folder):
+        if image_suffix(path) and re.search(mask_pattern, path.name.lower()):
             masks[path] = path.name, str(path.parent.relative_to(folder))
     chosen = {modality: _choose(folder, images, modality, recipe, optional) for modality in recipe.modalities}
     if not any(chosen.values()):
         _choose(folder, images, recipe.modalities[0], recipe, False)
     chosen = {modality: series for modality, series in chosen.items() if series}
-    return chosen, functools.partial(_choose_masks, folder, masks, recipe)
+    return chosen, functools.partial(_choose_masks, folder, masks, recipe, others)
 
 
 def _choose(folder, named, modality, recipe, optional):
@@ -349,12 +356,12 @@ def _choose(folder, named, modality, recipe, optional):
     listed = "; ".join(str(source) for source in found or named) or "no series"
     names = f"matches {recipe.series[modality]!r}" if modality in recipe.series else "names it"
     raise CaseError(
-        f"{folder.name}: {folder}: must hold one series of {modality}, one whose folder or description {names}; "
+        f"{folder.name}: {folder}: must hold one series of {modality}, whose folder, description or number {names}; "
         f"`data.series.{modality}` may give another pattern{'' if found else f'; {_ALLOW_MISSING}'}. Received: {listed}"
     )
 
 
-def _choose_masks(folder, named, recipe, required):
+def _choose_masks(folder, named, recipe, others, required):
     """The one mask, or the one of each modality, or `None`."""
     masks = {modality: found for modality in recipe.modalities if (found := _named(named, modality, recipe))}
     if len(named) == 1:
@@ -365,7 +372,9 @@ def _choose_masks(folder, named, recipe, required):
             listed = "; ".join(map(str, found))
             raise CaseError(f"{folder.name}: {folder}: must hold one mask of {modality}. Received: {listed}")
     if not masks and (named or required):
-        listed = "; ".join(map(str, named)) or "none"
+        listed = "; ".join(map(str, named)) or "none" + (
+            f" that is read, and {describe_objects(others)}" if others else ""
+        )
         raise CaseError(
             f"{folder.name}: {folder}: must hold one mask, named {recipe.mask!r} or ROI, or one for each of "
             f"{', '.join(recipe.modalities)}. Received: {listed}"

@@ -26,8 +26,8 @@ _ENHANCED = re.compile(
 _UNCLEAR = re.compile(
     r"(?<![a-z])(dce|dyn[a-z]*|perf[a-z]*|map(s|ping)?|rho)(?![a-z])|subtr|t1 sub(?![a-z])|t1(-c|\+)(?![a-z])"
 )
-_T1 = re.compile(r"(?<![a-z])(3d|ax|sag|cor|tra|ce|t?f?se|gre|ir|fs)?t1(?!\d|rho)")
-_T2 = re.compile(r"(?<![a-z])(3d|ax|sag|cor|tra|t?f?se|fs)?t2(?!\d| ?\*| ?star)")
+_T1 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|ce|t?f?se|gre|ir|fs)?t1(?!\d|rho)")
+_T2 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|t?f?se|fs)?t2(?!\d| ?\*| ?star)")
 _FLAIR = re.compile(r"flair|dark.?fluid")
 SEQUENCES = ("t1", "t2", "cet1", "flair")
 

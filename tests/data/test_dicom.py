@@ -1,11 +1,13 @@
+import io
+
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import GRID, write_series
+from dicom_files import GRID, change_series, item, write_enhanced, write_object, write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import find_series, read_series
+from keras_mmfnet.data.dicom import find_objects, find_series, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
 
 
@@ -90,10 +92,28 @@ def test_a_missing_slice(tmp_path):
     assert "a stack without a gap. Received: 8 mm from slice_01.dcm to slice_03.dcm, and 4 mm" in refused(tmp_path)
 
 
-def test_a_slice_that_comes_twice(tmp_path):
+def test_a_file_that_is_there_twice_counts_once(tmp_path):
+    array = write_series(tmp_path)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "slice_02.dcm").write_bytes((tmp_path / "slice_02.dcm").read_bytes())
+    image = pydicom.dcmread(tmp_path / "slice_01.dcm")
+    image.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+    image.save_as(tmp_path / "copy" / "compressed.dcm")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
+@pytest.mark.parametrize("change", ["voxels", "uid"])
+def test_two_slices_at_one_place(change, tmp_path):
+    """Also of one SOPInstanceUID, as careless software gives them, where the voxels differ."""
     write_series(tmp_path)
-    (tmp_path / "slice_02_copy.dcm").write_bytes((tmp_path / "slice_02.dcm").read_bytes())
-    assert "one slice at each place. Received: slice_02.dcm and slice_02_copy.dcm" in refused(tmp_path)
+    image = pydicom.dcmread(tmp_path / "slice_02.dcm")
+    if change == "uid":
+        image.SOPInstanceUID += ".1"
+    else:
+        image.PixelData = image.PixelData[::-1]
+    image.save_as(tmp_path / "slice_02_copy.dcm")
+    assert "one slice at each place" in (message := refused(tmp_path))
+    assert "Received: slice_02.dcm and slice_02_copy.dcm" in message
 
 
 def test_mixed_orientations(tmp_path):
@@ -132,7 +152,7 @@ def test_an_empty_file_beside_slices_without_an_ending(tmp_path):
     assert read(tmp_path).GetSize() == GRID.size
     (tmp_path / "slice_04").write_bytes(b"")
     with pytest.raises(CaseError, match=r"ann: .*slice_04: must be a slice.*Received: an empty file"):
-        find_series(tmp_path, "ann")
+        read(tmp_path)
 
 
 def test_a_file_that_vanishes(tmp_path):
@@ -148,6 +168,15 @@ def test_a_file_that_breaks_off(tmp_path):
     path = tmp_path / "slice_02.dcm"
     path.write_bytes(path.read_bytes()[:-100])
     assert "Received: " in refused(tmp_path)
+
+
+def test_voxels_that_lack(tmp_path):
+    """GDCM takes them for 0."""
+    write_series(tmp_path)
+    image = pydicom.dcmread(tmp_path / "slice_02.dcm")
+    image.PixelData = image.PixelData[:-2]
+    image.save_as(tmp_path / "slice_02.dcm")
+    assert "Received: voxels of 382 bytes, where the header tells of 384" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +197,411 @@ def test_an_element_longer_than_the_file(syntax, tmp_path):
     length = content.index(b"inner__") - 4
     path.write_bytes(content[:length] + (0x7FFFFFFE).to_bytes(4, order) + content[length + 4 :])
     with pytest.raises(CaseError, match=r"slice_02.dcm: must be an .*Received: an element of 2147483646 bytes"):
+        read(tmp_path)
+
+
+# --- what is no image
+
+
+def make_explicit(image, _):
+    image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+
+
+NO_IMAGES = {
+    "RT Structure Set Storage": "1.2.840.10008.5.1.4.1.1.481.3",
+    "Segmentation Storage": "1.2.840.10008.5.1.4.1.1.66.4",
+    "Raw Data Storage": "1.2.840.10008.5.1.4.1.1.66",
+    "MR Spectroscopy Storage": "1.2.840.10008.5.1.4.1.1.4.2",
+    "Grayscale Softcopy Presentation State Storage": "1.2.840.10008.5.1.4.1.1.11.1",
+    "Basic Text SR Storage": "1.2.840.10008.5.1.4.1.1.88.11",
+    "12-lead ECG Waveform Storage": "1.2.840.10008.5.1.4.1.1.9.1.1",
+    "1.3.12.2.1107.5.9.1": "1.3.12.2.1107.5.9.1",
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_objects_without_an_image_are_passed_over_with_a_count(name, tmp_path, caplog):
+    array = write_series(tmp_path)
+    for number in range(2):
+        write_object(tmp_path / f"other_{number}.dcm", NO_IMAGES[name], PatientID="another")
+    with caplog.at_level("INFO"):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+    assert f"passed over: 2 {name} (other_0.dcm, ...)" in caplog.text
+    assert find_objects(tmp_path, "ann")[1] == {NO_IMAGES[name]: [tmp_path / f"other_{n}.dcm" for n in range(2)]}
+
+
+@pytest.mark.parametrize("syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian])
+@pytest.mark.parametrize("undefined", [False, True])
+def test_a_reference_to_an_object_without_an_image_changes_nothing(undefined, syntax, tmp_path):
+    array = write_series(tmp_path)
+
+    def refer(image, _):
+        image.ReferencedImageSequence = item(
+            ReferencedSOPClassUID=NO_IMAGES["RT Structure Set Storage"],
+            SOPClassUID=NO_IMAGES["RT Structure Set Storage"],  # not the image's own
+            PixelSpacing=[9, 9],
+        )
+        image["ReferencedImageSequence"].is_undefined_length = undefined
+        image.ReferencedImageSequence[0].is_undefined_length_sequence_item = undefined
+        image.file_meta.TransferSyntaxUID = syntax
+
+    change_series(tmp_path, refer)
+    image = read(tmp_path)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array)
+    assert Grid.from_image(image).matches(GRID)
+
+
+def test_a_private_sequence_of_unknown_representation(tmp_path):
+    """Of undefined length, its content is implicit in a file that is explicit; GDCM reads it."""
+    write_series(tmp_path)
+    change_series(tmp_path, make_explicit)
+    inner = b"\xfe\xff\x00\xe0\xff\xff\xff\xff" + b"\x19\x00\x02\x10\x04\x00\x00\x00text"
+    inner += b"\xfe\xff\x0d\xe0\0\0\0\0" + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        place = content.index(b"\x20\x00\x0d\x00UI")
+        path.write_bytes(content[:place] + b"\x19\x00\x01\x10UN\0\0\xff\xff\xff\xff" + inner + content[place:])
+    assert Grid.from_image(read(tmp_path)).matches(GRID)
+
+
+def test_the_encoding_of_a_description(tmp_path):
+    write_series(tmp_path)
+
+    def change(image, _):
+        image.SpecificCharacterSet, image.SeriesDescription = "ISO_IR 100", "T1 Größe"
+
+    change_series(tmp_path, change)
+    assert find_series(tmp_path, "ann")[0].description == "T1 Größe"
+
+
+# --- files
+
+
+def without_preamble(content, kind):
+    if kind == "meta header":
+        return content[132:]
+    image = pydicom.dcmread(io.BytesIO(content))
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(
+        buffer, pydicom.Dataset(image), implicit_vr=kind == "implicit", little_endian=True, enforce_file_format=False
+    )
+    return (b"\0" * 128 + b"DICM" if kind == "preamble" else b"") + buffer.getvalue()
+
+
+@pytest.mark.parametrize("ending", [".dcm", ""])
+@pytest.mark.parametrize("kind", ["implicit", "explicit", "meta header", "preamble"])
+def test_files_without_preamble_or_meta_header(kind, ending, tmp_path):
+    array = write_series(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        # Some in a series of whole ones.
+        path.with_suffix(ending).write_bytes(without_preamble(content, kind) if "_02" not in path.name else content)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("slice_05", b"damaged" * 99), ("slice_05", b"\0\10\0\5" + b"\0" * 400), ("slice_05", b"DICM" + b"\10" * 99)],
+)
+def test_a_file_called_as_a_slice_is_never_dropped(name, content, tmp_path):
+    write_series(tmp_path)
+    for path in tmp_path.iterdir():
+        path.rename(path.with_suffix(""))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CaseError, match=r"ann: .*slice_05: must be .*Received: "):
+        read(tmp_path)
+
+
+def test_a_slice_that_is_a_broken_link(tmp_path):
+    write_series(tmp_path / "a")
+    (tmp_path / "a" / "slice_05.dcm").symlink_to(tmp_path / "gone")
+    with pytest.raises(CaseError, match=r"cannot be read \(No such file"):
+        read(tmp_path)
+
+
+def test_other_files_do_no_harm(tmp_path):
+    array = write_series(tmp_path / "a" / "b")
+    for name in ("Thumbs.db", ".DS_Store", "._slice_00.dcm", "README", "notes.txt", "../__MACOSX/._slice.dcm"):
+        (tmp_path / "a" / "b" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / "b" / name).write_bytes(b"" if name in ("Thumbs.db", "README") else b"text")
+    write_object(tmp_path / "a" / "DICOMDIR", "1.2.840.10008.1.3.10")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
+def test_links_are_followed_and_cycles_are_not(tmp_path):
+    write_series(tmp_path / "archive" / "x")
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "T1").symlink_to(tmp_path / "archive" / "x")
+    (tmp_path / "archive" / "x" / "up").symlink_to(tmp_path / "ann")
+    (tmp_path / "archive" / "x" / "here").symlink_to(".")
+    assert [path.name for path in walk_files(tmp_path / "ann")] == [f"slice_{n:02d}.dcm" for n in range(5)]
+    [series] = find_series(tmp_path / "ann", "ann")
+    assert series.folder == tmp_path / "ann" / "T1"
+    assert read_series(series, "ann").GetSize() == GRID.size
+
+
+@pytest.mark.parametrize("damage", ["content", "element", "meta"])
+def test_a_fault_in_a_series_nobody_asked_for_stops_nothing(damage, tmp_path, caplog):
+    """In one folder, where the series is known; another folder otherwise."""
+    write_series(tmp_path, description="T1")
+    other = tmp_path if damage == "element" else tmp_path / "other"
+    write_series(other, description="DWI", prefix="dwi")
+    change_series(other, make_explicit)
+    path = other / "dwi_04.dcm"
+    content = path.read_bytes()
+    if damage == "element":
+        place = content.index(b"\x28\x00\x11\x00US")
+        content = content[:place] + b"\x28\x00\x12\x00OB\0\0\xfe\xff\xff\x7f" + content[place:]
+    path.write_bytes({"content": b"text", "element": content, "meta": b"\0" * 128 + b"DICM" + b"\1" * 9}[damage])
+    dwi, t1 = find_series(tmp_path, "ann") if damage == "element" else find_series(tmp_path, "ann")[::-1]
+    assert (dwi.description, t1.description) == ("DWI", "T1")
+    assert read_series(t1, "ann").GetSize() == GRID.size
+    with pytest.raises(CaseError, match=r"dwi_04.dcm: must be"):
+        series_grid(dwi, "ann")
+
+
+def test_a_folder_in_which_no_dicom_file_can_be_read(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(b"text")
+    with pytest.raises(CaseError, match=r"a.dcm: must be a DICOM file. Received: one that starts with b'text'"):
         find_series(tmp_path, "ann")
 
 
-def test_a_structure_set_is_passed_over(tmp_path):
+# --- geometry
+
+
+@pytest.mark.parametrize("name", ["PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"])
+@pytest.mark.parametrize("how", ["missing", "empty", "text"])
+def test_geometry_is_never_guessed(name, how, tmp_path):
     write_series(tmp_path)
-    (tmp_path / "rs.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"UI\x1e\x001.2.840.10008.5.1.4.1.1.481.3\0")
-    assert len(read(tmp_path).GetSize()) == 3
+    for path in tmp_path.iterdir():
+        image = pydicom.dcmread(path)
+        del image[name]
+        if how != "missing":
+            values = ["one"] * 6 if how == "text" else None
+            element = pydicom.DataElement(name, "LO", values)
+            image.add(element)
+        image.save_as(path)
+    assert f"slice_00.dcm: must be an image with {name}. Received: a header in which it is missing" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SpacingBetweenSlices", "SliceThickness"])
+@pytest.mark.parametrize("value", [0, -4, 1, 100, None])
+def test_the_distance_of_slices_is_that_of_their_positions(name, value, tmp_path):
+    array = write_series(tmp_path)
+    change_series(tmp_path, lambda image, _: setattr(image, name, value))
+    image = read(tmp_path)
+    assert Grid.from_image(image).matches(GRID)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array)
+
+
+def test_a_single_slice_has_the_thickness_it_says(tmp_path):
+    write_series(tmp_path, grid=GRID.crop((0, 0, 0), (1, 12, 16)))
+    assert "several slices, or one with a SliceThickness" in refused(tmp_path)
+    change_series(tmp_path, lambda image, _: setattr(image, "SliceThickness", 3.5))
+    assert read(tmp_path).GetSpacing() == (0.5, 0.5, 3.5)
+
+
+@pytest.mark.parametrize(("step", "decimals", "degrees"), [(0.9, 1, 20), (0.9, 2, 20), (6.6, 0, 0), (6.6, 1, 33)])
+def test_rounded_positions_are_judged_against_the_whole_line(step, decimals, degrees, tmp_path):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    grid = Grid((16, 12, 22), (0.5, 0.5, step), (3.0, 7.0, -11.0), (1.0, 0, 0, 0, c, -s, 0, s, c))
+    write_series(tmp_path, grid=grid)
+
+    def change(image, _):
+        image.ImagePositionPatient = [round(float(x), decimals) for x in image.ImagePositionPatient]
+
+    change_series(tmp_path, change)
+    found = Grid.from_image(read(tmp_path))
+    corners = np.array([(0, 0, 0), (0, 0, 21), (15, 11, 0), (15, 11, 21)])
+    off = np.linalg.norm(found.positions(corners) - grid.positions(corners), axis=1)
+    assert off.max() < 0.5 * 10.0**-decimals
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (
+            [0, 5, 11, 16, 22, 27],
+            "slices at equal distances, to within 0.5 mm. Received: ",
+        ),  # two stacks that interleave
+        ([0, 5, 10, 17, 22, 27], "slices at equal distances, to within 0.5 mm. Received: 7 mm from slice_02"),
+        ([0, 5, 10, 22, 27, 32], "a stack without a gap. Received: 12 mm from slice_02"),
+        ([0, 0.9, 2.7, 3.6, 4.5, 5.4], "a stack without a gap. Received: 1.8 mm from slice_01"),
+    ],
+)
+def test_slices_at_other_places(offsets, message, tmp_path):
+    write_series(tmp_path, grid=Grid((16, 12, 6), GRID.spacing, GRID.origin, GRID.direction))
+    change_series(tmp_path, lambda image, n: setattr(image, "ImagePositionPatient", [0, 0, offsets[n]]))
+    assert message in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("degrees", "read_"), [(0.3, True), (10, False)])
+def test_a_tilt(degrees, read_, tmp_path):
+    write_series(tmp_path, grid=Grid((16, 12, 22), (0.5, 0.5, 6.0), GRID.origin, GRID.direction))
+    tilt = np.tan(np.radians(degrees))
+    change_series(tmp_path, lambda image, n: setattr(image, "ImagePositionPatient", [0, 6 * n * tilt, 6 * n]))
+    if read_:
+        # The middle is where it was, and the ends are half as far off.
+        np.testing.assert_allclose(read(tmp_path).GetOrigin(), (0, 63 * tilt, 0), atol=1e-6)
+    else:
+        assert "slices one behind the other" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "message"),
+    [((0.98, 0, 0, 0, 0.98, 0), None), ((1, 0.01, 0, 0, 1, 0), None), ((1, 0.1, 0, 0, 1, 0), "at right angles")],
+)
+def test_an_orientation_that_is_not_orthonormal(orientation, message, tmp_path):
+    write_series(tmp_path)
+    change_series(tmp_path, lambda image, _: setattr(image, "ImageOrientationPatient", list(orientation)))
+    if message:
+        assert message in refused(tmp_path)
+    else:
+        direction = np.reshape(read(tmp_path).GetDirection(), (3, 3))
+        np.testing.assert_allclose(direction.T @ direction, np.eye(3), atol=1e-6)
+
+
+def test_each_slice_has_a_slope_of_its_own(tmp_path):
+    """SimpleITK takes the pixel type of the first one."""
+    array = write_series(tmp_path)
+
+    def change(image, number):
+        image.RescaleSlope, image.RescaleIntercept = 1 + number / 4, -number / 8
+
+    change_series(tmp_path, change)
+    [series] = find_series(tmp_path, "ann")
+    slopes = np.arange(5)[:, None, None]
+    for pixel_type in (sitk.sitkUnknown, sitk.sitkFloat32):
+        found = sitk.GetArrayFromImage(read_series(series, "ann", pixel_type))
+        np.testing.assert_allclose(found, array * (1 + slopes / 4) - slopes / 8)
+
+
+# --- several images in one series
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "labels"),
+    [
+        ("EchoTime", (15, 90), ["echo 15", "echo 90"]),
+        ("TemporalPositionIdentifier", (1, 2), ["phase 1", "phase 2"]),
+        ("DiffusionBValue", (0.0, 1000.0), ["b-value 0", "b-value 1000"]),
+        ("AcquisitionNumber", (1, 2), ["acquisition 1", "acquisition 2"]),
+        ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]), ["type ORIGINAL\\PRIMARY\\M", "P"]),
+    ],
+)
+def test_several_images_in_one_series_are_told_apart(name, values, labels, tmp_path):
+    arrays = [write_series(tmp_path / str(n), uid="1.2.3", seed=n) for n in range(2)]
+    for number, value in enumerate(values):
+
+        def change(image, _, value=value, number=number):
+            setattr(image, name, value)
+            image.SOPInstanceUID += f".{number}"
+            image.SeriesNumber, image.SeriesTime = 7, "143334.39"
+
+        change_series(tmp_path / str(number), change)
+    found = find_series(tmp_path, "ann")
+    assert [one.label.startswith("number 7, 14:33:34, ") for one in found] == [True, True]
+    for one, array, label in zip(found, arrays, labels, strict=True):
+        assert one.label.endswith(label)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_series(one, "ann")), array)
+
+
+def test_acquisitions_of_one_stack_are_one_image(tmp_path):
+    """Scanners take the odd slices first, and the even ones as another acquisition."""
+    write_series(tmp_path)
+    change_series(tmp_path, lambda image, number: setattr(image, "AcquisitionNumber", number % 2))
+    assert read(tmp_path).GetSize() == GRID.size
+
+
+def test_two_series_of_one_uid_are_not_mixed(tmp_path):
+    write_series(tmp_path, uid="1.2.3", description="T1")
+    further = Grid(GRID.size, GRID.spacing, (0.0, 0.0, 20.0), GRID.direction)
+    write_series(tmp_path, uid="1.2.3", description="T2", grid=further, prefix="other")
+    assert [(one.description, len(one.files)) for one in find_series(tmp_path, "ann")] == [("T1", 5), ("T2", 5)]
+
+
+def test_a_patient_id_that_is_missing_is_no_other_patient(tmp_path):
+    write_series(tmp_path / "1", patient="Anna", description="T1")
+    write_series(tmp_path / "2", patient="", description="T2")
+    assert len(find_series(tmp_path, "ann")) == 2
+
+
+# --- enhanced objects
+
+
+def test_enhanced_frames_by_position_with_slopes_of_their_own(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (4, 6, 8))
+    places = [8, 0, 4, 12]
+    frames = [{"position": (1, 2, z), "slope": 1.5 + n, "intercept": -n} for n, z in enumerate(places)]
+    write_enhanced(tmp_path / "image.dcm", frames, array, spacing=(0.7, 0.5))
+    image = read(tmp_path)
+    expected = np.stack([array[n] * (1.5 + n) - n for n in np.argsort(places)])
+    np.testing.assert_allclose(sitk.GetArrayFromImage(image), expected)
+    grid = Grid((8, 6, 4), (0.5, 0.7, 4.0), (1.0, 2.0, 0.0), GRID.direction)
+    assert Grid.from_image(image).matches(grid)
+    grid_, paths = series_grid(find_series(tmp_path, "ann")[0], "ann")
+    assert grid_.matches(grid)
+    assert paths == [tmp_path / "image.dcm"] * 4
+
+
+@pytest.mark.parametrize(("key", "label"), [("echo", "echo"), ("b", "b-value"), ("phase", "phase")])
+def test_several_images_in_one_enhanced_object(key, label, tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (6, 6, 8))
+    frames = [{"position": (0, 0, 4 * (n // 2)), key: 10 + n % 2} for n in range(6)]
+    write_enhanced(tmp_path / "image.dcm", frames, array)
+    found = find_series(tmp_path, "ann")
+    assert [one.label for one in found] == [f"{label} 10", f"{label} 11"]
+    for number, one in enumerate(found):
+        image = read_series(one, "ann")
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array[number::2])
+        np.testing.assert_allclose(image.GetSpacing(), (0.5, 0.5, 4.0))
+
+
+def test_an_enhanced_object_for_each_slice(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (3, 6, 8))
+    for n in range(3):
+        frames = [{"position": (0, 0, 4 * n), "slope": 2.0}]
+        write_enhanced(tmp_path / f"{2 - n}.dcm", frames, array[n : n + 1], SeriesInstanceUID="1.2.3")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array * 2)
+
+
+def test_a_compressed_enhanced_object(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (3, 6, 8))
+    write_enhanced(tmp_path / "image.dcm", [{"position": (0, 0, -4 * n)} for n in range(3)], array)
+    image = pydicom.dcmread(tmp_path / "image.dcm")
+    image.compress(pydicom.uid.RLELossless)
+    image.save_as(tmp_path / "image.dcm")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array[::-1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"NumberOfFrames": 3}, "the headers of 4 frames for 3"),
+        ({"PerFrameFunctionalGroupsSequence": []}, "the headers of 0 frames for 4"),
+        ({"SharedFunctionalGroupsSequence": []}, "an image with ImageOrientationPatient"),
+        ({"PixelData": b"short"}, "Received: "),
+        ({"Rows": 60000, "Columns": 60000}, "Received: "),
+    ],
+)
+def test_an_enhanced_object_that_lies(values, message, tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (4, 6, 8))
+    write_enhanced(tmp_path / "image.dcm", [{"position": (0, 0, 4 * n)} for n in range(4)], array, **values)
+    assert message in refused(tmp_path)
+
+
+def test_frames_without_positions_of_their_own(tmp_path):
+    write_series(tmp_path, grid=GRID.crop((0, 0, 0), (1, 12, 16)))
+
+    def change(image, _):
+        image.NumberOfFrames, image.PixelData = 3, image.PixelData * 3
+
+    change_series(tmp_path, change)
+    assert "one slice, or frames with positions of their own. Received: 16 x 12" in refused(tmp_path)
+
+
+# --- real images
 
 
 def test_real_oblique_series(test_data):
