@@ -183,9 +183,10 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
     for name, image in (("probability", probability), ("disagreement", disagreement)):
         if name in files:
             write_image(image, files[name])
-    for name, write in (("rtstruct", write_rtstruct), ("seg", write_segmentation)):
-        if name in files and array.any():
-            write(mask, series, files[name], structure)
+    if "rtstruct" in files and array.any():
+        write_rtstruct(mask, series, files["rtstruct"], structure, probability)
+    if "seg" in files and array.any():
+        write_segmentation(mask, series, files["seg"], structure)
     if "picture" in files:
         _draw(case, mask, recipe, files["picture"])
     if not (path := out / f"{case.name}.nii.gz").exists():

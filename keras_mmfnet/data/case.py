@@ -47,8 +47,8 @@ class CaseError(ValueError):
             patients: The number of all patients, if known.
 
         Returns:
-            An error that counts them and lists the first 20 kinds, see `group_messages`. A single error is returned with the remedy if there are
-            other patients.
+            An error that counts them and lists the first 20 kinds, see `group_messages`. A single error is returned
+            with the remedy if there are other patients.
         """
         if len(errors) == 1:
             return errors[0] if patients in (None, 1) else cls(f"{errors[0]} (--skip-bad leaves this patient out)")

@@ -1,67 +1,159 @@
-import contextlib
-import io
+import datetime
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import write
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.polygons import rasterise
 from keras_mmfnet.export import _dicom
+from keras_mmfnet.export._dicom import Structure
+from keras_mmfnet.export.contours import contours, simplified
+
+# Dice that simplified contours must reach with the mask.
+_DICE = 0.98
 
 
-def write_rtstruct(mask: sitk.Image, series: Series, path: str | os.PathLike, name: str = "tumour") -> None:
+def write_rtstruct(
+    mask: sitk.Image | Sequence[Structure],
+    series: Series,
+    path: str | os.PathLike,
+    name: str = "tumour",
+    probability: sitk.Image | None = None,
+    tolerance: float = 0.0,
+    max_points: int | None = None,
+) -> None:
     """Writes a mask as a DICOM RT structure set (RTSTRUCT) that refers to the images it was drawn on.
 
-    The structure is of type GTV, generated automatically, unapproved, and labelled as not reviewed. The contours go
-    through the centres of a slice's outermost pixels of tumour; the contour of a hole lies within another.
+    The structure is of type GTV, generated automatically, unapproved, and labelled as not reviewed. Its contours lie in
+    the planes of the images and enclose the centres of the mask's pixels, and no others: the file is read back and
+    compared with the mask before it is kept. A hole is joined to the outline by a narrow channel (the "keyhole" of
+    PS3.3 C.8.8.6.3), so that each contour is one simple polygon of type CLOSED_PLANAR.
 
     Args:
-        mask: A uint8 image {0, 1} on the grid of the series, with a voxel of 1.
+        mask: A uint8 image {0, 1} on the grid of the series, with a voxel of 1; or several `Structure`s.
         series: The DICOM `Series`, as `find_cases` gives it for the reference modality.
         path: The file.
         name: What the structure is called.
+        probability: A float image in [0, 1] on the same grid. With it contours follow the level of 0.5 between pixels;
+            without it, the edges of pixels.
+        tolerance: How far in mm from a simplified contour a point that it leaves out may lie; 0 leaves out none.
+        max_points: Most points of a contour that are accepted; `None`: any number.
 
     Raises:
         ImportError: The extra `dicom` is not installed.
-        ValueError: The mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
-            or the name is too long.
+        ValueError: A mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
+            a name cannot be used, a contour has more than `max_points` within `tolerance`, or what is read back differs
+            from the mask. No file is written then.
     """
     try:
-        import pydicom
-        from rt_utils import RTStructBuilder
+        import pydicom  # noqa: F401
     except ImportError as error:
         raise ImportError(_dicom.MISSING) from error
-    array = _dicom.mask_on_series(mask, series, name)
-    with _dicom.library_errors(series), tempfile.TemporaryDirectory() as folder:
-        # The library reads a folder of one series.
-        for number, file in enumerate(series.files):
-            Path(folder, f"{number:05d}.dcm").symlink_to(Path(file).absolute())
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            builder = RTStructBuilder.create_new(dicom_series_path=folder)
-            builder.add_roi(mask=np.moveaxis(array, 0, -1), color=[230, 159, 0], name=name)
-        content = io.BytesIO()
-        pydicom.dcmwrite(content, _described(builder.ds), enforce_file_format=True)
-        write(Path(path), content.getvalue())
+    structures = [Structure(name, mask, probability)] if isinstance(mask, sitk.Image) else list(mask)
+    grid, arrays = _dicom.arrays(structures, series)
+    with _dicom.library_errors(series):
+        planes = _dicom.planes(series, grid)
+        dataset = _structure_set(planes)
+        for number, (structure, array) in enumerate(zip(structures, arrays, strict=True), start=1):
+            _add(dataset, number, structure, array, planes, tolerance, max_points)
+        content, back = _dicom.encode(dataset, planes[0].image, [structure.name for structure in structures])
+        for contour, structure, array in zip(back.ROIContourSequence, structures, arrays, strict=True):
+            found = _read(contour, planes, array.shape)
+            _dicom.require_same(found, array, structure, _DICE if tolerance > 0 else 1.0)
+        write(Path(path), content)
 
 
-def _described(structures):
-    """The structure set with our labels in place of the library's."""
-    structures.SpecificCharacterSet = _dicom.CHARACTER_SET
-    structures.Manufacturer = _dicom.MANUFACTURER
-    structures.ManufacturerModelName = _dicom.MODEL
-    structures.SoftwareVersions = _dicom.VERSION
-    del structures.InstitutionName  # the library's authors'
-    structures.SeriesDescription = _dicom.SERIES_DESCRIPTION
-    structures.StructureSetLabel = "AI not reviewed"  # at most 16 characters
-    structures.StructureSetDescription = _dicom.UNREVIEWED
-    structures.ApprovalStatus = "UNAPPROVED"
-    for roi in structures.StructureSetROISequence:
-        roi.ROIGenerationAlgorithm = "AUTOMATIC"
-        roi.ROIGenerationDescription = f"{_dicom.MODEL} {_dicom.VERSION}"
-    for observation in structures.RTROIObservationsSequence:
-        observation.RTROIInterpretedType = "GTV"
-        observation.ROIObservationDescription = _dicom.UNREVIEWED
-    return structures
+def _structure_set(planes):
+    """A structure set without structures."""
+    from pydicom import Dataset, uid
+    from pydicom.dataset import FileMetaDataset
+
+    now = datetime.datetime.now()
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    # In the implicit transfer syntax a contour may have more than the 64 KiB that the explicit one allows.
+    dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.RTStructureSetStorage, uid.generate_uid(None)
+    _dicom.describe(dataset, planes[0].image)
+    dataset.Modality, dataset.SeriesInstanceUID, dataset.SeriesNumber = "RTSTRUCT", uid.generate_uid(None), 901
+    dataset.InstanceNumber, dataset.OperatorsName = 1, None
+    dataset.StructureSetLabel = "AI not reviewed"  # at most 16 characters
+    dataset.StructureSetDescription = _dicom.UNREVIEWED
+    for name in ("InstanceCreation", "StructureSet"):
+        setattr(dataset, f"{name}Date", now.strftime("%Y%m%d"))
+        setattr(dataset, f"{name}Time", now.strftime("%H%M%S"))
+    dataset.ApprovalStatus = "UNAPPROVED"
+
+    image = planes[0].image
+    series, study, frame = Dataset(), Dataset(), Dataset()
+    series.SeriesInstanceUID = image.SeriesInstanceUID
+    series.ContourImageSequence = [plane.reference() for plane in planes]
+    study.ReferencedSOPClassUID = "1.2.840.10008.3.1.2.3.1"  # the study management class, retired but required
+    study.ReferencedSOPInstanceUID = image.StudyInstanceUID
+    study.RTReferencedSeriesSequence = [series]
+    frame.FrameOfReferenceUID = image.FrameOfReferenceUID
+    frame.RTReferencedStudySequence = [study]
+    dataset.ReferencedFrameOfReferenceSequence = [frame]
+    dataset.StructureSetROISequence, dataset.ROIContourSequence, dataset.RTROIObservationsSequence = [], [], []
+    return dataset
+
+
+def _add(dataset, number, structure, array, planes, tolerance, max_points):
+    """Adds a structure and its contours."""
+    from pydicom import Dataset
+
+    roi, outline, observation = Dataset(), Dataset(), Dataset()
+    roi.ROINumber, roi.ROIName = number, structure.name
+    roi.ReferencedFrameOfReferenceUID = planes[0].image.FrameOfReferenceUID
+    roi.ROIGenerationAlgorithm = "AUTOMATIC"
+    roi.ROIGenerationDescription = f"{_dicom.MODEL} {_dicom.VERSION}"
+    dataset.StructureSetROISequence.append(roi)
+
+    outline.ReferencedROINumber, outline.ROIDisplayColor = number, list(_dicom.colour(structure, number))
+    outline.ContourSequence = []
+    values = None if structure.probability is None else sitk.GetArrayViewFromImage(structure.probability)
+    for index in np.flatnonzero(array.any(axis=(1, 2))):
+        plane = planes[index]
+        spacing = np.linalg.norm(plane.axes, axis=0)
+        polygons = contours(array[index], None if values is None else values[index])
+        for polygon in simplified([polygon * spacing for polygon in polygons], tolerance):
+            if max_points is not None and len(polygon) > max_points:
+                raise CaseError(
+                    f"{structure.name!r}: each contour must have at most {max_points} points with a tolerance of "
+                    f"{tolerance} mm. Received: {len(polygon)} points in slice {index}"
+                )
+            contour = Dataset()
+            contour.ContourImageSequence = [plane.reference()]
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(polygon)
+            points = plane.origin + polygon / spacing @ plane.axes.T
+            contour.ContourData = [f"{value:.4f}" for value in points.ravel()]
+            outline.ContourSequence.append(contour)
+    dataset.ROIContourSequence.append(outline)
+
+    observation.ObservationNumber, observation.ReferencedROINumber = number, number
+    observation.ROIObservationDescription = _dicom.UNREVIEWED
+    observation.RTROIInterpretedType, observation.ROIInterpreter = structure.kind, None
+    if code := _dicom.code(structure):
+        item = Dataset()
+        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code
+        observation.RTROIIdentificationCodeSequence = [item]
+    dataset.RTROIObservationsSequence.append(observation)
+
+
+def _read(outline, planes, shape):
+    """The mask of a structure's contours, each on the image that it refers to."""
+    found, numbers = np.zeros(shape, bool), {}
+    for index, plane in enumerate(planes):
+        numbers[plane.image.SOPInstanceUID, plane.frame] = index
+    for contour in outline.ContourSequence:
+        [image] = contour.ContourImageSequence
+        index = numbers[image.ReferencedSOPInstanceUID, image.get("ReferencedFrameNumber")]
+        away = np.reshape(np.array(contour.ContourData, float), (-1, 3)) - planes[index].origin
+        pixels = np.linalg.lstsq(planes[index].axes, away.T)[0].T
+        found[index] ^= rasterise([pixels], shape[1:])
+    return found

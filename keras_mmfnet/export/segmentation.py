@@ -1,5 +1,5 @@
-import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,57 +8,67 @@ import SimpleITK as sitk
 from keras_mmfnet._files import write
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.export import _dicom
+from keras_mmfnet.export._dicom import Structure
+
+_GEOMETRY = "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"
 
 
-def write_segmentation(mask: sitk.Image, series: Series, path: str | os.PathLike, name: str = "tumour") -> None:
+def write_segmentation(
+    mask: sitk.Image | Sequence[Structure], series: Series, path: str | os.PathLike, name: str = "tumour"
+) -> None:
     """Writes a mask as a DICOM segmentation (SEG) that refers to the images it was drawn on.
 
-    The segment is a neoplasm, generated automatically, and labelled as not reviewed.
+    The segment is generated automatically, labelled as not reviewed, and a neoplasm unless its name or `Structure` says
+    otherwise. It has a frame for each slice from the first to the last with tumour, and their distance is that of the
+    slices' positions. The file is read back and compared with the mask before it is kept.
 
     Args:
-        mask: A uint8 image {0, 1} on the grid of the series, with a voxel of 1.
+        mask: A uint8 image {0, 1} on the grid of the series, with a voxel of 1; or several `Structure`s.
         series: The DICOM `Series`, as `find_cases` gives it for the reference modality.
         path: The file.
         name: What the segment is called.
 
     Raises:
         ImportError: The extra `dicom` is not installed.
-        ValueError: The mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
-            or the name is too long.
+        ValueError: A mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
+            a name cannot be used, or what is read back differs from the mask. No file is written then.
     """
     try:
         import highdicom
-        import pydicom
         from pydicom.sr.codedict import codes
     except ImportError as error:
         raise ImportError(_dicom.MISSING) from error
-    array = _dicom.mask_on_series(mask, series, name)
+    structures = [Structure(name, mask)] if isinstance(mask, sitk.Image) else list(mask)
+    grid, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):
-        normal = np.reshape(mask.GetDirection(), (3, 3))[:, 2]
-        images = sorted(
-            (pydicom.dcmread(file) for file in series.files),
-            key=lambda image: float(np.dot(normal, [float(x) for x in image.ImagePositionPatient])),
-        )
-        for image in images:
-            image.SliceThickness = image.get("SliceThickness") or mask.GetSpacing()[2]
-            # What anonymisation leaves there is often no value the standard knows.
-            image.PatientSex = image.get("PatientSex") if image.get("PatientSex") in ("M", "F", "O") else ""
+        planes = _dicom.planes(series, grid)
+        image = planes[0].image
         algorithm = highdicom.AlgorithmIdentificationSequence(
             name=_dicom.MODEL, version=_dicom.VERSION, family=codes.cid7162.ArtificialIntelligence
         )
-        segment = highdicom.seg.SegmentDescription(
-            segment_number=1,
-            segment_label=name,
-            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-            segmented_property_type=codes.SCT.Neoplasm,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
+        segments = [
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=structure.name,
+                segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+                segmented_property_type=highdicom.sr.CodedConcept(*(_dicom.code(structure) or _dicom.NEOPLASM)),
+                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=algorithm,
+                display_color=highdicom.color.CIELabColor.from_rgb(*_dicom.colour(structure, number)),
+            )
+            for number, structure in enumerate(structures, start=1)
+        ]
+        pixels = np.stack(arrays, axis=-1).astype(np.uint8)
+        used = np.flatnonzero(pixels.any(axis=(1, 2, 3)))
+        # Readers that take frames for a stack without a gap are right as well.
+        there = slice(used[0], used[-1] + 1)
+        thickness = image.get("SliceThickness") or 0
+        thickness = thickness if thickness > 0 else grid.spacing[2]
         segmentation = highdicom.seg.Segmentation(
-            source_images=images,
-            pixel_array=array.astype(np.uint8),
+            source_images=_sources(planes[there], thickness),
+            pixel_array=pixels[there],
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[segment],
+            segment_descriptions=segments,
             series_instance_uid=highdicom.UID(),
             series_number=900,
             sop_instance_uid=highdicom.UID(),
@@ -67,11 +77,50 @@ def write_segmentation(mask: sitk.Image, series: Series, path: str | os.PathLike
             manufacturer_model_name=_dicom.MODEL,
             software_versions=_dicom.VERSION,
             device_serial_number="0",
-            series_description=_dicom.SERIES_DESCRIPTION,
             content_description=_dicom.UNREVIEWED,
             content_label="AI_NOT_REVIEWED",
+            omit_empty_frames=False,
+            pixel_measures=highdicom.PixelMeasuresSequence(
+                pixel_spacing=grid.spacing[1::-1],
+                slice_thickness=thickness,
+                spacing_between_slices=grid.spacing[2],
+            ),
         )
-        segmentation.SpecificCharacterSet = _dicom.CHARACTER_SET
-        content = io.BytesIO()
-        segmentation.save_as(content)
-        write(Path(path), content.getvalue())
+        _dicom.describe(segmentation, image)
+        content, back = _dicom.encode(segmentation, image, [structure.name for structure in structures])
+        found = _read(back, planes, pixels.shape)
+        for number, (structure, array) in enumerate(zip(structures, arrays, strict=True)):
+            _dicom.require_same(found[..., number], array, structure)
+        write(Path(path), content)
+
+
+def _sources(planes, thickness):
+    """The images of planes as the library reads them: what it needs of their headers, and nothing that may be wrong."""
+    from pydicom import Dataset
+
+    if planes[0].frame:
+        return [planes[0].image]
+    sources = []
+    for plane in planes:
+        image = Dataset()
+        for keyword in (*_dicom.NEEDED, *_GEOMETRY):
+            setattr(image, keyword, plane.image[keyword].value)
+        for keyword in _dicom.TYPE_2:
+            setattr(image, keyword, None)
+        image.SliceThickness = thickness
+        sources.append(image)
+    return sources
+
+
+def _read(dataset, planes, shape):
+    """The masks of a segmentation's frames, `(depth, height, width, segments)`, each at its position."""
+    found = np.zeros(shape, bool)
+    origins = np.array([plane.origin for plane in planes])
+    frames = dataset.pixel_array.reshape(-1, *shape[1:3])
+    [shared] = dataset.SharedFunctionalGroupsSequence
+    for pixels, frame in zip(frames, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        position = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
+        segment = (frame if "SegmentIdentificationSequence" in frame else shared).SegmentIdentificationSequence[0]
+        index = np.linalg.norm(origins - position, axis=1).argmin()
+        found[index, ..., segment.ReferencedSegmentNumber - 1] |= pixels > 0
+    return found
