@@ -1,0 +1,225 @@
+"""DICOM structure sets and segmentations as masks."""
+
+import contextlib
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data._errors import refuser
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.dicom import Series, series_grid
+from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.polygons import rasterise
+
+# SOP classes: RT Structure Set, Segmentation, Label Map Segmentation.
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+# Of a slice's distance: how far contours may lie from a slice, and frames from the regular line.
+_BETWEEN = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Structures:
+    """Structures of a DICOM structure set or segmentation, as one mask.
+
+    Args:
+        path: The file.
+        series: The image series that it refers to; a structure set is read on its grid.
+        patterns: Regular expressions that the structures' whole names must match, in any case. The structures of the
+            n-th pattern have the label n. None: the only structure of the file, with the label 1.
+    """
+
+    path: Path
+    series: Series | None
+    patterns: tuple[str, ...] = ()
+
+    def __str__(self):
+        return str(self.path)
+
+
+def structure_names(path: Path, patient: str) -> list[str]:
+    """The names of the structures in a file that have contours or voxels.
+
+    Args:
+        path: A DICOM structure set or segmentation.
+        patient: The patient's name, for messages.
+
+    Returns:
+        The names in the order of their numbers.
+
+    Raises:
+        CaseError: The file is damaged.
+    """
+    refuse = refuser(path, patient)
+    with _library_errors(refuse):
+        return [name for name, _ in _open(path, refuse)[1]]
+
+
+def read_structures(source: Structures, patient: str) -> sitk.Image:
+    """Reads structures as a label image.
+
+    Contours count by the even-odd rule in each slice: a contour within another is a hole. Where structures of several
+    patterns overlap, the later one counts. Fractions of a segmentation count from one half on.
+
+    Args:
+        source: The `Structures`.
+        patient: The patient's name, for messages.
+
+    Returns:
+        A uint8 image: of a structure set on the grid of its series, of a segmentation on the grid of its frames.
+
+    Raises:
+        CaseError: The file is damaged; no structure or several match; the series is unknown; or contours do not lie in
+            its slices.
+    """
+    refuse = refuser(source.path, patient)
+    with _library_errors(refuse):
+        file, found = _open(source.path, refuse)
+        chosen = _choose([name for name, _ in found], source.patterns, refuse)
+        if file.SOPClassUID != STRUCTURE_SET:
+            grid, frames = _frames(file, refuse)
+            array = np.zeros(grid.shape, np.uint8)
+            for label, index in chosen:
+                for number, pixels in frames:
+                    array[number][pixels(found[index][1])] = label
+            return grid.image(array)
+        if source.series is None:
+            raise refuse("a structure set that refers to a series in the patient's folder", "one of another series")
+        grid, _ = series_grid(source.series, patient)
+        array = np.zeros(grid.shape, np.uint8)
+        for label, index in chosen:
+            for number, polygons in _by_slice(*found[index], grid, refuse):
+                array[number][rasterise(polygons, grid.shape[1:])] = label
+        return grid.image(array)
+
+
+def referred_series(path: Path, patient: str) -> set[str]:
+    """The SeriesInstanceUIDs that a structure set or segmentation refers to; raises `CaseError` if it is damaged."""
+    refuse = refuser(path, patient)
+    with _library_errors(refuse):
+        file, _ = _open(path, refuse)
+        own = file.get("SeriesInstanceUID")
+        return {element.value for element in file.iterall() if element.keyword == "SeriesInstanceUID"} - {own}
+
+
+@contextlib.contextmanager
+def _library_errors(refuse):
+    """Turns the errors of pydicom about a file into one that names it, and keeps its warnings back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CaseError:
+            raise
+        except Exception as error:  # pydicom raises many kinds for a damaged file
+            received = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise refuse("an undamaged DICOM structure set or segmentation", received) from error
+
+
+def _choose(names, patterns, refuse):
+    """`(label, index)` of the structures that count."""
+    listed = ", ".join(map(repr, names)) or "none"
+    if not patterns:
+        if len(names) != 1:
+            raise refuse("a file of one structure, unless `data.structures` says which ones count", listed)
+        return [(1, 0)]
+    chosen = []
+    for label, pattern in enumerate(patterns, start=1):
+        found = [index for index, name in enumerate(names) if re.fullmatch(pattern, name, re.IGNORECASE)]
+        if not found:
+            raise refuse(f"a file with a structure whose name matches {pattern!r}", listed)
+        chosen += [(label, index) for index in found]
+    return chosen
+
+
+def _open(path, refuse):
+    """The pydicom dataset; and the name of each structure that is not empty, with its contours or segment number."""
+    import pydicom
+
+    file = pydicom.dcmread(path)
+    if file.SOPClassUID in SEGMENTATIONS:
+        return file, [(str(one.SegmentLabel), int(one.SegmentNumber)) for one in file.SegmentSequence]
+    if file.SOPClassUID != STRUCTURE_SET:
+        raise refuse("a DICOM structure set or segmentation", file.SOPClassUID.name)
+    contours = {int(roi.ReferencedROINumber): list(_contours(roi)) for roi in file.get("ROIContourSequence") or []}
+    names = [(str(roi.get("ROIName") or ""), int(roi.ROINumber)) for roi in file.StructureSetROISequence]
+    return file, [(name, contours[number]) for name, number in names if contours.get(number)]
+
+
+def _contours(roi) -> Iterator[np.ndarray]:
+    """The closed contours of a structure in mm, `(points, 3)`, each once."""
+    seen = set()
+    for contour in roi.get("ContourSequence", []):
+        data = tuple(contour.ContourData or ())
+        if (
+            contour.ContourGeometricType in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+            and len(data) >= 9
+            and data not in seen
+        ):
+            seen.add(data)
+            yield np.reshape(np.array(data, float), (-1, 3))
+
+
+def _by_slice(name: str, contours: Sequence[np.ndarray], grid: Grid, refuse):
+    """The polygons of each slice in pixels, by the number of the slice."""
+    slices = {}
+    for contour in contours:
+        points = grid.indices(contour)
+        number = int(np.rint(points[:, 2].mean()))
+        if np.abs(points[:, 2] - number).max() > _BETWEEN:
+            raise refuse("contours in the slices of the series", f"one of {name!r} between them or across them")
+        if not 0 <= number < grid.size[2]:
+            raise refuse("contours in the slices of the series", f"one of {name!r} outside all {grid.size[2]} slices")
+        slices.setdefault(number, []).append(points[:, :2])
+    steps = np.diff(sorted(slices))
+    if len(steps) > 1 and steps.min() > 1:
+        raise refuse(
+            "contours on each slice of the structure",
+            f"{name!r} on every {steps.min()} or more slices, with nothing in between",
+        )
+    return slices.items()
+
+
+def _frames(file, refuse):
+    """The `Grid` of a segmentation; and for each frame its slice and a function that gives the pixels of a segment."""
+    pixels = np.reshape(file.pixel_array, (-1, file.Rows, file.Columns))
+    shared = file.SharedFunctionalGroupsSequence[0]
+    frames = list(file.PerFrameFunctionalGroupsSequence)
+
+    def group(frame, keyword):
+        return (frame if keyword in frame else shared)[keyword][0]
+
+    orientations = [group(frame, "PlaneOrientationSequence").ImageOrientationPatient for frame in frames]
+    positions = [group(frame, "PlanePositionSequence").ImagePositionPatient for frame in frames]
+    orientations, positions = np.array(orientations, float), np.array(positions, float)
+    if np.abs(orientations - orientations[0]).max() > 1e-3:
+        raise refuse("a segmentation of one orientation", "frames of several")
+    measures = group(frames[0], "PixelMeasuresSequence")
+    row, column = orientations[0].reshape(2, 3)
+    normal = np.cross(row, column)
+    along = positions @ normal
+    steps = np.diff(np.unique(np.round(along, 3)))
+    step = float(steps.min()) if len(steps) else float(measures.SliceThickness)
+    numbers = np.rint((along - along.min()) / step).astype(int)
+    line = positions[along.argmin()] + np.outer(numbers * step, normal)
+    if (aside := np.linalg.norm(positions - line, axis=1).max()) > _BETWEEN * step:
+        raise refuse("a segmentation of evenly spaced frames", f"one {aside:.3g} mm off the line of the others")
+    size = (file.Columns, file.Rows, int(numbers.max()) + 1)
+    spacing = (float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0]), step)
+    direction = np.stack([row, column, normal], 1)
+    grid = Grid(size, spacing, tuple(line[along.argmin()].tolist()), tuple(direction.ravel().tolist()))
+
+    def chosen(frame, values):
+        if file.SegmentationType == "LABELMAP":
+            return lambda segment: values == segment
+        own = group(frame, "SegmentIdentificationSequence").ReferencedSegmentNumber
+        half = file.MaximumFractionalValue / 2 if file.SegmentationType == "FRACTIONAL" else 1
+        return lambda segment: (values >= half) & (segment == own)
+
+    return grid, list(zip(numbers, map(chosen, frames, pixels), strict=True))

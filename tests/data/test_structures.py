@@ -1,0 +1,191 @@
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from dicom_files import write_series
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.dicom import find_series
+from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.structures import STRUCTURE_SET, Structures, read_structures, referred_series, structure_names
+
+TURN = sitk.Euler3DTransform()
+TURN.SetRotation(0.2, -0.1, 0.15)
+GRID = Grid((40, 36, 8), (0.9, 1.2, 4.0), (5.0, -8.0, 20.0), TURN.GetMatrix())
+
+
+@pytest.fixture
+def series(tmp_path):
+    write_series(tmp_path / "t1", GRID, order=-1)
+    [found] = find_series(tmp_path / "t1", "ann")
+    return found
+
+
+def circle(radius, z, centre=(18, 16), points=90, grid=GRID):
+    """A contour in mm of a circle in pixels."""
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    x, y = centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)
+    return grid.positions(np.stack([x, y, np.full(points, float(z))], -1))
+
+
+def disk(radius, slices, centre=(18, 16)):
+    z, y, x = np.indices(GRID.shape)
+    return ((x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2) & np.isin(z, slices)
+
+
+def write_structures(path, series, kind="CLOSED_PLANAR", **contours):
+    image, file = pydicom.dcmread(series.files[0]), Dataset()
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = STRUCTURE_SET
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid()
+    file.Modality, file.PatientID, file.SeriesInstanceUID = "RTSTRUCT", image.PatientID, generate_uid()
+    file.ReferencedFrameOfReferenceSequence = [frame := Dataset()]
+    frame.FrameOfReferenceUID = image.FrameOfReferenceUID
+    frame.RTReferencedStudySequence = [study := Dataset()]
+    study.RTReferencedSeriesSequence = [referred := Dataset()]
+    referred.SeriesInstanceUID = image.SeriesInstanceUID
+    file.StructureSetROISequence, file.ROIContourSequence = [], []
+    for number, (name, found) in enumerate(contours.items(), start=1):
+        roi, drawn = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName, drawn.ReferencedROINumber = number, name, number
+        drawn.ContourSequence = []
+        for points in found:
+            contour = Dataset()
+            contour.ContourGeometricType = kind
+            contour.NumberOfContourPoints = len(points)
+            contour.ContourData = [f"{value:.4f}" for value in np.ravel(points)]
+            drawn.ContourSequence.append(contour)
+        file.StructureSetROISequence.append(roi)
+        file.ROIContourSequence.append(drawn)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def read(path, series, *patterns):
+    image = read_structures(Structures(path, series, patterns), "ann")
+    return sitk.GetArrayFromImage(image), Grid.from_image(image)
+
+
+def refused(path, series, *patterns):
+    with pytest.raises(CaseError) as caught:
+        read(path, series, *patterns)
+    assert str(caught.value).startswith(f"ann: {path}: must be ")
+    return str(caught.value)
+
+
+def test_contours_on_the_grid_of_their_series(series, tmp_path):
+    contours = [circle(radius, z) for z in (2, 3, 4) for radius in (10.4, 4.3)]
+    contours += [circle(2.6, z, (33, 8)) for z in (4, 5)]
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=contours)
+    array, grid = read(path, series)
+    assert grid.matches(GRID)
+    ring = disk(10.4, (2, 3, 4)) & ~disk(4.3, (2, 3, 4))
+    np.testing.assert_array_equal(array > 0, ring | disk(2.6, (4, 5), (33, 8)))
+    assert referred_series(path, "ann") == {pydicom.dcmread(series.files[0]).SeriesInstanceUID}
+
+
+def test_a_contour_that_is_there_twice_counts_once(series, tmp_path):
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(6.3, 2), circle(6.3, 2)])
+    np.testing.assert_array_equal(read(path, series)[0] > 0, disk(6.3, (2,)))
+
+
+def test_structures_are_chosen_by_name(series, tmp_path):
+    contours = {"GTVp": [circle(6.3, 2)], "GTVn 1": [circle(2.6, 2, (33, 8))], "BODY": [circle(15.3, 2)], "empty": []}
+    path = write_structures(tmp_path / "rs.dcm", series, **contours)
+    assert structure_names(path, "ann") == ["GTVp", "GTVn 1", "BODY"]
+    primary, node = disk(6.3, (2,)), disk(2.6, (2,), (33, 8))
+    np.testing.assert_array_equal(read(path, series, "gtvp")[0], primary)
+    np.testing.assert_array_equal(read(path, series, "GTV.*")[0], primary | node)
+    np.testing.assert_array_equal(read(path, series, "GTVp", "GTVn.*")[0], primary + 2 * node)
+    assert "matches 'GTV'. Received: 'GTVp', 'GTVn 1', 'BODY'" in refused(path, series, "GTV")
+    assert "a file of one structure" in refused(path, series)
+
+
+def test_what_is_not_on_the_slices_is_refused(series, tmp_path):
+    between = write_structures(tmp_path / "between.dcm", series, GTV=[circle(6.3, 2.5)])
+    assert "between them" in refused(between, series)
+    outside = write_structures(tmp_path / "outside.dcm", series, GTV=[circle(6.3, 8)])
+    assert "outside all 8 slices" in refused(outside, series)
+    second = write_structures(tmp_path / "second.dcm", series, GTV=[circle(6.3, z) for z in (1, 3, 5)])
+    assert "on every 2 or more slices" in refused(second, series)
+    elsewhere = write_structures(tmp_path / "elsewhere.dcm", series, GTV=[circle(6.3, 2)])
+    assert "refers to a series in the patient's folder" in refused(elsewhere, None)
+    points = write_structures(tmp_path / "points.dcm", series, "POINT", GTV=[circle(6.3, 2)])
+    assert "Received: none" in refused(points, series)
+
+
+def test_two_lesions_with_slices_in_between(series, tmp_path):
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(6.3, z) for z in (1, 2, 6)])
+    np.testing.assert_array_equal(read(path, series)[0] > 0, disk(6.3, (1, 2, 6)))
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:600], lambda x: b"DICM" * 100, lambda x: b""])
+def test_a_damaged_file_is_refused(change, series, tmp_path):
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(6.3, 2)])
+    path.write_bytes(change(path.read_bytes()))
+    refused(path, series)
+
+
+def test_an_image_is_no_structure_set(series):
+    assert "structure set or segmentation. Received: MR Image" in refused(series.files[0], series)
+
+
+def write_segments(path, series, fractional=False, **masks):
+    images = [pydicom.dcmread(file) for file in series.files]
+    normal = np.reshape(GRID.direction, (3, 3))[:, 2]
+    images.sort(key=lambda image: float(np.dot(normal, np.array(image.ImagePositionPatient, float))))
+    for image in images:
+        image.SliceThickness = 4.0
+    segments = [
+        highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name,
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Neoplasm,
+            algorithm_type="MANUAL",
+        )
+        for number, name in enumerate(masks, start=1)
+    ]
+    written = highdicom.seg.Segmentation(
+        source_images=images,
+        pixel_array=np.stack(list(masks.values()), -1).astype(np.float32 if fractional else np.uint8),
+        segmentation_type="FRACTIONAL" if fractional else "BINARY",
+        segment_descriptions=segments,
+        series_instance_uid=generate_uid(),
+        series_number=1,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="none",
+        manufacturer_model_name="none",
+        software_versions="0",
+        device_serial_number="0",
+    )
+    written.save_as(path)
+    return path
+
+
+def test_segments_on_the_grid_of_their_frames(series, tmp_path):
+    # No frame at 3, where there is nothing, nor at 0, 1 and 6.
+    tumour, node = disk(6.3, (2, 4, 5)), disk(2.6, (4,), (33, 8))
+    path = write_segments(tmp_path / "seg.dcm", series, GTVp=tumour, GTVn=node)
+    assert structure_names(path, "ann") == ["GTVp", "GTVn"]
+    assert referred_series(path, "ann") == {pydicom.dcmread(series.files[0]).SeriesInstanceUID}
+    array, grid = read(path, None, "GTVp", "GTVn")
+    assert grid.size[:2] == GRID.size[:2]
+    np.testing.assert_allclose(GRID.indices(np.array(grid.origin)), (0, 0, 2), atol=1e-3)
+    np.testing.assert_allclose(grid.spacing, GRID.spacing, rtol=1e-5)
+    np.testing.assert_array_equal(array, (tumour + 2 * node)[2:6])
+    np.testing.assert_array_equal(read(path, None, "gtv.*")[0], (tumour | node)[2:6])
+
+
+def test_fractions_count_from_one_half_on(series, tmp_path):
+    fractions = np.clip(1.2 - np.abs(np.indices(GRID.shape)[2] - 20) / 10, 0, 1) * disk(12, (3, 4))
+    path = write_segments(tmp_path / "seg.dcm", series, fractional=True, GTV=fractions)
+    array, grid = read(path, None)
+    assert grid.size[2] == 2
+    np.testing.assert_array_equal(array > 0, fractions[3:5] >= 0.5)
