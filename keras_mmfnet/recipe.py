@@ -127,6 +127,8 @@ class DataRecipe(_Part):
         series: Regular expressions by modality for the name of its DICOM series or its channel of a dataset, where
             the usual names do not fit; searched in any case in the series' folder and description.
         mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, which counts.
+        mask_structures: Regular expressions for the whole names of the structures that count in DICOM structure sets
+            and segmentations, in any case; those of the n-th have the label n. None: each such file has one structure.
         mask_from: Which mask counts where each modality has its own: a modality's, `"union"` or `"intersection"`;
             `None` for the reference modality's or the only one. Also the modality that a mask was drawn on whose name
             does not say so; `None` for the reference modality.
@@ -145,6 +147,7 @@ class DataRecipe(_Part):
     mask: Annotated[str, Field(min_length=1)] = "mask"
     series: Annotated[dict[str, str], AfterValidator(_patterns)] = {}
     mask_labels: Annotated[tuple[int, ...], _SEVERAL, AfterValidator(_labels)] | None = None
+    mask_structures: Annotated[tuple[Annotated[str, AfterValidator(_pattern)], ...], _SEVERAL] = ()
     mask_from: str | None = None
     allow_missing: bool = False
     align: Literal["header", "rigid"] = "header"

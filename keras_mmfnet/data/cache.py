@@ -20,6 +20,7 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import RigidTransform
+from keras_mmfnet.data.structures import Structures
 from keras_mmfnet.recipe import DataRecipe
 
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
@@ -46,6 +47,8 @@ def _digest(source, patient):
         return [[_digest(path, patient) for path in source.files], source.frames]
     if isinstance(source, Volume):
         return [_digest(source.path, patient), source.index]
+    if isinstance(source, Structures):
+        return [_digest(source.path, patient), source.patterns, source.series and _digest(source.series, patient)]
     try:
         with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

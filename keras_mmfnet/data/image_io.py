@@ -16,6 +16,7 @@ from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.structures import Structures, read_structures
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.
@@ -47,11 +48,13 @@ def image_suffix(path: str | os.PathLike) -> str | None:
     return next((suffix for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
-def read_image(source: Path | Volume | Series, patient: str, pixel_type: int = sitk.sitkUnknown) -> sitk.Image:
+def read_image(
+    source: Path | Volume | Series | Structures, patient: str, pixel_type: int = sitk.sitkUnknown
+) -> sitk.Image:
     """Reads one 3D image and refuses what is damaged or cannot be worked with.
 
     Args:
-        source: The file's path, a `Volume` of a file, or a DICOM `Series`.
+        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `Structures`.
         patient: The patient's name, for messages.
         pixel_type: SimpleITK's pixel type of the result; the default keeps the file's.
 
@@ -63,6 +66,8 @@ def read_image(source: Path | Volume | Series, patient: str, pixel_type: int = s
             spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
     """
     refuse = refuser(source, patient)
+    if isinstance(source, Structures):
+        return read_structures(source, patient)
     if isinstance(source, Series):
         image = read_series(source, patient, pixel_type)
     else:
@@ -75,11 +80,11 @@ def read_image(source: Path | Volume | Series, patient: str, pixel_type: int = s
     return image
 
 
-def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
+def read_grid(source: Path | Volume | Series | Structures, patient: str) -> Grid:
     """The grid of a 3D image, from its header alone.
 
     Args:
-        source: The file's path, a `Volume` of a file, or a DICOM `Series`.
+        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `Structures`.
         patient: The patient's name, for messages.
 
     Returns:
@@ -90,6 +95,8 @@ def read_grid(source: Path | Volume | Series, patient: str) -> Grid:
     """
     if isinstance(source, Series):
         return series_grid(source, patient)[0]
+    if isinstance(source, Structures):
+        return Grid.from_image(read_structures(source, patient))
     refuse = refuser(source, patient)
     reader, path, _ = _read_header(source, refuse)
     if _is_nifti(path):

@@ -13,6 +13,7 @@ from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import Series, describe_objects, find_objects, is_dicom, walk_files
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
 from keras_mmfnet.data.names import is_named, sequence_of
+from keras_mmfnet.data.structures import find_structures
 from keras_mmfnet.recipe import DataRecipe
 
 _log = logging.getLogger(__name__)
@@ -343,7 +344,21 @@ def _find_dicom(folder, recipe, optional):
     if not any(chosen.values()):
         _choose(folder, images, recipe.modalities[0], recipe, False)
     chosen = {modality: series for modality, series in chosen.items() if series}
-    return chosen, functools.partial(_choose_masks, folder, masks, recipe, others)
+
+    def find_mask(required):
+        # Structures count where they are asked for, or where there is no mask as an image.
+        ignored = masks and not recipe.mask_structures
+        drawn = [] if ignored else find_structures(others, series, recipe.mask_structures, folder.name)
+        if not drawn:
+            return _choose_masks(folder, masks, recipe, others, required)
+        if len(drawn) > 1:
+            raise CaseError(
+                f"{folder.name}: {folder}: must hold one file with the structures, or `data.mask_structures` must say "
+                f"which ones count. Received: {'; '.join(map(str, drawn))}"
+            )
+        return next(({modality: drawn[0]} for modality, one in chosen.items() if one == drawn[0].series), drawn[0])
+
+    return chosen, find_mask
 
 
 def _choose(folder, named, modality, recipe, optional):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,14 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series, series_grid
+from keras_mmfnet.data.dicom import Series, read_tags, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 
 # SOP classes: RT Structure Set, Segmentation, Label Map Segmentation.
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_SERIES_UID = 0x0020000E
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 # Of a slice's distance: how far contours may lie from a slice, and frames from the regular line.
 _BETWEEN = 0.2
@@ -30,35 +31,51 @@ class Structures:
 
     Args:
         path: The file.
-        series: The image series that it refers to; a structure set is read on its grid.
+        series: The image series that it refers to, if it is there; a structure set is read on its grid.
         patterns: Regular expressions that the structures' whole names must match, in any case. The structures of the
             n-th pattern have the label n. None: the only structure of the file, with the label 1.
+        names: The names of all structures in the file that are not empty.
     """
 
     path: Path
     series: Series | None
     patterns: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __str__(self):
-        return str(self.path)
+        return f"{self.path} ({', '.join(map(repr, self.names)) or 'no structure'})"
 
 
-def structure_names(path: Path, patient: str) -> list[str]:
-    """The names of the structures in a file that have contours or voxels.
+def find_structures(
+    objects: Mapping[str, Sequence[Path]], series: Sequence[Series], patterns: Sequence[str], patient: str
+) -> list[Structures]:
+    """The structure sets and segmentations among a patient's DICOM objects.
 
     Args:
-        path: A DICOM structure set or segmentation.
+        objects: Files by SOP class, as `find_objects` gives them.
+        series: The patient's image series.
+        patterns: As those of `Structures`.
         patient: The patient's name, for messages.
 
     Returns:
-        The names in the order of their numbers.
+        Those files that have structures for all patterns; all files if none has.
 
     Raises:
-        CaseError: The file is damaged.
+        CaseError: A file is damaged; or it is the only one, and no structure or several match.
     """
-    refuse = refuser(path, patient)
-    with _library_errors(refuse):
-        return [name for name, _ in _open(path, refuse)[1]]
+    found, uids = [], [read_tags(one.files[0], patient, [_SERIES_UID])[0] for one in series]
+    for path in (path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in objects.get(kind, ())):
+        refuse = refuser(path, patient)
+        with _library_errors(refuse):
+            file, structures = _open(path, refuse)
+            referred = {element.value for element in file.iterall() if element.tag == _SERIES_UID}
+        # It has a series of its own, which no image is in.
+        own = next((one for one, uid in zip(series, uids, strict=True) if uid in referred), None)
+        found.append(Structures(path, own, tuple(patterns), tuple(name for name, _ in structures)))
+    found = [one for one in found if all(_matching(pattern, one.names) for pattern in patterns)] or found
+    if len(found) == 1:
+        _choose(found[0].names, patterns, refuser(found[0].path, patient))
+    return found
 
 
 def read_structures(source: Structures, patient: str) -> sitk.Image:
@@ -99,15 +116,6 @@ def read_structures(source: Structures, patient: str) -> sitk.Image:
         return grid.image(array)
 
 
-def referred_series(path: Path, patient: str) -> set[str]:
-    """The SeriesInstanceUIDs that a structure set or segmentation refers to; raises `CaseError` if it is damaged."""
-    refuse = refuser(path, patient)
-    with _library_errors(refuse):
-        file, _ = _open(path, refuse)
-        own = file.get("SeriesInstanceUID")
-        return {element.value for element in file.iterall() if element.keyword == "SeriesInstanceUID"} - {own}
-
-
 @contextlib.contextmanager
 def _library_errors(refuse):
     """Turns the errors of pydicom about a file into one that names it, and keeps its warnings back."""
@@ -122,16 +130,18 @@ def _library_errors(refuse):
             raise refuse("an undamaged DICOM structure set or segmentation", received) from error
 
 
+def _matching(pattern, names):
+    return [index for index, name in enumerate(names) if re.fullmatch(pattern, name, re.IGNORECASE)]
+
+
 def _choose(names, patterns, refuse):
     """`(label, index)` of the structures that count."""
     listed = ", ".join(map(repr, names)) or "none"
-    if not patterns:
-        if len(names) != 1:
-            raise refuse("a file of one structure, unless `data.structures` says which ones count", listed)
-        return [(1, 0)]
+    if not patterns and len(names) != 1:
+        raise refuse("a file of one structure, unless `data.mask_structures` says which ones count", listed)
     chosen = []
-    for label, pattern in enumerate(patterns, start=1):
-        found = [index for index, name in enumerate(names) if re.fullmatch(pattern, name, re.IGNORECASE)]
+    for label, pattern in enumerate(patterns or [".*"], start=1):
+        found = _matching(pattern, names)
         if not found:
             raise refuse(f"a file with a structure whose name matches {pattern!r}", listed)
         chosen += [(label, index) for index in found]

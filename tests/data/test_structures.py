@@ -8,10 +8,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.structures import STRUCTURE_SET, Structures, read_structures, referred_series, structure_names
+from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, Structures, find_structures, read_structures
+from keras_mmfnet.recipe import DataRecipe
 
 TURN = sitk.Euler3DTransform()
 TURN.SetRotation(0.2, -0.1, 0.15)
@@ -86,7 +89,6 @@ def test_contours_on_the_grid_of_their_series(series, tmp_path):
     assert grid.matches(GRID)
     ring = disk(10.4, (2, 3, 4)) & ~disk(4.3, (2, 3, 4))
     np.testing.assert_array_equal(array > 0, ring | disk(2.6, (4, 5), (33, 8)))
-    assert referred_series(path, "ann") == {pydicom.dcmread(series.files[0]).SeriesInstanceUID}
 
 
 def test_a_contour_that_is_there_twice_counts_once(series, tmp_path):
@@ -97,7 +99,12 @@ def test_a_contour_that_is_there_twice_counts_once(series, tmp_path):
 def test_structures_are_chosen_by_name(series, tmp_path):
     contours = {"GTVp": [circle(6.3, 2)], "GTVn 1": [circle(2.6, 2, (33, 8))], "BODY": [circle(15.3, 2)], "empty": []}
     path = write_structures(tmp_path / "rs.dcm", series, **contours)
-    assert structure_names(path, "ann") == ["GTVp", "GTVn 1", "BODY"]
+    other = write_structures(tmp_path / "other.dcm", series, GTV=[circle(6.3, 2)])
+    both = {STRUCTURE_SET: [path, other]}
+    found = find_structures(both, [series], ["gtv[pn].*"], "ann")
+    assert found == [Structures(path, series, ("gtv[pn].*",), ("GTVp", "GTVn 1", "BODY"))]
+    assert [one.path for one in find_structures(both, [series], ["CTV"], "ann")] == [path, other]
+    assert [one.series for one in find_structures(both, [], [], "ann")] == [None, None]
     primary, node = disk(6.3, (2,)), disk(2.6, (2,), (33, 8))
     np.testing.assert_array_equal(read(path, series, "gtvp")[0], primary)
     np.testing.assert_array_equal(read(path, series, "GTV.*")[0], primary | node)
@@ -173,8 +180,9 @@ def test_segments_on_the_grid_of_their_frames(series, tmp_path):
     # No frame at 3, where there is nothing, nor at 0, 1 and 6.
     tumour, node = disk(6.3, (2, 4, 5)), disk(2.6, (4,), (33, 8))
     path = write_segments(tmp_path / "seg.dcm", series, GTVp=tumour, GTVn=node)
-    assert structure_names(path, "ann") == ["GTVp", "GTVn"]
-    assert referred_series(path, "ann") == {pydicom.dcmread(series.files[0]).SeriesInstanceUID}
+    assert find_structures({SEGMENTATIONS[0]: [path]}, [series], ["GTV."], "ann") == [
+        Structures(path, series, ("GTV.",), ("GTVp", "GTVn"))
+    ]
     array, grid = read(path, None, "GTVp", "GTVn")
     assert grid.size[:2] == GRID.size[:2]
     np.testing.assert_allclose(GRID.indices(np.array(grid.origin)), (0, 0, 2), atol=1e-3)
@@ -189,3 +197,30 @@ def test_fractions_count_from_one_half_on(series, tmp_path):
     array, grid = read(path, None)
     assert grid.size[2] == 2
     np.testing.assert_array_equal(array > 0, fractions[3:5] >= 0.5)
+
+
+def test_a_patient_with_structures_as_the_mask(tmp_path):
+    folder = tmp_path / "ann"
+    for name in ("T1", "T2"):
+        write_series(folder / name, GRID, description=name, array=np.indices(GRID.shape).sum(0) % 4)
+    series = find_series(folder, "ann")
+    recipe = DataRecipe(modalities=("t1", "t2"), spacing=None, normalised_scale=1.0)
+    contours = {"GTV": [circle(6.3, z) for z in (2, 3)], "BODY": [circle(15.3, z) for z in (2, 3)]}
+    write_structures(folder / "rs.dcm", next(one for one in series if one.description == "T2"), **contours)
+    with pytest.raises(CaseError, match=r"`data.mask_structures` says which ones count. Received: 'GTV', 'BODY'"):
+        read_case_folder(folder, recipe)
+    assert read_case_folder(folder, recipe, require_mask=False).mask is None
+    chosen = recipe.model_copy(update={"mask_structures": ("gtv",)})
+    case = read_case_folder(folder, chosen)
+    assert list(case.mask) == ["t2"]
+    patient = preprocess_case(case, chosen, tmp_path / "cache")
+    np.testing.assert_array_equal(read_tumour(case, chosen, patient) > 0, disk(6.3, (2, 3)))
+    # Another choice is another entry of the cache.
+    other = recipe.model_copy(update={"mask_structures": ("BODY",)})
+    assert preprocess_case(read_case_folder(folder, other), other, tmp_path / "cache").mask.sum() > patient.mask.sum()
+    write_structures(folder / "rs2.dcm", series[0], GTV=[circle(6.3, 2)])
+    with pytest.raises(CaseError, match=r"one file with the structures.*rs.dcm \('GTV', 'BODY'\); .*rs2.dcm \('GTV'\)"):
+        read_case_folder(folder, chosen)
+    # A mask as an image counts, unless structures are asked for.
+    sitk.WriteImage(GRID.image(disk(4, (2,)).astype(np.uint8)), str(folder / "mask.nii.gz"))
+    assert read_case_folder(folder, recipe).mask == folder / "mask.nii.gz"
