@@ -15,7 +15,7 @@ class BatchNormReLU(keras.layers.Layer):
         axis: Axis of the channels.
         momentum: Share of the old value in each update of a moving average.
         epsilon: Added to the variance.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of any number of axes, of which the channels must be known.
