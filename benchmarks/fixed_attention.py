@@ -1,17 +1,17 @@
-"""Asks whether MMFNet's attention looks at the patient: the same network with the weights that it has on average.
+"""Tests whether MMFNet's attention depends on the patient, by replacing its weights with their means.
 
     python benchmarks/fixed_attention.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
 
 OUT is a run of reproduce_tables.py. In the trained network each channel weight is replaced by its mean over the
-validation patients, each block's spatial weights by their one mean, or both; what the test patients' DSC loses is what
-the attention has found in them.
+validation patients, the spatial weights of each block by their overall mean, or both. The loss of DSC on the test
+patients measures what the attention adapts to each patient.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+# Off by default on some processors; a training step is three times faster with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
@@ -33,13 +33,13 @@ def attentions(model, kind):
 
 
 def mean_weights(model, patients, recipe):
-    """By kind, each block's channel weights on average over the patients, and its spatial weights' one mean."""
+    """By kind, the mean channel weights of each block over the patients, and the overall mean spatial weight."""
     seen = {}
     for kind, axes in (("channel", 0), ("spatial", None)):
         seen[kind] = [record(layer, axes) for layer in attentions(model, kind)]
 
     def call(batch):
-        # Eagerly: there is nothing to record in a graph.
+        # Eager: the weights cannot be recorded in a graph.
         return keras.ops.convert_to_numpy(model(batch))
 
     for case in patients:
@@ -48,7 +48,7 @@ def mean_weights(model, patients, recipe):
 
 
 def record(layer, axes):
-    """A list to which the attention adds the mean of its weights at every call."""
+    """A list to which the attention appends the mean of its weights at every call."""
     compute, weights = layer.scores, []
 
     def scores(*arguments, **options):
@@ -61,7 +61,7 @@ def record(layer, axes):
 
 
 def fix(model, kind, means):
-    """Puts these weights in the place of those that the inputs would give."""
+    """Replaces the weights computed from the inputs by these means."""
     for layer, mean in zip(attentions(model, kind), means, strict=True):
 
         def scores(features, *_, mean=mean, **options):

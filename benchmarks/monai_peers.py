@@ -1,4 +1,4 @@
-"""MONAI's networks on the stacked modalities, trained as this package's: same patches, loss, optimiser and updates.
+"""MONAI's networks on the stacked modalities, trained with this package's patches, loss, optimiser and updates.
 
 For `mmfnet compare --import`; needs `pip install monai`. Each has about as many parameters as MMFNet (1.6 million).
 """
@@ -35,7 +35,7 @@ def _dyn_unet(channels):
 
 
 def _seg_res_net(channels):
-    # Its usual 8 groups do not divide 9 filters.
+    # The default of 8 groups does not divide 9 filters.
     return SegResNet(3, init_filters=9, in_channels=channels, out_channels=1, norm=("GROUP", {"num_groups": 3}))
 
 
@@ -44,7 +44,7 @@ def _basic_unet(channels):
 
 
 class Probability(torch.nn.Module):
-    """A network's logits as probabilities; it starts from 5% tumour, as the networks of this package do."""
+    """Converts logits to probabilities. The initial probability is 5%, as in the networks of this package."""
 
     def __init__(self, network):
         super().__init__()
@@ -66,11 +66,11 @@ def dice_loss(prediction, truth):
 
 
 def train_peer(method, training, validation, recipe, directory):
-    """Trains a peer as `keras_mmfnet.training.train_method` trains a network; goes on after the last whole epoch.
+    """Trains a network as `keras_mmfnet.training.train_method` does; resumes after the last complete epoch.
 
     Returns:
-        `(predict, parameters, history)`: a callable for `predict_volume`, the number of weights, and a list with the
-        numbers of each epoch.
+        `(predict, parameters, history)`: a callable for `predict_volume`, the number of weights, and a dict of metrics
+        per epoch.
     """
     path = directory / f"{method.name}.pt"
     torch.manual_seed(recipe.training.seed)
@@ -111,7 +111,7 @@ def train_peer(method, training, validation, recipe, directory):
             progress(directory / method.name, epoch * steps + step + 1, recipe.training.epochs * steps)
         model.eval()
         with torch.no_grad():
-            # As Keras averages a loss over the batches of an epoch: by their patches.
+            # Batches are weighted by their number of patches, as in Keras.
             pairs = [(len(t), dice_loss(model(stacked(x)), stacked({"mask": t}).float()).item()) for x, t in held_back]
         val_loss = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
         row = {"epoch": epoch, "loss": float(np.mean(losses)), "val_loss": val_loss}

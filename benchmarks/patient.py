@@ -1,9 +1,9 @@
-"""Seconds from one patient's files to the mask as a file, the model being loaded, and what part of it is the network's.
+"""Measures the time from a patient's files to the written mask with a loaded model, and the network's part of it.
 
     python benchmarks/patient.py
 
 Three images of 512x512x40 voxels, the paper's recipe: pixels of 0.5 mm, windows of 16x256x256 every four slices. The
-network has random weights, which take as long as any.
+network has random weights, which does not affect the time.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+# Off by default on some processors; a training step is three times faster with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
@@ -64,7 +64,7 @@ def main():
                     "windows, resampling, writing": end - preprocessed - sum(network),
                 }
             )
-    first, *rows = rows  # the first is when the network is compiled
+    first, *rows = rows  # the first one includes compilation
     result = {
         "machine": machine("keras", keras.backend.backend(), "SimpleITK"),
         "windows": sum(windows),

@@ -1,9 +1,9 @@
-"""Patches per second of the training data: this package's tf.data pipeline against MONAI's transforms.
+"""Compares the patches per second of this package's tf.data pipeline and of MONAI's transforms.
 
     python benchmarks/pipeline.py
 
-Three modalities and a mask in patches of 16x256x256, each moved, mirrored and rotated at random; the patients lie in
-memory. MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns.
+Patches of 16x256x256 of three modalities and a mask, with random offset, flip and rotation, from patients in memory.
+MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def ours(cases, recipe):
 
 
 def monai(cases, recipe, affine):
-    """Endless batches of MONAI: cropped first, which is the faster order, then mirrored and rotated."""
+    """Endless batches of MONAI: cropped first, which is faster, then flipped and rotated."""
     from monai.data import DataLoader, Dataset
     from monai.transforms import Compose, RandAffined, RandFlipd, RandRotated, RandSpatialCropd
 
@@ -50,20 +50,20 @@ def monai(cases, recipe, affine):
     modes = ["bilinear"] * len(recipe.data.modalities) + ["nearest"]
     angle = np.radians(recipe.patches.max_rotation)
     if affine:
-        turn = RandAffined(names, prob=1, rotate_range=(angle, 0, 0), mode=modes, padding_mode="border")
+        rotate = RandAffined(names, prob=1, rotate_range=(angle, 0, 0), mode=modes, padding_mode="border")
     else:
-        turn = RandRotated(names, prob=1, range_x=angle, mode=modes, padding_mode="border")
+        rotate = RandRotated(names, prob=1, range_x=angle, mode=modes, padding_mode="border")
     transform = Compose(
         [
             RandSpatialCropd(names, recipe.patches.shape, random_size=False),
             RandFlipd(names, prob=0.5, spatial_axis=1),
-            turn,
+            rotate,
         ]
     )
     patients = [
         {**{name: image[None] for name, image in case.images.items()}, "mask": case.mask[None]} for case in cases
     ]
-    # Long enough that the workers are not started again.
+    # Long enough that the workers are not restarted.
     loader = DataLoader(
         Dataset(patients * 1000, transform),
         batch_size=recipe.training.batch_size,
@@ -76,12 +76,12 @@ def monai(cases, recipe, affine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=8, help="turns that count (8)")
+    parser.add_argument("--turns", type=int, default=8, help="turns that are measured, after one to warm up (8)")
     parser.add_argument("--seconds", type=float, default=4, help="length of a turn (4)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
     cases, recipe = make_cases(4), Recipe().replace({"training.batch_size": 2})
-    # MONAI's processes first: they are forked, which TensorFlow's threads would not survive.
+    # MONAI first: its processes are forked, which must happen before TensorFlow starts threads.
     contenders = {f"monai, {'RandAffined' if affine else 'RandRotated'}": affine for affine in (False, True)}
     contenders = {name: monai(cases, recipe, affine) for name, affine in contenders.items()}
     for batches in contenders.values():
@@ -91,14 +91,14 @@ def main():
     rates = {name: [] for name in contenders}
     for _ in range(parsed.turns + 1):
         for name, batches in contenders.items():
-            for _ in range(6):  # what was made ahead while the others had their turn
+            for _ in range(6):  # discard prefetched batches
                 next(batches)
             start, patches = time.perf_counter(), 0
             while time.perf_counter() - start < parsed.seconds:
                 next(batches)
                 patches += recipe.training.batch_size
             rates[name].append(patches / (time.perf_counter() - start))
-    rates = {name: values[1:] for name, values in rates.items()}  # the first turn is to warm up
+    rates = {name: values[1:] for name, values in rates.items()}  # the first turn warms up
     medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}
     best = max((name for name in medians if name.startswith("monai")), key=medians.get)
     ratio = statistics.median(a / b for a, b in zip(rates["keras-mmfnet"], rates[best], strict=True))

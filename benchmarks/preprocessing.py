@@ -1,10 +1,10 @@
-"""Seconds to preprocess one patient: this package against the same steps in MONAI.
+"""Compares the time to preprocess a patient in this package and in MONAI.
 
     python benchmarks/preprocessing.py
 
-Three images of 512x512x30 voxels as files, two of them on grids of their own: brought onto the first one's grid with
-pixels of 0.5 mm, z-scored inside the body, clipped. MONAI has no body mask by slices: there the voxels that are not 0
-stand for the body, which is less work. The two take turns.
+Three image files of 512x512x30 voxels on different grids are resampled to the first one's grid with pixels of 0.5 mm,
+z-scored inside the body and clipped. MONAI has no body mask: it uses the nonzero voxels, which is less work. The two
+take turns.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "preprocessing.json"
 
 
 def write_patient(folder, slices=30):
-    """Three images of a body, 230 mm wide; t2 and cet1 are shifted and cover a little more."""
+    """Writes three images of a body, 230 mm wide; t2 and cet1 are shifted and cover a slightly larger field of view."""
     images = {}
     for number, name in enumerate(("t1", "t2", "cet1")):
         spacing = (0.45 + 0.01 * number, 0.45 + 0.01 * number, 4.0 + 0.1 * number)
@@ -39,14 +39,14 @@ def write_patient(folder, slices=30):
 
 
 def monai_transform(recipe):
-    """The same steps in MONAI, as a function of a case."""
+    """A function of a case that does the same steps in MONAI."""
     from monai.transforms import Compose, LoadImaged, NormalizeIntensityd, ResampleToMatchd, Spacingd
 
     names = list(recipe.data.modalities)
     transform = Compose(
         [
             LoadImaged(names, ensure_channel_first=True),
-            # The paper keeps the distance between slices, whatever it is.
+            # The spacing of the slices is kept, as in the paper.
             Spacingd(names[0], pixdim=(recipe.data.spacing, recipe.data.spacing, 0)),
             ResampleToMatchd(names[1:], key_dst=names[0]),
             NormalizeIntensityd(names, nonzero=True),
@@ -62,7 +62,7 @@ def monai_transform(recipe):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="turns that count (7)")
+    parser.add_argument("--turns", type=int, default=7, help="turns that are measured, after one to warm up (7)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
     recipe = Recipe()
@@ -75,7 +75,7 @@ def main():
                 start = time.perf_counter()
                 preprocess(case)
                 seconds[name].append(time.perf_counter() - start)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first turn is to warm up
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first turn warms up
     ratio = statistics.median(a / b for a, b in zip(seconds["keras-mmfnet"], seconds["monai"], strict=True))
     result = {
         "machine": machine("SimpleITK", "monai", "torch"),

@@ -1,7 +1,7 @@
-"""MMFNet in plain PyTorch, written as a good PyTorch user would: what the speed of this package is measured against.
+"""MMFNet in plain, idiomatic PyTorch: the baseline for the speed of this package.
 
-It shares no code with the package. With the same weights, which `load_keras_weights` brings over, both give the same
-output, so each also checks the other.
+It shares no code with the package. With the same weights, which `load_keras_weights` copies, both give the same output,
+which tests both.
 """
 
 import torch
@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Channel attention, spatial attention and residual fusion over the features side by side (section III-B)."""
+    """Channel attention, spatial attention and residual fusion of the concatenated features (section III-B)."""
 
     def __init__(self, channels, filters, reduction, attention=True):
         super().__init__()
@@ -87,7 +87,7 @@ class MMFNet(nn.Module):
         modalities: Number of modalities.
         filters: Filters of each encoder's blocks.
         reduction: Ratio of the channel attention's hidden layer.
-        attention: Whether the fusion blocks weight what they fuse.
+        attention: Whether the fusion blocks have channel and spatial attention.
     """
 
     def __init__(self, modalities=3, filters=(8, 16, 32, 64), reduction=12, attention=True):
@@ -104,7 +104,7 @@ class MMFNet(nn.Module):
         self.head = nn.Conv3d(filters[0], 1, 1)
 
     def forward(self, inputs):
-        """Probabilities `(batch, 1, depth, height, width)` from one tensor of that shape for each modality."""
+        """Probabilities `(batch, 1, depth, height, width)` from a tensor of that shape per modality."""
         levels = zip(*(encoder(x) for encoder, x in zip(self.encoders, inputs, strict=True)), strict=True)
         *skips, x = [fuse(list(features)) for fuse, features in zip(self.fusions, levels, strict=True)]
         for up, block, skip in zip(reversed(self.ups), reversed(self.blocks), reversed(skips), strict=True):
@@ -118,21 +118,21 @@ def dice_loss(truth, probability):
 
 
 def load_keras_weights(network, weights, modalities=("t1", "t2", "cet1")):
-    """Fills a plain network with the weights of a `keras_mmfnet.models.MMFNet`.
+    """Copies the weights of a `keras_mmfnet.models.MMFNet`.
 
     Args:
         network: The `MMFNet` above.
-        weights: Arrays by their Keras path.
+        weights: `{Keras path: array}`.
         modalities: Names of the modalities, in order.
 
     Raises:
-        ValueError: The weights are those of another network.
+        ValueError: The weights do not match the network.
     """
     used = set()
 
     def fill(parameter, path):
         array = torch.as_tensor(weights[path])
-        # Keras keeps a kernel's outputs last (a transposed convolution's inputs), PyTorch first.
+        # The output channels of a kernel are last in Keras and first in PyTorch (inputs for a transposed convolution).
         array = array.permute(4, 3, 0, 1, 2) if array.ndim == 5 else array.T if array.ndim == 2 else array
         parameter.data.copy_(array)
         used.add(path)
@@ -147,11 +147,11 @@ def load_keras_weights(network, weights, modalities=("t1", "t2", "cet1")):
         if layer.bias is not None:
             fill(layer.bias, f"{path}/beta" if isinstance(layer, nn.BatchNorm3d) else f"{path}/bias")
     if used != set(weights):
-        raise ValueError(f"weights of an MMFNet like this are expected. Received: also {sorted(set(weights) - used)}")
+        raise ValueError(f"the weights must be those of this network. Received: also {sorted(set(weights) - used)}")
 
 
 def named_layers(network, modalities):
-    """Each layer with weights, after its path in Keras."""
+    """Yields the Keras path of each layer with weights, and the layer."""
     blocks = {}
     for modality, encoder in zip(modalities, network.encoders, strict=True):
         for level, (first, second) in enumerate(zip(encoder.first, encoder.second, strict=True), start=1):

@@ -1,9 +1,9 @@
-"""Seconds to align one image of a patient with another, and how near it comes.
+"""Measures the time and the accuracy of the registration of two images of a patient.
 
     python benchmarks/registration.py --patient DIR --modality t2
 
-The patient has an image of t1 and of the modality, which lie on each other. The second is moved by known rotations and
-shifts before each alignment.
+The patient has an image of t1 and one of the modality, which are aligned. Before each registration, the second one is
+displaced by a known rigid transform.
 """
 
 import argparse
@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parent / "results" / "registration"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patient", type=Path, required=True, help="folder with the patient's images")
-    parser.add_argument("--modality", default="t2", metavar="NAME", help="the image that is moved (t2)")
-    parser.add_argument("--turns", type=int, default=5, help="alignments that count (5)")
+    parser.add_argument("--modality", default="t2", metavar="NAME", help="the image that is displaced (t2)")
+    parser.add_argument("--turns", type=int, default=5, help="registrations (5)")
     parsed = parser.parse_args()
     recipe = Recipe().replace({"data.modalities": ("t1", parsed.modality)})
     files = read_case_folder(parsed.patient, recipe.data, require_mask=False)

@@ -3,9 +3,9 @@
     python benchmarks/reproduce_tables.py DATA --out DIR
     python benchmarks/reproduce_tables.py DATA --out DIR --methods multi_encoder,mmfnet_mlp_std --fold 0 --fold 1
 
-It is the command `mmfnet compare`, with MONAI's networks where MONAI is installed: every method sees the same folds,
-patches and number of updates. Started again with the same --out, it goes on where it was stopped; started twice at the
-same time, the two share the work.
+This is the command `mmfnet compare`, with MONAI's networks if MONAI is installed: all methods have the same folds,
+patches and number of updates. A second call with the same --out resumes. Two processes with the same --out share the
+work.
 """
 
 import importlib.util

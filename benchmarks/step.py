@@ -1,13 +1,13 @@
-"""Times a training step and a prediction of MMFNet on each backend, against plain PyTorch and without attention.
+"""Measures a training step and a prediction of MMFNet on each backend, against plain PyTorch and without attention.
 
     python benchmarks/step.py                                   # two CPU cores: TensorFlow and PyTorch
-    python benchmarks/step.py --check                           # fails where a ratio is 20% worse than the one kept
+    python benchmarks/step.py --check                           # fails if a ratio is 20% worse than the stored one
     python benchmarks/step.py --baseline ../before              # beside another checkout of this package
     python benchmarks/step.py --each-kernel --name kernels      # what each of the fast kernels gains
     python benchmarks/step.py --backends torch jax --name a100 --shape 8 16 256 256 --policy mixed_bfloat16     # a GPU
 
-Every contender lives in a process of its own, and they take turns, so that whatever else the machine does falls on all
-of them. What is compared is the ratio within a turn; its median over the turns is printed and written.
+Each contender runs in its own process, and they take turns, so that other load on the machine affects all of them. The
+results are medians over the turns of the ratios within a turn.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from machine import machine, report
 
 RESULTS = Path(__file__).parent / "results" / "step"
 WORSE = 1.2
-# Plain PyTorch as this package lets it use memory, which its users would not think of, and as it is compiled.
+# Plain PyTorch with the memory settings of this package, which few users know, and compiled.
 KEPT, COMPILED = "plain with memory kept, channels last", "plain, compiled"
-# How the C library is told to keep freed memory, as the command mmfnet does.
+# These make the C library keep freed memory, as in the command mmfnet.
 MEMORY_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(2**28)}
-# Names of what is measured, in the ratios.
+# Names in the ratios.
 MEMORY = {"peak_mib": "memory", "peak_tensors_mib": "tensors"}
 # Operations that have a fast implementation.
 _BOTH = ("statistics_over_space", "statistics_over_channels", "weighted_reduction", "batch_norm_relu")
@@ -54,10 +54,10 @@ class Contender:
 
 
 def choose_contenders(backends, policy, gpu, baseline=None, each_kernel=False):
-    """The contenders of one run: plain PyTorch in its variants, and each backend in the variants that count.
+    """The contenders of one run: the variants of plain PyTorch and of each backend.
 
-    Those are without attention, with plain kernels, with one plain kernel among the fast ones (`each_kernel`), and from
-    the checkout `baseline` where there is one.
+    The variants of a backend are without attention, with plain kernels, with one plain kernel among the fast ones
+    (`each_kernel`), and from the checkout `baseline` if it is set.
     """
     plain = [
         Contender("plain", policy=policy, memory_kept=False),
@@ -90,16 +90,16 @@ def main():
     )
     add("--shape", nargs=4, type=int, default=(2, 16, 128, 128), metavar="N", help="batch, depth, height, width")
     add("--policy", default="float32", help="dtype policy: float32, mixed_float16 or mixed_bfloat16")
-    add("--turns", type=int, default=10, help="steps of each contender that count (10)")
+    add("--turns", type=int, default=10, help="measured steps of each contender (10)")
     add("--name", default="cpu", help="name of the machine, for the file of results (cpu)")
-    add("--check", action="store_true", help="compare with the results of that name that are kept")
-    add("--baseline", type=Path, metavar="DIR", help="another checkout of this package to measure beside this one")
+    add("--check", action="store_true", help="compare with the stored results of that name")
+    add("--baseline", type=Path, metavar="DIR", help="another checkout of this package, which is measured too")
     add("--each-kernel", action="store_true", help="measure the step with each of the fast kernels made plain, too")
     add("--out", type=Path, help=f"JSON file for the results (default: {RESULTS}/<name>.json, not with --check)")
     parsed = parser.parse_args()
     kept = RESULTS / f"{parsed.name}.json"
     if parsed.check and not kept.is_file():
-        parser.error(f"--check: results to compare with are expected. Received: {kept}, which is not there")
+        parser.error(f"--check: stored results are expected. Received: {kept}, which does not exist")
 
     result = measure(parsed)
     if parsed.check:
@@ -110,14 +110,14 @@ def main():
 
 
 def measure(parsed):
-    """Starts the contenders, lets them take turns, and compares them."""
+    """Starts the contenders, measures them in turns and compares them."""
     import torch
 
     gpu = torch.cuda.is_available()
     context = multiprocessing.get_context("spawn")
     contenders = choose_contenders(parsed.backends, parsed.policy, gpu, parsed.baseline, parsed.each_kernel)
     results, seconds = {}, {}
-    # On a GPU one at a time: its memory is not for all of them.
+    # One at a time on a GPU, whose memory is too small for all of them.
     groups = [[contender] for contender in contenders] if gpu else [contenders]
     for group in groups:
         workers = {}
@@ -130,13 +130,13 @@ def measure(parsed):
                 os.environ |= {name: value} if keeps else {}
             process = context.Process(target=work, args=(there, contender, tuple(parsed.shape), gpu), daemon=True)
             process.start()
-            # Of the two ends this process keeps one, so that it is told when the other's process ends.
+            # Close the other end here, so that `recv` raises EOFError when the process ends.
             there.close()
             workers[contender.name] = here
             try:
                 results[contender.name] = here.recv()
             except EOFError:
-                sys.exit(f"{contender.name}: its process ended; what it said is above")
+                sys.exit(f"{contender.name}: its process ended; see its messages above")
             print(f"{contender.name}: {results[contender.name]}", flush=True)
         for what in ("train", "predict"):
             for _ in range(parsed.turns):
@@ -166,7 +166,7 @@ def measure(parsed):
 
 
 def worse(now, before):
-    """What to say of each ratio that is more than a fifth worse than it was."""
+    """A message for each ratio that is more than 20% worse than before."""
     return [
         f"worse: {name} is {ratio:.2f}, and was {before[name]:.2f}"
         for name, ratio in now.items()
@@ -175,7 +175,7 @@ def worse(now, before):
 
 
 def compare(results, seconds, backends):
-    """The ratios that count, each the median over the turns; "plain" stands for its better memory layout in each."""
+    """The ratios as medians over the turns. "plain" is the better of its two memory layouts."""
     others = [name for name in (KEPT, COMPILED) if name in results]
     plain = [name for name in results if name.startswith("plain") and name not in others]
 
@@ -218,7 +218,7 @@ def compare(results, seconds, backends):
 
 
 def work(connection, contender, shape, gpu):
-    """One contender's process: makes its step, and runs it whenever it is told to."""
+    """The process of one contender: builds its step, and runs it on request."""
     if contender.kernels:
         os.environ["MMFNET_KERNELS"] = contender.kernels
     if contender.checkout:
@@ -258,7 +258,7 @@ def make_arrays(shape):
 
 
 def make_keras(contender, shape):
-    """A training step, a prediction and the peak memory of this package's MMFNet."""
+    """Returns functions for a training step, a prediction and the peak memory of this package's MMFNet."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     import keras
 
@@ -278,7 +278,7 @@ def make_keras(contender, shape):
 
 
 def fusion_without_attention(filters, data_format, dtype, name, **attention):
-    """In place of a fusion block: the features concatenated, then residual fusion alone."""
+    """Replaces a fusion block by concatenation and residual fusion."""
     import keras
 
     from keras_mmfnet.layers import ResidualFusion3D
@@ -289,7 +289,7 @@ def fusion_without_attention(filters, data_format, dtype, name, **attention):
 
 
 def make_plain(contender, shape):
-    """A training step, a prediction and the peak memory of plain PyTorch's MMFNet."""
+    """Returns functions for a training step, a prediction and the peak memory of plain PyTorch's MMFNet."""
     import numpy as np
     import torch
     from reference_torch import MMFNet, dice_loss
@@ -328,7 +328,7 @@ def make_plain(contender, shape):
 
 
 def memory_bandwidth(gpu):
-    """Bytes per second that a copy of a large tensor reads and writes."""
+    """Bytes per second read and written by the copy of a large tensor."""
     import torch
 
     source = torch.ones(2**28 if gpu else 2**26, device="cuda" if gpu else "cpu")
@@ -344,9 +344,9 @@ def memory_bandwidth(gpu):
 
 
 def least_traffic(shape):
-    """Bytes that a training step in float32 must move at the least.
+    """The minimum number of bytes that a training step in float32 reads and writes.
 
-    Each layer's output is written once and read once, and so is its gradient.
+    Each output of a layer, and its gradient, is written once and read once.
     """
     import torch
     from reference_torch import MMFNet
@@ -362,7 +362,7 @@ def least_traffic(shape):
 
 
 def memory_since_now(backend):
-    """A function that gives the peak of the memory taken from here on, in MiB: the GPU's where there is one."""
+    """Returns a function that measures the peak memory from now on in MiB, of the GPU if there is one."""
     if backend == "torch":
         import torch
 
@@ -384,9 +384,9 @@ def memory_since_now(backend):
 
 
 def memory_of_tensors(run):
-    """The peak of what PyTorch's tensors take while `run` runs, beyond what they took before, in MiB.
+    """The peak memory of PyTorch's tensors during `run`, relative to before, in MiB.
 
-    The process takes more: what PyTorch and its libraries need themselves, and what lies free between the tensors.
+    It does not include memory of PyTorch and its libraries, and fragmentation.
     """
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""Makes the tables and the charts of a comparison of methods from the numbers that it has written.
+"""Writes the tables and charts of a comparison of methods from its results.
 
 python benchmarks/tables.py DIR
 """

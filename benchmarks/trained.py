@@ -1,4 +1,4 @@
-"""What the questions to a trained network have in common: a run of mmfnet compare, one of its networks."""
+"""Shared by the benchmarks of a trained network: loads a network of a run of mmfnet compare, and its patients."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ def add_arguments(parser):
 
 
 def open_run(parsed):
-    """A function that loads the network, the recipe, and the preprocessed patients for validation and test."""
+    """Returns a function that loads the network, the recipe, and the preprocessed validation and test patients."""
     run = Run(parsed.run)
     path = run.network(parsed.fold, parsed.method)
     if not path.is_file():
@@ -35,10 +35,10 @@ def open_run(parsed):
 
 
 def scores(predict, patients, recipe, missing=()):
-    """The DSC of each patient, without the modalities that are `missing`."""
+    """The DSC of each patient with these modalities `missing`."""
     found = []
     for case in patients:
-        # As in inference, what is missing is zeros.
+        # A missing modality is zeros, as in inference.
         images = {name: image * (name not in missing) for name, image in case.images.items()}
         volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre)
         found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])

@@ -1,4 +1,4 @@
-"""One more method for mmfnet compare (--import): self-transfer without the lower learning rate after it."""
+"""Another method for mmfnet compare (--import): self-transfer without lowering the learning rate."""
 
 import dataclasses
 

@@ -1,14 +1,14 @@
-"""Shows which sequence each fusion block of a run's network listens to in one patient.
+"""Plots the share of each modality in each fusion block of a run's network, for one patient.
 
     python examples/explain_patient.py RUN PATIENT attention.png
 
-The command `mmfnet explain` draws the spatial attention and the gradient maps as well.
+The command `mmfnet explain` also draws the spatial attention and gradient maps.
 """
 
 import os
 import sys
 
-# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+# Off by default on some processors; a training step is three times faster with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 from keras_mmfnet.data import preprocess_case, read_case_folder

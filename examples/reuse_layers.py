@@ -1,4 +1,4 @@
-"""Puts an attention layer of this package into a small classifier of its own and trains it on made-up volumes.
+"""Trains a small classifier with an attention layer of this package on random volumes.
 
 python examples/reuse_layers.py
 """
@@ -10,11 +10,11 @@ from keras_mmfnet.layers import ChannelStdAttention3D
 
 
 def make_volumes(count, seed):
-    """Noise, the louder half of it with the label 1: only the spread tells them apart."""
+    """Volumes of noise; those with label 1 have a larger standard deviation."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
-    loudness = np.where(labels, 1.6, 1.0).reshape(-1, 1, 1, 1, 1)
-    return (rng.normal(size=(count, 8, 16, 16, 1)) * loudness).astype("float32"), labels
+    scale = np.where(labels, 1.6, 1.0).reshape(-1, 1, 1, 1, 1)
+    return (rng.normal(size=(count, 8, 16, 16, 1)) * scale).astype("float32"), labels
 
 
 def main():

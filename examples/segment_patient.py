@@ -1,15 +1,15 @@
-"""Segments one patient with the networks of a run, on the grid of the patient's reference sequence.
+"""Segments one patient with the networks of a run, on the grid of the patient's reference modality.
 
     python examples/segment_patient.py RUN PATIENT mask.nii.gz
 
-The command `mmfnet segment` does the same for many patients, and writes DICOM, probabilities and pictures too.
+The command `mmfnet segment` does the same for many patients, and also writes DICOM, probabilities and images.
 """
 
 import math
 import os
 import sys
 
-# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+# Off by default on some processors; a training step is three times faster with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import SimpleITK as sitk

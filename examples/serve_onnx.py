@@ -1,10 +1,10 @@
-"""Segments a patient with onnxruntime alone: neither Keras nor any backend is imported.
+"""Segments a patient with onnxruntime, without Keras and its backends.
 
 Export a network of a run once, on the TensorFlow backend:
 
     mmfnet export run --out network.onnx
 
-Then, wherever onnxruntime is:
+Then, on any machine with onnxruntime:
 
     python examples/serve_onnx.py --network network.onnx --recipe run/recipe.json --patient DIR --out mask.nii.gz
 """
@@ -23,10 +23,10 @@ from keras_mmfnet.recipe import Recipe
 
 
 def open_network(path, recipe):
-    """onnxruntime's session for a network over the recipe's modalities."""
+    """Opens a network over the recipe's modalities in onnxruntime."""
     try:
         session = onnxruntime.InferenceSession(path)
-    except Exception as error:  # onnxruntime's own classes have no other base
+    except Exception as error:  # the errors of onnxruntime have no common base class
         raise ValueError(f"{path}: an undamaged network as ONNX is expected. Received: {error}") from error
     found = {tensor.name: tensor.shape[1:] for tensor in session.get_inputs()}
     if found != {name: [*recipe.patches.shape, 1] for name in recipe.data.modalities}:

@@ -1,14 +1,14 @@
-"""Trains MMFNet with self-transfer on patients, and segments those held back.
+"""Trains MMFNet with self-transfer on a fold of patients, and segments its test patients.
 
-Without arguments it makes synthetic patients and trains on them, in a few minutes on two CPU cores:
+Without arguments it trains on synthetic patients, in a few minutes on two CPU cores:
 
     python examples/train_npc.py
 
-With a folder of patients of your own, and a folder for the results:
+With a folder of patients and a folder for the results:
 
     python examples/train_npc.py DATA OUT
 
-The command `mmfnet train` does the same, with progress, --resume and options for all of it.
+The command `mmfnet train` does the same, and can resume.
 """
 
 import logging
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-# TensorFlow leaves it off on some processors; a step takes a third of the time with it.
+# Off by default on some processors; a training step is three times faster with it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 from keras_mmfnet.evaluation import METRICS, summarise
@@ -37,7 +37,7 @@ def main(arguments):
         out = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         data = out / "phantom"
         make_synthetic_cohort(data)
-        # The synthetic patients are easy enough to end here.
+        # A short training is enough for synthetic patients.
         recipe = recipe.replace({"training.steps_per_epoch": 40, "training.epochs": 4, "training.warmup_epochs": 1})
     run = Run.start(out, data, recipe)
     summary = summarise(cross_validate(run, method_of(recipe), folds=[0]))

@@ -253,7 +253,7 @@ def _draw_blobs(rng, centre, thickness):
             blobs, taken = [], np.zeros(lattice.shape, bool)
         place = centre + rng.uniform((-25, -25, -15), (25, 25, 15))
         if any(np.linalg.norm(place - other.centre) < 26 for other in blobs):
-            continue  # too close, whatever the shape
+            continue  # too close for any shape
         axes = _rotation(rng.uniform(-180, 180, 3))
         blob = _shape(place, rng.uniform(12.5, 18, 3), axes, _draw_waves(rng, 6, 0.5, (22, 50)), ())
         inside = _inside(blob, lattice, margin=1.5)

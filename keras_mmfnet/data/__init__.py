@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name):
-    # Only whoever makes patches needs TensorFlow.
+    # Imported on first use, because it needs TensorFlow.
     if name == "patch_dataset":
         from keras_mmfnet.data.patches import patch_dataset
 

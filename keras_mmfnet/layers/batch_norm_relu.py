@@ -9,20 +9,20 @@ from keras_mmfnet import kernels
 class BatchNormReLU(keras.layers.Layer):
     """Batch normalization and ReLU: `relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 
-    The moments are those of the batch in training, and their moving averages otherwise or if the layer is frozen.
+    In training the moments are those of the batch. In inference, or if the layer is frozen, they are the moving averages.
 
     Args:
         axis: Axis of the channels.
         momentum: Share of the old value in each update of a moving average.
         epsilon: Added to the variance.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
-        inputs: Tensor of any number of axes, of which the channels must be known.
-        training: Whether the moments are those of the batch.
+        inputs: Tensor of any rank; the number of channels must be known.
+        training: Whether to use the moments of the batch.
 
     Returns:
-        A tensor like the inputs.
+        A tensor of the inputs' shape and dtype.
 
     Raises:
         ValueError: The number of channels is unknown.

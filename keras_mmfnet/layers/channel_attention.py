@@ -9,28 +9,28 @@ from keras_mmfnet import _axes, kernels
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class ChannelStdAttention3D(keras.layers.Layer):
-    """Weights each channel of a volume by what the whole volume says about it (eq. 4 and 7-10).
+    """Weights each channel of a volume by its statistics over the volume (eq. 4 and 7-10).
 
     `F_c = W_c * F_ori` with `W_c = sigmoid(MLP_avg(avg) + MLP_max(max) + MLP_std(std))`, where avg, max and std are
     taken over depth, height and width. Each MLP has one hidden layer of `channels // reduction` units with ReLU.
 
     Args:
         reduction: Ratio `r` of the channels to the hidden units.
-        statistics: Which statistics are used, of `"avg"`, `"max"` and `"std"`.
-        shared_mlp: One MLP for all statistics, as in CBAM, in place of one for each.
+        statistics: Statistics to use, of `"avg"`, `"max"` and `"std"`.
+        shared_mlp: Whether all statistics share one MLP, as in CBAM.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
-            `"channels_first"`; sizes may be unknown, but for the channels.
-        return_attention_scores: Return `(outputs, weights)` in place of the outputs alone.
+            `"channels_first"`; the number of channels must be known.
+        return_attention_scores: Return `(outputs, weights)` instead of only the outputs.
 
     Returns:
-        A tensor like the inputs; the weights have 1 for depth, height and width, and lie between 0 and 1.
+        A tensor of the inputs' shape. The weights have size 1 along depth, height and width, and are in (0, 1).
 
     Raises:
-        ValueError: An argument is outside its range, or the number of channels is unknown.
+        ValueError: An argument is invalid, or the number of channels is unknown.
 
     Example:
     ```python
@@ -72,7 +72,7 @@ class ChannelStdAttention3D(keras.layers.Layer):
             self.score_layers[-1].build((None, hidden))
 
     def scores(self, features: Sequence[Any], training: bool | None = False) -> Any:
-        """`W_c` of a list of features, which are concatenated along the channels (eq. 7)."""
+        """Computes `W_c` of a list of features, which are concatenated along the channels (eq. 7)."""
         axis = _axes.channel_axis(self.data_format)
         pooled = kernels.statistics_over_space(features, self.statistics, axis, training)
         mlps = list(zip(self.hidden_layers, self.score_layers, strict=True))

@@ -12,33 +12,33 @@ from keras_mmfnet.layers.spatial_attention import SpatialStdAttention3D
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class FusionBlock3D(keras.layers.Layer):
-    """Fuses the features of several modalities into as many channels as one of them has (eq. 4-6).
+    """Fuses the features of several modalities into `filters` channels (eq. 4-6).
 
-    `F_ori` is the concatenated features, `F_c` these weighted by channel, `F_s` these weighted by voxel, and the
-    output `Res(F_s + F_ori)`.
+    `F_ori` is the concatenated features. The channel attention gives `F_c`, the spatial attention of `F_c` gives `F_s`,
+    and the output is `Res(F_s + F_ori)`.
 
     Args:
         filters: Channels of the output.
         reduction: Ratio `r` of the channel attention's hidden layer.
         channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
-        spatial_statistics: The same for the spatial attention.
-        shared_mlp: One MLP for all statistics of the channel attention, as in CBAM.
+        spatial_statistics: Statistics of the spatial attention.
+        shared_mlp: Whether the statistics of the channel attention share one MLP, as in CBAM.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
-        inputs: A list of tensors `(batch, depth, height, width, channels)`, one for each modality, or with the
-            channels second for `"channels_first"`; they may differ in the channels only. A single tensor stands for
-            a list of one.
+        inputs: A list of tensors `(batch, depth, height, width, channels)`, one per modality, or with the channels
+            second for `"channels_first"`. They may differ only in the number of channels. A single tensor is treated
+            as a list of one.
         training: Whether the batch normalization uses the batch's statistics.
-        return_attention_scores: Return `(outputs, channel_weights, spatial_weights)` in place of the outputs alone.
+        return_attention_scores: Return `(outputs, channel_weights, spatial_weights)` instead of only the outputs.
             The channel weights are in the order of the inputs.
 
     Returns:
         A tensor `(batch, depth, height, width, filters)`, or with the channels second.
 
     Raises:
-        ValueError: An argument is outside its range, or the inputs do not fit together.
+        ValueError: An argument is invalid, or the shapes of the inputs do not match.
 
     Example:
     ```python

@@ -18,18 +18,18 @@ class ResidualFusion3D(keras.layers.Layer):
         filters: Channels of the output.
         kernel_size: Kernel of the two refining convolutions, an integer or three.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
-            `"channels_first"`; sizes may be unknown, but for the channels.
+            `"channels_first"`; the number of channels must be known.
         training: Whether the batch normalization uses the batch's statistics.
 
     Returns:
         A tensor `(batch, depth, height, width, filters)`, or with the channels second.
 
     Raises:
-        ValueError: An argument is outside its range, or the number of channels is unknown.
+        ValueError: An argument is invalid, or the number of channels is unknown.
 
     Example:
     ```python

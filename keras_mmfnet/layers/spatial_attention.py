@@ -9,26 +9,26 @@ from keras_mmfnet.layers.volumes import Conv3D
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class SpatialStdAttention3D(keras.layers.Layer):
-    """Weights each voxel of a volume by what all its channels say about it (eq. 5 and 11).
+    """Weights each voxel of a volume by its statistics over the channels (eq. 5 and 11).
 
     `F_s = W_s * F_c` with `W_s = sigmoid(conv([avg; max; std]))`, where avg, max and std are taken over the channels.
 
     Args:
         kernel_size: Size of the convolution's kernel, an integer or three.
-        statistics: Which statistics are used, of `"avg"`, `"max"` and `"std"`.
+        statistics: Statistics to use, of `"avg"`, `"max"` and `"std"`.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
-        **kwargs: As for every layer: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor `(batch, depth, height, width, channels)`, or with the channels second for
-            `"channels_first"`; sizes may be unknown.
-        return_attention_scores: Return `(outputs, weights)` in place of the outputs alone.
+            `"channels_first"`.
+        return_attention_scores: Return `(outputs, weights)` instead of only the outputs.
 
     Returns:
-        A tensor like the inputs; the weights have 1 channel and lie between 0 and 1.
+        A tensor of the inputs' shape. The weights have 1 channel and are in (0, 1).
 
     Raises:
-        ValueError: An argument is outside its range.
+        ValueError: An argument is invalid.
 
     Example:
     ```python
@@ -56,7 +56,7 @@ class SpatialStdAttention3D(keras.layers.Layer):
         self.conv.build(_axes.with_channels(input_shape, len(self.statistics), self.data_format))
 
     def scores(self, features: Sequence[Any], channel_weights: Any = None, training: bool | None = False) -> Any:
-        """`W_s` of a list of features, which are concatenated and multiplied by `W_c` where it is given (eq. 11)."""
+        """Computes `W_s` of a list of features, concatenated and multiplied by `W_c` if it is given (eq. 11)."""
         axis = _axes.channel_axis(self.data_format)
         return self.conv(kernels.statistics_over_channels(features, self.statistics, axis, channel_weights, training))
 

@@ -173,8 +173,8 @@ def plot_heat(
         spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest sum of the maps.
         title: Title of the figure, or `None`.
-        truth: The expert's mask, of which the contour is drawn, or `None`.
-        prediction: The predicted mask, of which the contour is drawn, or `None`.
+        truth: The expert's mask or `None`. Its contour is drawn.
+        prediction: The predicted mask or `None`. Its contour is drawn.
 
     Returns:
         A Matplotlib figure, one panel per modality with a common colour scale.
