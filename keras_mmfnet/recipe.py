@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 # Version of the JSON files.
 _FORMAT = 1
+# Name of the file in a run's folder.
+RECIPE_FILE = "recipe.json"
 
 
 class RecipeError(ValueError):

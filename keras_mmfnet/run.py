@@ -30,7 +30,7 @@ from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method
 from keras_mmfnet.models import MMFNet
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.training import read_history, train_method
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.recipe_file = self.folder / "recipe.json"
+        self.recipe_file = self.folder / RECIPE_FILE
         self.cohort_file = self.folder / "cohort.json"
         self.cache = self.folder / "cache"
         self.log_file = self.folder / "run.log"

@@ -66,6 +66,16 @@ def require_new(path: Path, option: str) -> None:
         raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}")
 
 
+def recipe_of_run(folder: Path):
+    """The recipe of a run, before the backend is imported, which takes seconds."""
+    from keras_mmfnet.recipe import RECIPE_FILE, Recipe
+
+    if not (folder / RECIPE_FILE).is_file():
+        problem = "" if folder.exists() else ", which does not exist"
+        raise ValueError(f"RUN: the folder of a run, with a {RECIPE_FILE}, is expected. Received: {folder}{problem}")
+    return Recipe.load(folder / RECIPE_FILE)
+
+
 def open_run(folder: Path):
     """The `Run` of a folder; the backend must have been started."""
     from keras_mmfnet.cli._process import silenced
@@ -87,10 +97,11 @@ def load_networks(run, folds: list[int] | None = None):
     from keras_mmfnet.models import load_network
 
     trained = run.trained_folds()
-    if not trained or not set(folds or ()) <= set(trained):
-        listed = ", ".join(map(str, trained)) or "none"
+    if not trained:
+        raise ValueError(f"{run}: the folder of a run with trained folds is expected. Received: a run without one")
+    if lacking := sorted(set(folds or ()) - set(trained)):
         raise ValueError(
-            f"{run}: the folder of a run with trained folds is expected. Received: --fold "
-            f"{', '.join(map(str, folds or ['all']))}, of which {listed} are trained"
+            f"--fold: a fold of {run} that is trained ({', '.join(map(str, trained))}) is expected. "
+            f"Received: {', '.join(map(str, lacking))}"
         )
     return [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds or trained]

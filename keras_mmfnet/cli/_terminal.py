@@ -73,6 +73,11 @@ class Plan:
         return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as `1 patient` and `2 patients`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class Terminal(logging.Handler):
     """Shows the messages of the log and, on a terminal, one bar below them for the whole of the work.
 

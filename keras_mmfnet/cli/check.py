@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._terminal import session
+from keras_mmfnet.cli._terminal import counted, session
 
 
 def check(
     data: options.Data,
+    no_mask: Annotated[bool, typer.Option("--no-mask", help="Patients to be segmented, who need no mask.")] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Read the voxels too; tells tumour volumes.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
@@ -19,32 +20,40 @@ def check(
     changes: options.Changes = None,
     quiet: options.Quiet = False,
 ):
-    """Lists the patients of a folder: grids, orientations, what would be resampled or refused, and why."""
+    """Lists the patients of a folder, or one: grids, orientations, what would be resampled or refused, and why."""
     with session(quiet) as terminal:
         from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
-        from keras_mmfnet.data import CaseError, find_cases, find_duplicates
+        from keras_mmfnet.data import CaseError, find_duplicates
+        from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.fingerprint import CaseSurvey, survey
         from keras_mmfnet.evaluation import metrics_csv
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
-        chosen, errors, done = options.choose_recipe(recipe, paper, changes).data, [], []
-        cases = find_cases(data, chosen, on_error=errors.append)
+        chosen, done = options.choose_recipe(recipe, paper, changes).data, []
+        cases, errors = _find(data, chosen, no_mask)
 
         def count(row):
             done.append(row)
             progress("checking", len(done), len(cases))
 
         rows = survey(cases, chosen, deep, count)
+        lacking = (
+            "a mask is needed to train on this patient; --no-mask checks patients to be segmented. Received: no mask"
+        )
+        rows = [
+            row if row.mask or no_mask else dataclasses.replace(row, problems=(*row.problems, f"{row.name}: {lacking}"))
+            for row in rows
+        ]
         rows += [CaseSurvey(error.patient, {}, None, None, None, (str(error),), ()) for error in errors]
         rows.sort(key=lambda row: row.name)
         header = ["patient", "sequence", "voxels", "mm", "axes", "resampled", "tumour ml", "usable"]
         terminal.table(header, [line for row in rows for line in _lines(row)])
-        for row in rows:
-            for kind, texts in (("unusable", row.problems), ("note", row.notes)):
-                for text in texts:
-                    terminal.say(f"{kind}: {row.name}: {text.removeprefix(f'{row.name}: ')}")
+        for kind, field in (("unusable", "problems"), ("note", "notes")):
+            texts = [(row.name, text.removeprefix(f"{row.name}: ")) for row in rows for text in getattr(row, field)]
+            for line in group_messages(f"{name}: {text}" for name, text in texts):
+                terminal.say(f"{kind}: {line}")
         for names in find_duplicates(cases):
             terminal.say(f"the same images: {', '.join(names)}")
         if csv:
@@ -53,10 +62,29 @@ def check(
             write(as_json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
         unusable = [row.name for row in rows if row.problems]
         if unusable:
-            remedy = "mmfnet train --skip-bad leaves them out"
-            raise CaseError(f"{len(unusable)} of {len(rows)} patients cannot be used; {remedy}: {', '.join(unusable)}")
+            remedy = "" if no_mask or len(unusable) == len(rows) else "; mmfnet train --skip-bad leaves them out"
+            count = f"{len(unusable)} of {counted(len(rows), 'patient')}"
+            raise CaseError(f"{count} cannot be used{remedy}: {', '.join(unusable)}")
         seen = "" if deep else ", as far as headers tell; --deep reads the voxels"
-        terminal.say(f"{len(rows)} patients can be used{seen}")
+        terminal.say(f"{counted(len(rows), 'patient')} can be used{seen}")
+
+
+def _find(data, recipe, no_mask):
+    """The patients, and the errors of those that lack something."""
+    from keras_mmfnet.data import find_cases, find_patients
+
+    errors, others = [], []
+    if not no_mask:
+        try:
+            return find_cases(data, recipe, on_error=errors.append), errors
+        except ValueError:
+            pass  # No patient has all the files: there may be one patient, or none with a mask.
+    try:
+        return find_patients(data, recipe, others.append), others
+    except ValueError:
+        if errors or others:
+            return [], others or errors
+        raise
 
 
 def _lines(row):

@@ -41,6 +41,12 @@ def compare(
 ):
     """Trains and compares methods on the same folds, patches and updates; started twice, both share the work."""
     with session(quiet, go_on="the same command") as terminal:
+        if methods != "list":
+            if not (data and out):
+                raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
+            options.require_folder(data, "DATA")
+        chosen = options.choose_recipe(recipe, paper, changes, default_recipe())
+        folds = options.choose_folds(fold, chosen.training.folds, list(range(chosen.training.folds)))
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.methods import METHODS
@@ -53,13 +59,8 @@ def compare(
         if unknown := sorted({*names, baseline} - set(METHODS)):
             expected = "--methods, --baseline: names from --methods list are expected"
             raise ValueError(f"{expected}. Received: {', '.join(unknown)}")
-        if not (data and out):
-            raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
         _log.info("Computing with %s", computes_on)
-        chosen = recipe_of(
-            options.choose_recipe(recipe, paper, changes, default_recipe()), names, bool(recipe or paper)
-        )
-        folds = options.choose_folds(fold, chosen.training.folds, list(range(chosen.training.folds)))
+        chosen = recipe_of(chosen, names, bool(recipe or paper))
         run_comparison(terminal, out, data, chosen, [METHODS[name] for name in names], folds, baseline, skip_bad)
 
 

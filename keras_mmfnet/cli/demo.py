@@ -25,13 +25,14 @@ def demo(
     """Makes synthetic patients and trains on them, in a few minutes on two CPU cores."""
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+        from keras_mmfnet.recipe import Recipe
+
+        recipe = Recipe.small().replace(_SHORT | options.parse_changes(changes))
         computes_on = start_backend(device)
         with silenced():
-            from keras_mmfnet.recipe import Recipe
             from keras_mmfnet.run import Run
             from keras_mmfnet.synthetic import make_synthetic_cohort
         _log.info("Computing with %s", computes_on)
-        recipe = Recipe.small().replace(_SHORT | options.parse_changes(changes))
         if Run(out).recipe_file.exists():
             raise ValueError(f"{out}: must hold no run; mmfnet train --out {out} --resume goes on. Received: a run")
         _log.info("Making synthetic patients in %s", out / "phantom")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._terminal import session
+from keras_mmfnet.cli._terminal import counted, session
 
 _log = logging.getLogger(__name__)
 _MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
@@ -34,7 +34,7 @@ def evaluate(
             options.require_new(path, "--csv, --json")
         if labels is not None and not re.fullmatch(r"\d+(,\d+)*", labels):
             raise ValueError(f"--labels: whole numbers separated by commas are expected. Received: {labels}")
-        counted = None if labels is None else tuple(int(label) for label in labels.split(","))
+        chosen = None if labels is None else tuple(int(label) for label in labels.split(","))
         predicted, expert = _find_masks(predictions), _find_masks(truth)
         for lacking, alone in (
             ("prediction", expert.keys() - predicted),
@@ -42,7 +42,7 @@ def evaluate(
         ):
             if alone:
                 listed = ", ".join(sorted(alone)[:10]) + (", ..." if len(alone) > 10 else "")
-                _log.warning("no %s of %d patients: %s", lacking, len(alone), listed)
+                _log.warning("no %s of %s: %s", lacking, counted(len(alone), "patient"), listed)
         names = sorted(set(predicted) & set(expert))
         if not names:
             raise ValueError(
@@ -50,7 +50,7 @@ def evaluate(
             )
         rows = []
         for number, name in enumerate(names, start=1):
-            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], counted)})
+            rows.append({"patient": name, **_compare(name, predicted[name], expert[name], chosen)})
             progress("comparing", number, len(names))
         if csv:
             write(csv, metrics_csv(rows))

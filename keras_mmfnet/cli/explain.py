@@ -24,10 +24,14 @@ def explain(
 ):
     """Draws what a network of a run looks at in one patient."""
     with session(quiet) as terminal:
-        options.require_folder(run, "RUN")
+        recipe = options.recipe_of_run(run)
         options.require_new(out, "--out")
-        _log.info("Computing with %s", start_backend(device))
         from keras_mmfnet.data import find_patients, preprocess_case
+
+        cases = find_patients(patient, recipe.data)
+        if len(cases) > 1:
+            raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
+        _log.info("Computing with %s", start_backend(device))
         from keras_mmfnet.explain import METHODS, explain_patient
 
         chosen = methods.split(",") if methods else []
@@ -35,13 +39,10 @@ def explain(
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")
         opened = options.open_run(run)
         (network,) = options.load_networks(opened, [fold])
-        cases = find_patients(patient, opened.recipe.data)
-        if len(cases) > 1:
-            raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
         if seen := opened.seen_in_training(cases[0], [fold]):
             _log.warning("%s: %s", cases[0].name, seen)
-        case = preprocess_case(cases[0], opened.recipe.data)
-        figures = explain_patient(network, case, opened.recipe, chosen)
+        case = preprocess_case(cases[0], recipe.data)
+        figures = explain_patient(network, case, recipe, chosen)
         out.mkdir()
         for name, figure in figures.items():
             figure.savefig(path := out / f"{name}.png", dpi=110)

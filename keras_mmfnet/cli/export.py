@@ -18,7 +18,7 @@ def export(
 ):
     """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel."""
     with session(quiet) as terminal:
-        options.require_folder(run, "RUN")
+        options.recipe_of_run(run)
         options.require_new(out, "--out")
         if out.suffix not in _FORMATS:
             raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")

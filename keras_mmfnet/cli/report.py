@@ -6,7 +6,7 @@ from keras_mmfnet.cli._terminal import session
 def report(run: options.RunFolder, device: options.Device = None, quiet: options.Quiet = False):
     """Writes the report of a run, report.html in its folder, as far as the run has come."""
     with session(quiet) as terminal:
-        options.require_folder(run, "RUN")
+        options.recipe_of_run(run)
         start_backend(device)
         opened = options.open_run(run)
         from keras_mmfnet.report import write_report

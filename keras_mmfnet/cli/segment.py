@@ -10,7 +10,7 @@ import typer
 
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import start_backend
-from keras_mmfnet.cli._terminal import session
+from keras_mmfnet.cli._terminal import counted, session
 
 _log = logging.getLogger(__name__)
 _DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
@@ -39,54 +39,66 @@ def segment(
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
     with session(quiet) as terminal:
-        options.require_folder(run, "RUN")
+        recipe = options.recipe_of_run(run)
         if not 1 <= len(structure) <= 64 or "\\" in structure:
             raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
-        _log.info("Computing with %s", start_backend(device))
+        if mirror and recipe.patches.flip_axis is None:
+            raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
         from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import find_patients
+        from keras_mmfnet.data.case import group_messages
 
-        opened, failed = options.open_run(run), []
-        cases = find_patients(patients, opened.recipe.data, failed.append)
-        total = len(cases) + len(failed)
-        _require_distinct(cases)
+        failed = []
+        found = find_patients(patients, recipe.data, failed.append)
+        total = len(found) + len(failed)
+        _require_distinct(found)
+        cases = [case for case in found if not (rtstruct or seg) or _is_dicom(case)]
+        expected = "must be DICOM series for --rtstruct and --seg. Received: image files"
+        failed += [ValueError(f"{case.name}: {expected}") for case in found if case not in cases]
+        _log.info("Computing with %s", start_backend(device))
+        opened = options.open_run(run)
         folds = fold or opened.trained_folds()
         settings = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
         networks_digest = [_digest(opened.network(number, "mmfnet")) for number in folds]
         sources, todo = {}, []
         for case in cases:
             try:
-                sources[case.name] = {**settings, "source": _source(case, opened.recipe.data, networks_digest)}
+                sources[case.name] = {**settings, "source": _source(case, recipe.data, networks_digest)}
                 _require_same(out, case, sources[case.name])
             except ValueError as error:
                 failed.append(error)
             else:
                 todo += [case] if _missing(out, case, wanted) else []
         if done := total - len(todo) - len(failed):
-            _log.info("%d of %d patients are segmented already", done, total)
-        if mirror and opened.recipe.patches.flip_axis is None:
-            raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
+            _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
         networks = options.load_networks(opened, fold) if todo else []
         if disagreement and len(networks) == 1:
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
-        out.mkdir(parents=True, exist_ok=True)
+        if todo:
+            out.mkdir(parents=True, exist_ok=True)
         for number, case in enumerate(todo, start=1):
             try:
                 write(out / f"{case.name}.json", json.dumps(sources[case.name], indent=2) + "\n")
-                line = _segment(case, networks, opened.recipe, out, wanted, structure, mirror, gaussian)
+                line = _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian)
                 seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
                 if not _there(out, case):
                     (out / f"{case.name}.json").unlink(missing_ok=True)
                 failed.append(error)
-                _log.warning("%d of %d: %s", number, len(todo), error)
+                _log.warning("%d of %d: %s was not segmented, see the end", number, len(todo), case.name)
             progress("segmenting", number, len(todo))
         if failed:
-            several = f"{len(failed)} of {total} patients were not segmented"
-            raise ValueError("\n".join([several, *(f"  {error}" for error in failed)]))
+            lines = [f"  {line}" for line in group_messages(map(str, failed))]
+            raise ValueError("\n".join([f"not segmented: {len(failed)} of {counted(total, 'patient')}", *lines]))
         terminal.say(out, always=True)
+
+
+def _is_dicom(case):
+    from keras_mmfnet.data.dicom import Series
+
+    return isinstance(next(iter(case.images.values())), Series)
 
 
 def _require_distinct(cases):
@@ -151,7 +163,6 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
     import SimpleITK as sitk
 
     from keras_mmfnet.data import CaseError, preprocess_case
-    from keras_mmfnet.data.dicom import Series
     from keras_mmfnet.data.image_io import write_image
     from keras_mmfnet.data.preprocess import read_tumour
     from keras_mmfnet.evaluation import evaluate_case
@@ -161,8 +172,6 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
     files = {name: out / f"{case.name}{_FILES[name]}" for name in wanted}
     files = {name: path for name, path in files.items() if not path.exists()}
     series = next(iter(case.images.values()))
-    if set(files) & set(_DICOM) and not isinstance(series, Series):
-        raise CaseError(f"{case.name}: must be DICOM series for --rtstruct and --seg. Received: {series}")
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
     result = segment_ensemble(networks, patient, recipe, mirror=mirror, gaussian=gaussian)
     mask, probability, disagreement = result

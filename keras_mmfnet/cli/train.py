@@ -27,18 +27,20 @@ def train(
 ):
     """Trains MMFNet on a folder of patients, by cross-validation, and segments the patients held back."""
     with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+        if data is None and not resume:
+            raise ValueError("DATA: a folder of patients is expected. Received: no folder")
+        if data is not None:
+            options.require_folder(data, "DATA")
+        chosen = options.choose_recipe(recipe, paper, changes, options.recipe_of_run(out) if resume else None)
+        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
+        folds = options.choose_folds(fold, chosen.training.folds, begun or [0])
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.run import Run
         _log.info("Computing with %s", computes_on)
         before = Run(out) if resume else None
-        chosen = options.choose_recipe(recipe, paper, changes, before and before.recipe)
-        if data is None and not resume:
-            raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         # What was left out before is left out again.
         skip_bad = skip_bad or bool(before and before.cohort["skipped"])
-        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
-        folds = options.choose_folds(fold, chosen.training.folds, begun or [0])
         run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad)
 
 

@@ -48,3 +48,24 @@ def test_patients_that_cannot_be_used(mmfnet, cohort, monkeypatch):
     assert last.startswith("error: 2 of 7 patients cannot be used; mmfnet train --skip-bad leaves them out: patient_02")
     assert mmfnet("check", cohort, "--quiet", code=1).stdout == ""
     assert read_image(cohort / "patient_00" / "t1.nii.gz", "x").GetSize() == (32, 32, 20)
+
+
+def test_patients_without_a_mask_and_one_patient(mmfnet, cohort):
+    one = mmfnet("check", cohort / "patient_00")
+    assert "1 patient can be used" in one.stdout
+    for mask in cohort.glob("*/mask.nii.gz"):
+        mask.unlink()
+    done = mmfnet("check", cohort, code=1)
+    assert ["patient_05", "t1", "cet1", "32x32x20", "3x3x4", "LPS", "yes", "-", "no"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("unusable: ")]
+    assert line.startswith("unusable: patient_00: a mask is needed to train on this patient; --no-mask")
+    assert line.endswith("(the same for 5 others: patient_01, patient_02, patient_03, patient_04, patient_05)")
+    assert "error: 6 of 6 patients cannot be used: patient_00, " in done.stderr
+    assert "6 patients can be used" in mmfnet("check", cohort, "--no-mask").stdout
+    assert "1 patient can be used" in mmfnet("check", cohort / "patient_00", "--no-mask", "--deep").stdout
+    for image in cohort.glob("*/t2.nii.gz"):
+        image.unlink()
+    done = mmfnet("check", cohort, "--no-mask", code=1)
+    assert "t2: is missing" in done.stdout

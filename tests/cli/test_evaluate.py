@@ -51,8 +51,8 @@ def test_two_folders_of_masks(mmfnet, folders):
     assert [lines[name] for name in ("mean of 3", "95% from", "to")] == [
         f"{dsc[key]:.4f}" for key in ("mean", "low", "high")
     ]
-    assert "no mask of the expert of 1 patients: new" in done.stderr
-    assert "no prediction of 1 patients: old" in done.stderr
+    assert "no mask of the expert of 1 patient: new" in done.stderr
+    assert "no prediction of 1 patient: old" in done.stderr
     again = mmfnet(*arguments, "--csv", folders / "numbers.csv", code=1)
     assert f"Received: {folders / 'numbers.csv'}" in again.stderr
     assert float(mmfnet(*arguments, "--quiet").stdout) == pytest.approx(dsc["mean"])

@@ -16,7 +16,7 @@ def test_a_patient_of_a_run_is_explained(mmfnet, trained, tmp_path):
         sitk.WriteImage(grid.image(abs(random_volume(*grid.shape, seed=seed))), str(patient / f"{name}.nii.gz"))
     arguments = ("explain", trained, patient, "--out", out)
     done = mmfnet(*arguments, "--fold", 3, code=1)
-    assert re.search("trained folds is expected. Received: .*--fold 3", done.stderr)
+    assert re.search(r"that is trained \(0, 1\) is expected. Received: 3", done.stderr)
     assert "--methods: names of" in mmfnet(*arguments, "--methods", "gradcam,lime", code=1).stderr
     done = mmfnet(*arguments)
     names = {"attention", "spatial_fusion1", "spatial_fusion2", "spatial_fusion_bottom"}

@@ -52,4 +52,4 @@ def test_what_cannot_be_exported(mmfnet, trained, tmp_path):
     (tmp_path / "n.onnx").touch()
     assert "Received: " in mmfnet("export", trained, "--out", tmp_path / "n.onnx", code=1).stderr
     done = mmfnet("export", trained, "--out", tmp_path / "m.onnx", "--fold", 4, code=1)
-    assert "--fold 4, of which 0, 1 are trained" in done.stderr
+    assert "that is trained (0, 1) is expected. Received: 4" in done.stderr

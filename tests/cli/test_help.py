@@ -23,5 +23,5 @@ def test_each_shows_an_example_and_can_be_quiet(mmfnet, command):
 
 
 def test_report(mmfnet, trained, tmp_path):
-    assert "RUN: a folder is expected. Received: " in mmfnet("report", tmp_path / "nowhere", code=1).stderr
+    assert "nowhere, which does not exist" in mmfnet("report", tmp_path / "nowhere", code=1).stderr
     assert "error: " in mmfnet("report", trained, code=1).stderr

@@ -28,7 +28,7 @@ def test_a_misspelt_backend_is_one_line():
         assert last.startswith("ImportError: KERAS_BACKEND must be one of tensorflow, torch, jax")
         assert all(f"keras-mmfnet[{name}]" in last for name in ("tensorflow", "torch", "jax"))
         assert last.endswith("Received: 'tensorfow'")
-    done = python(f"import sys; sys.argv = ['', 'report', '.']; {MMFNET}", **environment)
+    done = python(f"import sys; sys.argv = ['', 'demo', '--out', 'nowhere']; {MMFNET}", **environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: KERAS_BACKEND must be")

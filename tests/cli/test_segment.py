@@ -43,12 +43,16 @@ def test_what_cannot_be_done_is_said_before_any_work(mmfnet, trained, tiny_cohor
     def refused(*arguments):
         return mmfnet("segment", *arguments, "--out", tmp_path / "out", code=1).stderr
 
-    assert re.search(r"with trained folds is expected. Received: .*--fold 7", refused(trained, patient, "--fold", 7))
-    assert re.search(r"a folder is expected. Received: .*nowhere", refused(tmp_path / "nowhere", patient))
+    assert re.search(r"that is trained \(0, 1\) is expected. Received: 7", refused(trained, patient, "--fold", 7))
+    assert re.search("recipe.json, is expected. Received: .*nowhere", refused(tmp_path / "nowhere", patient))
     assert re.search("recipe.json, is expected. Received: ", refused(tiny_cohort, patient))
     assert "two or more folds" in refused(trained, patient, "--disagreement", "--fold", 1)
     assert "--structure" in refused(trained, patient, "--rtstruct", "--structure", "a\\b")
-    assert "DICOM series for --rtstruct and --seg. Received: " in refused(trained, patient, "--rtstruct")
+    lines = refused(trained, tiny_cohort, "--rtstruct").splitlines()
+    assert [line for line in lines if "DICOM" in line] == [
+        "  patient_00: must be DICOM series for --rtstruct and --seg. Received: image files (the same for 5 others: "
+        "patient_01, patient_02, patient_03, patient_04, patient_05)"
+    ]
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -71,7 +75,7 @@ def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatc
     assert all((out / f"{name}.png").stat().st_size > 1000 for name in names)
     assert len(loaded) == 2
     *_, headline, first, second = done.stderr.splitlines()
-    assert headline == "error: 2 of 6 patients were not segmented"
+    assert headline == "error: not segmented: 2 of 6 patients"
     assert {line.split(":")[0].strip() for line in (first, second)} == {"patient_01", "patient_04"}
     # The expert's mask is compared with where there is one.
     compared = [line for line in done.stderr.splitlines() if re.search(r"DSC \d\.\d{4}, HD95 \d+\.\d mm", line)]
@@ -82,17 +86,17 @@ def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatc
     shutil.rmtree(patients / "patient_04")
     (out / "patient_02.png").unlink()
     again = mmfnet("segment", trained, patients, "--out", out, "--picture")
-    assert "3 of 4 patients are segmented already" in again.stderr
+    assert "Segmented already: 3 of 4 patients" in again.stderr
     changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before.get(path)}
     assert changed == {"patient_02.json", "patient_02.png"}
 
     # Masks of other networks, options or images are neither kept as if they were of these nor overwritten.
     other = mmfnet("segment", trained, patients, "--out", out, "--picture", "--fold", 0, code=1)
-    assert "error: 4 of 4 patients were not segmented" in other.stderr
+    assert "error: not segmented: 4 of 4 patients" in other.stderr
     assert "made from the same images, networks and options" in other.stderr
     shutil.copy(patients / "patient_02" / "t1.nii.gz", patients / "patient_00" / "t1.nii.gz")
     other = mmfnet("segment", trained, patients, "--out", out, "--picture", code=1)
-    assert "error: 1 of 4 patients were not segmented" in other.stderr
+    assert "error: not segmented: 1 of 4 patients" in other.stderr
 
 
 def test_patients_whose_files_would_have_one_name(mmfnet, trained, tiny_cohort, tmp_path):
@@ -117,7 +121,7 @@ def test_a_patient_without_tumour(mmfnet, trained, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["Ann.json", "Ann.nii.gz"]
     assert not read(out / "Ann.nii.gz").any()
     again = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
-    assert "1 of 1 patients are segmented already" in again.stderr
+    assert "Segmented already: 1 of 1 patient" in again.stderr
 
 
 def test_every_layout_that_trains_is_segmented(mmfnet, trained, tiny_cohort, tmp_path):

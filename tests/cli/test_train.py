@@ -3,6 +3,7 @@ import logging
 import re
 import shutil
 import signal
+import sys
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ from keras_mmfnet.recipe import Recipe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "does not exist. Received: "),
+        (["nowhere"], "DATA: a folder is expected. Received: nowhere, which does not exist"),
         (["{cohort}", "--set", "patches.shape=16,100,64"], "`patches.shape` must be (depth, height, width)"),
         (["{cohort}", "--set", "training.epoch=3"], "did you mean `training.epochs`?"),
         (["{cohort}", "--set", "training.epochs"], "--set: FIELD=VALUE is expected"),
@@ -40,6 +41,24 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mmfnet, tiny_cohort, tmp_path,
     assert [line for line in done.stderr.splitlines() if "error: " in line] == [done.stderr.splitlines()[-1]]
     assert done.stdout == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_said_before_the_backend_starts(mmfnet, trained, tiny_cohort, tmp_path, monkeypatch):
+    for name in ("train", "compare", "segment", "explain", "export", "report"):
+        monkeypatch.setattr(sys.modules[f"keras_mmfnet.cli.{name}"], "start_backend", lambda *_: pytest.fail("started"))
+    out = ("--out", tmp_path / "out")
+    for arguments, message in (
+        (("train", "nothere", *out), "DATA: a folder is expected. Received: nothere"),
+        (("train", tiny_cohort, *out, "--recipe", "no.json"), "no.json: the JSON file of a recipe is expected"),
+        (("train", tiny_cohort, *out, "--fold", 9), "--fold: numbers from 0 to 4"),
+        (("compare", "nothere", *out), "DATA: a folder is expected. Received: nothere"),
+        (("segment", trained, "nothere", *out), "nothere: does not exist"),
+        (("segment", tiny_cohort, trained, *out), "RUN: the folder of a run, with a recipe.json, is expected"),
+        (("explain", trained, "nothere", *out), "nothere: does not exist"),
+        (("export", "nothere", *out), "RUN: the folder of a run, with a recipe.json, is expected"),
+        (("report", "nothere"), "RUN: the folder of a run, with a recipe.json, is expected"),
+    ):
+        assert message in mmfnet(*arguments, code=1).stderr
 
 
 def test_the_recipe_of_the_options(tmp_path):

@@ -363,6 +363,9 @@ def test_a_missing_image_is_refused(tmp_path):
         preprocess_case(only(case, "t1"), RAW.data)
     case.images["t2"].unlink()
     assert "must be an undamaged image file" in refused(case, RAW, case.images["t2"])
+    case.images["t2"].touch()
+    assert refused(case, RAW, case.images["t2"]).endswith("undamaged image file. Received: an empty file of 0 bytes")
+    case.images["t2"].unlink()
     with pytest.raises(CaseError, match=r"must be a readable file. Received: No such file"):
         preprocess_case(case, RAW.data, cache=tmp_path / "cache")
 
