@@ -261,10 +261,14 @@ def _texts(dataset):
     ]
 
 
+def dice(found: np.ndarray, expected: np.ndarray) -> float:
+    """Dice of two bool masks; 1 of two empty ones."""
+    total = np.count_nonzero(found) + np.count_nonzero(expected)
+    return 2 * np.count_nonzero(found & expected) / total if total else 1.0
+
+
 def require_same(found: np.ndarray, expected: np.ndarray, structure: Structure, least: float = 1.0) -> None:
     """Refuses what was read back if its Dice with the mask is below `least`."""
-    total = np.count_nonzero(found) + np.count_nonzero(expected)
-    dice = 2 * np.count_nonzero(found & expected) / total if total else 1.0
-    if dice < least:
+    if (received := dice(found, expected)) < least:
         message = f"{structure.name!r}: must be read back as it was written, with a Dice of {least} or more"
-        raise CaseError(f"{message}. Received: {dice:.4f}; nothing was written")
+        raise CaseError(f"{message}. Received: {received:.4f}; nothing was written")

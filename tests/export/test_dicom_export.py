@@ -12,7 +12,7 @@ from matplotlib.path import Path as Polygon
 
 from keras_mmfnet.data.dicom import find_series, read_series
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.export import write_rtstruct, write_segmentation
+from keras_mmfnet.export import Structure, _dicom, write_rtstruct, write_segmentation
 from keras_mmfnet.version import __version__
 
 
@@ -48,11 +48,11 @@ def drawn(request, tmp_path):
     return series, grid, grid.image(array)
 
 
-def filled(structures, grid):
-    """The voxels whose centres the contours enclose; a contour within a contour is a hole."""
+def filled(structures, grid, number=0):
+    """The voxels whose centres the contours enclose, each by itself; a contour within a contour would be a hole."""
     found = np.zeros(grid.shape, bool)
     pixels = np.moveaxis(np.indices(grid.shape[1:])[::-1], 0, -1).reshape(-1, 2)
-    for contour in structures.ROIContourSequence[0].ContourSequence:
+    for contour in structures.ROIContourSequence[number].ContourSequence:
         points = grid.indices(np.reshape(np.array(contour.ContourData, float), (-1, 3)))
         slices = np.unique(np.rint(points[:, 2]).astype(int))
         assert len(slices) == 1
@@ -76,12 +76,10 @@ def test_a_structure_set_read_back(drawn, tmp_path, capsys):
     assert {item.ReferencedSOPInstanceUID for item in referred.ContourImageSequence} == {
         pydicom.dcmread(file).SOPInstanceUID for file in series.files
     }
-    back = filled(structures, grid)
-    eroded, dilated = (
-        sitk.GetArrayFromImage(kind(mask, [1, 1, 0])) > 0 for kind in (sitk.BinaryErode, sitk.BinaryDilate)
-    )
-    assert not (eroded & ~back).any()
-    assert not (back & ~dilated).any()
+    np.testing.assert_array_equal(filled(structures, grid), sitk.GetArrayFromImage(mask) > 0)
+    for contour in structures.ROIContourSequence[0].ContourSequence:
+        assert contour.ContourGeometricType == "CLOSED_PLANAR"
+        assert contour.NumberOfContourPoints == len(contour.ContourData) / 3 >= 4
 
 
 def test_a_segmentation_read_back(drawn, tmp_path, recwarn):
@@ -211,6 +209,192 @@ def test_what_a_file_says_of_itself(write, tmp_path):
         [segment] = written.SegmentSequence
         assert segment.SegmentAlgorithmType == "AUTOMATIC"
         assert segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Neoplasm"
+
+
+def probability(grid, middle, radius):
+    """Of a ball in mm, 0.5 at its surface."""
+    positions = grid.positions(np.stack(np.indices(grid.shape)[::-1], axis=-1))
+    return (1 / (1 + np.exp(np.linalg.norm(positions - middle, axis=-1) - radius))).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("spacing", [(0.47, 0.47, 3.0), (0.9, 1.9, 3.0)])
+@pytest.mark.parametrize("straight", [True, False])
+def test_contours_follow_the_probability(straight, spacing, order, tmp_path):
+    direction = np.eye(3).ravel().tolist() if straight else oblique_grid().direction
+    grid = Grid((48, 44, 8), spacing, (5.0, -8.0, 20.0), tuple(direction))
+    write_series(tmp_path / "t1", grid, order=order)
+    [series] = find_series(tmp_path / "t1", "ann")
+    middle = grid.positions(np.array([23.3, 21.6, 3.5]))
+    values = probability(grid, middle, 8.0)
+    mask, path = values >= 0.5, tmp_path / "rs.dcm"
+    write_rtstruct(grid.image(mask.astype(np.uint8)), series, path, probability=grid.image(values))
+    structures = pydicom.dcmread(path)
+    np.testing.assert_array_equal(filled(structures, grid), mask)
+    distances = [
+        np.linalg.norm(np.reshape(np.array(contour.ContourData, float), (-1, 3)) - middle, axis=1)
+        for contour in structures.ROIContourSequence[0].ContourSequence
+    ]
+    assert np.abs(np.concatenate(distances) - 8).max() < 0.03 * max(spacing)
+    write_rtstruct(grid.image(mask.astype(np.uint8)), series, path, probability=grid.image(values), tolerance=0.3)
+    fewer = pydicom.dcmread(path)
+    points = [
+        sum(c.NumberOfContourPoints for c in s.ROIContourSequence[0].ContourSequence) for s in (structures, fewer)
+    ]
+    assert points[1] < points[0] / 2
+    back = filled(fewer, grid)
+    assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) >= 0.98
+    with pytest.raises(
+        ValueError, match=r"at most 12 points with a tolerance of 0.0 mm. Received: \d+ points in slice"
+    ):
+        write_rtstruct(grid.image(mask.astype(np.uint8)), series, path, max_points=12)
+    with pytest.raises(ValueError, match=r"the probability must lie in \[0, 1\]. Received: nan"):
+        write_rtstruct(grid.image(mask.astype(np.uint8)), series, path, probability=grid.image(values * np.nan))
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_several_structures(write, tmp_path):
+    """They may overlap, and one of them may be empty."""
+    grid, path = oblique_grid(), tmp_path / "out.dcm"
+    write_series(tmp_path / "t1", grid)
+    [series] = find_series(tmp_path / "t1", "ann")
+    whole = ring(grid)
+    core = whole * (np.indices(grid.shape)[0] < 5)
+    write(
+        [
+            Structure("edema", grid.image(whole), kind=""),
+            Structure("none", grid.image(whole * 0)),
+            Structure(
+                "core", grid.image(core), colour=(1, 2, 3), code=("86049000", "SCT", "Malignant neoplasm, primary")
+            ),
+        ],
+        series,
+        path,
+    )
+    written = pydicom.dcmread(path)
+    if write is write_rtstruct:
+        rois, observations = written.StructureSetROISequence, written.RTROIObservationsSequence
+        assert [(roi.ROINumber, roi.ROIName) for roi in rois] == [(1, "edema"), (2, "none"), (3, "core")]
+        assert [item.RTROIInterpretedType for item in observations] == ["", "GTV", "GTV"]
+        assert observations[0].RTROIIdentificationCodeSequence[0].CodeValue == "79654002"
+        assert "RTROIIdentificationCodeSequence" not in observations[1]
+        assert observations[2].RTROIIdentificationCodeSequence[0].CodeMeaning == "Malignant neoplasm, primary"
+        colours = [tuple(item.ROIDisplayColor) for item in written.ROIContourSequence]
+        assert len(set(colours)) == 3
+        assert colours[2] == (1, 2, 3)
+        assert "ContourSequence" not in written.ROIContourSequence[1]
+        for number, array in ((0, whole), (2, core)):
+            np.testing.assert_array_equal(filled(written, grid, number), array > 0)
+    else:
+        segments = written.SegmentSequence
+        assert [(item.SegmentNumber, item.SegmentLabel) for item in segments] == [
+            (1, "edema"),
+            (2, "none"),
+            (3, "core"),
+        ]
+        types = [item.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for item in segments]
+        assert types == ["Edema", "Neoplasm", "Malignant neoplasm, primary"]
+        frames = written.PerFrameFunctionalGroupsSequence
+        numbers = np.array([frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber for frame in frames])
+        sizes = [written.pixel_array[numbers == number].sum() for number in (1, 2, 3)]
+        assert sizes == [whole.sum(), 0, core.sum()]
+    with pytest.raises(ValueError, match=r"names that differ. Received: \['a', 'a'\]"):
+        write([Structure("a", grid.image(whole)), Structure("a", grid.image(core))], series, path)
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+@pytest.mark.parametrize(
+    ("charset", "patient", "name"),
+    [
+        ("ISO_IR 100", "Größe^Änne", "Größe"),
+        ("ISO_IR 144", "Иванов^Пётр", "опухоль"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう", "腫瘍"),
+        ("GB18030", "Wang^XiaoDong=王^小东", "肿瘤"),
+        ("ISO_IR 192", "Müller^Jörg=患者", "GTV"),
+    ],
+)
+def test_the_character_set_is_kept(write, charset, patient, name, tmp_path):
+    write_series(tmp_path / "t1", oblique_grid())
+
+    def change(image):
+        image.SpecificCharacterSet, image.PatientName = charset, patient
+
+    edit(tmp_path / "t1", change)
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid = oblique_grid()
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm", name=name)
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    assert written.SpecificCharacterSet == charset
+    assert str(written.PatientName) == patient
+    label = (
+        written.StructureSetROISequence[0].ROIName
+        if write is write_rtstruct
+        else written.SegmentSequence[0].SegmentLabel
+    )
+    assert label == name
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_headers_that_lack_or_hold_what_they_must_not(write, tmp_path):
+    """Elements of type 2 are there, empty if the images have none; and pixels that cannot be decoded are not needed."""
+    write_series(tmp_path / "t1", oblique_grid())
+
+    def change(image):
+        for keyword in ("PatientName", "PatientSex", "StudyTime", "AccessionNumber", "SpecificCharacterSet"):
+            image.pop(keyword, None)
+        image.StudyDate, image.PatientBirthDate, image.StudyID = "2001.03.04", "Secret", "x" * 30
+        image.StudyInstanceUID, image.SliceThickness = "anon-1", -3
+        image.PixelData = b"no pixels "
+
+    [series] = find_series(tmp_path / "t1", "ann")
+    edit(tmp_path / "t1", change)
+    grid = oblique_grid()
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm")
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    for keyword in ("PatientName", "PatientSex", "StudyTime", "AccessionNumber", "StudyDate", "PatientBirthDate"):
+        assert not written[keyword].value
+    assert written.ReferringPhysicianName == ""
+    with pydicom.config.disable_value_validation():
+        assert (written.StudyID, written.StudyInstanceUID) == ("x" * 30, "anon-1")
+    assert "SpecificCharacterSet" not in written
+
+
+def test_the_distance_of_slices_is_that_of_their_positions(tmp_path):
+    write_series(tmp_path / "t1", oblique_grid())
+    edit(
+        tmp_path / "t1", lambda image: (setattr(image, "SpacingBetweenSlices", 1), setattr(image, "SliceThickness", 0))
+    )
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid, mask = oblique_grid(), np.zeros(oblique_grid().shape, np.uint8)
+    mask[1:3, 5:9, 5:9] = mask[5, 5:9, 5:9] = 1
+    write_segmentation(grid.image(mask), series, tmp_path / "seg.dcm")
+    written = pydicom.dcmread(tmp_path / "seg.dcm")
+    measures = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert measures.SpacingBetweenSlices == pytest.approx(4)
+    assert measures.SliceThickness == pytest.approx(4)
+    # From the first slice with tumour to the last, those between included.
+    frames = written.PerFrameFunctionalGroupsSequence
+    origins = np.array([frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames], float)
+    np.testing.assert_allclose(np.sort(grid.indices(origins)[:, 2]), [1, 2, 3, 4, 5], atol=1e-3)
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_a_wrong_file_is_not_kept(write, tmp_path, monkeypatch):
+    write_series(tmp_path / "t1", oblique_grid())
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid, path = oblique_grid(), tmp_path / "out.dcm"
+    module = sys.modules[write.__module__]
+    read = module._read
+    monkeypatch.setattr(module, "_read", lambda *arguments: np.roll(read(*arguments), 1, axis=2))
+    with pytest.raises(ValueError, match=r"'tumour': must be read back as it was written.*nothing was written"):
+        write(grid.image(ring(grid)), series, path)
+    monkeypatch.undo()
+    # Images that are not where their grid is: here the spacing of rows and columns is swapped.
+    edit(tmp_path / "t1", lambda image: setattr(image, "PixelSpacing", [1.0, 2.0]))
+    monkeypatch.setattr(_dicom, "read_grid", lambda *_: grid)
+    with pytest.raises(ValueError, match=r"Received: slice 0 39 mm from where its image lies"):
+        write(grid.image(ring(grid)), series, path)
+    assert not path.exists()
 
 
 def test_importing_loads_no_dicom_library():
