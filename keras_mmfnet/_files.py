@@ -69,7 +69,9 @@ def write_once(path, text, other, free=()):
     differing = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     fixed = {key: values for key, values in differing.items() if key.partition(".")[0] not in free}
     if fixed:
-        listed = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in list(fixed.items())[:5])
+        listed = "; ".join(
+            f"{key}: {str(old)[:99]} before, {str(new)[:99]} now" for key, (old, new) in list(fixed.items())[:5]
+        )
         listed += f"; and {len(fixed) - 5} more" if len(fixed) > 5 else ""
         raise ValueError(f"{path}: must be of this run to resume it, but is of {other}. Received: {listed}")
     if differing:

@@ -250,10 +250,11 @@ class TrainingRecipe(_Part):
         schedule: The learning rate in the last stage of each training: `"constant"` as in the paper, or `"cosine"`,
             which falls to 0 at the last epoch, for trainings of few epochs.
         patience: Epochs without a better validation loss before a training ends.
-        folds: Folds of the cross-validation, by patient.
+        folds: Folds of the cross-validation, by patient, unless a run is given folds of the user's own.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
             person and stay in the same fold. `None`: no groups.
+        balance: `"volume"`: every part of a fold covers the range of the tumours' volumes. `None`: by chance alone.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
     """
@@ -271,6 +272,7 @@ class TrainingRecipe(_Part):
     folds: Annotated[int, Field(ge=2)] = 5
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     group: Annotated[str, AfterValidator(_pattern)] | None = None
+    balance: Literal["volume"] | None = None
     mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -22,7 +22,7 @@ from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data import find_cases, five_folds, group_patients, preprocess_case
 from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
-from keras_mmfnet.data.folds import Fold
+from keras_mmfnet.data.folds import Fold, split_folds
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
@@ -46,7 +46,8 @@ class Run:
     | file | holds |
     |---|---|
     | `recipe.json` | the `Recipe` |
-    | `cohort.json` | the data's path, the patients with notes and a hash of their images, those left out, the folds |
+    | `cohort.json` | the data's path, the patients with notes and a hash of their images, those left out, the folds; \
+the groups and folds that were given |
     | `cache/` | the preprocessed patients |
     | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
@@ -98,7 +99,8 @@ class Run:
 
     def trained_folds(self, name: str = "mmfnet") -> list[int]:
         """Numbers of the folds whose network of a method is trained."""
-        return [fold for fold in range(self.recipe.training.folds) if self.network(fold, name).exists()]
+        numbers = {path.parent.name.removeprefix("fold_") for path in self.folder.glob(f"fold_*/{name}.keras")}
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def results(self) -> dict[str, list[dict]]:
         """The results so far, `{method: [that of a fold, ...]}`, in the order of the registry and then by name."""
@@ -170,6 +172,8 @@ class Run:
         recipe: Recipe,
         resume: bool = False,
         on_error: Callable[[CaseError], None] | None = None,
+        groups: Mapping[str, str] | None = None,
+        splits: Sequence[Fold] | None = None,
     ) -> "Run":
         """A new run over a folder of patients, or the one that is there; preprocesses the patients.
 
@@ -182,6 +186,10 @@ class Run:
             resume: Go on with the run that is in the folder, of the same recipe and patients.
             on_error: Called with the `CaseError` of each patient that cannot be used; that patient is then left out.
                 `None`: an error that lists all of them is raised.
+            groups: The group of every patient by name, as from `read_groups`, instead of the recipe's `training.group`.
+                `None`, when a run is resumed, for those it was started with.
+            splits: Folds, as from `read_splits`, instead of the recipe's; patients in none of them are not used.
+                `None`, when a run is resumed, for those it was started with.
 
         Returns:
             The `Run`.
@@ -189,7 +197,8 @@ class Run:
         Raises:
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
-                twice; or the backend cannot compute in the precision wanted.
+                twice; the groups or folds do not fit the patients; or the backend cannot compute in the precision
+                wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if run.recipe_file.exists() and not resume:
@@ -205,14 +214,22 @@ class Run:
             if bad:
                 raise CaseError.of_several(bad) from None
             raise
-        divide = functools.partial(
-            five_folds,
-            folds=settings.folds,
-            validation_fraction=settings.validation_fraction,
-            seed=settings.seed,
-            groups=group_patients(cases, settings.group),
-        )
-        divide([case.name for case in cases])  # Too few patients are found before the long work.
+        kept = read_json(run.cohort_file) if run.cohort_file.exists() else {}
+        groups = kept.get("groups") if groups is None else dict(groups)
+        splits = [Fold(**fold) for fold in kept.get("splits", ())] if splits is None else splits
+        if splits:
+            used = {name for fold in splits for part in dataclasses.astuple(fold) for name in part}
+            if unused := [case.name for case in cases if case.name not in used]:
+                _log.info("In no fold, and not used: %s", ", ".join(unused))
+            cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
+        grouped = group_patients(cases, settings.group, groups)
+
+        def divide(names, volumes=None):
+            shared = settings.validation_fraction, settings.seed, grouped, volumes
+            if splits:
+                return split_folds(splits, names, *shared, left_out={error.patient for error in bad})
+            return five_folds(names, settings.folds, *shared)
+
         patients = {}
         for number, case in enumerate(cases, start=1):
             try:
@@ -228,19 +245,22 @@ class Run:
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
+        volumes = {n: p.tumour_ml for n, p in patients.items()} if settings.balance == "volume" else None
         cohort = {
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             # Those of a resumed run must be the same, not only their names.
             "images": {case.name: key(case, recipe.data) for case in cases if case.name in patients},
             "skipped": {error.patient: str(error) for error in bad},
-            "folds": [dataclasses.asdict(fold) for fold in divide(patients)],
+            "folds": [dataclasses.asdict(fold) for fold in divide(patients, volumes)],
+            **({} if groups is None else {"groups": groups}),
+            **({"splits": [dataclasses.asdict(fold) for fold in splits]} if splits else {}),
         }
         run.folder.mkdir(parents=True, exist_ok=True)
         write_once(run.recipe_file, recipe.to_json(), "another recipe")
         text = json.dumps(cohort, indent=2) + "\n"
         # The folder of the patients may have moved, of which the errors tell too.
-        write_once(run.cohort_file, text, "other patients", free=("data", "skipped"))
+        write_once(run.cohort_file, text, "other patients, groups or folds", free=("data", "skipped"))
         run.cases = {case.name: case for case in cases if case.name in patients}
         return run
 

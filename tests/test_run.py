@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet import training
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
+from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.evaluation import metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
@@ -42,6 +43,41 @@ def cross(folder, data, recipe=COARSE, folds=None, **options):
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
+
+
+def test_a_run_keeps_the_groups_and_the_folds_it_was_given(tiny_cohort, tmp_path):
+    names = sorted(path.name for path in tiny_cohort.iterdir())
+    groups = {**dict.fromkeys(names, "others"), names[0]: "a", names[5]: "b", "somebody else": "c"}
+    splits = [Fold(tuple(names[1:5]), (names[5],), (names[0],)), Fold(tuple(names[:1]), (names[5],), tuple(names[1:5]))]
+    grouped = Run.start(tmp_path / "grouped", tiny_cohort, COARSE, groups=groups)
+    assert sorted(len(fold.test) for fold in grouped.folds) == [1, 1, 4]
+    own = Run.start(tmp_path / "own", tiny_cohort, COARSE, splits=splits)
+    part = Run.start(tmp_path / "part", tiny_cohort, COARSE, splits=[Fold(tuple(names[1:4]), (), (names[0],))])
+    assert own.folds == splits
+    assert list(part.cases) == list(part.cohort["patients"]) == names[:4]
+    for run in (grouped, own, part):
+        cohort = run.cohort_file.read_text()
+        Run.start(run.folder, tiny_cohort, COARSE, resume=True)
+        assert run.cohort_file.read_text() == cohort
+    Run.start(grouped.folder, tiny_cohort, COARSE, resume=True, groups=groups)
+    Run.start(own.folder, tiny_cohort, COARSE, resume=True, splits=splits)
+    with pytest.raises(ValueError, match=r"groups or folds. Received: groups.patient_00: a before, z now"):
+        Run.start(grouped.folder, tiny_cohort, COARSE, resume=True, groups={**groups, names[0]: "z"})
+    with pytest.raises(ValueError, match=r"groups or folds. Received: folds: .*; splits"):
+        Run.start(own.folder, tiny_cohort, COARSE, resume=True, splits=splits[::-1])
+
+
+def test_folds_balanced_by_the_tumours_volume(tmp_path, tiny_cohort):
+    shutil.copytree(tiny_cohort, tmp_path / "data")
+    for number, patient in enumerate(sorted((tmp_path / "data").iterdir())):
+        mask = sitk.ReadImage(str(patient / "mask.nii.gz"))
+        if number % 2:  # Only half of the tumour.
+            mask[:, : mask.GetSize()[1] // 2] = 0
+            sitk.WriteImage(mask, str(patient / "mask.nii.gz"))
+    run = Run.start(tmp_path / "run", tmp_path / "data", COARSE.replace({"training.balance": "volume"}))
+    volumes = {patient.name: patient.tumour_ml for patient in run.patients(run.cases)}
+    smaller = set(sorted(volumes, key=volumes.get)[:3])
+    assert [len(smaller & set(fold.test)) for fold in run.folds] == [1, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +187,9 @@ def test_images_that_changed_are_not_resumed(run, tiny_cohort, tmp_path, no_trai
     folder, _ = run
     shutil.copytree(tiny_cohort, tmp_path / "changed")
     shutil.copy(tmp_path / "changed" / "patient_01" / "t2.nii.gz", tmp_path / "changed" / "patient_00" / "t2.nii.gz")
-    with pytest.raises(ValueError, match=r"other patients. Received: images.patient_00: \w+ before, \w+ now$"):
+    with pytest.raises(
+        ValueError, match=r"other patients, groups or folds. Received: images.patient_00: \w+ before, \w+ now$"
+    ):
         Run.start(folder, tmp_path / "changed", COARSE, resume=True)
 
 

@@ -16,6 +16,12 @@ Changes = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out patients that cannot be used, and list them.")]
+Groups = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="CSV with columns patient and group; a group is never divided.")
+]
+Splits = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Your own folds as JSON, such as nnU-Net's splits_final.json.")
+]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and where the result is, nothing else.")]
 
@@ -46,6 +52,13 @@ def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, def
         raise ValueError("--recipe, --paper: one of the two is expected. Received: both")
     recipe = Recipe.load(file) if file else Recipe() if paper else default or Recipe.small()
     return recipe.replace(parse_changes(changes))
+
+
+def read_division(groups: Path | None, splits: Path | None) -> dict:
+    """The arguments of `Run.start` for the options `--groups` and `--splits`."""
+    from keras_mmfnet.data.folds import read_groups, read_splits
+
+    return {"groups": groups and read_groups(groups), "splits": splits and read_splits(splits)}
 
 
 def choose_folds(folds: list[str] | None, count: int, default: list[int]) -> list[int]:

@@ -35,6 +35,8 @@ def compare(
     paper: options.Paper = False,
     changes: options.Changes = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N", help="Fold to run; may be repeated. [all]")] = None,
+    groups: options.Groups = None,
+    splits: options.Splits = None,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
@@ -46,10 +48,10 @@ def compare(
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, default_recipe())
-        folds = options.choose_folds(fold, chosen.training.folds, list(range(chosen.training.folds)))
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.methods import METHODS
+            from keras_mmfnet.run import Run
         for file in module or ():
             import_file(file)
         if methods == "list":
@@ -61,7 +63,12 @@ def compare(
             raise ValueError(f"{expected}. Received: {', '.join(unknown)}")
         _log.info("Computing with %s", computes_on)
         chosen = recipe_of(chosen, names, bool(recipe or paper))
-        run_comparison(terminal, out, data, chosen, [METHODS[name] for name in names], folds, baseline, skip_bad)
+        division, before = options.read_division(groups, splits), Run(out)
+        known = before.folds if before.cohort_file.exists() else range(chosen.training.folds)
+        count = len(division["splits"] or known)
+        folds = options.choose_folds(fold, count, list(range(count)))
+        chosen_methods = [METHODS[name] for name in names]
+        run_comparison(terminal, out, data, chosen, chosen_methods, folds, baseline, skip_bad, division)
 
 
 def default_recipe():
@@ -88,7 +95,9 @@ def import_file(path: Path) -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def run_comparison(terminal, out: Path, data: Path, recipe, methods, folds, baseline, skip_bad=False) -> None:
+def run_comparison(
+    terminal, out: Path, data: Path, recipe, methods, folds, baseline, skip_bad=False, division=()
+) -> None:
     """Trains and evaluates methods, writes the tables and the report and prints where they are."""
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.cli.train import log_command, plan_of
@@ -98,7 +107,8 @@ def run_comparison(terminal, out: Path, data: Path, recipe, methods, folds, base
     left_out = []
     with log_to_file(Run(out).log_file):
         log_command()
-        run = Run.start(out, data, recipe, Run(out).recipe_file.exists(), left_out.append if skip_bad else None)
+        resume, on_error = Run(out).recipe_file.exists(), left_out.append if skip_bad else None
+        run = Run.start(out, data, recipe, resume, on_error, **dict(division))
         for error in left_out:
             _log.warning("Left out: %s", error)
         terminal.follow(plan_of(run, methods, folds))

@@ -20,6 +20,8 @@ def train(
     paper: options.Paper = False,
     changes: options.Changes = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
+    groups: options.Groups = None,
+    splits: options.Splits = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; needs only --out.")] = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
@@ -32,8 +34,6 @@ def train(
         if data is not None:
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, options.recipe_of_run(out) if resume else None)
-        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
-        folds = options.choose_folds(fold, chosen.training.folds, begun or [0])
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.run import Run
@@ -41,10 +41,14 @@ def train(
         before = Run(out) if resume else None
         # What was left out before is left out again.
         skip_bad = skip_bad or bool(before and before.cohort["skipped"])
-        run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad)
+        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
+        division = options.read_division(groups, splits)
+        count = len(division["splits"] or (before.folds if before else range(chosen.training.folds)))
+        folds = options.choose_folds(fold, count, begun or [0])
+        run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad, division)
 
 
-def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False) -> None:
+def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, division=()) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers."""
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
@@ -54,7 +58,7 @@ def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=Fals
     left_out = []
     with log_to_file(Run(out).log_file):
         log_command()
-        run = Run.start(out, data, recipe, resume, left_out.append if skip_bad else None)
+        run = Run.start(out, data, recipe, resume, left_out.append if skip_bad else None, **dict(division))
         for error in left_out:
             _log.warning("Left out: %s", error)
         for number in folds:  # --resume goes on with the folds that have a folder.

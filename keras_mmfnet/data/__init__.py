@@ -1,7 +1,15 @@
 from typing import TYPE_CHECKING
 
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
-from keras_mmfnet.data.folds import Fold, find_duplicates, five_folds, group_patients
+from keras_mmfnet.data.folds import (
+    Fold,
+    find_duplicates,
+    five_folds,
+    group_patients,
+    read_groups,
+    read_splits,
+    split_folds,
+)
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
@@ -33,4 +41,7 @@ __all__ = [
     "patch_dataset",
     "preprocess_case",
     "read_case_folder",
+    "read_groups",
+    "read_splits",
+    "split_folds",
 ]

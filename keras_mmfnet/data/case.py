@@ -119,6 +119,11 @@ class PreprocessedCase:
         """Voxel size in mm `(z, y, x)`."""
         return self.grid.spacing[::-1]
 
+    @property
+    def tumour_ml(self) -> float:
+        """Volume of the mask in ml."""
+        return float(np.count_nonzero(self.mask) * np.prod(self.spacing) / 1000)
+
     def images_of(self, modalities: Iterable[str]) -> dict[str, np.ndarray]:
         """The images of these modalities by name. A missing one is zeros, as in modality dropout."""
         return {name: self.images.get(name, np.zeros(self.shape, np.float32)) for name in modalities}

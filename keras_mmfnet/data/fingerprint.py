@@ -1,7 +1,6 @@
 """Surveys the images of a cohort: their geometry, and what preprocessing would change or refuse."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,8 +141,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         preprocessed = attempt(preprocess_case, case, recipe)
         if preprocessed:
             notes = preprocessed.notes
-            if preprocessed.mask is not None:
-                volume = np.count_nonzero(preprocessed.mask) * math.prod(preprocessed.spacing) / 1000
+            volume = None if preprocessed.mask is None else preprocessed.tumour_ml
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
     return CaseSurvey(case.name, images, where, labels, volume, problems, notes)

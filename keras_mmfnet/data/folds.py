@@ -1,9 +1,14 @@
+import csv
 import dataclasses
+import difflib
 import hashlib
 import itertools
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,6 +19,8 @@ from keras_mmfnet.data.image_io import read_grid, read_image
 
 # PatientID and StudyInstanceUID.
 _STUDY = (0x00100020, 0x0020000D)
+# The parts of a fold in a file of nnU-Net, and in one of our own.
+_PARTS = ({"train": "train", "val": "test"}, {"train": "train", "validation": "validation", "test": "test"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +44,12 @@ def five_folds(
     validation_fraction: float = 0.25,
     seed: int = 0,
     groups: Mapping[str, str] | None = None,
+    volumes: Mapping[str, float] | None = None,
 ) -> list[Fold]:
     """Divides patients into the folds of a cross-validation (section IV-C).
 
-    The same names, groups and seed give the same folds, in whatever order the names come and on every computer.
+    The same names, groups, volumes and seed give the same folds, in whatever order the names come and on every
+    computer.
 
     Args:
         names: The patients' names, each once.
@@ -50,6 +59,8 @@ def five_folds(
         seed: Another seed gives another division.
         groups: The group of each patient by name. A group is never divided among training, validation and test, so
             the folds are only as even as the groups allow. A patient without an entry is a group of one.
+        volumes: The tumour's volume of each patient by name, whose range every part of every fold then covers: of the
+            patients in the order of their volumes, neighbours go to different parts. A group counts by its largest.
 
     Returns:
         A list of `folds` times `Fold`, the names in each sorted.
@@ -61,25 +72,19 @@ def five_folds(
     names = sorted(names)
     if folds < 2:
         raise ValueError(f"`folds` must be 2 or more. Received: folds={folds}")
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"`validation_fraction` must be between 0 and 1. Received: validation_fraction={validation_fraction}"
-        )
+    _check_fraction(validation_fraction)
     twice = sorted({name for name, following in itertools.pairwise(names) if name == following})
     if twice:
         raise ValueError(f"each patient's name must occur once. Received more than once: {twice}")
-    groups = groups or {}
-    units = {}  # patients that stay together, by the first of their names
-    for name in names:
-        units.setdefault((groups.get(name), None if name in groups else name), []).append(name)
-    units = {together[0]: together for together in units.values()}
+    units = _units(names, groups)
     kind = "groups of patients" if len(units) < len(names) else "patients"
     if len(units) < folds:
         raise ValueError(f"{folds} folds need at least {folds} {kind}. Received: {len(units)} {kind}")
 
     tests = [[] for _ in range(folds)]
     # The largest first, each into the fold with the fewest patients.
-    for first in sorted(_shuffle(units, seed), key=lambda first: -len(units[first])):
+    order = itertools.chain.from_iterable(_strata(units, volumes, folds, seed))
+    for first in sorted(order, key=lambda first: -len(units[first])):
         min(tests, key=lambda test: sum(len(units[one]) for one in test)).append(first)
     most = max(map(len, tests))
     if len(units) - most < 2:
@@ -90,33 +95,203 @@ def five_folds(
         )
     division = []
     for fold, test in enumerate(tests):
-        rest = _shuffle(set(units) - set(test), seed, fold)
-        patients = sum(len(units[first]) for first in rest)
-        wanted, validation = min(max(1, round(validation_fraction * patients)), patients - 1), []
-        for first in rest:
-            if len(units[first]) + sum(len(units[one]) for one in validation) <= wanted:
-                validation.append(first)
-        validation = validation or [min(rest, key=lambda first: len(units[first]))]
-        train = [first for first in rest if first not in validation]
-        parts = [sorted(name for first in part for name in units[first]) for part in (train, validation, test)]
-        division.append(Fold(*map(tuple, parts)))
+        rest = {first: units[first] for first in set(units) - set(test)}
+        train, validation = _hold_back(rest, validation_fraction, volumes, seed, fold)
+        division.append(Fold(train, validation, _names(test, units)))
     return division
 
 
-def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[str, str]:
-    """Groups patients by their names; without a group for them, refuses duplicates.
+def split_folds(
+    splits: Sequence[Fold],
+    names: Iterable[str],
+    validation_fraction: float = 0.25,
+    seed: int = 0,
+    groups: Mapping[str, str] | None = None,
+    volumes: Mapping[str, float] | None = None,
+    left_out: Collection[str] = (),
+) -> list[Fold]:
+    """The user's own folds, checked against the patients.
+
+    Args:
+        splits: The folds, as from `read_splits`. One without validation gives some of its patients to train on for
+            that, as `five_folds` does.
+        names: The names of the patients that there are.
+        validation_fraction: As for `five_folds`.
+        seed: As for `five_folds`.
+        groups: As for `five_folds`.
+        volumes: As for `five_folds`.
+        left_out: Names of patients that cannot be used and are left out of the folds.
+
+    Returns:
+        The folds, the names in each sorted.
+
+    Raises:
+        ValueError: There is no such patient; a part of a fold has none; a patient or a group is in two parts of a
+            fold, or a patient is tested in two folds.
+    """
+    _check_fraction(validation_fraction)
+    names, division, tested = set(names), [], {}
+    for number, split in enumerate(splits):
+        parts = {part: set(some) - set(left_out) for part, some in dataclasses.asdict(split).items()}
+        used = sorted(name for some in parts.values() for name in some)
+        if unknown := sorted(set(used) - names):
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            meant = f"; did you mean {near[0]} for {unknown[0]}" if near else ""
+            raise ValueError(
+                f"fold {number} must name patients of the data{meant}. Received: {', '.join(unknown[:20])}"
+            )
+        units = _units(used, groups)
+        divided = [unit for unit in units.values() if sum(not some.isdisjoint(unit) for some in parts.values()) > 1]
+        twice = divided[0] if divided else [name for name in used if used.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"fold {number} must have each patient, or group of patients, in one part. Received in several: "
+                f"{', '.join(sorted(set(twice)))}"
+            )
+        if again := sorted(tested.keys() & parts["test"]):
+            raise ValueError(
+                f"each patient must be tested in one fold, or its numbers would count twice. Received: {again[0]} in "
+                f"folds {tested[again[0]]} and {number}"
+            )
+        tested |= dict.fromkeys(parts["test"], number)
+        rest = {first: unit for first, unit in units.items() if parts["train"] >= set(unit)}
+        train, validation = tuple(sorted(parts["train"])), tuple(sorted(parts["validation"]))
+        if not split.validation and len(rest) > 1:
+            train, validation = _hold_back(rest, validation_fraction, volumes, seed, number)
+        division.append(Fold(train, validation, tuple(sorted(parts["test"]))))
+        for part, some in dataclasses.asdict(division[-1]).items():
+            if not some:
+                raise ValueError(f"fold {number} must have a patient for each part. Received: none for {part}")
+    return division
+
+
+def read_splits(path: str | os.PathLike) -> list[Fold]:
+    """Reads folds from a JSON file: a list with an object of lists of patients' names for each fold.
+
+    An object has `train`, `validation` and `test`, as the folds in a run's `cohort.json`, or `train` and `val`, as in
+    nnU-Net's `splits_final.json`. nnU-Net only evaluates on `val`, so these are the patients to test; who validates is
+    then chosen from `train`, see `split_folds`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The folds; `validation` is empty where the file has none.
+
+    Raises:
+        ValueError: The file is no such list.
+        OSError: The file cannot be read.
+    """
+    try:
+        splits = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON. Received: {error}") from error
+    folds = []
+    for split in splits if isinstance(splits, list) and splits else [[splits]]:
+        parts = next((parts for parts in _PARTS if isinstance(split, dict) and split.keys() == parts.keys()), None)
+        if not parts or not all(isinstance(n, list) and all(isinstance(x, str) for x in n) for n in split.values()):
+            raise ValueError(
+                f'{path}: must be a list of {{"train": [names], "val": [names]}} or {{"train": ..., "validation": ..., '
+                f'"test": ...}}. Received: {json.dumps(split)[:80]}'
+            )
+        folds.append(Fold(**{"validation": (), **{parts[key]: tuple(some) for key, some in split.items()}}))
+    return folds
+
+
+def read_groups(path: str | os.PathLike) -> dict[str, str]:
+    """Reads which patients belong together from a CSV file with the columns `patient` and `group`.
+
+    Args:
+        path: The file; commas or semicolons separate the columns.
+
+    Returns:
+        The group by the patient's name.
+
+    Raises:
+        ValueError: A column is missing, a field is empty, or a patient is in two groups.
+        OSError: The file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: groups must be CSV in UTF-8. Received: {error}") from error
+    rows = csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.partition("\n")[0] else ",")
+    if not {"patient", "group"} <= set(rows.fieldnames or ()):
+        raise ValueError(f"{path}: must have the columns patient and group. Received: {text.partition(chr(10))[0]!r}")
+    groups = {}
+    for row in rows:
+        patient, group = ((row[column] or "").strip() for column in ("patient", "group"))
+        if not (patient and group) or groups.setdefault(patient, group) != group:
+            raise ValueError(
+                f"{path}: line {rows.line_num}: must have a patient and its one group. Received: {patient!r}, {group!r}"
+            )
+    return groups
+
+
+def _check_fraction(fraction):
+    if not 0 < fraction < 1:
+        raise ValueError(f"`validation_fraction` must be between 0 and 1. Received: validation_fraction={fraction}")
+
+
+def _units(names, groups):
+    """The patients that stay together, by the first of their names."""
+    groups, units = groups or {}, {}
+    for name in sorted(names):
+        units.setdefault((groups.get(name), None if name in groups else name), []).append(name)
+    return {together[0]: together for together in units.values()}
+
+
+def _names(firsts, units):
+    return tuple(sorted(name for first in firsts for name in units[first]))
+
+
+def _strata(units, volumes, size, *key):
+    """Units in a random order; with volumes, in strata of `size` units whose volumes are alike, from the smallest."""
+    shuffled = _shuffle(units, *key)
+    if volumes is None:
+        return [shuffled]
+    shuffled.sort(key=lambda first: max(volumes[name] for name in units[first]))
+    return [_shuffle(shuffled[start : start + size], *key) for start in range(0, len(shuffled), size)]
+
+
+def _hold_back(units, fraction, volumes, *key):
+    """The patients to train on and those to validate on, of whole units."""
+    # One of each stratum after the other.
+    strata = itertools.zip_longest(*_strata(units, volumes, round(1 / fraction), *key))
+    rest = [first for firsts in strata for first in firsts if first is not None]
+    patients = sum(map(len, units.values()))
+    wanted, validation = min(max(1, round(fraction * patients)), patients - 1), []
+    for first in rest:
+        if len(units[first]) + sum(len(units[one]) for one in validation) <= wanted:
+            validation.append(first)
+    validation = validation or [min(rest, key=lambda first: len(units[first]))]
+    return _names(set(rest) - set(validation), units), _names(validation, units)
+
+
+def group_patients(
+    cases: Sequence[Case], pattern: str | None = None, groups: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Groups patients by a list or by their names; without a group for them, refuses duplicates.
 
     Args:
         cases: The patients.
         pattern: The recipe's `training.group`: a regular expression, searched in each name. `None`: no groups.
+        groups: The group of every patient by name, as from `read_groups`, in place of a pattern.
 
     Returns:
         The group by name, for `five_folds`: what the pattern's first group matched, or the whole match without one.
         Names that do not match are left out.
 
     Raises:
-        ValueError: `find_duplicates` finds patients whose names do not match, or the pattern matches none.
+        ValueError: `find_duplicates` finds patients without a group; the pattern matches none; `groups` lack a
+            patient; or there are both.
     """
+    if groups is not None:
+        if pattern is not None:
+            raise ValueError(f"groups must come from a list or from `training.group`. Received: both, {pattern!r}")
+        if lacking := [case.name for case in cases if case.name not in groups]:
+            raise ValueError(f"the groups must be those of every patient. Received: none of {', '.join(lacking[:20])}")
+        return {case.name: groups[case.name] for case in cases}
     matches = {case.name: re.search(pattern, case.name) for case in cases} if pattern is not None else {}
     groups = {name: match[1] if match.re.groups and match[1] else match[0] for name, match in matches.items() if match}
     if pattern is not None and not groups:
@@ -129,7 +304,7 @@ def group_patients(cases: Sequence[Case], pattern: str | None = None) -> dict[st
         listed = "; ".join(" = ".join(names) for names in apart[:20])
         raise ValueError(
             "each patient must occur once, or training and test would share images; remove the copies, or give "
-            "`training.group`, a regular expression for the part of a name that tells the patient. "
+            "`training.group`, a regular expression for the part of a name that tells the patient, or --groups. "
             f"Received: {listed}{f'; ... and {len(apart) - 20} more' if len(apart) > 20 else ''}"
         )
     return groups

@@ -310,7 +310,7 @@ def _cohort(run):
         "rows of a slice": [patient.source.size[1] for patient in patients],
         "columns of a slice": [patient.source.size[0] for patient in patients],
         "size of a pixel, mm": [patient.source.spacing[0] for patient in patients],
-        "tumour, ml": [np.count_nonzero(p.mask) * float(np.prod(p.spacing)) / 1000 for p in patients],
+        "tumour, ml": [patient.tumour_ml for patient in patients],
     }
     lines = [[name, float(np.median(some)), min(some), max(some)] for name, some in values.items()]
     folds = [[number, len(fold.train), len(fold.validation), len(fold.test)] for number, fold in enumerate(run.folds)]

@@ -29,6 +29,8 @@ from keras_mmfnet.recipe import Recipe
         (["{cohort}", "--set", "training.folds=7"], "7 folds need at least 7 patients"),
         (["{cohort}", "--fold", "5"], "--fold: numbers from 0 to 4, or all, are expected. Received: 5"),
         (["{cohort}", "--paper", "--recipe", "r.json"], "--recipe, --paper: one of the two"),
+        (["{cohort}", "--splits", "{cohort}/folds.json"], "No such file or directory"),
+        (["{cohort}", "--groups", "{cohort}/patient_00/t1.nii.gz"], "groups must be CSV in UTF-8"),
         ([], "DATA: a folder of patients is expected"),
         (["--resume"], "the folder of a run, with a recipe.json, is expected"),
         (["{cohort}", "--device", "tpu"], "--device: cpu, gpu or gpu:<number> is expected. Received: tpu"),
@@ -250,3 +252,17 @@ def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
     assert np.isfinite(summary["hd95"]["mean"])
     again = mmfnet("demo", "--out", tmp_path / "run", code=1)
     assert "--resume goes on" in again.stderr
+
+
+def test_groups_and_folds_of_the_users_own(mmfnet, tiny_cohort, tmp_path, tiny):
+    names = sorted(path.name for path in tiny_cohort.iterdir())
+    (tmp_path / "splits.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
+    (tmp_path / "groups.csv").write_text("patient,group\n" + "".join(f"{n},{n[-1] in '01'}{n[-1]}\n" for n in names))
+    arguments = tiny_cohort, "--groups", tmp_path / "groups.csv", "--splits", tmp_path / "splits.json", *tiny
+    done = mmfnet("train", *arguments, "--out", tmp_path / "run", "--fold", "1", code=1)
+    assert "--fold: numbers from 0 to 0, or all" in done.stderr
+    mmfnet("train", *arguments, "--out", tmp_path / "run", "--fold", "all")
+    run = runner.Run(tmp_path / "run")
+    assert [row["patient"] for row in run.results()["mmfnet"][0]["patients"]] == names[4:]
+    assert run.trained_folds() == [0]
+    assert "trained already: fold_0 mmfnet" in mmfnet("train", "--out", tmp_path / "run", "--resume").stderr

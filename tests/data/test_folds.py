@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import random
 
 import numpy as np
@@ -7,7 +9,15 @@ from dicom_files import write_series
 
 from keras_mmfnet.data import folds
 from keras_mmfnet.data.case import Case
-from keras_mmfnet.data.folds import Fold, find_duplicates, five_folds, group_patients
+from keras_mmfnet.data.folds import (
+    Fold,
+    find_duplicates,
+    five_folds,
+    group_patients,
+    read_groups,
+    read_splits,
+    split_folds,
+)
 from keras_mmfnet.data.image_io import Volume
 from keras_mmfnet.data.layouts import find_cases
 from keras_mmfnet.recipe import Recipe
@@ -223,3 +233,95 @@ def test_the_pattern_of_groups_is_checked():
     assert Recipe().replace({"training.group": r"(p\d+)_"}).training.group == r"(p\d+)_"
     with pytest.raises(ValueError, match=r"`training.group` must be a regular expression .*Received: '\(p'"):
         Recipe().replace({"training.group": "(p"})
+
+
+def test_folds_balanced_by_volume_cover_its_range():
+    volumes = {name: float(3**number) for number, name in enumerate(NAMES)}
+    groups = {name: "several" for name in NAMES[20:]}
+    for seed in range(10):
+        division = five_folds(NAMES, seed=seed, volumes=volumes)
+        assert division == five_folds(NAMES[::-1], seed=seed, volumes=volumes)
+        ranks = [sorted(NAMES.index(name) // 5 for name in fold.test) for fold in division]
+        # One patient of each fifth of the volumes, and of the last one, which has three, at most one.
+        assert all(rank in ([0, 1, 2, 3], [0, 1, 2, 3, 4]) for rank in ranks)
+        for fold in division:
+            rest = sorted([*fold.train, *fold.validation], key=volumes.get)
+            quarters = sorted(rest.index(name) // 4 for name in fold.validation)
+            assert len(quarters) == len(set(quarters)) == round(0.25 * len(rest))
+        together = five_folds(NAMES, seed=seed, volumes=volumes, groups=groups)
+        assert all(len({name in fold.test for name in NAMES[20:]}) == 1 for fold in together)
+    assert len({five_folds(NAMES, seed=seed, volumes=volumes)[0].test for seed in range(10)}) == 10
+
+
+def test_folds_from_a_file(tmp_path):
+    path = tmp_path / "splits.json"
+    names = [f"p{number}" for number in range(10)]
+    path.write_text(json.dumps([{"train": names[:8], "val": names[8:]}, {"train": names[2:], "val": names[:2]}]))
+    splits = read_splits(path)
+    assert splits[0] == Fold(tuple(names[:8]), (), tuple(names[8:]))
+    groups = {"p2": "x", "p3": "x", "p4": "x"}
+    for seed in range(5):
+        division = split_folds(splits, names, seed=seed, groups=groups)
+        # Those of nnU-Net's `val` are tested; others validate.
+        assert [fold.test for fold in division] == [("p8", "p9"), ("p0", "p1")]
+        for fold, split in zip(division, splits, strict=True):
+            assert sorted([*fold.train, *fold.validation]) == list(split.train)
+            assert len(fold.validation) == 2
+            assert {"p2", "p3", "p4"} <= set(fold.train) or {"p2", "p3", "p4"} <= set(fold.validation)
+    own = [{"train": ["p3", "p1"], "validation": ["p2"], "test": ["p0"]}]
+    path.write_text("\ufeff" + json.dumps(own), encoding="utf-8")
+    assert split_folds(read_splits(path), names) == [Fold(("p1", "p3"), ("p2",), ("p0",))]
+    assert split_folds(read_splits(path), names, left_out=["p3"])[0].train == ("p1",)
+    path.write_text(json.dumps([dataclasses.asdict(fold) for fold in five_folds(names)]))
+    assert split_folds(read_splits(path), names) == five_folds(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be JSON"),
+        ("[]", r"must be a list of .*Received: \[\[\]\]"),
+        ('{"train": ["a"], "val": ["b"]}', r'must be a list of .*Received: \[{"train"'),
+        ('[{"train": ["a"], "test": ["b"]}]', "must be a list of"),
+        ('[{"train": ["a"], "val": [3]}]', "must be a list of"),
+        ('[{"train": ["a", "b"], "val": "c"}]', "must be a list of"),
+        ('[{"train": ["a", "b"], "val": ["patient"]}]', "did you mean patient_1 for patient. Received: patient"),
+        ('[{"train": ["a", "b"], "val": ["b"]}]', "fold 0 must have each patient.*Received in several: b"),
+        ('[{"train": ["a", "g1"], "val": ["g2"]}]', "or group of patients, in one part. .*: g1, g2"),
+        ('[{"train": ["a", "b"], "val": []}]', "fold 0 must have a patient for each part. Received: none for test"),
+        ('[{"train": ["a"], "val": ["b"]}]', "Received: none for validation"),
+        ('[{"train": ["g1", "g2"], "val": ["b"]}]', "Received: none for validation"),
+        ('[{"train": ["a", "b"], "val": ["c"]}, {"train": ["a", "b"], "val": ["c"]}]', "Received: c in folds 0 and 1"),
+    ],
+)
+def test_folds_that_do_not_fit(tmp_path, text, message):
+    (tmp_path / "splits.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        split_folds(
+            read_splits(tmp_path / "splits.json"), [*"abc", "g1", "g2", "patient_1"], groups={"g1": "g", "g2": "g"}
+        )
+
+
+def test_groups_from_a_file(tmp_path):
+    path = tmp_path / "groups.csv"
+    path.write_text("group,patient,date\n7,p7_before,2020\n7, p7_after,2021\n8,p8,\n9,another,\n")
+    groups = read_groups(path)
+    assert groups == {"p7_before": "7", "p7_after": "7", "p8": "8", "another": "9"}
+    path.write_text("\ufeffpatient;group\nZoë, 1;7\n", encoding="utf-8")
+    assert read_groups(path) == {"Zoë, 1": "7"}
+    cases = [Case(name, {"t1": f"{name}.nii"}) for name in ("p7_before", "p7_after", "p8")]
+    assert group_patients(cases, groups=groups) == {"p7_before": "7", "p7_after": "7", "p8": "8"}
+    with pytest.raises(ValueError, match=r"of every patient. Received: none of p8$"):
+        group_patients(cases, groups={"p7_before": "7", "p7_after": "7"})
+    with pytest.raises(ValueError, match=r"a list or from `training.group`. Received: both, 'p'"):
+        group_patients(cases, "p", groups)
+    for text, message in (
+        ("name,group\np,1\n", r"the columns patient and group. Received: 'name,group'"),
+        ("", "Received: ''"),
+        ("patient,group\np,\n", r"line 2: must have a patient and its one group. Received: 'p', ''"),
+        ("patient,group\np\n", r"line 2: .*Received: 'p', ''"),
+        ("patient,group\np,1\np,2\n", r"line 3: .*Received: 'p', '2'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_groups(path)
