@@ -9,7 +9,7 @@ from keras_mmfnet import kernels
 class BatchNormReLU(keras.layers.Layer):
     """Batch normalization and ReLU: `relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 
-    In training the moments are those of the batch. In inference, or if the layer is frozen, they are the moving averages.
+    The moments are those of the batch in training; in inference, or if the layer is frozen, the moving averages.
 
     Args:
         axis: Axis of the channels.
