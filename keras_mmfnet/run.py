@@ -230,6 +230,7 @@ the groups and folds that were given |
                 return split_folds(splits, names, *shared, left_out={error.patient for error in bad})
             return five_folds(names, settings.folds, *shared)
 
+        divide([case.name for case in cases])  # Too few patients are found before the long work.
         patients = {}
         for number, case in enumerate(cases, start=1):
             try:

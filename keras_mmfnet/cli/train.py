@@ -34,18 +34,20 @@ def train(
         if data is not None:
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, options.recipe_of_run(out) if resume else None)
+        division = options.read_division(groups, splits)
+        if not resume:
+            folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.run import Run
         _log.info("Computing with %s", computes_on)
-        before = Run(out) if resume else None
-        # What was left out before is left out again.
-        skip_bad = skip_bad or bool(before and before.cohort["skipped"])
-        begun = sorted(int(path.name[5:]) for path in out.glob("fold_*")) if resume else []
-        division = options.read_division(groups, splits)
-        count = len(division["splits"] or (before.folds if before else range(chosen.training.folds)))
-        folds = options.choose_folds(fold, count, begun or [0])
-        run_training(terminal, out, data or before.cohort["data"], chosen, folds, resume, skip_bad, division)
+        if resume:
+            before = Run(out)
+            begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
+            folds = options.choose_folds(fold, len(before.folds), begun or [0])
+            # What was left out before is left out again.
+            data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
+        run_training(terminal, out, data, chosen, folds, resume, skip_bad, division)
 
 
 def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, division=()) -> None:
