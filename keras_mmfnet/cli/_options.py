@@ -22,6 +22,15 @@ Groups = Annotated[
 Splits = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Your own folds as JSON, such as nnU-Net's splits_final.json.")
 ]
+Structure = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--structure",
+        metavar="PATTERN",
+        help="Structures of a DICOM structure set or segmentation that are the mask: 'GTV.*'. Those of a second "
+        "pattern have the label 2.",
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and where the result is, nothing else.")]
 
@@ -44,14 +53,15 @@ def _value(text):
         return tuple(_value(part.strip()) for part in text.split(",")) if "," in text else text
 
 
-def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, default=None):
-    """The `Recipe` of the options `--recipe`, `--paper` and `--set`."""
+def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, structures=None, default=None):
+    """The `Recipe` of the options `--recipe`, `--paper`, `--set` and `--structure`."""
     from keras_mmfnet.recipe import Recipe
 
     if file and paper:
         raise ValueError("--recipe, --paper: one of the two is expected. Received: both")
     recipe = Recipe.load(file) if file else Recipe() if paper else default or Recipe.small()
-    return recipe.replace(parse_changes(changes))
+    named = {"data.mask_structures": structures} if structures else {}
+    return recipe.replace({**parse_changes(changes), **named})
 
 
 def read_division(groups: Path | None, splits: Path | None) -> dict:

@@ -18,6 +18,7 @@ def check(
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     changes: options.Changes = None,
+    structure: options.Structure = None,
     quiet: options.Quiet = False,
 ):
     """Lists the patients of a folder, or one: grids, orientations, what would be resampled or refused, and why."""
@@ -31,7 +32,7 @@ def check(
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
-        chosen, done = options.choose_recipe(recipe, paper, changes).data, []
+        chosen, done = options.choose_recipe(recipe, paper, changes, structure).data, []
         cases, errors = _find(data, chosen, no_mask)
 
         def count(row):

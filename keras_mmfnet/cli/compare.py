@@ -34,6 +34,7 @@ def compare(
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     changes: options.Changes = None,
+    structure: options.Structure = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N", help="Fold to run; may be repeated. [all]")] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
@@ -47,7 +48,7 @@ def compare(
             if not (data and out):
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
             options.require_folder(data, "DATA")
-        chosen = options.choose_recipe(recipe, paper, changes, default_recipe())
+        chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
         computes_on = start_backend(device)
         with silenced():
             from keras_mmfnet.methods import METHODS

@@ -19,6 +19,7 @@ def train(
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     changes: options.Changes = None,
+    structure: options.Structure = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
@@ -33,7 +34,9 @@ def train(
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
-        chosen = options.choose_recipe(recipe, paper, changes, options.recipe_of_run(out) if resume else None)
+        chosen = options.choose_recipe(
+            recipe, paper, changes, structure, options.recipe_of_run(out) if resume else None
+        )
         division = options.read_division(groups, splits)
         if not resume:
             folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])

@@ -179,7 +179,7 @@ def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, nu
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # Before there is a run to go on with, the same command does.
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Run, "start", lambda *_: signal.raise_signal(number))
+        patch.setattr(runner.Run, "start", lambda *_, **__: signal.raise_signal(number))
         done = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", *tiny, code=128 + number)
     assert done.stderr.splitlines()[-1] == "stopped; start the same command again to go on"
     # --resume knows all folds that were to run.
