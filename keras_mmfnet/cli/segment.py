@@ -29,6 +29,12 @@ def segment(
     ] = False,
     picture: Annotated[bool, typer.Option("--picture", help="PNG of a slice with the contours.")] = False,
     structure: Annotated[str, typer.Option(metavar="NAME", help="Name of the contour in DICOM.")] = "tumour",
+    tolerance: Annotated[
+        float, typer.Option(metavar="MM", min=0, help="How far structure set contours may move to save points.")
+    ] = 0.0,
+    max_points: Annotated[
+        int | None, typer.Option(metavar="N", min=3, help="Most points of a contour; more are refused. [any number]")
+    ] = None,
     fold: Annotated[list[int] | None, typer.Option(metavar="N", help="Fold whose network counts. [all]")] = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="Average with the mirror image.")] = False,
     gaussian: Annotated[bool, typer.Option("--gaussian", help="Weight the middle of each window more.")] = False,
@@ -38,6 +44,7 @@ def segment(
     """Segments one patient or a folder of patients with the networks of a run."""
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
+    limits = {"tolerance": tolerance, "max_points": max_points}
     with session(quiet) as terminal:
         recipe = options.recipe_of_run(run)
         if not 1 <= len(structure) <= 64 or "\\" in structure:
@@ -80,7 +87,7 @@ def segment(
         for number, case in enumerate(todo, start=1):
             try:
                 write(out / f"{case.name}.json", json.dumps(sources[case.name], indent=2) + "\n")
-                line = _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian)
+                line = _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, limits)
                 seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
@@ -158,7 +165,7 @@ def _missing(out, case, wanted):
     return missing
 
 
-def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
+def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, limits):
     """Segments a patient, writes what is wanted and not there yet, and says what was found."""
     import SimpleITK as sitk
 
@@ -193,7 +200,7 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian):
         if name in files:
             write_image(image, files[name])
     if "rtstruct" in files and array.any():
-        write_rtstruct(mask, series, files["rtstruct"], structure, probability)
+        write_rtstruct(mask, series, files["rtstruct"], structure, probability, **limits)
     if "seg" in files and array.any():
         write_segmentation(mask, series, files["seg"], structure)
     if "picture" in files:

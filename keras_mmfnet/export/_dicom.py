@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -155,14 +156,16 @@ def planes(series: Series, grid: Grid) -> list[Plane]:
     import pydicom
 
     found = []
-    for file in series.files:
+    for file, used in itertools.zip_longest(series.files, series.frames):
         image = pydicom.dcmread(file, stop_before_pixels=True, force=True)
         lacking = [keyword for keyword in NEEDED if not image.get(keyword)]
         if lacking:
             tags = [f"{pydicom.tag.Tag(keyword)} {keyword}" for keyword in lacking]
             raise refused(series, f"images without {', '.join(tags)}")
         frames = image.get("PerFrameFunctionalGroupsSequence") or [image]
-        for number, frame in enumerate(frames, start=1):
+        for number, frame in enumerate(frames):
+            if used is not None and number not in used:
+                continue
             groups = [frame, *(image.get("SharedFunctionalGroupsSequence") or [])]
             position, orientation, spacing = (
                 _value(groups, *keywords)
@@ -173,7 +176,7 @@ def planes(series: Series, grid: Grid) -> list[Plane]:
                 )
             )
             axes = np.reshape(orientation, (2, 3)).T * spacing[::-1]
-            found.append(Plane(image, number if frame is not image else None, position, axes))
+            found.append(Plane(image, number + 1 if frame is not image else None, position, axes))
     origins = np.array([plane.origin for plane in found])
     corners = np.array([(0, 0), (grid.size[0] - 1, 0), (0, grid.size[1] - 1)])
     chosen = []

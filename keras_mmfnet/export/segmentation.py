@@ -10,7 +10,8 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.export import _dicom
 from keras_mmfnet.export._dicom import Structure
 
-_GEOMETRY = "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"
+# What derived objects say as well.
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
 
 def write_segmentation(
@@ -64,8 +65,9 @@ def write_segmentation(
         there = slice(used[0], used[-1] + 1)
         thickness = image.get("SliceThickness") or 0
         thickness = thickness if thickness > 0 else grid.spacing[2]
+        sources = _sources(planes[there], thickness)
         segmentation = highdicom.seg.Segmentation(
-            source_images=_sources(planes[there], thickness),
+            source_images=sources,
             pixel_array=pixels[there],
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=segments,
@@ -87,6 +89,8 @@ def write_segmentation(
             ),
         )
         _dicom.describe(segmentation, image)
+        if planes[0].frame:
+            _refer_to_frames(segmentation, sources, planes[there])
         content, back = _dicom.encode(segmentation, image, [structure.name for structure in structures])
         found = _read(back, planes, pixels.shape)
         for number, (structure, array) in enumerate(zip(structures, arrays, strict=True)):
@@ -95,21 +99,44 @@ def write_segmentation(
 
 
 def _sources(planes, thickness):
-    """The images of planes as the library reads them: what it needs of their headers, and nothing that may be wrong."""
-    from pydicom import Dataset
+    """An image for each plane, as the library reads them: what it needs of their headers, and nothing that is wrong."""
+    from pydicom import Dataset, uid
+    from pydicom.valuerep import DSfloat
 
-    if planes[0].frame:
-        return [planes[0].image]
     sources = []
     for plane in planes:
         image = Dataset()
-        for keyword in (*_dicom.NEEDED, *_GEOMETRY):
+        for keyword in _dicom.NEEDED:
             setattr(image, keyword, plane.image[keyword].value)
+        if plane.frame:  # the library does not take some of the frames of a file; `_refer_to_frames` puts that right
+            image.SOPClassUID, image.SOPInstanceUID = uid.MRImageStorage, uid.generate_uid(None)
         for keyword in _dicom.TYPE_2:
             setattr(image, keyword, None)
-        image.SliceThickness = thickness
+        for keyword in filter(plane.image.get, _LOSSY):
+            setattr(image, keyword, plane.image[keyword].value)
+        spacing = np.linalg.norm(plane.axes, axis=0)
+        image.Rows, image.Columns, image.SliceThickness = plane.image.Rows, plane.image.Columns, thickness
+        for keyword, values in (
+            ("PixelSpacing", spacing[::-1]),
+            ("ImagePositionPatient", plane.origin),
+            ("ImageOrientationPatient", (plane.axes / spacing).T.ravel()),
+        ):
+            setattr(image, keyword, [DSfloat(value, auto_format=True) for value in values])
         sources.append(image)
     return sources
+
+
+def _refer_to_frames(segmentation, sources, planes):
+    """Refers to the frames of files in place of the images that the library was told of."""
+    planes = {source.SOPInstanceUID: plane for source, plane in zip(sources, planes, strict=True)}
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        for item in frame.DerivationImageSequence[0].SourceImageSequence:
+            item.update(planes[item.ReferencedSOPInstanceUID].reference())
+    [series] = segmentation.ReferencedSeriesSequence
+    files = {plane.image.SOPInstanceUID: plane.reference() for plane in planes.values()}
+    for item in files.values():
+        item.pop("ReferencedFrameNumber", None)
+    series.ReferencedInstanceSequence = list(files.values())
 
 
 def _read(dataset, planes, shape):
