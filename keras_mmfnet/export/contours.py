@@ -21,20 +21,21 @@ def contours(mask: np.ndarray, probability: np.ndarray | None = None) -> list[np
     Args:
         mask: Bool `(height, width)`.
         probability: Float `(height, width)` in [0, 1]. With it the outlines follow its level of 0.5, linear between
-            pixel centres; without it they follow the edges of pixels. Where it disagrees with the mask at 0.5, as
-            after an island was removed, the mask counts.
+            pixel centres; without it, and at the image's border, the edges of pixels. Where it disagrees with the mask
+            at 0.5, as after an island was removed, the mask counts.
 
     Returns:
         Float arrays `(points, 2)` of (x, y) in pixels, at least four points each, clockwise as the image is shown, the
         first point not repeated. The pixels whose centres they enclose are those of the mask.
     """
-    mask = np.pad(np.asarray(mask, bool), 1)
-    linked = _linked(mask)
-    # Probability beyond 0.5, inside and outside: where the outline crosses from one pixel centre to the next.
+    mask = np.asarray(mask, bool)
+    # How far the probability is from 0.5: it tells where the outline crosses from one pixel centre to the next.
     margin = np.full(mask.shape, 0.5)
     if probability is not None:
-        values = np.pad(np.asarray(probability, float), 1)
-        margin = np.where((values >= 0.5) == mask, np.abs(values - 0.5), 0.5)
+        margin = np.where((probability >= 0.5) == mask, np.abs(probability - 0.5), 0.5)
+    # At the image's border, at the edges of pixels.
+    margin, mask = np.pad(margin, 1, mode="edge"), np.pad(mask, 1)
+    linked = _linked(mask)
     polygons = []
     for side, row, column in _loops(mask, linked):
         pixel, out, along = np.stack([row, column], 1), _SIDES[side], _SIDES[(side + 1) % 4]
@@ -59,11 +60,12 @@ def contours(mask: np.ndarray, probability: np.ndarray | None = None) -> list[np
 def _linked(mask):
     """Bool `(4, height, width)`: whether a pixel of the mask and its neighbour at each side are inside one outline."""
     linked = np.stack([mask & np.roll(mask, -side, (0, 1)) for side in _SIDES])
-    outside, count = ndimage.label(~mask, np.ones((3, 3)))
-    for hole in set(range(1, count + 1)) - {outside[0, 0]}:
+    labels, _ = ndimage.label(~mask, np.ones((3, 3)))
+    for hole, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        if hole == labels[0, 0]:
+            continue
         # From the hole's last column to the right: what is met there reaches further right, so channels never close.
-        rows, columns = np.nonzero(outside == hole)
-        row, column = rows[columns.argmax()], columns.max() + 1
+        row, column = rows.start + np.argmax(labels[rows, columns.stop - 1] == hole), columns.stop
         end = column + np.argmin(mask[row, column:] & mask[row + 1, column:])
         linked[1, row, column:end] = linked[3, row + 1, column:end] = False
     return linked
