@@ -59,6 +59,7 @@ class Series:
         files: Their paths.
         description: What the scanner calls the series.
         label: Its number, time, echo and what else tells it from others, as text.
+        uid: Its SeriesInstanceUID.
         frame_of_reference: UID of the coordinates that its positions are given in.
         frames: Of files with several frames each: by file, the numbers of the frames that belong to the image, from 0.
         fault: Why it cannot be read, if that is known.
@@ -68,6 +69,7 @@ class Series:
     files: tuple[Path, ...]
     description: str = ""
     label: str = ""
+    uid: str = ""
     frame_of_reference: str = ""
     frames: tuple[tuple[int, ...], ...] = ()
     fault: str = ""
@@ -262,7 +264,8 @@ def _series(slices, header, detail, fault):
     number, time = _text(header, _NUMBER), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", _text(header, _TIME))
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
-    return Series(folder, files, _text(header, _DESCRIPTION), label, _text(header, _FRAME_OF_REFERENCE), frames, fault)
+    about = (_text(header, _DESCRIPTION), label, _text(header, _UID), _text(header, _FRAME_OF_REFERENCE))
+    return Series(folder, files, *about, frames, fault)
 
 
 def _volumes(slices):

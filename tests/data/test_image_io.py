@@ -18,7 +18,7 @@ from keras_mmfnet.data.image_io import Volume, position_problems, read_grid, rea
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.recipe import Recipe
 
-RAW = Recipe().replace({"data.spacing": None, "data.normalised_scale": 1.0}).data
+RAW = Recipe().replace({"data.spacing": None}).data
 ROTATED = sitk.Euler3DTransform((0, 0, 0), 0.2, -0.1, 0.3).GetMatrix()
 GRID = make_grid((30, 24, 10), (0.8, 0.7, 4.0), ROTATED)
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -344,7 +344,8 @@ def test_headers_that_lack_or_hold_what_they_must_not(write, tmp_path):
             image.pop(keyword, None)
         image.StudyDate, image.PatientBirthDate, image.StudyID = "2001.03.04", "Secret", "x" * 30
         image.StudyInstanceUID, image.SliceThickness = "anon-1", -3
-        image.PixelData = b"no pixels "
+        image.file_meta.TransferSyntaxUID = pydicom.uid.RLELossless
+        image.PixelData = pydicom.encaps.encapsulate([b"no pixels "])
 
     [series] = find_series(tmp_path / "t1", "ann")
     edit(tmp_path / "t1", change)
