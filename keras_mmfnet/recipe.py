@@ -127,7 +127,8 @@ class DataRecipe(_Part):
         modalities: Names of the image sequences; the first one is the reference modality, whose grid is the patient's.
         mask: Name of the mask's file.
         series: Regular expressions by modality for the name of its DICOM series or its channel of a dataset, where
-            the usual names do not fit; searched in any case in the series' folder and description.
+            the usual names do not fit; searched in any case in the series' folder and description, and with its
+            number, time and echo after them.
         mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, which counts.
         mask_structures: Regular expressions for the whole names of the structures that count in DICOM structure sets
             and segmentations, in any case; those of the n-th have the label n. None: each such file has one structure.

@@ -8,6 +8,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # The small networks of the tests are compiled often and run once: JAX spends most of its time on making them fast.
 if os.environ.get("KERAS_BACKEND") == "jax":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Many tests train the same network: it is compiled once for all of them.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import keras
 import numpy as np

@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import filecmp
-import io
 import logging
 import math
 import os
@@ -9,9 +8,8 @@ import re
 import struct
 import tempfile
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,33 +17,27 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data._dicom_header import PACKED, first_element, read_header, text, walk_files
 from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
 
 _log = logging.getLogger(__name__)
 
-_MEDIA_CLASS, _SYNTAX, _CLASS, _INSTANCE = 0x00020002, 0x00020010, 0x00080016, 0x00080018
+_MEDIA_CLASS, _CLASS, _INSTANCE = 0x00020002, 0x00080016, 0x00080018
 _PATIENT, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x0020000E, 0x00200052
 _DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
 _POSITION, _ORIENTATION, _SPACING, _THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
-_FRAMES, _ROWS, _SHARED, _PER_FRAME, _PIXELS = 0x00280008, 0x00280010, 0x52009229, 0x52009230, 0x7FE00010
-_BETWEEN, _COLUMNS, _BITS, _SAMPLES = 0x00180088, 0x00280011, 0x00280100, 0x00280002
+_BETWEEN, _FRAMES, _ROWS, _SHARED, _PER_FRAME = 0x00180088, 0x00280008, 0x00280010, 0x52009229, 0x52009230
 # What tells the images of one series apart: the first three always, the others where slices lie at the same place.
 _ALWAYS = {"echo": 0x00180081, "b-value": 0x00189087, "phase": 0x00200100}
 _AT_ONE_PLACE = {
     **{"type": 0x00080008, "acquisition": 0x00200012, "trigger": 0x00181060, "inversion": 0x00180082},
-    **{"time": 0x00080032, "index": 0},
+    **{"flip angle": 0x00181314, "echo number": 0x00180086, "sequence": 0x00180024, "time": 0x00080032, "index": 0},
 }
 # The SOP classes of images with a position: CT, MR (no spectroscopy), secondary captures, NM, PET, 3D X-ray.
 _IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4(?!\.2$)|7|20|128|130|13\.1)(\.\d+)*")
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_IMPLICIT, _BIG, _DEFLATED = (b"1.2.840.10008.1.2" + end for end in (b"", b".2", b".1.99"))
-# Value representations whose length has two bytes; and four bytes, after two without a meaning.
-_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
-_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-# Voxels that a byte of a compressed file can hold at most.
-_PACKED = 1100
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
 
@@ -59,6 +51,7 @@ class Series:
         files: Their paths.
         description: What the scanner calls the series.
         label: Its number, time, echo and what else tells it from others, as text.
+        uid: Its SeriesInstanceUID.
         frame_of_reference: UID of the coordinates that its positions are given in.
         frames: Of files with several frames each: by file, the numbers of the frames that belong to the image, from 0.
         fault: Why it cannot be read, if that is known.
@@ -68,6 +61,7 @@ class Series:
     files: tuple[Path, ...]
     description: str = ""
     label: str = ""
+    uid: str = ""
     frame_of_reference: str = ""
     frames: tuple[tuple[int, ...], ...] = ()
     fault: str = ""
@@ -121,7 +115,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     folder = Path(folder)
     found, others, faults, unknown, patients, instances = {}, {}, [], [], {}, {}
     for path in walk_files(folder):
-        refuse, (offset, received), header = refuser(path, patient), _offset(path), {}
+        refuse, (offset, received), header = refuser(path, patient), first_element(path), {}
         if offset is None:
             if path.suffix.lower() == ".dcm" or path.is_dir():
                 faults.append((path, header, refuse("a DICOM file", received)))
@@ -129,8 +123,8 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
                 unknown.append((path, header, refuse("a slice, as the files beside it", received)))
             continue
         try:
-            _read_header(path, patient, header)
-            kind = _text(header, _CLASS) or _text(header, _MEDIA_CLASS)
+            read_header(path, patient, header)
+            kind = text(header, _CLASS) or text(header, _MEDIA_CLASS)
             if not kind and _ROWS not in header:
                 raise refuse("a DICOM object of some class", "one without SOPClassUID")
             if (kind and not _IMAGE.fullmatch(kind)) or (
@@ -142,9 +136,9 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         except CaseError as error:
             faults.append((path, header, error))
             continue
-        if name := _text(header, _PATIENT):
+        if name := text(header, _PATIENT):
             patients.setdefault(name, path)
-        instance = _text(header, _INSTANCE)
+        instance = text(header, _INSTANCE)
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
             found.setdefault(_key(path, header), []).append((header, slices))
@@ -155,14 +149,14 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
             f"Received: {len(patients)} different PatientIDs ({listed})"
         )
     for path, header, _ in faults:
-        if _text(header, _UID) and not any(_text(header, _UID) == key[0] for key in found):
+        if text(header, _UID) and not any(text(header, _UID) == key[0] for key in found):
             found[_key(path, header)] = [(header, [_Slice(path)])]
     series, used = [], set()
     for key, members in found.items():
         slices = [one for _, part in members for one in part]
         names = set().union(*(_names(one.path) for one in slices))
         folders = {one.path.parent for one in slices}
-        mine = [f for f in faults if (f[0].parent in folders if not _text(f[1], _UID) else _text(f[1], _UID) == key[0])]
+        mine = [f for f in faults if (f[0].parent in folders if not text(f[1], _UID) else text(f[1], _UID) == key[0])]
         # What is no DICOM file but called as a slice may be a damaged one, and the last one would not be missed.
         mine += [one for one in unknown if _names(one[0]) & names]
         used.update(path for path, _, _ in mine)
@@ -188,50 +182,9 @@ def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
     )
 
 
-def walk_files(folder: str | os.PathLike, above: frozenset = frozenset()) -> Iterator[Path]:
-    """The files in a folder and the folders in it, in order, also in those that are links; hidden ones are left out.
-
-    A folder that cannot be read comes as if it were a file.
-    """
-    here = os.path.realpath(folder)
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield Path(folder)
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        if not entry.is_dir():
-            yield Path(entry.path)
-        elif os.path.realpath(entry.path) not in above | {here}:
-            yield from walk_files(entry.path, above | {here})
-
-
-def is_dicom(path: str | os.PathLike) -> bool:
-    """Whether a file starts as DICOM files do, with or without a preamble."""
-    return _offset(path)[0] is not None
-
-
-def _offset(path):
-    """Where the first element of a DICOM file is, or `None`; and what the file is instead."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(140)
-    except OSError as error:
-        return None, f"one that cannot be read ({error.strerror})"
-    if start[128:132] == b"DICM":
-        return 132, ""
-    # Groups 2 or 8, of either byte order, with a value representation or a plausible length.
-    group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
-    if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6] in _SHORT or start[6:8] == b"\0\0"):
-        return 0, ""
-    return None, f"one that starts with {start[:9]}" if start else "an empty file"
-
-
 def _key(path, header):
     """What the files of one series have in common."""
-    key = tuple(_text(header, tag) for tag in (_UID, _NUMBER, _DESCRIPTION))
+    key = tuple(text(header, tag) for tag in (_UID, _NUMBER, _DESCRIPTION))
     return key if key[0] else (*key, path.parent)
 
 
@@ -259,10 +212,11 @@ def _series(slices, header, detail, fault):
     frames = ()
     if slices[0].frame is not None:
         frames = tuple(tuple(one.frame for one in slices if one.path == path) for path in files)
-    number, time = _text(header, _NUMBER), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", _text(header, _TIME))
+    number, time = text(header, _NUMBER), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", text(header, _TIME))
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
-    return Series(folder, files, _text(header, _DESCRIPTION), label, _text(header, _FRAME_OF_REFERENCE), frames, fault)
+    about = (text(header, _DESCRIPTION), label, text(header, _UID), text(header, _FRAME_OF_REFERENCE))
+    return Series(folder, files, *about, frames, fault)
 
 
 def _volumes(slices):
@@ -301,10 +255,11 @@ def _slices(path, header, patient):
         with _pydicom(path, patient):
             return _read_frames(path)
     position, orientation, spacing, thickness = (
-        _numbers(_text(header, tag).split("\\"), count)
+        _numbers(text(header, tag).split("\\"), count)
         for tag, count in ((_POSITION, 3), (_ORIENTATION, 6), (_SPACING, 2), (_THICKNESS, 1))
     )
-    apart = {key: _value(_text(header, tag)) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE, "between": _BETWEEN}.items()}
+    apart = {key: _value(text(header, tag)) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE, "between": _BETWEEN}.items()}
+    apart["time"] = text(header, _AT_ONE_PLACE["time"])
     if len(value := header.get(_ALWAYS["b-value"], b"")) == 8:  # a binary number
         apart["b-value"] = _value(struct.unpack("<d", value)[0])
     return [_Slice(path, None, position, orientation, spacing, thickness, apart=apart)]
@@ -385,6 +340,17 @@ def _dcmread(path, **options):
     import pydicom
 
     return pydicom.dcmread(path, force=True, **options)
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a file starts as DICOM files do, with or without a preamble."""
+    return first_element(path)[0] is not None
+
+
+def read_tags(path: Path, patient: str, tags: Iterable[int]) -> list[str]:
+    """The values of tags such as `0x00100020` in a DICOM file, empty where it has none; raises as `series_grid`."""
+    header = read_header(path, patient)
+    return [text(header, tag) for tag in tags]
 
 
 # --- a stack
@@ -487,7 +453,7 @@ def _read_stack(series, patient):
         raise CaseError(series.fault)
     slices, kinds = [], set()
     for number, path in enumerate(series.files):
-        header = _read_header(path, patient)
+        header = read_header(path, patient)
         found = _slices(path, header, patient)
         if series.frames:
             found = [one for one in found if one.frame in series.frames[number]]
@@ -511,9 +477,9 @@ def _size(path, header, patient):
     except RuntimeError as error:
         raise refuse("an undamaged DICOM file", reason(error)) from error
     size = reader.GetSize()
-    if math.prod(size) != math.prod(size[:2]) or _text(header, _FRAMES) not in ("", "1"):
+    if math.prod(size) != math.prod(size[:2]) or text(header, _FRAMES) not in ("", "1"):
         raise refuse("one slice, or frames with positions of their own", f"{' x '.join(map(str, size))} voxels")
-    if math.prod(size) > _PACKED * path.stat().st_size:
+    if math.prod(size) > PACKED * path.stat().st_size:
         raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {path.stat().st_size} bytes")
     return size[:2], reader.GetPixelID()
 
@@ -588,125 +554,3 @@ def _step(slices, positions, normal, refuse):
     if aside > TOLERANCE:
         raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
     return step
-
-
-# --- headers
-
-
-def read_tags(path: Path, patient: str, tags: Iterable[int]) -> list[str]:
-    """The values of tags such as `0x00100020` in a DICOM file, empty where it has none; raises as `series_grid`."""
-    header = _read_header(path, patient)
-    return [_text(header, tag) for tag in tags]
-
-
-def _text(header, tag):
-    value = header.get(tag, b"").strip(b"\0 ")
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
-def _read_header(path, patient, header=None):
-    """The short elements of a DICOM file, but for those in sequences, by tag as bytes.
-
-    `header` is filled with what there is, also where the file is damaged.
-    """
-    refuse, header = refuser(path, patient), {} if header is None else header
-    try:
-        damage, whole = _read_elements(path, header)
-    except OSError as error:
-        raise refuse("a readable file", error.strerror) from error
-    except zlib.error as error:
-        damage = str(error)
-    if damage:
-        raise refuse("an undamaged DICOM file", damage)
-    if not whole:  # SimpleITK understands some headers that are not by the rules
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        with contextlib.suppress(RuntimeError, ValueError):
-            reader.ReadImageInformation()
-            for key in reader.GetMetaDataKeys():
-                value = reader.GetMetaData(key).encode(errors="surrogateescape")
-                header.setdefault(int(key.replace("|", ""), 16), value)
-    return header
-
-
-def _read_elements(path, header):
-    """Reads the elements of a file one after the other, those in sequences too, up to one that is not understood.
-
-    GDCM would take the memory that an element claims, up to 4 GiB, before it looks for the content. pydicom cannot
-    tell: it understands damaged headers otherwise than GDCM, and it takes four times as long.
-
-    Returns:
-        What is wrong, or `None`; and whether the elements were understood up to the voxels.
-    """
-    size, syntax, implicit = path.stat().st_size, b"", None
-    levels = []  # of sequences and items: where each ends, `None` for a mark; the encoding around it; whether fragments
-    with open(path, "rb") as file:
-        file.seek(_offset(path)[0] or 0)
-        first = file.peek(2)[:2]
-        if first not in (b"\2\0", b"\10\0", b"\0\10"):
-            return "no element of group 2 or 8 at the start", False
-        while len(head := file.read(8)) == 8:
-            described = head[:2] != b"\2\0" or bool(levels)  # what comes before is always explicit and little endian
-            if described and implicit is None:
-                implicit = syntax == _IMPLICIT if syntax else head[4:6] not in _SHORT | _LONG
-                if syntax == _DEFLATED:
-                    content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head + file.read(), 1 << 20)
-                    file, size = io.BufferedReader(io.BytesIO(content)), size * _PACKED
-                    continue
-            order = ">" if described and (syntax == _BIG or first == b"\0\10") else "<"
-            group, element = struct.unpack_from(f"{order}HH", head)
-            tag, kind = group << 16 | element, head[4:6]
-            if group == 0xFFFE or (described and implicit):
-                [length] = struct.unpack_from(f"{order}I", head, 4)
-            elif kind in _SHORT:
-                [length] = struct.unpack_from(f"{order}H", head, 6)
-            elif kind in _LONG:
-                [length] = struct.unpack(f"{order}I", file.read(4).ljust(4, b"\0"))
-            elif not described:  # GDCM takes it for implicit
-                [length] = struct.unpack_from("<I", head, 4)
-            elif levels and levels[0][0] is not None:
-                file.seek(levels[0][0])
-                implicit, levels = levels[0][1], []
-                continue
-            else:
-                return None, False
-            open_end = length == 0xFFFFFFFF
-            if not open_end and length > size:
-                return f"an element of {length} bytes in a file of {size}", False
-            if not levels:
-                header.setdefault(tag, b"")
-                if tag == _PIXELS and not open_end and length < (needed := _voxel_bytes(header, order)):
-                    return f"voxels of {length} bytes, where the header tells of {needed}", False
-            if tag in (0xFFFEE00D, 0xFFFEE0DD):
-                if levels:
-                    implicit = levels.pop()[1]
-            elif open_end:
-                levels.append((None, implicit, tag == _PIXELS))
-                implicit = implicit or (kind == b"UN" and group != 0xFFFE)
-            elif (tag == 0xFFFEE000 and not (levels and levels[-1][2])) or (
-                group not in (0xFFFE, 0x7FE0) and file.peek(4)[:4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)
-            ):
-                levels.append((file.tell() + length, implicit, False))
-            elif not levels and length <= 256:
-                header[tag] = header[tag] or file.read(length)
-                syntax = header[tag].rstrip(b"\0 ") if tag == _SYNTAX else syntax
-            else:
-                file.seek(length, 1)
-            for depth, (end, around, _) in enumerate(levels):
-                if end is not None and file.tell() >= end:
-                    implicit, levels = around, levels[:depth]
-                    break
-    return None, True
-
-
-def _voxel_bytes(header, order):
-    """The size of the voxels that a header tells of, 0 where it does not; GDCM takes what lacks for 0."""
-    sizes = [header.get(tag, b"") for tag in (_ROWS, _COLUMNS, _BITS)] + [
-        header.get(_SAMPLES) or struct.pack(f"{order}H", 1)
-    ]
-    numbers = [struct.unpack(f"{order}H", size)[0] if len(size) == 2 else 0 for size in sizes]
-    return math.prod(numbers) // 8 * int((_numbers([_text(header, _FRAMES) or 1], 1) or (0,))[0])

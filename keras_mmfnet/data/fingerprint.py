@@ -14,6 +14,7 @@ from keras_mmfnet.data.preprocess import (
     coverage_notes,
     mask_notes,
     mask_sources,
+    position_notes,
     preprocess_case,
     recipe_of,
     reference_notes,
@@ -117,6 +118,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
     recipe = known or recipe.model_copy(update={"modalities": modalities})
     grids = {modality: attempt(read_grid, case.images[modality], case.name) for modality in modalities}
     reference = grids.get(modalities[0]) if modalities else None
+    notes += (attempt(position_notes, case, recipe) or []) if modalities else []
     if reference:
         upright = upright_grid(reference)
         target = in_plane_grid(upright, recipe.spacing)

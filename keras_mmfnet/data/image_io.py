@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import math
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -15,15 +17,39 @@ import SimpleITK as sitk
 from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
-from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.geometry import Grid, nearest_rotation
 from keras_mmfnet.data.structures import Structures, read_structures
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc")
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".seg.nrrd", ".nhdr", ".mnc")
 _TEXT_HEADERS = (".mha", ".mhd", ".nrrd", ".nhdr")
 # Voxels that one byte of a file can hold at most: zlib packs 1032 bytes into one.
 _PACKED = 1100
+# In mm: how far the corners may move where axes are not quite at right angles, and how large an image may be.
+_TOLERANCE, _LARGEST = 0.5, (1, 3000)
+_NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+# Where the fields of NIfTI-1 and NIfTI-2 are.
+_NIFTI_1 = {
+    **{"dim": ("8h", 40), "datatype": ("h", 70), "pixdim": ("8f", 76), "offset": ("f", 108), "scale": ("2f", 112)},
+    **{
+        "units": ("B", 123),
+        "codes": ("2h", 252),
+        "quaternion": ("3f", 256),
+        "shift": ("3f", 268),
+        "rows": ("12f", 280),
+    },
+}
+_NIFTI_2 = {
+    **{"dim": ("8q", 16), "datatype": ("h", 12), "pixdim": ("8d", 104), "offset": ("q", 168), "scale": ("2d", 176)},
+    **{
+        "units": ("i", 500),
+        "codes": ("2i", 344),
+        "quaternion": ("3d", 352),
+        "shift": ("3d", 376),
+        "rows": ("12d", 400),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +124,29 @@ def read_grid(source: Path | Volume | Series | Structures, patient: str) -> Grid
     if isinstance(source, Structures):
         return Grid.from_image(read_structures(source, patient))
     refuse = refuser(source, patient)
-    reader, path, _ = _read_header(source, refuse)
-    if _is_nifti(path):
-        with _nifti_errors(refuse), _open_nifti(path) as file:
-            spacing = _nifti_spacing(file.read(540))  # a header of NIfTI-2
-    else:
-        spacing = reader.GetSpacing()
-    _require_positive(spacing, refuse)
-    direction = tuple(_direction(reader).ravel().tolist())
-    return Grid(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction)
+    path, _ = _path_and_index(source)
+    return _read_nifti(source, refuse).grid if _is_nifti(path) else _read_header(source, refuse)[1]
+
+
+def position_problems(source: Path | Volume | Series, patient: str) -> tuple[bool, float]:
+    """What there is to know about the position in an image's header.
+
+    Of a NIfTI file's two descriptions that count, if both are given, the sform does, as in nibabel.
+
+    Args:
+        source: The file's path, a `Volume` of a file, or a DICOM `Series`.
+        patient: The patient's name, for messages.
+
+    Returns:
+        Whether the header has a position, and by how many mm a corner's two positions differ at most.
+
+    Raises:
+        CaseError: As `read_grid`.
+    """
+    if isinstance(source, (Series, Structures)) or not _is_nifti(_path_and_index(source)[0]):
+        return True, 0.0
+    nifti = _read_nifti(source, refuser(source, patient))
+    return nifti.has_position, nifti.difference
 
 
 def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
@@ -142,29 +182,31 @@ def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
 
 
 def _read_file(source, refuse, pixel_type):
-    reader, path, index = _read_header(source, refuse)
-    size, spacing = reader.GetSize(), reader.GetSpacing()
+    path, index = _path_and_index(source)
     if _is_nifti(path):
-        # SimpleITK reads a truncated NIfTI file without an error, takes a spacing of 0 for 1 mm and NaN for 0.
-        with _nifti_errors(refuse):
-            lacking, not_finite, spacing = _inspect_nifti(path, reader)
-        if lacking > 0:
-            raise refuse("a whole file", f"a truncated file, {lacking} bytes too short")
-        if not_finite:
-            raise refuse("an image of finite numbers", f"{not_finite} voxels with NaN or infinity")
-    _require_positive(spacing, refuse)
+        return _nifti_image(_read_nifti(source, refuse), path, index or 0, refuse, pixel_type)
+    reader, grid = _read_header(source, refuse)
+    size = reader.GetSize()
     reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
     reader.SetExtractIndex([0] * 3 + [index or 0] * (len(size) - 3))
     reader.SetOutputPixelType(pixel_type)
     try:
-        return reader.Execute()
+        image = reader.Execute()
     except RuntimeError as error:
         raise refuse("a whole, undamaged image file", reason(error)) from error
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    return image
+
+
+def _path_and_index(source):
+    """The path, and which volume of it is wanted, `None` for the only one."""
+    return (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
 
 
 def _read_header(source, refuse):
-    """SimpleITK's reader of one 3D image after it has read the header, the path, and which volume is wanted."""
-    path, index = (source.path, source.index) if isinstance(source, Volume) else (Path(source), None)
+    """SimpleITK's reader of one 3D image after it has read the header, and the grid."""
+    path, index = _path_and_index(source)
     available = _inspect_text_header(path, refuse) if path.suffix.lower() in _TEXT_HEADERS else math.inf
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -172,28 +214,45 @@ def _read_header(source, refuse):
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise refuse("an undamaged image file", reason(error)) from error
-    components, size = reader.GetNumberOfComponents(), reader.GetSize()
+    size, axes = reader.GetSize(), len(reader.GetSize())
+    _require_3d(size, reader.GetNumberOfComponents(), index, refuse)
+    if math.prod(size) > _PACKED * available:
+        raise refuse("a whole file", f"{_by(size)} voxels in {available} bytes")
+    direction = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
+    return reader, _regular_grid(size[:3], direction, reader.GetSpacing()[:3], reader.GetOrigin()[:3], refuse)
+
+
+def _require_3d(size, components, index, refuse):
     if components != 1:
         raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
     if len(size) < 3 or (math.prod(size[3:]) != 1 if index is None else len(size) != 4 or index >= size[3]):
         expected = "a 3D image" if index is None else f"an image of {index + 1} or more volumes"
-        raise refuse(expected, f"an image of {' x '.join(map(str, size))} voxels")
-    if math.prod(size) > _PACKED * available:
-        raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {available} bytes")
-    if not abs(np.linalg.det(_direction(reader))) > 1e-6:
-        raise refuse("an image with three directions", ", ".join(f"{value:g}" for value in reader.GetDirection()))
-    return reader, path, index
+        raise refuse(expected, f"an image of {_by(size)} voxels")
 
 
-def _direction(reader):
-    """The 3x3 matrix of the first three axes."""
-    axes = len(reader.GetSize())
-    return np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
+def _by(numbers):
+    return " x ".join(map(str, numbers))
 
 
-def _require_positive(spacing, refuse):
-    if not all(0 < step < math.inf for step in spacing[:3]):
-        raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing[:3])} mm")
+def _regular_grid(size, direction, spacing, origin, refuse):
+    """The grid of an image whose axes are at right angles; those that nearly are, are made so about its centre."""
+    _require_positive(spacing, refuse)
+    extent = np.multiply(size, spacing)
+    if not _LARGEST[0] <= extent.max() <= _LARGEST[1]:
+        expected = f"an image of {_LARGEST[0]} to {_LARGEST[1]} mm, as the unit of its header says"
+        raise refuse(expected, f"{_by(np.round(extent, 3).tolist())} mm")
+    if not (np.isfinite(direction).all() and np.isfinite(origin).all() and abs(np.linalg.det(direction)) > 1e-6):
+        raise refuse("an image with three directions", ", ".join(f"{value:g}" for value in np.ravel(direction)))
+    straight = nearest_rotation(direction)
+    moved = (direction - straight) * spacing @ np.diag(np.subtract(size, 1) / 2)
+    off = max(float(np.linalg.norm(moved @ signs)) for signs in itertools.product((1, -1), repeat=3))
+    if off > _TOLERANCE:
+        raise refuse(
+            f"an image of axes at right angles, to within {_TOLERANCE} mm at its corners; resample a sheared one",
+            f"axes that are {off:.3g} mm off",
+        )
+    origin = np.asarray(origin) + moved.sum(axis=1)
+    return Grid(tuple(size), tuple(map(float, spacing)), tuple(origin.tolist()), tuple(straight.ravel().tolist()))
 
 
 def _inspect_text_header(path, refuse):
@@ -230,49 +289,111 @@ def _is_nifti(path):
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
+def _require_positive(spacing, refuse):
+    if not all(0 < step < math.inf for step in spacing):
+        raise refuse("an image with a positive spacing", f"{', '.join(f'{step:g}' for step in spacing)} mm")
+
+
+class _Nifti(NamedTuple):
+    """What counts of a NIfTI file's header; `difference` is that of its two positions in mm."""
+
+    size: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    scale: tuple[float, float]
+    grid: Grid
+    has_position: bool
+    difference: float
+
+
 @contextlib.contextmanager
-def _nifti_errors(refuse):
+def _open_nifti(path, refuse):
     try:
-        yield
+        with open(path, "rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if gzipped else open)(path, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise refuse("an undamaged image file", error.strerror) from error
     except (OSError, EOFError, zlib.error) as error:
         raise refuse("a whole, undamaged file", f"a file that breaks off or is damaged ({error})") from error
 
 
-def _open_nifti(path):
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return (gzip.open if gzipped else open)(path, "rb")
-
-
-def _nifti_spacing(header):
-    """The spacing (x, y, z) in mm that a NIfTI file's header says."""
+def _read_nifti(source, refuse):
+    """The header of a NIfTI file. SimpleITK would read truncated ones and guess where they are contradictory."""
+    path, index = _path_and_index(source)
+    with _open_nifti(path, refuse) as file:
+        header = file.read(540).ljust(540, b"\0")
     order = ">" if header[0] == 0 else "<"
-    # NIfTI-1 and NIfTI-2 are told apart by the length of their header.
-    version_1 = struct.unpack_from(f"{order}i", header)[0] == 348
-    return struct.unpack_from(f"{order}3f" if version_1 else f"{order}3d", header, 80 if version_1 else 112)
+    version = {348: 1, 540: 2}.get(struct.unpack_from(f"{order}i", header)[0])
+    if version is None or header[344:347] != b"n+1" if version != 2 else header[4:7] != b"n+2":
+        raise refuse("an undamaged image file", f"no header of NIfTI, but {header[:9]}")
+    fields = _NIFTI_1 if version == 1 else _NIFTI_2
+    read = {name: struct.unpack_from(order + kind, header, place) for name, (kind, place) in fields.items()}
+    axes, *size = read["dim"]
+    if not (1 <= axes <= 7 and all(length > 0 for length in size[:axes])):
+        raise refuse("an undamaged image file", f"an image of {axes} axes, {_by(size)} voxels")
+    size = tuple(size[:axes])
+    # The fifth axis is that of the numbers of a voxel.
+    _require_3d(size, size[4] if axes == 5 and size[3] == 1 else 1, index, refuse)
+    if read["datatype"][0] not in _NIFTI_TYPES:
+        raise refuse("an image with one number per voxel", f"the NIfTI data type {read['datatype'][0]}")
+    dtype, offset = np.dtype(order + _NIFTI_TYPES[read["datatype"][0]]), read["offset"][0]
+    available = path.stat().st_size * _PACKED
+    if not 0 <= offset <= available or math.prod(size) * dtype.itemsize > available:
+        raise refuse("a whole file", f"{_by(size)} voxels in {path.stat().st_size} bytes")
+    unit = {1: 1000.0, 3: 0.001}.get(read["units"][0] & 7, 1.0)
+    pixdim = np.array(read["pixdim"][1:4])
+    _require_positive(pixdim, refuse)
+    has_qform, has_sform = (code > 0 for code in read["codes"])
+    with np.errstate(all="ignore"):  # what is not finite is refused after
+        matrices = (_qform(read), np.reshape(read["rows"], (3, 4)), _base(read, size))
+        # In mm, to the patient's left, posterior and superior, as in DICOM.
+        qform, sform, base = (matrix * unit * np.array([[-1], [-1], [1]]) for matrix in matrices)
+        corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in size[:3]))])
+        difference = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
+        best = sform if has_sform else qform if has_qform else base
+        spacing = np.linalg.norm(best[:, :3], axis=0)
+        direction = best[:, :3] / spacing
+    grid = _regular_grid(size[:3], direction, spacing, best[:, 3], refuse)
+    difference = difference if has_qform and has_sform else 0.0
+    return _Nifti(size, dtype, int(offset), read["scale"], grid, has_qform or has_sform, difference)
 
 
-def _inspect_nifti(path, reader):
-    """What SimpleITK does not say about a NIfTI file, from one pass over its content, decompressed to its very end.
+def _qform(read):
+    """The 3x4 matrix of a quaternion, as the standard has it."""
+    b, c, d = read["quaternion"]
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    a, b, c, d = np.array([a, b, c, d]) / (np.linalg.norm([a, b, c, d]) or 1)
+    rotation = [
+        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+    ]
+    steps = np.array(read["pixdim"][1:4]) * (1, 1, -1 if read["pixdim"][0] < 0 else 1)
+    return np.column_stack([np.array(rotation) * steps, read["shift"]])
 
-    Args:
-        path: The file.
-        reader: SimpleITK's reader, which has read the header.
 
-    Returns:
-        How many bytes the content lacks, how many voxels are NaN or infinite, and the spacing (x, y, z) in mm.
-    """
-    dimensions = [int(reader.GetMetaData(f"dim[{i + 1}]")) for i in range(int(reader.GetMetaData("dim[0]")))]
-    lacking = math.prod(dimensions) * int(reader.GetMetaData("bitpix")) // 8
-    not_finite = 0
-    with _open_nifti(path) as file:
-        header = file.read(max(int(float(reader.GetMetaData("vox_offset"))), 348))
-        order = ">" if header[0] == 0 else "<"
-        number = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(int(reader.GetMetaData("datatype")))
+def _base(read, size):
+    """The 3x4 matrix that nibabel takes where a header has none: x runs to the left, the centre is at 0."""
+    axes = np.diag(read["pixdim"][1:4]) * (-1, 1, 1)
+    return np.column_stack([axes, -axes @ (np.subtract(size[:3], 1) / 2)])
+
+
+def _nifti_image(nifti, path, index, refuse, pixel_type):
+    """The voxels, from one pass over the file's content, decompressed to its very end."""
+    volume = math.prod(nifti.size[:3]) * nifti.dtype.itemsize
+    first = nifti.offset + index * volume
+    place, voxels, last = 0, bytearray(), nifti.offset + math.prod(nifti.size) * nifti.dtype.itemsize
+    with _open_nifti(path, refuse) as file:
         while chunk := file.read(1 << 20):
-            voxels = chunk[: max(lacking, 0)]
-            lacking -= len(chunk)
-            if number:
-                values = np.frombuffer(voxels, number, len(voxels) // number.itemsize)
-                not_finite += np.count_nonzero(~np.isfinite(values))
-    return lacking, not_finite, _nifti_spacing(header)
+            voxels += chunk[max(first - place, 0) : max(first + volume - place, 0)]
+            place += len(chunk)
+    if place < last:
+        raise refuse("a whole file", f"a truncated file, {last - place} bytes too short")
+    array = np.frombuffer(voxels, nifti.dtype).reshape(nifti.grid.shape).astype(nifti.dtype.newbyteorder("="))
+    slope, intercept = nifti.scale
+    if slope and math.isfinite(slope) and (slope, intercept) != (1, 0):
+        array = array * np.float64(slope) + (intercept if math.isfinite(intercept) else 0.0)
+    image = nifti.grid.image(array)
+    return image if pixel_type == sitk.sitkUnknown else sitk.Cast(image, pixel_type)

@@ -15,7 +15,7 @@ from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_sc
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
-from keras_mmfnet.data.image_io import read_image
+from keras_mmfnet.data.image_io import position_problems, read_image
 from keras_mmfnet.data.registration import apply_transform, register_rigid
 from keras_mmfnet.recipe import DataRecipe
 
@@ -52,6 +52,13 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
             of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of those wanted.
     """
     recipe = recipe_of(case, recipe)
+    try:
+        return _cached(case, recipe, cache)
+    except RuntimeError as error:  # SimpleITK's
+        raise CaseError(f"{case.name}: must have images that can be preprocessed. Received: {reason(error)}") from error
+
+
+def _cached(case, recipe, cache):
     if cache is None:
         return _preprocess(case, recipe)
     entry = Path(cache) / cache_files.key(case, recipe)
@@ -85,7 +92,7 @@ def recipe_of(case: Case, recipe: DataRecipe) -> DataRecipe:
 
 def _preprocess(case, recipe):
     first = recipe.modalities[0]
-    notes, images, transforms, intensities = [], {}, {}, {}
+    notes, images, transforms, intensities = position_notes(case, recipe), {}, {}, {}
     # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
     with ThreadPoolExecutor() as pool:
         read = pool.map(
@@ -128,6 +135,35 @@ def reference_notes(grid: Grid, recipe: DataRecipe) -> list[str]:
     if recipe.spacing is not None and max(grid.spacing[:2]) > 2 * grid.spacing[2]:
         return [f"{recipe.modalities[0]}: the slices are not axial, so resampling in the axial plane crosses them"]
     return []
+
+
+def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
+    """Notes on images and masks whose positions may not fit those of the others.
+
+    Raises:
+        CaseError: The headers of some have a position, and those of others have none.
+    """
+    first, notes, without = recipe.modalities[0], [], []
+    masks = mask_sources(case, recipe) if case.mask is not None else {}
+    sources = [(modality, case.images[modality], first) for modality in recipe.modalities]
+    sources += [("mask", source, modality) for modality, source in masks.items()]
+    for name, source, other in sources:
+        has_position, difference = position_problems(source, case.name)
+        without += [] if has_position else [f"{name} ({source})"]
+        if difference > 0.1:
+            notes.append(f"{name}: sform and qform differ by {difference:.3g} mm; the sform counts, as in nibabel")
+        frames = [getattr(one, "frame_of_reference", "") for one in (source, case.images[other])]
+        if all(frames) and frames[0] != frames[1] and (recipe.align != "rigid" or name == "mask"):
+            notes.append(
+                f"{name}: in another frame of reference than {other}, so positions may not fit; register the images "
+                "with data.align=rigid"
+            )
+    if 0 < len(without) < len(sources):
+        raise CaseError(
+            f"{case.name}: all images and masks must have a position in their headers, an sform or a qform, or none of "
+            f"them. Received: {', '.join(without)} without"
+        )
+    return notes
 
 
 def coverage_notes(case: Case, modality: str, coverage: float, first: str) -> list[str]:

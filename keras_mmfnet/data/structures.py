@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series, read_tags, series_grid
+from keras_mmfnet.data.dicom import Series, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 
@@ -63,14 +63,14 @@ def find_structures(
     Raises:
         CaseError: A file is damaged; or it is the only one, and no structure or several match.
     """
-    found, uids = [], [read_tags(one.files[0], patient, [_SERIES_UID])[0] for one in series]
+    found = []
     for path in (path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in objects.get(kind, ())):
         refuse = refuser(path, patient)
         with _library_errors(refuse):
             file, structures = _open(path, refuse)
             referred = {element.value for element in file.iterall() if element.tag == _SERIES_UID}
         # It has a series of its own, which no image is in.
-        own = next((one for one, uid in zip(series, uids, strict=True) if uid in referred), None)
+        own = next((one for one in series if one.uid in referred), None)
         found.append(Structures(path, own, tuple(patterns), tuple(name for name, _ in structures)))
     found = [one for one in found if all(_matching(pattern, one.names) for pattern in patterns)] or found
     if len(found) == 1:

@@ -487,6 +487,8 @@ def test_each_slice_has_a_slope_of_its_own(tmp_path):
         ("TemporalPositionIdentifier", (1, 2), ["phase 1", "phase 2"]),
         ("DiffusionBValue", (0.0, 1000.0), ["b-value 0", "b-value 1000"]),
         ("AcquisitionNumber", (1, 2), ["acquisition 1", "acquisition 2"]),
+        ("AcquisitionTime", ("101112.5", "101113.5"), ["time 101112.5", "time 101113.5"]),
+        ("SequenceName", ("*ep_b0", "*ep_b1000t"), ["sequence *ep_b0", "sequence *ep_b1000t"]),
         ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]), ["type ORIGINAL\\PRIMARY\\M", "P"]),
     ],
 )

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import change_series, write_series
 
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.geometry import Grid
@@ -313,6 +313,33 @@ def test_dicom_series_find_their_modality(folders, tmp_path, caplog):
     assert len(set(names.values())) == 3
     assert any(word in names["cet1"] for word in ("CE-T1WI", "+C", "post", "Gd"))
     assert case.mask is None
+
+
+@pytest.mark.parametrize("pattern", ["t1.*602", "number 602", "T1 tra$", "10:23:11"])
+def test_a_pattern_chooses_among_series_of_one_description_by_number_or_time(pattern, tmp_path):
+    for number, time in ((601, "102000"), (602, "102311")):
+        folder = tmp_path / "ann" / f"S{number}"
+        write_series(folder, description="T1 tra" if number == 602 or "$" not in pattern else "T1 tra fs")
+        change_series(folder, lambda one, _, n=number, t=time: one.update({"SeriesNumber": n, "SeriesTime": t}))
+    recipe = Recipe().data.model_copy(update={"modalities": ("t1",)})
+    with pytest.raises(CaseError) as caught:
+        read_case_folder(tmp_path / "ann", recipe, require_mask=False)
+    for text in ("number 601, 10:20:00", "number 602, 10:23:11"):
+        assert text in str(caught.value)
+    chosen = recipe.model_copy(update={"series": {"t1": pattern}})
+    assert read_case_folder(tmp_path / "ann", chosen, require_mask=False).images["t1"].folder.name == "S602"
+
+
+def test_a_fault_in_a_series_that_is_not_chosen_stops_nothing(tmp_path):
+    write_series(tmp_path / "ann" / "1", description="T1")
+    write_series(tmp_path / "ann" / "2", description="DWI")
+    change_series(tmp_path / "ann" / "2", lambda one, _: one.update({"SpacingBetweenSlices": 0, "PixelSpacing": None}))
+    (tmp_path / "ann" / "2" / "slice_02.dcm").write_bytes(b"damaged")
+    (tmp_path / "__MACOSX" / "ann").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "ann" / "._slice.dcm").write_bytes(b"x")
+    recipe = Recipe().data.model_copy(update={"modalities": ("t1",)})
+    [case] = find_cases(tmp_path, recipe, require_mask=False)
+    assert case.images["t1"].description == "T1"
 
 
 def test_masks_of_dicom_series(tmp_path):

@@ -187,7 +187,7 @@ def test_a_mask_there_and_back_differs_only_at_its_rim(tmp_path, direction, spac
     result = preprocess_case(case, RAW.replace({"data.spacing": spacing}).data)
     back, truth = result.to_source(result.mask, threshold=0.5), grid.image(tumour(grid))
     source = Grid.from_image(sitk.ReadImage(str(case.images["t1"])))
-    assert Grid.from_image(back) == source
+    assert Grid.from_image(back).matches(source)
     if spacing is None:
         assert dice(back, truth) == 1
     # The axes along which the pixels were resampled are the scanner's x and y.
