@@ -1,7 +1,7 @@
 """The registry of methods: the rows of the paper's Tables I and II, and methods of your own."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 
 import keras
@@ -60,6 +60,10 @@ class Method:
     def adapt(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with the changes of this method."""
         return recipe.replace(self.changes)
+
+    def serves(self, images: Iterable[str], recipe: Recipe) -> bool:
+        """Whether a patient with images of these modalities has one that the method takes."""
+        return not set(self.adapt(recipe).data.modalities).isdisjoint(images)
 
     def over_volumes(self, network: keras.Model, recipe: Recipe) -> keras.Model:
         """Returns the trained network as one that `predict_volume` can call."""

@@ -135,8 +135,8 @@ class DataRecipe(_Part):
         mask_from: Which mask counts where each modality has its own: a modality's, `"union"` or `"intersection"`;
             `None` for the reference modality's or the only one. Also the modality that a mask was drawn on whose name
             does not say so; `None` for the reference modality.
-        allow_missing: Segment patients of whom sequences are missing. The network must be trained for it by
-            `network.modality_dropout`.
+        allow_missing: Whether patients may lack some of the sequences, which are then zeros as in modality dropout. A
+            network that is to segment them must be trained for it by `network.modality_dropout`.
         align: How the other modalities are brought onto the reference grid: `"header"`, by position and orientation,
             or `"rigid"`, by the rigid transform that fits best from there, for patients who moved.
         spacing: In-plane pixel size in mm after resampling; `None` keeps the reference modality's. The distance

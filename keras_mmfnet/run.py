@@ -24,11 +24,11 @@ from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold, split_folds
 from keras_mmfnet.data.image_io import write_image
-from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.data.preprocess import read_tumour, recipe_of
 from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
-from keras_mmfnet.methods import METHODS, Method, find_method
+from keras_mmfnet.methods import METHODS, Method, find_method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.training import read_history, train_method
@@ -174,6 +174,7 @@ the groups and folds that were given |
         on_error: Callable[[CaseError], None] | None = None,
         groups: Mapping[str, str] | None = None,
         splits: Sequence[Fold] | None = None,
+        methods: Sequence[Method] | None = None,
     ) -> "Run":
         """A new run over a folder of patients, or the one that is there; preprocesses the patients.
 
@@ -190,6 +191,8 @@ the groups and folds that were given |
                 `None`, when a run is resumed, for those it was started with.
             splits: Folds, as from `read_splits`, instead of the recipe's; patients in none of them are not used.
                 `None`, when a run is resumed, for those it was started with.
+            methods: The methods to be run, for each network of which every fold must have patients with its sequences;
+                `None` for the recipe's own.
 
         Returns:
             The `Run`.
@@ -197,8 +200,8 @@ the groups and folds that were given |
         Raises:
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
-                twice; the groups or folds do not fit the patients; or the backend cannot compute in the precision
-                wanted.
+                twice; the groups or folds do not fit the patients; a fold has nobody to train or to validate a network
+                on; or the backend cannot compute in the precision wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if run.recipe_file.exists() and not resume:
@@ -227,9 +230,13 @@ the groups and folds that were given |
         def divide(names, volumes=None):
             shared = settings.validation_fraction, settings.seed, grouped, volumes
             if splits:
-                return split_folds(splits, names, *shared, left_out={error.patient for error in bad})
-            return five_folds(names, settings.folds, *shared)
+                division = split_folds(splits, names, *shared, left_out={error.patient for error in bad})
+            else:
+                division = five_folds(names, settings.folds, *shared)
+            _check_folds(division, {case.name: case.images for case in cases}, recipe, networks)
+            return division
 
+        networks = [method_of(recipe)] if methods is None else methods
         divide([case.name for case in cases])  # Too few patients are found before the long work.
         patients = {}
         for number, case in enumerate(cases, start=1):
@@ -251,7 +258,7 @@ the groups and folds that were given |
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             # Those of a resumed run must be the same, not only their names.
-            "images": {case.name: key(case, recipe.data) for case in cases if case.name in patients},
+            "images": {case.name: key(case, recipe_of(case, recipe.data)) for case in cases if case.name in patients},
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in divide(patients, volumes)],
             **({} if groups is None else {"groups": groups}),
@@ -295,10 +302,26 @@ the groups and folds that were given |
             lock.release()
 
 
+def _check_folds(folds, images, recipe, methods):
+    """Refuses folds with nobody to train or to validate a network on; `images` are each patient's by modality."""
+    networks = dict.fromkeys(name for method in methods for name in method.encoders.values())
+    for method in (*map(find_method, networks), *methods):
+        for number, fold in enumerate(folds):
+            for part in ("train", "validation"):
+                names = getattr(fold, part)
+                if not any(method.serves(images[name], recipe) for name in names):
+                    raise ValueError(
+                        f"fold {number}: {method.title} must have a patient with "
+                        f"{' or '.join(method.adapt(recipe).data.modalities)} for {part}; another `training.seed` or "
+                        f"--splits may help. Received: {', '.join(names)} without"
+                    )
+
+
 def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     """Trains a method on one fold, segments its test patients and evaluates them; what is done is not done again.
 
-    The single-modality networks of a fold are trained once for all methods that borrow from them.
+    The single-modality networks of a fold are trained once for all methods that borrow from them. Patients who have
+    none of the method's sequences are passed over.
 
     Args:
         run: The `Run`.
@@ -320,7 +343,7 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     path = run.result(fold, method.name)
     with run.claim(fold, method.name, wait):
         if path.exists():
-            names = run.folds[fold].test
+            names = [row["patient"] for row in read_json(path)["patients"]]
             gone = [name for name in names if not run.mask(fold, method.name, name).exists()]
             if not gone:
                 return read_json(path)
@@ -330,6 +353,9 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
                 return read_json(path)
             _log.warning("%s; segmenting the patients again", lost)
         parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
+        if lacking := [p.name for part in parts for p in part if not method.serves(p.images, run.recipe)]:
+            _log.info("%s, fold %d: passed over, without its sequences: %s", method.title, fold, ", ".join(lacking))
+            parts = [[patient for patient in part if patient.name not in lacking] for part in parts]
         about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
         _log.info(about, method.title, fold, *map(len, parts))
         training, validation, test = parts
@@ -344,7 +370,7 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
             network = train_method(method, training, validation, run.recipe, folder)
             predict, parameters = method.over_volumes(network, recipe), network.count_params()
             history = read_history(run.history(fold, method.name))
-            if isinstance(network, MMFNet):
+            if isinstance(network, MMFNet) and test:
                 shares = cohort_shares(network, test)
         rows = []
         for patient in test:

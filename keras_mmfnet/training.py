@@ -98,7 +98,8 @@ def train_method(
         The network with the weights of its best epoch.
 
     Raises:
-        ValueError: A network in the directory is damaged or does not match the recipe.
+        ValueError: A network in the directory is damaged or does not match the recipe, or no patient to train or to
+            validate on has the method's modalities.
         FloatingPointError: The training diverged.
         OSError: The disk is full.
     """
@@ -110,7 +111,15 @@ def train_method(
             modality: train_method(find_method(name), training, validation, recipe, directory)
             for modality, name in method.encoders.items()
         }
-    _log.info("Training %s", method.title)
+    parts = training, validation
+    training, validation = ([case for case in part if method.serves(case.images, recipe)] for part in parts)
+    if not (training and validation):
+        wanted = " or ".join(recipe.data.modalities)
+        raise ValueError(
+            f"{method.title}: must have patients with {wanted} to train and to validate on. "
+            f"Received: {len(training)} and {len(validation)} of {' and '.join(str(len(part)) for part in parts)}"
+        )
+    _log.info("Training %s on %d patients, validating on %d", method.title, len(training), len(validation))
     path.parent.mkdir(parents=True, exist_ok=True)
     settings, trainer = recipe.training, _Trainer(path, recipe, method.samples, training, validation)
 

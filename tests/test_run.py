@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import multiprocessing
+import re
 import shutil
 
 import keras
@@ -17,7 +18,8 @@ from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.report import write_report
+from keras_mmfnet.report import write_comparison, write_report
+from keras_mmfnet.report.analysis import compare_results
 from keras_mmfnet.run import Run, RunLocked, compare_methods, cross_validate, modalities_of, run_fold
 
 # For the patients in files, in voxels of 4 mm.
@@ -78,6 +80,48 @@ def test_folds_balanced_by_the_tumours_volume(tmp_path, tiny_cohort):
     volumes = {patient.name: patient.tumour_ml for patient in run.patients(run.cases)}
     smaller = set(sorted(volumes, key=volumes.get)[:3])
     assert [len(smaller & set(fold.test)) for fold in run.folds] == [1, 1, 1]
+
+
+def test_patients_who_lack_sequences(tiny_cohort, tmp_path, caplog):
+    data, lacking = tmp_path / "data", {"patient_00": "t1", "patient_03": "t2", "patient_04": "t1"}
+    shutil.copytree(tiny_cohort, data)
+    for name, modality in lacking.items():
+        (data / name / f"{modality}.nii.gz").unlink()
+    splits = [Fold(("patient_01", "patient_03", "patient_04"), ("patient_02",), ("patient_00", "patient_05"))]
+    recipe = COARSE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3, "training.epochs": 1})
+    methods = [METHODS["unet3d_t1"], METHODS["mmfnet_t1_t2"]]
+    with caplog.at_level("INFO"):
+        run = Run.start(tmp_path / "run", data, recipe, splits=splits, methods=methods)
+        results = compare_methods(run, methods)
+    assert [row["patient"] for row in results["unet3d_t1"][0]["patients"]] == ["patient_05"]
+    assert [row["patient"] for row in results["mmfnet_t1_t2"][0]["patients"]] == ["patient_00", "patient_05"]
+    assert all(np.isfinite(row["dsc"]) for row in results["mmfnet_t1_t2"][0]["patients"])
+    assert "3D U-net (T1), fold 0: passed over, without its sequences: patient_04, patient_00" in caplog.text
+    assert "Training 3D U-net (T1) on 2 patients, validating on 1" in caplog.text
+    assert "Training 3D U-net (T2) on 2 patients, validating on 1" in caplog.text
+    page = write_comparison(run, "unet3d_t1").read_text(encoding="utf-8")
+    subsets = re.findall(r"<td>([^<]*)</td><td>([t1-2, ce]+)</td>(?:<td[^>]*>[\d.-]+</td>){3}<td[^>]*>(\d)</td>", page)
+    assert {title[:8]: found for title, *found in subsets if "U-net" in title} == {"3D U-net": ["t1, t2, cet1", "1"]}
+    assert [found for title, *found in subsets if "U-net" not in title] == [["t1, t2, cet1", "1"], ["t2, cet1", "1"]]
+    assert [row["difference_patients"] for row in compare_results(results, "unet3d_t1")] == [None, 1]
+    Run.start(tmp_path / "run", data, recipe, resume=True)
+    # Before the long work: nobody to train the network of a sequence on.
+    splits = [Fold(("patient_00", "patient_04"), ("patient_02",), ("patient_05",))]
+    expected = (
+        r"fold 0: 3D U-net \(T1\) must have a patient with t1 for train; .*Received: patient_00, patient_04 without"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Run.start(tmp_path / "other", data, recipe, splits=splits)
+    assert not (tmp_path / "other").exists()
+    Run.start(tmp_path / "other", data, recipe.replace({"training.self_transfer": False}), splits=splits)
+    with pytest.raises(ValueError, match=r"must have patients with t1 to train .*Received: 0 and 1 of 2 and 1$"):
+        training.train_method(
+            METHODS["unet3d_t1"],
+            run.patients(["patient_00", "patient_04"]),
+            run.patients(["patient_02"]),
+            recipe,
+            tmp_path / "alone",
+        )
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def run_comparison(
     with log_to_file(Run(out).log_file):
         log_command()
         resume, on_error = Run(out).recipe_file.exists(), left_out.append if skip_bad else None
-        run = Run.start(out, data, recipe, resume, on_error, **dict(division))
+        run = Run.start(out, data, recipe, resume, on_error, **dict(division), methods=methods)
         for error in left_out:
             _log.warning("Left out: %s", error)
         terminal.follow(plan_of(run, methods, folds))

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 # What BraTS calls its files after the patient's name, in 2020 and from 2023.
 _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
-_ALLOW_MISSING = "only a patient to be segmented may lack it, with `data.allow_missing`"
+_ALLOW_MISSING = "patients may lack it with `data.allow_missing`"
 # The number of the channel, at the end of the name of a file in a dataset.
 _CHANNEL = re.compile(r"_\d{4}$")
 # What the file of a mask may be called.
@@ -50,8 +50,8 @@ def find_cases(
     Args:
         directory: The folder.
         recipe: What the images are called.
-        require_mask: Whether a patient without a mask is an error. If not, one without some of the modalities is none
-            either, where the recipe has `allow_missing`, and an ambiguous mask is left out with a warning.
+        require_mask: Whether a patient without a mask is an error. If not, an ambiguous mask is left out with a
+            warning.
         on_error: Called with the `CaseError` of each patient that lacks something; that patient is then left out.
             `None`: all such errors are raised as one.
 
@@ -211,7 +211,7 @@ def _folders(directory):
 
 def _read_folder(folder, recipe, require_mask):
     """The name of the layout, and the `Case`."""
-    layout, images, find_mask = _find_images(folder, recipe, _may_be_missing(recipe, require_mask))
+    layout, images, find_mask = _find_images(folder, recipe, recipe.allow_missing)
     return layout, Case(folder.name, images, _mask(find_mask, require_mask))
 
 
@@ -234,11 +234,6 @@ def _mask(find, required):
         return None
 
 
-def _may_be_missing(recipe, require_mask):
-    """Whether a patient may lack modalities: one to be segmented, by a network that was trained for it."""
-    return recipe.allow_missing and not require_mask
-
-
 def _find_images(folder, recipe, optional):
     """The name of the layout, the images by modality, and a function that finds the mask."""
     if not folder.is_dir():
@@ -248,8 +243,10 @@ def _find_images(folder, recipe, optional):
     if not any(images.values()) and _holds_dicom(folder):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     for modality, path in images.items():
-        if not path and not (optional and any(images.values())):
-            is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
+        is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
+        # A name that is only spelt otherwise is no missing sequence.
+        meant = not path and [near for near in _near(folder, is_near) if near not in images.values()]
+        if not path and (meant or not (optional and any(images.values()))):
             raise _missing(folder, names, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
     images = {modality: path for modality, path in images.items() if path}
     return layout, images, functools.partial(_find_mask, folder, names, recipe)
@@ -282,16 +279,18 @@ def _brats_stems(folder, endings):
 
 def _missing(folder, names, stem, is_near, field, remedy=""):
     """The error for a file that is missing; with the files of the patient whose names are near."""
-    near = [
-        path.name
-        for start, path in _stems(folder).items()
-        if is_near(start) and (is_near == _is_mask or not _is_mask(start))
-    ]
+    near = [path.name for path in _near(folder, is_near)]
     expected = f"a file of that name with one of the endings {', '.join(IMAGE_SUFFIXES)} is expected{remedy}"
     if near:
         expected = f"did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
     received = ", ".join(names) or ("a folder without files" if _folders(folder) else "an empty folder")
     return CaseError(f"{folder.name}: {folder / stem}: is missing; {expected}. Received: {received}")
+
+
+def _near(folder, is_near):
+    """The image files, masks apart, whose names are near."""
+    stems = _stems(folder).items()
+    return [path for start, path in stems if is_near(start) and (is_near == _is_mask or not _is_mask(start))]
 
 
 def _is_mask(name):
@@ -440,7 +439,7 @@ def _find_dataset_case(path, recipe):
 
 def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
     """The patients that a `dataset.json` describes, in some folders: all, or `only` the one of this name."""
-    path, optional = root / "dataset.json", _may_be_missing(recipe, require_mask)
+    path, optional = root / "dataset.json", recipe.allow_missing
     layout, numbers = _channels(path, recipe, optional)
 
     def read(folder, stems, labels, label_names, name):

@@ -70,7 +70,7 @@ def patch_dataset(
     cases = list(cases)
     if not cases:
         raise ValueError("`cases` must hold at least one patient. Received: []")
-    modalities = tuple(modalities or cases[0].images)
+    modalities = tuple(modalities or dict.fromkeys(name for case in cases for name in case.images))
     without = [case.name for case in cases if case.mask is None]
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
@@ -169,8 +169,9 @@ def _pack(cases, recipe, modalities, training):
     for case, first, count, top in zip(cases, starts, slices, np.cumsum([0, *slices]), strict=False):
         corner = np.array([min(first[:, 0].min(), 0), *(first[:, 1:].min(axis=0) - margin)])
         block = np.moveaxis(volume[:, :, top : top + count], 2, 0)
+        images = case.images_of(modalities)
         for channel, name in enumerate(modalities):
-            image = case.images[name]
+            image = images[name]
             block[..., channel] = crop(image, corner, block.shape[:3], image.min())
         block[..., -1] = crop(case.mask, corner, block.shape[:3], 0)
         begins = np.array([[top, top + count - depth]] * len(first))

@@ -347,7 +347,7 @@ def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) 
     Raises:
         CaseError: The file is damaged, or has no voxel of the labels wanted.
     """
-    return _tumour_on(case, recipe, preprocessed.source, preprocessed.transforms)[0]
+    return _tumour_on(case, recipe_of(case, recipe), preprocessed.source, preprocessed.transforms)[0]
 
 
 def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:

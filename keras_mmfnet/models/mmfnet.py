@@ -148,8 +148,9 @@ class MMFNet(EncoderDecoder):
 
     def _drop(self, inputs):
         """Replaces random modalities of each patch by zeros."""
-        shape = (ops.shape(inputs[self.modalities[0]])[0], len(self.modalities))
-        numbers = keras.random.uniform(shape, seed=self.seed_generator)
+        # One that a patient lacks is zeros already.
+        there = ops.stack([ops.any(inputs[name] != 0, axis=(1, 2, 3, 4)) for name in self.modalities], axis=1)
+        numbers = ops.where(there, keras.random.uniform(ops.shape(there), seed=self.seed_generator), -1.0)
         # The modality with the largest number is always kept.
         kept = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
         return {

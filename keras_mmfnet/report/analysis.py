@@ -76,7 +76,7 @@ def write_report(run: Run) -> Path:
     ]
     sections = [
         ("Run", [_origin(run, results)]),
-        ("Results", _results(rows)),
+        ("Results", [*_results(rows), *_subsets(run, {method.title: results})]),
         ("Patients, worst first", _patients(run, method.name, rows)),
         ("Which modality is listened to", _attention({method.title: results})),
         ("Training", _training(run, method)),
@@ -100,7 +100,7 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     """
     results = run.results()
     rows, charts = write_tables(results, run.folder, baseline)
-    best = max(rows, key=lambda row: row["dsc"])
+    best = max(rows, key=lambda row: row["dsc"] or 0)
     facts = [
         ("Highest mean DSC", f"{best['dsc']:.3f}", best["title"]),
         ("Methods", str(len(results)), f"compared with {METHODS[baseline].title if baseline in METHODS else baseline}"),
@@ -108,12 +108,19 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
         ("Folds", f"{max(row['folds'] for row in rows)} of {len(run.folds)}", "of the cross-validation"),
     ]
     every = [result for folds in results.values() for result in folds]
-    scores = {folds[0]["title"]: [row["dsc"] for row in _by_patient(folds).values()] for folds in results.values()}
+    boxes = _boxes({folds[0]["title"]: _by_patient(folds).values() for folds in results.values()})
     attention = _attention({folds[0]["title"]: folds for folds in results.values()})
     sections = [
         ("Run", [_origin(run, every)]),
-        ("Results", [_table(_COLUMNS, _cells(rows, baseline)), _explained(_OF_PAPER + _DISTANCES)]),
-        ("Charts", [*(_figure(*chart) for chart in charts.values()), _figure(plot_boxes(scores), _BOXES)]),
+        (
+            "Results",
+            [
+                _table(_COLUMNS, _cells(rows, baseline)),
+                _explained(_OF_PAPER + _DISTANCES),
+                *_subsets(run, {folds[0]["title"]: folds for folds in results.values()}),
+            ],
+        ),
+        ("Charts", [*(_figure(*chart) for chart in charts.values()), *boxes]),
         ("Which modality is listened to", attention),
         *_setting(run, every),
     ]
@@ -199,9 +206,38 @@ def _results(rows):
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
     foot = foot if len(rows) > 1 else []
     folds = sorted({row["fold"] for row in rows})
-    boxes = plot_boxes({f"fold {fold}": [row["dsc"] for row in rows if row["fold"] == fold] for fold in folds})
+    boxes = _boxes({f"fold {fold}": [row for row in rows if row["fold"] == fold] for fold in folds})
     titles = [metric.title for metric in metrics.values()]
-    return [_table(["Patient", "Fold", *titles], lines, foot=foot), _explained(metrics), _figure(boxes, _BOXES)]
+    return [_table(["Patient", "Fold", *titles], lines, foot=foot), _explained(metrics), *boxes]
+
+
+def _scores(rows):
+    """The DSC of each patient that has one, by title; titles without are left out."""
+    scores = {title: [row["dsc"] for row in some if np.isfinite(row["dsc"])] for title, some in rows.items()}
+    return {title: some for title, some in scores.items() if some}
+
+
+def _boxes(rows):
+    scores = _scores(rows)
+    return [_figure(plot_boxes(scores), _BOXES)] if scores else []
+
+
+def _subsets(run, results):
+    """The DSC over the patients with each subset of the sequences, where some patients lack one."""
+    subsets = {
+        name: ", ".join(m for m in run.recipe.data.modalities if m in case.images) for name, case in run.cases.items()
+    }
+    if len(set(subsets.values())) == 1:
+        return []
+    lines = []
+    for title, folds in results.items():
+        for subset in sorted(set(subsets.values()), key=lambda subset: (-subset.count(","), subset)):
+            rows = [row for name, row in _by_patient(folds).items() if subsets[name] == subset]
+            if rows:
+                dsc = summarise(rows)["dsc"]
+                numbers = (METRICS["dsc"].text(dsc[key]) for key in ("mean", "low", "high"))
+                lines.append([title, subset, *numbers, dsc["patients"]])
+    return [_table(["Method", "Sequences that the patients have", "DSC", "95% from", "to", "Patients"], lines, left=2)]
 
 
 def _patients(run, method, rows):
@@ -393,8 +429,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         for key in _OF_PAPER + _DISTANCES:
             if key in _OF_PAPER:
                 row[f"paper_{key}"] = folds[0]["paper"].get(key)
-            row[key], row[f"{key}_std"] = summary[key]["mean"], summary[key]["std"]
-        common = [patient for patient in patients if patient in reference]
+            row[key], row[f"{key}_std"] = (summary[key][name] if patients else None for name in ("mean", "std"))
+        common = [n for n in patients if n in reference and np.isfinite(patients[n]["dsc"] + reference[n]["dsc"])]
         same = name == baseline or not common
         difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
         if len(common) == 1:  # of which there is no interval
@@ -402,7 +438,7 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
         row["parameters"] = folds[0]["parameters"]
         row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
-        row["patient_seconds"] = summary["seconds"]["mean"]
+        row["patient_seconds"] = summary["seconds"]["mean"] if patients else None
         rows.append(row)
     return rows
 
@@ -429,18 +465,17 @@ def _cells(rows, baseline):
             interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
             cells += [f"{row['difference_mean']:+.4f}{interval}", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
         cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
-        cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}"]
+        cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}" if row["patients"] else "-"]
         lines.append(cells)
     return lines
 
 
 def _charts(results):
     """What can be drawn of the results: `{name of the file: (figure, caption)}`."""
-    scores = {
-        folds[0]["title"]: ([row["dsc"] for row in _by_patient(folds).values()], folds[0]["paper"].get("dsc"))
-        for folds in results.values()
-    }
-    charts = {"methods": (plot_methods(scores), "Each method's mean DSC, beside the paper's.")}
+    paper = {folds[0]["title"]: folds[0]["paper"].get("dsc") for folds in results.values()}
+    scores = _scores({folds[0]["title"]: _by_patient(folds).values() for folds in results.values()})
+    methods = {title: (some, paper[title]) for title, some in scores.items()}
+    charts = {"methods": (plot_methods(methods), "Each method's mean DSC, beside the paper's.")} if methods else {}
     losses = transfer_curves(results)
     if losses:
         charts["self_transfer"] = plot_learning_curves(losses), "Without and with self-transfer; mean of the folds."

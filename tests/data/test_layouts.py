@@ -106,11 +106,16 @@ def test_a_missing_modality_names_patient_and_file(tmp_path):
     with pytest.raises(CaseError, match=r"^a: .*t2: is missing; .*\.nii\.gz.*Received: T2.nii.gz, .*t2.img$"):
         find_cases(tmp_path, RECIPE.data)
     (tmp_path / "a" / "T2.nii.gz").unlink()
-    expected = (
-        r"t2: is missing; .*endings \.nii, \.nii\.gz.* only a patient to be segmented .*`data.allow_missing`. Rec"
-    )
+    expected = r"t2: is missing; .*endings \.nii, \.nii\.gz.* patients may lack it with `data.allow_missing`. Rec"
     with pytest.raises(CaseError, match=expected):
         find_cases(tmp_path, RECIPE.data)
+    able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
+    [case] = find_cases(tmp_path, able)
+    assert list(case.images) == ["t1", "cet1"]
+    # A file that is only misspelt is not missing.
+    (tmp_path / "a" / "t2w.nii.gz").touch()
+    with pytest.raises(CaseError, match=r"^a: .*t2: is missing; did you mean t2w.nii.gz for t2\?"):
+        find_cases(tmp_path, able)
 
 
 @pytest.mark.parametrize(

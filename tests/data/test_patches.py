@@ -76,6 +76,17 @@ def test_chosen_modalities_only(make_case):
     assert list(images) == ["t2"]
 
 
+def test_a_sequence_that_a_patient_lacks_is_zeros(make_case):
+    ann, bob = make_case("ann", seed=1), make_case("bob", seed=2)
+    bob = dataclasses.replace(bob, images={"t2": bob.images["t2"]})
+    for training in (True, False):
+        images, _ = joined(patch_dataset([bob, ann], RECIPE.patches, training=training), 4 if training else None)
+        assert sorted(images) == ["t1", "t2"]
+        lacking = ~images["t1"].any(axis=(1, 2, 3, 4))
+        assert 0 < lacking.mean() < 1
+        assert images["t2"].any(axis=(1, 2, 3, 4)).all()
+
+
 def test_the_same_seed_gives_the_same_batches(make_case):
     cases = [make_case(seed=seed) for seed in range(3)]
     first, again = (

@@ -114,6 +114,10 @@ def test_modality_dropout():
     again = {name: to_numpy(x).any(axis=(1, 2, 3, 4)) for name, x in model._drop(inputs).items()}
     assert any((again[name] != stays[name]).any() for name in stays)
 
+    # Of a patient without t1, t2 stays; one without any is no error.
+    lacking = {"t1": 0 * inputs["t1"], "t2": np.where(np.arange(256)[:, None, None, None, None], inputs["t2"], 0)}
+    np.testing.assert_array_equal(to_numpy(model._drop(lacking)["t2"]), lacking["t2"])
+
     model.compile(keras.optimizers.Adam(1e-3), DiceLoss())
     assert np.isfinite(model.fit(few, (few["t1"] > 0).astype("uint8"), batch_size=2, verbose=0).history["loss"]).all()
     config = model.get_config()
