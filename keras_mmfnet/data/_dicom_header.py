@@ -140,7 +140,9 @@ def _read_elements(path, header):
                 implicit, levels = levels[0][1], []
                 continue
             else:
-                return None, False
+                # GDCM tries other encodings in turn, and takes the memory that lengths in them seem to claim.
+                unknown = f"an element {tag:08X} of no value representation"
+                return (None if kind in (b"??", b"  ", b"--") else unknown), False
             open_end = length == 0xFFFFFFFF
             if not open_end and length > size:
                 return f"an element of {length} bytes in a file of {size}", False

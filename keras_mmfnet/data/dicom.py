@@ -174,10 +174,10 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
 
 def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
     """DICOM objects by SOP class as text, such as `1 RT Structure Set Storage (rs.dcm)`."""
-    from pydicom.uid import UID
+    from pydicom.uid import UID_dictionary
 
     return ", ".join(
-        f"{len(paths)} {UID(kind).name or 'without an SOP class'} ({paths[0].name}{', ...' if len(paths) > 1 else ''})"
+        f"{len(paths)} {UID_dictionary.get(kind, [kind])[0]} ({paths[0].name}{', ...' if len(paths) > 1 else ''})"
         for kind, paths in objects.items()
     )
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-KINDS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
+KINDS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", "frames.dcm")
 COUNT = 500
 # For one file of a kilobyte.
 SECONDS, MEBIBYTES = 20, 100
@@ -51,6 +51,12 @@ def write_whole(folder, kind):
         write_series(folder, grid=GRID.crop((0, 0, 0), (3, 6, 5)), uid="1.2.3")
         return sorted(folder.iterdir())
     array = np.random.default_rng(0).integers(0, 1000, (4, 5, 6)).astype(np.int16)
+    if kind == "frames.dcm":
+        from dicom_files import write_enhanced
+
+        frames = [{"position": (0, 0, 4 * n), "slope": 1.0 + n, "echo": 5.0} for n in range(4)]
+        write_enhanced(folder / kind, frames, array, SOPInstanceUID="1.2.3", SeriesInstanceUID="1.2.4")
+        return [folder / kind]
     sitk.WriteImage(sitk.GetImageFromArray(array), str(folder / f"image{kind}"))
     return [folder / f"image{kind}"]
 
@@ -101,7 +107,7 @@ def change(path, kind, rng):
         content = header + voxels
     else:
         for _ in range(rng.integers(1, 4)):
-            low, high = (0, len(content)) if action == 1 else (0, 352)
+            low, high = (0, len(content)) if action == 1 or kind == "frames.dcm" else (0, 352)
             if action > 3 and kind == ".dcm":
                 tag = struct.pack("<HH", *TAGS[rng.integers(len(TAGS))])
                 low = max(content.find(tag), 0) + 4
@@ -119,7 +125,7 @@ def is_read(folder, paths, kind):
     from keras_mmfnet.recipe import DataRecipe
 
     try:
-        for source in find_series(folder, "ann") if kind == ".dcm" else paths:
+        for source in find_series(folder, "ann") if kind.endswith(".dcm") else paths:
             for problem in survey_case(Case("ann", {"t1": source}), DataRecipe(modalities=("t1",))).problems:
                 raise CaseError(problem)
             read_image(source, "ann", sitk.sitkFloat32)
