@@ -52,7 +52,14 @@ METRICS: dict[str, Metric] = {
     "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
     "volume_ml": Metric("Expert volume", "ml", "Volume of the expert's mask.", "", 2),
     "predicted_ml": Metric("Predicted volume", "ml", "Volume of the predicted mask.", "", 2),
+    "false_positive_ml": Metric("False volume", "ml", "Volume of the prediction outside the tumour.", "lower", 2),
     "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 2),
+    "detection_sensitivity": Metric(
+        "Detected", "", "1 if any of the tumour was found, else 0; of patients with tumour.", "higher", 2
+    ),
+    "detection_specificity": Metric(
+        "Nothing found", "", "1 if nothing was found, else 0; of patients without tumour.", "higher", 2
+    ),
     "seconds": Metric("Time", "s", "From the preprocessed images to the written mask.", "lower", 2),
 }
 
@@ -64,14 +71,17 @@ def evaluate_case(
 
     | metric | definition | truth empty | prediction empty | both empty |
     |---|---|---|---|---|
-    | `dsc` | 2 TP / (P + G), eq. 14 | 0 | 0 | 1 |
+    | `dsc` | 2 TP / (P + G), eq. 14 | NaN | 0 | NaN |
     | `ap` | average precision, eq. 15-17, by scikit-learn | NaN | that of the probabilities | NaN |
-    | `dice_loss` | 1 - (2 I + 1) / (P + G + 1) of the probabilities, eq. 1 | as defined | as defined | as defined |
-    | `hd95`, `assd` | mm, see `surface_distances` | volume's diagonal | volume's diagonal | 0 |
+    | `dice_loss` | 1 - (2 I + 1) / (P + G + 1) of the probabilities, eq. 1 | NaN | as defined | NaN |
+    | `hd95`, `assd` | mm, see `surface_distances` | NaN | volume's diagonal | NaN |
     | `sensitivity` | TP / G | NaN | 0 | NaN |
     | `precision` | TP / P | 0 | NaN | NaN |
     | `volume_ml`, `predicted_ml` | G and P in ml | 0, P | G, 0 | 0, 0 |
+    | `false_positive_ml` | P - TP in ml | P | 0 | 0 |
     | `false_islands` | components of the prediction (26 neighbours) without a voxel of truth | all | 0 | 0 |
+    | `detection_sensitivity` | 1 if TP > 0, else 0 | NaN | 0 | NaN |
+    | `detection_specificity` | 1 if P = 0, else 0; without tumour only | 0 | NaN | 1 |
 
     Args:
         probability: Probabilities `(depth, height, width)` in [0, 1].
@@ -93,17 +103,23 @@ def evaluate_case(
     predicted = probability >= threshold
     both, found, volume = (float(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth))
     soft, voxel_ml = probability.sum(dtype=np.float64), float(np.prod(spacing_zyx)) / 1000
+    # How well a tumour is segmented is not defined without one.
+    distances = surface_distances(predicted, truth, spacing_zyx) if volume else {"hd95": math.nan, "assd": math.nan}
+    loss = float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1))
     islands, count = ndimage.label(predicted, np.ones((3, 3, 3)))
     return {
-        "dsc": 2 * both / (found + volume) if found + volume else 1.0,
+        "dsc": 2 * both / (found + volume) if volume else math.nan,
         "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
-        "dice_loss": float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1)),
-        **surface_distances(predicted, truth, spacing_zyx),
+        "dice_loss": loss if volume else math.nan,
+        **distances,
         "sensitivity": both / volume if volume else math.nan,
         "precision": both / found if found else math.nan,
         "volume_ml": volume * voxel_ml,
         "predicted_ml": found * voxel_ml,
+        "false_positive_ml": (found - both) * voxel_ml,
         "false_islands": int(count - np.count_nonzero(np.unique(islands[truth]))),
+        "detection_sensitivity": float(both > 0) if volume else math.nan,
+        "detection_specificity": math.nan if volume else float(not found),
     }
 
 

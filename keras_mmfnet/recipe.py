@@ -137,6 +137,7 @@ class DataRecipe(_Part):
             does not say so; `None` for the reference modality.
         allow_missing: Whether patients may lack some of the sequences, which are then zeros as in modality dropout. A
             network that is to segment them must be trained for it by `network.modality_dropout`.
+        allow_empty: Whether patients may be without tumour, their masks empty; otherwise an empty mask is refused.
         align: How the other modalities are brought onto the reference grid: `"header"`, by position and orientation,
             or `"rigid"`, by the rigid transform that fits best from there, for patients who moved.
         spacing: In-plane pixel size in mm after resampling; `None` keeps the reference modality's. The distance
@@ -153,6 +154,7 @@ class DataRecipe(_Part):
     mask_structures: Annotated[tuple[Annotated[str, AfterValidator(_pattern)], ...], _SEVERAL] = ()
     mask_from: str | None = None
     allow_missing: bool = False
+    allow_empty: bool = False
     align: Literal["header", "rigid"] = "header"
     spacing: _Rate | None = 0.5
     normalised_scale: _Rate | None = None

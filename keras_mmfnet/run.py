@@ -19,13 +19,13 @@ from keras_mmfnet._files import read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
-from keras_mmfnet.data import find_cases, five_folds, group_patients, preprocess_case
+from keras_mmfnet.data import find_cases, group_patients, preprocess_case
 from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
-from keras_mmfnet.data.folds import Fold, split_folds
+from keras_mmfnet.data.folds import Fold, divide_patients
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.preprocess import read_tumour, recipe_of
-from keras_mmfnet.evaluation import evaluate_case, metrics_csv, metrics_json
+from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
@@ -221,18 +221,14 @@ the groups and folds that were given |
         groups = kept.get("groups") if groups is None else dict(groups)
         splits = [Fold(**fold) for fold in kept.get("splits", ())] if splits is None else splits
         if splits:
-            used = {name for fold in splits for part in dataclasses.astuple(fold) for name in part}
+            used = set().union(*(fold.names for fold in splits))
             if unused := [case.name for case in cases if case.name not in used]:
                 _log.info("In no fold, and not used: %s", ", ".join(unused))
             cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
         grouped = group_patients(cases, settings.group, groups)
 
         def divide(names, volumes=None):
-            shared = settings.validation_fraction, settings.seed, grouped, volumes
-            if splits:
-                division = split_folds(splits, names, *shared, left_out={error.patient for error in bad})
-            else:
-                division = five_folds(names, settings.folds, *shared)
+            division = divide_patients(names, settings, grouped, splits, volumes, [error.patient for error in bad])
             _check_folds(division, {case.name: case.images for case in cases}, recipe, networks)
             return division
 
@@ -253,14 +249,22 @@ the groups and folds that were given |
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
-        volumes = {n: p.tumour_ml for n, p in patients.items()} if settings.balance == "volume" else None
+        volumes = {name: patient.tumour_ml for name, patient in patients.items()}
+        folds = divide(patients, volumes)
+        for number, fold in enumerate(folds):
+            for part in ("train", "validation"):
+                if not any(volumes[name] for name in getattr(fold, part)):
+                    raise ValueError(
+                        f"fold {number} must have a patient with tumour for {part}; `training.balance=volume` or "
+                        f"--splits may help. Received: {', '.join(getattr(fold, part))}, all without"
+                    )
         cohort = {
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             # Those of a resumed run must be the same, not only their names.
             "images": {case.name: key(case, recipe_of(case, recipe.data)) for case in cases if case.name in patients},
             "skipped": {error.patient: str(error) for error in bad},
-            "folds": [dataclasses.asdict(fold) for fold in divide(patients, volumes)],
+            "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if groups is None else {"groups": groups}),
             **({"splits": [dataclasses.asdict(fold) for fold in splits]} if splits else {}),
         }
@@ -375,7 +379,9 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
         rows = []
         for patient in test:
             rows.append(_test(predict, patient, run, recipe, run.mask(fold, method.name, patient.name)))
-            _log.info("Segmented patient %d of %d: DSC %.4f", len(rows), len(test), rows[-1]["dsc"])
+            key = "dsc" if rows[-1]["volume_ml"] else "false_positive_ml"
+            about = f"{METRICS[key].title} {METRICS[key].text(rows[-1][key])}"
+            _log.info("Segmented patient %d of %d: %s", len(rows), len(test), about)
             progress("segmenting", len(rows), len(test))
         result = {
             "method": method.name,

@@ -40,32 +40,36 @@ ROWS = [
 
 
 nan = math.nan
+HALF = np.array([1, 1, 0, 0, 1, 1, 0, 0]).reshape(2, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("probability", "truth", "dsc", "ap", "dice_loss", "sensitivity", "precision", "volumes", "false_islands"),
+    ("probability", "truth", "dsc", "ap", "dice_loss", "sensitivity", "precision", "volumes", "false", "detection"),
     [
-        (TRUTH, TRUTH, 1, 1, 0, 1, 1, (4, 4), 0),
-        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9, 0, 0, (4, 4), 1),
-        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5, 0, nan, (4, 0), 0),
-        (NOTHING, NOTHING, 1, nan, 0, nan, nan, (0, 0), 0),
-        (TRUTH, NOTHING, 0, nan, 1 - 1 / 5, nan, 0, (0, 4), 1),
+        (TRUTH, TRUTH, 1, 1, 0, 1, 1, (4, 4), (0, 0), (1, nan)),
+        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9, 0, 0, (4, 4), (4, 1), (0, nan)),
+        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5, 0, nan, (4, 0), (0, 0), (0, nan)),
+        (NOTHING, NOTHING, nan, nan, nan, nan, nan, (0, 0), (0, 0), (nan, 1)),
+        (TRUTH, NOTHING, nan, nan, nan, nan, 0, (0, 4), (4, 1), (nan, 0)),
         # Half of the truth, and as much beside it: I = 2, P = G = 4.
-        (np.array([1, 1, 0, 0, 1, 1, 0, 0]).reshape(2, 2, 2), TRUTH, 0.5, 0.5, 1 - 5 / 9, 0.5, 0.5, (4, 4), 0),
+        (HALF, TRUTH, 0.5, 0.5, 1 - 5 / 9, 0.5, 0.5, (4, 4), (2, 0), (1, nan)),
         # One half counts as tumour.
-        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7, 1, 1, (4, 4), 0),
+        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7, 1, 1, (4, 4), (0, 0), (1, nan)),
     ],
 )
-def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision, volumes, false_islands):
+def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision, volumes, false, detection):
     numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
     distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
     assert list(numbers) == [key for key in METRICS if key != "seconds"]
     assert json.loads(json.dumps(numbers)) == pytest.approx(numbers, nan_ok=True)
-    assert {name: numbers.pop(name) for name in ("hd95", "assd")} == distances
+    distances = distances if truth.any() else {"hd95": nan, "assd": nan}
+    assert {name: numbers.pop(name) for name in ("hd95", "assd")} == pytest.approx(distances, nan_ok=True)
     expected = {"dsc": dsc, "ap": ap, "dice_loss": dice_loss, "sensitivity": sensitivity, "precision": precision}
     # Voxels of 4 cubic mm.
     expected |= dict(zip(("volume_ml", "predicted_ml"), np.multiply(volumes, 0.004), strict=True))
-    assert numbers == pytest.approx({**expected, "false_islands": false_islands}, nan_ok=True)
+    expected |= {"false_positive_ml": false[0] * 0.004, "false_islands": false[1]}
+    expected |= dict(zip(("detection_sensitivity", "detection_specificity"), detection, strict=True))
+    assert numbers == pytest.approx(expected, nan_ok=True)
 
 
 def test_against_independent_formulas():

@@ -124,6 +124,43 @@ def test_patients_who_lack_sequences(tiny_cohort, tmp_path, caplog):
         )
 
 
+def test_patients_without_tumour(tiny_cohort, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_cohort, data)
+    for name in ("patient_00", "patient_01", "patient_02"):
+        _rewrite(data / name / "mask.nii.gz", lambda array: array.fill(0))
+    names = sorted(path.name for path in data.iterdir())
+    splits = [Fold((names[0], names[3]), (names[1], names[4]), (names[2], names[5]))]
+    recipe = COARSE.replace({"training.self_transfer": False, "training.epochs": 1})
+    with pytest.raises(CaseError, match=r"3 of 6 patients cannot be used.*\n.*must have a voxel"):
+        Run.start(tmp_path / "run", data, recipe, splits=splits)
+    recipe = recipe.replace({"data.allow_empty": True})
+    with pytest.raises(
+        ValueError, match=r"fold 0 must have a patient with tumour for validation.*: patient_01, all wit"
+    ):
+        Run.start(tmp_path / "run", data, recipe, splits=[Fold(tuple(names[2:]), (names[1],), (names[0],))])
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    run = Run.start(tmp_path / "run", data, recipe, splits=splits)
+    without, tumour = cross_validate(run, method_of(recipe))
+    assert np.isnan([without[key] for key in ("dsc", "hd95", "assd", "dice_loss", "detection_sensitivity")]).all()
+    assert without["false_positive_ml"] == without["predicted_ml"]
+    assert without["detection_specificity"] == float(not without["predicted_ml"])
+    assert 0 <= tumour["dsc"] <= 1
+    assert np.isnan(tumour["detection_specificity"])
+    summary = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))["summary"]
+    assert {key: summary[key]["patients"] for key in ("dsc", "false_positive_ml", "detection_specificity")} == {
+        "dsc": 1,
+        "false_positive_ml": 2,
+        "detection_specificity": 1,
+    }
+    page = re.sub(r"<[^>]+>", " ", write_report(run).read_text(encoding="utf-8"))
+    assert re.search(r"Without tumour\s+1\s", page)
+    assert re.search(r"6 patients, 3 of them without tumour\.", page)
+    assert re.search(r"Share with nothing found.*\s+MMFNet\s+1\s+[01]\.00\s+1\s+[01]\.00\s+[\d.]+", page)
+    assert page.index(f"{names[5]}, fold 0") < page.index(f"{names[2]}, fold 0")
+    write_comparison(run, "mmfnet")
+
+
 @pytest.fixture(scope="module")
 def run(tiny_cohort, tmp_path_factory):
     """The folder and the rows of a cross-validation, one fold of three."""

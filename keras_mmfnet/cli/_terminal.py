@@ -22,6 +22,8 @@ from keras_mmfnet.cli._process import without_chatter
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
+# With patients without tumour.
+_DETECTION = ("false_positive_ml", "detection_sensitivity", "detection_specificity")
 
 
 class Plan:
@@ -122,12 +124,16 @@ class Terminal(logging.Handler):
         """Prints the numbers of each patient, their mean and its 95% interval; not if quiet."""
         from keras_mmfnet.evaluation import METRICS, summarise
 
-        shown, summary = {key: METRICS[key] for key in _SHOWN}, summarise(rows)
+        summary = summarise(rows)
+        without = summary.get("detection_specificity", {}).get("patients")
+        shown = {key: METRICS[key] for key in (*_SHOWN, *(_DETECTION if without else ()))}
         lines = [[row["patient"], *(metric.text(row.get(key)) for key, metric in shown.items())] for row in rows]
         # One patient has no interval.
         names = (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to"))[: 3 if len(lines) > 1 else 0]
         for name, label in names:
             lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
+        if without:
+            lines.append(["patients", *(str(summary[key]["patients"]) for key in shown)])
         self.table(["patient", *(metric.title for metric in shown.values())], lines)
 
     def stop(self, number: int, frame: object = None) -> None:

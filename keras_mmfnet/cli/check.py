@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,11 @@ def check(
     paper: options.Paper = False,
     changes: options.Changes = None,
     structure: options.Structure = None,
+    groups: options.Groups = None,
+    splits: options.Splits = None,
     quiet: options.Quiet = False,
 ):
-    """Lists the patients of a folder, or one: grids, orientations, what would be resampled or refused, and why."""
+    """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds."""
     with session(quiet) as terminal:
         from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
@@ -32,7 +35,8 @@ def check(
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
-        chosen, done = options.choose_recipe(recipe, paper, changes, structure).data, []
+        whole, done = options.choose_recipe(recipe, paper, changes, structure), []
+        chosen, division = whole.data, options.read_division(groups, splits)
         cases, errors = _find(data, chosen, no_mask)
 
         def count(row):
@@ -61,6 +65,8 @@ def check(
             write(csv, metrics_csv([_columns(row, chosen.modalities) for row in rows]))
         if as_json:
             write(as_json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+        if not no_mask:
+            _show_folds(terminal, cases, rows, whole, **division)
         unusable = [row.name for row in rows if row.problems]
         if unusable:
             remedy = "" if no_mask or len(unusable) == len(rows) else "; mmfnet train --skip-bad leaves them out"
@@ -86,6 +92,49 @@ def _find(data, recipe, no_mask):
         if errors or others:
             return [], others or errors
         raise
+
+
+def _show_folds(terminal, cases, rows, recipe, groups, splits):
+    """Who lacks what, and what the folds of a training would hold."""
+    import statistics
+
+    from keras_mmfnet.data.folds import divide_patients, group_patients
+
+    usable = {row.name: row for row in rows if not row.problems}
+    modalities = recipe.data.modalities
+    lacking = {f"lacking {m}": {n for n, row in usable.items() if m not in row.images} for m in modalities}
+    lacking["without tumour"] = {name for name, row in usable.items() if row.tumour_ml == 0}
+    lacking = {what: names for what, names in lacking.items() if names}
+    for what, names in lacking.items():
+        listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
+        terminal.say(f"{what}: {counted(len(names), 'patient')}: {listed}")
+    used = set(usable).intersection(*([set().union(*(fold.names for fold in splits))] if splits else []))
+    volumes = {name: usable[name].tumour_ml for name in used}
+    if recipe.training.balance and None in volumes.values():
+        return terminal.say("the folds are balanced by volume, which --deep reads")
+    try:
+        grouped = group_patients([case for case in cases if case.name in used], recipe.training.group, groups)
+        folds = divide_patients(used, recipe.training, grouped, splits, volumes, [r.name for r in rows if r.problems])
+    except ValueError as error:
+        if groups or splits:
+            raise
+        return terminal.say(f"no folds: {error}")
+    together = Counter(grouped.values())
+    if together and max(together.values()) > 1:
+        terminal.say(
+            f"groups: {len(together)} of {counted(len(grouped), 'patient')}, the largest of {max(together.values())}"
+        )
+    lines, empty = [], []
+    for number, fold in enumerate(folds):
+        for part, names in dataclasses.asdict(fold).items():
+            counts = {what: len(some.intersection(names)) for what, some in lacking.items()}
+            known = [volumes[name] for name in names if volumes[name] is not None]
+            median = f"{statistics.median(known):.1f}" if known else "-"
+            lines.append([str(number), part, str(len(names)), *map(str, counts.values()), median])
+            empty += [f"fold {number}, {part}: all {what}" for what, n in counts.items() if n == len(names)]
+    terminal.table(["fold", "part", "patients", *lacking, "tumour ml, median"], lines)
+    for line in empty:
+        terminal.say(f"note: {line}")
 
 
 def _lines(row):

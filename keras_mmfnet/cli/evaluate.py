@@ -58,7 +58,8 @@ def evaluate(
             write(as_json, metrics_json(rows))
         terminal.metrics(rows)
         if quiet:
-            terminal.say(summarise(rows)["dsc"]["mean"], always=True)
+            mean = summarise(rows)["dsc"]["mean"]
+            terminal.say("-" if mean is None else mean, always=True)
 
 
 def _find_masks(folder):
@@ -112,8 +113,7 @@ def _compare(name, predicted, expert, labels):
     for path, image in zip((predicted, expert), images, strict=True):
         array = sitk.GetArrayFromImage(image)
         try:
-            absent = not (array.any() if labels is None else np.isin(array, labels).any())
-            masks.append(np.zeros(array.shape, bool) if absent else tumour_voxels(array, labels))
+            masks.append(tumour_voxels(array, labels, allow_empty=True))
         except ValueError as error:
             raise ValueError(f"{name}: {path}: {error}; --labels says which ones count") from None
     numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])

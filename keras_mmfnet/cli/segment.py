@@ -192,7 +192,10 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, l
         try:
             truth = read_tumour(case, recipe.data, patient)
             numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
-            about.append(f"DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
+            if numbers["volume_ml"]:
+                about.append(f"DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
+            else:
+                about.append(f"the expert's mask is empty, {numbers['false_positive_ml']:.1f} ml are false")
         except CaseError as error:
             case = dataclasses.replace(case, mask=None)
             about.append(f"not compared with the expert's mask: {error}")

@@ -25,7 +25,7 @@ from keras_mmfnet.recipe import DataRecipe
 
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
-_FIELDS = ("modalities", "mask_labels", "mask_from", "align", "spacing", "normalised_scale", "clip")
+_FIELDS = ("modalities", "mask_labels", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
 _VERSION = 7
 
 

@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import Series, read_tags
 from keras_mmfnet.data.image_io import read_grid, read_image
+from keras_mmfnet.recipe import TrainingRecipe
 
 # PatientID and StudyInstanceUID.
 _STUDY = (0x00100020, 0x0020000D)
@@ -36,6 +37,11 @@ class Fold:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """All patients of the fold."""
+        return {*self.train, *self.validation, *self.test}
 
 
 def five_folds(
@@ -163,6 +169,34 @@ def split_folds(
             if not some:
                 raise ValueError(f"fold {number} must have a patient for each part. Received: none for {part}")
     return division
+
+
+def divide_patients(
+    names: Iterable[str],
+    recipe: TrainingRecipe,
+    groups: Mapping[str, str] | None = None,
+    splits: Sequence[Fold] | None = None,
+    volumes: Mapping[str, float] | None = None,
+    left_out: Collection[str] = (),
+) -> list[Fold]:
+    """The folds of a run: those of `split_folds` where there are `splits`, else those of `five_folds`.
+
+    Args:
+        names: The patients' names.
+        recipe: The `TrainingRecipe`.
+        groups: As for `five_folds`.
+        splits: As for `split_folds`, or `None`.
+        volumes: As for `five_folds`; they count if the recipe wants it.
+        left_out: As for `split_folds`.
+
+    Returns:
+        The folds.
+
+    Raises:
+        ValueError: As the two functions.
+    """
+    shared = recipe.validation_fraction, recipe.seed, groups, volumes if recipe.balance == "volume" else None
+    return split_folds(splits, names, *shared, left_out) if splits else five_folds(names, recipe.folds, *shared)
 
 
 def read_splits(path: str | os.PathLike) -> list[Fold]:

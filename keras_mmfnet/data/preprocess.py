@@ -286,13 +286,14 @@ def _normalise(volume, grid, recipe, modality, where):
 # --- the mask
 
 
-def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
+def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None, allow_empty: bool = False) -> np.ndarray:
     """The voxels of a mask that are tumour.
 
     Args:
         values: Array of finite numbers.
         labels: The values that count as tumour. `None`: the one value besides 0; in a mask of one label and
             fractions of it, as interpolation leaves it, what is above half the label.
+        allow_empty: Whether there may be no tumour voxel.
 
     Returns:
         A bool array of the same shape.
@@ -315,7 +316,7 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None) -> np
             f"Received: the labels {_listed(found)}"
         )
     tumour = values != 0 if labels is None else np.isin(values, labels)
-    if not tumour.any():
+    if not (tumour.any() or allow_empty):
         wanted = "a value besides 0" if labels is None else f"one of the labels {_listed(labels)}"
         raise ValueError(f"must have a voxel with {wanted}. Received: {_listed(found) or 'only 0'}")
     return tumour
@@ -400,9 +401,11 @@ def _one_tumour_on(case, source, recipe, grid, transform):
     image = apply_transform(image, transform) if transform else image
     own = Grid.from_image(image)
     try:
-        tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels)
+        tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels, recipe.allow_empty)
     except ValueError as error:
         raise CaseError(f"{case.name}: {source}: {error}") from error
+    if not tumour.any():
+        return np.zeros(grid.shape, bool), upright_grid(own), 0.0
     near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
     image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
     inside, volume = resample(image_near, grid, background=0.0) >= _HALF, _millilitres(tumour, own)
@@ -420,12 +423,12 @@ def _read_mask(case, recipe, grid, upright, transforms):
     mask, grids, volume = _tumour_on(case, recipe, grid, transforms)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
     where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))
-    if not kept:
+    if volume and not kept:
         raise CaseError(
             f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    notes = mask_notes(case, recipe)
+    notes = [*mask_notes(case, recipe), *([] if volume else ["mask: without tumour"])]
     if not all(upright.matches(own) for own in grids):
         notes.append(
             f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"

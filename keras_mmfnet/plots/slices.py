@@ -53,7 +53,7 @@ def plot_segmentation(
         axes.set_title(name, color="white")
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
-        title += f", DSC {_dice(*(mask[depth] for mask, _ in masks.values())):.3f}"
+        title += f", DSC {_dice(*(mask[depth] for mask, _ in masks.values()))}"
     figure.suptitle(title, color="white")
     _legend(figure, {name: colour for name, (_, colour) in masks.items()})
     return figure
@@ -103,7 +103,7 @@ def plot_errors(
                 layer = kind[depth][..., None] * np.array(to_rgba(colour, 0.75))
                 axes.imshow(layer, extent=_extent(layer.shape, spacing_zyx), interpolation="nearest")
             if axes in panels[0]:
-                axes.set_title(f"{method}\nDSC {_dice(mask[depth], truth[depth]):.3f}", color="white", fontsize=10)
+                axes.set_title(f"{method}\nDSC {_dice(truth[depth], mask[depth])}", color="white", fontsize=10)
         _write(row[0], 0.5, 0.02, modality, ha="center", va="bottom")
     figure.suptitle(f"slice {depth + 1} of {len(either)}", color="white", fontsize=10)
     _legend(figure, ERROR_COLOURS, filled=True)
@@ -287,9 +287,10 @@ def _largest(mask):
     return int(np.argmax(np.count_nonzero(mask, axis=(1, 2))))
 
 
-def _dice(one, other):
-    size = np.count_nonzero(one) + np.count_nonzero(other)
-    return 2 * np.count_nonzero(one & other) / size if size else 1.0
+def _dice(truth, mask):
+    """The DSC of a slice as text; `-` without tumour."""
+    size = np.count_nonzero(truth) + np.count_nonzero(mask)
+    return f"{2 * np.count_nonzero(truth & mask) / size:.3f}" if truth.any() else "-"
 
 
 def _view(mask, spacing_zyx, margin):

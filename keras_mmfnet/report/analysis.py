@@ -42,7 +42,7 @@ _COLUMNS = (
     *("DSC less the baseline's [95%]", "p", "Folds", "Patients", "Parameters", "Training s", "Patient s"),
 )
 # The metrics beside a patient's slices.
-_SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml")
+_SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml", "false_positive_ml")
 _BOXES = "DSC of the test patients: quartiles, and a dot for each patient; in brackets how many they are."
 
 
@@ -65,18 +65,23 @@ def write_report(run: Run) -> Path:
     if not results:
         raise ValueError(f"{run}: must hold a finished fold of {method.title}. Received: a run without results of it")
     rows = [{"fold": result["fold"], **row} for result in results for row in result["patients"]]
-    rows.sort(key=lambda row: row["dsc"])
+    # Those without tumour come last.
+    rows.sort(key=lambda row: (0, row["dsc"]) if np.isfinite(row["dsc"]) else (1, -row["false_positive_ml"]))
     dsc = summarise(rows)["dsc"]
-    interval = "of one patient" if len(rows) == 1 else f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"
+    interval = "of one patient" if dsc["low"] is None else f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"
+    without = len(rows) - dsc["patients"]
     facts = [
-        ("Mean DSC", f"{dsc['mean']:.3f}", interval),
+        ("Mean DSC", f"{dsc['mean']:.3f}", interval)
+        if dsc["patients"]
+        else ("Mean DSC", "-", "no patient has a tumour"),
         ("Patients tested", str(len(rows)), f"of {len(run.cohort['patients'])}, by networks that had not seen them"),
+        *([("Without tumour", str(without), "scored by what was found, without a DSC")] if without else []),
         ("Folds", f"{len(results)} of {len(run.folds)}", "of the cross-validation"),
         ("Method", method.title, "with self-transfer" if method.encoders else "without self-transfer"),
     ]
     sections = [
         ("Run", [_origin(run, results)]),
-        ("Results", [*_results(rows), *_subsets(run, {method.title: results})]),
+        ("Results", [*_results(rows), *_subsets(run, {method.title: results}), *_detection({method.title: results})]),
         ("Patients, worst first", _patients(run, method.name, rows)),
         ("Which modality is listened to", _attention({method.title: results})),
         ("Training", _training(run, method)),
@@ -101,15 +106,16 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     results = run.results()
     rows, charts = write_tables(results, run.folder, baseline)
     best = max(rows, key=lambda row: row["dsc"] or 0)
+    titled = {folds[0]["title"]: folds for folds in results.values()}
     facts = [
-        ("Highest mean DSC", f"{best['dsc']:.3f}", best["title"]),
+        ("Highest mean DSC", "-" if best["dsc"] is None else f"{best['dsc']:.3f}", best["title"]),
         ("Methods", str(len(results)), f"compared with {METHODS[baseline].title if baseline in METHODS else baseline}"),
         ("Patients tested", str(max(row["patients"] for row in rows)), f"of {len(run.cohort['patients'])}"),
         ("Folds", f"{max(row['folds'] for row in rows)} of {len(run.folds)}", "of the cross-validation"),
     ]
     every = [result for folds in results.values() for result in folds]
-    boxes = _boxes({folds[0]["title"]: _by_patient(folds).values() for folds in results.values()})
-    attention = _attention({folds[0]["title"]: folds for folds in results.values()})
+    boxes = _boxes({title: _by_patient(folds).values() for title, folds in titled.items()})
+    attention = _attention(titled)
     sections = [
         ("Run", [_origin(run, every)]),
         (
@@ -117,7 +123,8 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
             [
                 _table(_COLUMNS, _cells(rows, baseline)),
                 _explained(_OF_PAPER + _DISTANCES),
-                *_subsets(run, {folds[0]["title"]: folds for folds in results.values()}),
+                *_subsets(run, titled),
+                *_detection(titled),
             ],
         ),
         ("Charts", [*(_figure(*chart) for chart in charts.values()), *boxes]),
@@ -200,10 +207,11 @@ def _duration(seconds):
 
 def _results(rows):
     summary = summarise(rows)
-    metrics = {key: metric for key, metric in METRICS.items() if key in summary}
+    metrics = {key: metric for key, metric in METRICS.items() if summary.get(key, {}).get("patients")}
     lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
     labels = {"mean": "mean", "low": "mean, 95% from", "high": "mean, 95% to", "std": "standard deviation"}
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
+    foot.append(["patients", "", *(str(summary[key]["patients"]) for key in metrics)])
     foot = foot if len(rows) > 1 else []
     folds = sorted({row["fold"] for row in rows})
     boxes = _boxes({f"fold {fold}": [row for row in rows if row["fold"] == fold] for fold in folds})
@@ -238,6 +246,26 @@ def _subsets(run, results):
                 numbers = (METRICS["dsc"].text(dsc[key]) for key in ("mean", "low", "high"))
                 lines.append([title, subset, *numbers, dsc["patients"]])
     return [_table(["Method", "Sequences that the patients have", "DSC", "95% from", "to", "Patients"], lines, left=2)]
+
+
+def _detection(results):
+    """In how many patients with a tumour it was found, and in how many without nothing was, where there are some."""
+    lines = []
+    for title, folds in results.items():
+        rows = list(_by_patient(folds).values())
+        if without := [row for row in rows if np.isfinite(row.get("detection_specificity", np.nan))]:
+            found, nothing = (summarise(rows)[f"detection_{name}"] for name in ("sensitivity", "specificity"))
+            false = summarise(without)["false_positive_ml"]["mean"]
+            lines.append([title, found["patients"], found["mean"], len(without), nothing["mean"], false])
+    header = [
+        "Method",
+        "With tumour",
+        "Share detected",
+        "Without",
+        "Share with nothing found",
+        "False ml, mean of these",
+    ]
+    return [_table(header, lines)] if lines else []
 
 
 def _patients(run, method, rows):
@@ -348,10 +376,14 @@ def _cohort(run):
         "size of a pixel, mm": [patient.source.spacing[0] for patient in patients],
         "tumour, ml": [patient.tumour_ml for patient in patients],
     }
+    without = values["tumour, ml"].count(0)
     lines = [[name, float(np.median(some)), min(some), max(some)] for name, some in values.items()]
     folds = [[number, len(fold.train), len(fold.validation), len(fold.test)] for number, fold in enumerate(run.folds)]
     blocks = [
-        _texts(f"{len(patients)} patients. The sizes are those of the reference modality's images as they came."),
+        _texts(
+            f"{len(patients)} patients{f', {without} of them without tumour' if without else ''}. The sizes are those "
+            "of the reference modality's images as they came."
+        ),
         _table(["", "Median", "Smallest", "Largest"], lines),
         _table(["Fold", "Training", "Validation", "Test"], folds),
     ]

@@ -3,7 +3,9 @@ import json
 import shutil
 
 import pytest
+import SimpleITK as sitk
 
+from keras_mmfnet.data.folds import five_folds
 from keras_mmfnet.data.image_io import read_image
 
 
@@ -30,6 +32,45 @@ def test_patients_that_can_be_used(mmfnet, cohort, tmp_path):
     assert f"Received: {tmp_path / 'c.csv'}" in again.stderr
     # Without --deep no voxel is read.
     assert not any(" 12.1 " in line for line in mmfnet("check", cohort).stdout.splitlines())
+
+
+def test_what_a_training_would_divide(mmfnet, cohort, tmp_path):
+    for name in ("patient_00", "patient_04"):
+        (cohort / name / "t2.nii.gz").unlink()
+    for name in ("patient_01", "patient_02"):
+        mask = read_image(cohort / name / "mask.nii.gz", name)
+        sitk.WriteImage(0 * mask, str(cohort / name / "mask.nii.gz"))
+    names = [f"patient_{number:02d}" for number in range(6)]
+    splits = [{"train": [names[0], names[4]], "validation": [names[1], names[2]], "test": [names[3]]}]
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    groups = {**dict(zip(names, names, strict=True)), "patient_02": "patient_01"}
+    (tmp_path / "groups.csv").write_text("\n".join(["patient,group", *map(",".join, groups.items())]))
+    changes = ("data.allow_missing=true", "network.modality_dropout=0.3", "data.allow_empty=true", "training.folds=3")
+    able = [part for change in changes for part in ("--set", change)]
+    files = "--splits", tmp_path / "splits.json", "--groups", tmp_path / "groups.csv"
+    done = mmfnet("check", cohort, "--deep", *able, *files)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert "lacking t2: 2 patients: patient_00, patient_04" in done.stdout
+    assert "without tumour: 2 patients: patient_01, patient_02" in done.stdout
+    assert "groups: 4 of 5 patients, the largest of 2" in done.stdout
+    assert ["fold", "part", "patients", "lacking", "t2", "without", "tumour", "tumour", "ml,", "median"] in lines
+    assert [line[:5] for line in lines if line[:1] == ["0"]] == [
+        ["0", "train", "2", "2", "0"],
+        ["0", "validation", "2", "0", "2"],
+        ["0", "test", "1", "0", "0"],
+    ]
+    assert ["0", "validation", "2", "0", "2", "0.0"] in lines
+    assert "note: fold 0, train: all lacking t2\nnote: fold 0, validation: all without tumour\n" in done.stdout
+    # As a training would divide them.
+    done = mmfnet("check", cohort, *able)
+    test = five_folds(names, 3)[2].test
+    assert ["2", "test", "2", str(len({names[0], names[4]} & set(test))), "-"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    assert "which --deep reads" in mmfnet("check", cohort, *able, "--set", "training.balance=volume").stdout
+    assert "no folds: 7 folds need" in mmfnet("check", cohort, *able, "--set", "training.folds=7").stdout
+    (tmp_path / "groups.csv").write_text("patient,group\npatient_00,a\n")
+    assert "must be those of every patient" in mmfnet("check", cohort, *able, *files[2:], code=1).stderr
 
 
 def test_patients_that_cannot_be_used(mmfnet, cohort, monkeypatch):

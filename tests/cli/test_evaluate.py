@@ -29,6 +29,22 @@ def folders(tmp_path):
     return tmp_path
 
 
+def test_patients_without_tumour(mmfnet, folders):
+    for name, predicted in (("none", 0), ("false", 5)):
+        write(folders / "predicted" / f"{name}.nii.gz", predicted)
+        write(folders / "expert" / f"{name}.nii.gz", 0)
+    done = mmfnet("evaluate", folders / "predicted", folders / "expert")
+    lines = {" ".join(line.split()[:-8]): line.split()[-8:] for line in done.stdout.splitlines()}
+    assert lines["none"] == ["-", "-", "-", "-", "-", "0.00", "-", "1.00"]
+    assert lines["false"] == ["-", "-", "-", "-", "0.0000", "0.36", "-", "0.00"]
+    assert lines["mean of 5"][-3:] == ["0.07", "0.67", "0.50"]
+    assert lines["mean of 5"][0] == "0.5556"
+    assert lines["patients"] == ["3", "3", "3", "3", "3", "5", "3", "2"]
+    for name in ("ann", "bob", "eve"):
+        (folders / "expert" / f"{name}.nii.gz").unlink()
+    assert mmfnet("evaluate", folders / "predicted", folders / "expert", "--quiet").stdout == "-\n"
+
+
 def test_two_folders_of_masks(mmfnet, folders):
     write(folders / "predicted" / "new.nii.gz", 4)
     write(folders / "expert" / "old.mha", 4)

@@ -462,6 +462,20 @@ def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
     case = make_case(tmp_path)
     message = refused(case, RAW.replace({"data.mask_labels": (2, 4)}), case.mask)
     assert "must have a voxel with one of the labels 2, 4. Received: 1" in message
+
+
+def test_a_patient_without_tumour(tmp_path):
+    case = make_case(tmp_path)
+    sitk.WriteImage(0 * sitk.ReadImage(str(case.mask)), str(case.mask))
+    assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
+    able = RAW.replace({"data.allow_empty": True})
+    patient = preprocess_case(case, able.data, tmp_path / "cache")
+    assert (patient.mask.dtype, patient.mask.shape, patient.tumour_ml) == (np.uint8, patient.shape, 0)
+    assert "mask: without tumour" in patient.notes
+    assert not read_tumour(case, able.data, patient).any()
+    # What is in the cache is no way around a recipe that refuses it.
+    with pytest.raises(CaseError, match="must have a voxel"):
+        preprocess_case(case, RAW.data, tmp_path / "cache")
     write(case.mask, make_grid(), np.zeros(make_grid().shape, np.uint8))
     assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
 
