@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.folds import (
     Fold,
+    divide_patients,
     find_duplicates,
     five_folds,
     group_patients,
@@ -33,6 +34,7 @@ __all__ = [
     "Fold",
     "Grid",
     "PreprocessedCase",
+    "divide_patients",
     "find_cases",
     "find_duplicates",
     "find_patients",
