@@ -428,7 +428,12 @@ def _read_mask(case, recipe, grid, upright, transforms):
             f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
             f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
         )
-    notes = [*mask_notes(case, recipe), *([] if volume else ["mask: without tumour"])]
+    notes = mask_notes(case, recipe)
+    if not volume:
+        images = [read_image(source, case.name) for source in mask_sources(case, recipe).values()]
+        labels = np.unique([label for image in images for label in np.unique(sitk.GetArrayViewFromImage(image))])
+        other = _listed(labels[labels != 0])
+        notes.append(f"mask: without tumour{f', but with the labels {other}' if other else ''}")
     if not all(upright.matches(own) for own in grids):
         notes.append(
             f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"

@@ -473,6 +473,10 @@ def test_a_patient_without_tumour(tmp_path):
     assert (patient.mask.dtype, patient.mask.shape, patient.tumour_ml) == (np.uint8, patient.shape, 0)
     assert "mask: without tumour" in patient.notes
     assert not read_tumour(case, able.data, patient).any()
+    sitk.WriteImage(5 * (1 + sitk.ReadImage(str(case.mask))), str(case.mask))
+    labelled = preprocess_case(case, able.replace({"data.mask_labels": (1, 4)}).data)
+    assert "mask: without tumour, but with the labels 5" in labelled.notes
+    sitk.WriteImage(0 * sitk.ReadImage(str(case.mask)), str(case.mask))
     # What is in the cache is no way around a recipe that refuses it.
     with pytest.raises(CaseError, match="must have a voxel"):
         preprocess_case(case, RAW.data, tmp_path / "cache")
