@@ -59,7 +59,10 @@ class Method:
 
     def adapt(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with the changes of this method."""
-        return recipe.replace(self.changes)
+        kept = (None, "union", "intersection", *self.changes.get("data.modalities", recipe.data.modalities))
+        # The mask is the patient's, whatever a method takes.
+        mask = {} if recipe.data.mask_from in kept else {"data.mask_from": None}
+        return recipe.replace({**self.changes, **mask})
 
     def serves(self, images: Iterable[str], recipe: Recipe) -> bool:
         """Whether a patient with images of these modalities has one that the method takes."""

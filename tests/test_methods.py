@@ -63,6 +63,9 @@ def test_modalities():
     single = [name for name in METHODS if name.startswith(("patch_cnn", "unet"))]
     for name in single:
         assert METHODS[name].adapt(RECIPE).data.modalities == (name.rsplit("_", 1)[1],)
+    drawn_on_t2 = RECIPE.replace({"data.mask_from": "t2"})
+    assert METHODS["unet3d_t1"].adapt(drawn_on_t2).data.mask_from is None
+    assert METHODS["unet3d_t2"].adapt(drawn_on_t2).data.mask_from == "t2"
     assert METHODS["mmfnet_t1_t2"].adapt(RECIPE).data.modalities == ("t1", "t2")
     assert METHODS["mmfnet_t1_cet1"].adapt(RECIPE).data.modalities == ("t1", "cet1")
     assert METHODS["mmfnet_t2_cet1"].adapt(RECIPE).data.modalities == ("t2", "cet1")
