@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import filecmp
+import functools
 import logging
 import math
 import os
@@ -72,8 +73,8 @@ class Series:
         return f"{self.folder} (DICOM series {about})"
 
 
-class _Slice(NamedTuple):
-    """One slice: a file, or a frame of it; `None` stands for what the header lacks."""
+class Slice(NamedTuple):
+    """The header of one slice: of a file, or of a frame of it, from 0. `None`: the header lacks it."""
 
     path: Path
     frame: int | None = None
@@ -150,7 +151,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         )
     for path, header, _ in faults:
         if text(header, _UID) and not any(text(header, _UID) == key[0] for key in found):
-            found[_key(path, header)] = [(header, [_Slice(path)])]
+            found[_key(path, header)] = [(header, [Slice(path)])]
     series, used = [], set()
     for key, members in found.items():
         slices = [one for _, part in members for one in part]
@@ -252,8 +253,8 @@ def _split(slices, keys):
 def _slices(path, header, patient):
     """The slices in a file, from its header: one, or those of its frames."""
     if _PER_FRAME in header:
-        with _pydicom(path, patient):
-            return _read_frames(path)
+        with pydicom_errors(refuser(path, patient)):
+            return read_frames(path, _dcmread(path, stop_before_pixels=True))
     position, orientation, spacing, thickness = (
         _numbers(text(header, tag).split("\\"), count)
         for tag, count in ((_POSITION, 3), (_ORIENTATION, 6), (_SPACING, 2), (_THICKNESS, 1))
@@ -262,21 +263,24 @@ def _slices(path, header, patient):
     apart["time"] = text(header, _AT_ONE_PLACE["time"])
     if len(value := header.get(_ALWAYS["b-value"], b"")) == 8:  # a binary number
         apart["b-value"] = _value(struct.unpack("<d", value)[0])
-    return [_Slice(path, None, position, orientation, spacing, thickness, apart=apart)]
+    return [Slice(path, None, position, orientation, spacing, thickness, apart=apart)]
 
 
-def _read_frames(path):
-    """The slices in an enhanced object, whose frames have headers of their own."""
-    image = _dcmread(path, stop_before_pixels=True)
-    [shared] = image.get("SharedFunctionalGroupsSequence") or [{}]
-    dimensions = [int(one.DimensionIndexPointer) for one in image.get("DimensionIndexSequence") or []]
-    slices = []
-    for number, frame in enumerate(image.PerFrameFunctionalGroupsSequence):
+def frame_value(image, frame: int, group: str, keyword: str):
+    """An element of a frame's functional group, such as `("PlanePosition", "ImagePositionPatient")`, or `None`."""
+    own, [shared] = image.PerFrameFunctionalGroupsSequence[frame], image.get("SharedFunctionalGroupsSequence") or [{}]
+    [item] = own.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
+    return item.get(keyword)
 
-        def value(group, word, frame=frame):
-            [item] = frame.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
-            return item.get(word)
 
+def read_frames(path: Path, image) -> list[Slice]:
+    """The slices of a pydicom dataset whose frames have headers of their own."""
+    count, dimensions = len(image.PerFrameFunctionalGroupsSequence), image.get("DimensionIndexSequence") or []
+    if count != int(image.NumberOfFrames):
+        raise ValueError(f"the headers of {count} frames for {image.NumberOfFrames}")
+    dimensions, slices = [int(one.DimensionIndexPointer) for one in dimensions], []
+    for number in range(count):
+        value = functools.partial(frame_value, image, number)
         index = np.atleast_1d(value("FrameContent", "DimensionIndexValues") or [])
         apart = {
             "echo": value("MREcho", "EffectiveEchoTime"),
@@ -288,22 +292,20 @@ def _read_frames(path):
             # Of the dimensions other than the place.
             "index": [int(i) for i, tag in zip(index, dimensions, strict=False) if tag not in (0x00209057, _POSITION)],
         }
-        rescale = (value("PixelValueTransformation", word) for word in ("RescaleSlope", "RescaleIntercept"))
+        slope, intercept = (value("PixelValueTransformation", f"Rescale{word}") for word in ("Slope", "Intercept"))
         slices.append(
-            _Slice(
+            Slice(
                 path,
                 number,
                 _numbers(value("PlanePosition", "ImagePositionPatient"), 3),
                 _numbers(value("PlaneOrientation", "ImageOrientationPatient"), 6),
                 _numbers(value("PixelMeasures", "PixelSpacing"), 2),
                 _numbers([value("PixelMeasures", "SliceThickness")], 1),
-                tuple(default if x is None else float(x) for x, default in zip(rescale, (1.0, 0.0), strict=True)),
+                (1.0 if slope is None else float(slope), float(intercept or 0)),
                 (int(image.Columns), int(image.Rows)),
                 {key: _value(found) for key, found in apart.items()},
             )
         )
-    if len(slices) != int(image.NumberOfFrames):
-        raise ValueError(f"the headers of {len(slices)} frames for {image.NumberOfFrames}")
     return slices
 
 
@@ -325,15 +327,22 @@ def _value(value):
 
 
 @contextlib.contextmanager
-def _pydicom(path, patient):
-    """What pydicom raises at damaged files, which may be anything, as a `CaseError`."""
+def pydicom_errors(refuse, expected: str = "an undamaged multi-frame DICOM file"):
+    """Keeps pydicom's warnings back, and turns what it raises at damaged files, which may be anything, into an error.
+
+    Args:
+        refuse: Creates the error, see `refuser`.
+        expected: What the file must be.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
+        except CaseError:
+            raise
         except Exception as error:
-            received = f"{type(error).__name__}: {error}"
-            raise refuser(path, patient)("an undamaged multi-frame DICOM file", received) from error
+            received = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise refuse(expected, received) from error
 
 
 def _dcmread(path, **options):
@@ -396,7 +405,7 @@ def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown
     return image
 
 
-def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
+def series_grid(series: Series, patient: str) -> tuple[Grid, list[Slice]]:
     """The grid of a series from the headers of its slices; no voxel is read.
 
     Args:
@@ -404,15 +413,14 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
         patient: The patient's name, for messages.
 
     Returns:
-        The `Grid` and for each of its slices the file; several slices may be frames of one file.
+        The `Grid`, and its slices in order.
 
     Raises:
         CaseError: A file is damaged, or has no position, orientation or pixel size; the slices differ in size, spacing
             or orientation; two are at the same place, one is missing between others, or some lie more than `TOLERANCE`
             from their place in a regular stack.
     """
-    grid, slices, _ = _read_stack(series, patient)
-    return grid, [one.path for one in slices]
+    return _read_stack(series, patient)[:2]
 
 
 def _read_files(paths, pixel_type=sitk.sitkUnknown):
@@ -422,7 +430,7 @@ def _read_files(paths, pixel_type=sitk.sitkUnknown):
 def _plain_copy(path, folder, patient):
     """A copy of a file that SimpleITK reads as it is: without headers of frames, and a distance of slices of 0."""
     copy = Path(folder, f"{len(os.listdir(folder))}.dcm")
-    with _pydicom(path, patient):
+    with pydicom_errors(refuser(path, patient)):
         image = _dcmread(path)
         if _PER_FRAME in image:
             image.SOPClassUID = f"{_CAPTURE}.3"
@@ -437,7 +445,7 @@ def _decode_frames(slices, folder, patient, pixel_type):
     frames = {}
     for path in dict.fromkeys(one.path for one in slices):
         copy = _plain_copy(path, folder, patient)
-        with _pydicom(path, patient):
+        with pydicom_errors(refuser(path, patient)):
             raw = sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
             frames.update({one[:2]: raw[one.frame] for one in slices if one.path == path})
     frames = [frames[one[:2]] for one in slices]
@@ -461,7 +469,7 @@ def _read_stack(series, patient):
             size, kind = _size(path, header, patient)
             found, kinds = [found[0]._replace(size=size)], kinds | {kind}
         for one in found:
-            _require_geometry(one, patient)
+            require_geometry(one, patient)
         slices += found
     return *_stack(slices, refuser(series, patient)), kinds
 
@@ -484,7 +492,7 @@ def _size(path, header, patient):
     return size[:2], reader.GetPixelID()
 
 
-def _require_geometry(one, patient):
+def require_geometry(one: Slice, patient: str) -> None:
     """Refuses a slice without a position: what SimpleITK takes instead is no data."""
     refuse = refuser(one.path, patient)
     for name, value in (

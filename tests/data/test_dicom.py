@@ -542,9 +542,9 @@ def test_enhanced_frames_by_position_with_slopes_of_their_own(tmp_path):
     np.testing.assert_allclose(sitk.GetArrayFromImage(image), expected)
     grid = Grid((8, 6, 4), (0.5, 0.7, 4.0), (1.0, 2.0, 0.0), GRID.direction)
     assert Grid.from_image(image).matches(grid)
-    grid_, paths = series_grid(find_series(tmp_path, "ann")[0], "ann")
+    grid_, slices = series_grid(find_series(tmp_path, "ann")[0], "ann")
     assert grid_.matches(grid)
-    assert paths == [tmp_path / "image.dcm"] * 4
+    assert [(one.path, one.frame) for one in slices] == [(tmp_path / "image.dcm", n) for n in (1, 2, 0, 3)]
 
 
 @pytest.mark.parametrize(("key", "label"), [("echo", "echo"), ("b", "b-value"), ("phase", "phase")])
