@@ -15,7 +15,7 @@ import filelock
 import keras
 import SimpleITK as sitk
 
-from keras_mmfnet._files import read_json, write, write_once
+from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
@@ -25,7 +25,7 @@ from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_mess
 from keras_mmfnet.data.folds import Fold, divide_patients
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.preprocess import read_tumour, recipe_of
-from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, metrics_json
+from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
@@ -439,7 +439,7 @@ def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None)
         for row in result["patients"]
     ]
     write(run.folder / "metrics.json", metrics_json(rows))
-    write(run.folder / "metrics.csv", metrics_csv(rows))
+    write(run.folder / "metrics.csv", csv_text(rows))
     return rows
 
 

@@ -26,9 +26,9 @@ def evaluate(
 ):
     """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
     with session(quiet) as terminal:
-        from keras_mmfnet._files import write
+        from keras_mmfnet._files import csv_text, write
         from keras_mmfnet._log import progress
-        from keras_mmfnet.evaluation import metrics_csv, metrics_json, summarise
+        from keras_mmfnet.evaluation import metrics_json, summarise
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
@@ -53,7 +53,7 @@ def evaluate(
             rows.append({"patient": name, **_compare(name, predicted[name], expert[name], chosen)})
             progress("comparing", number, len(names))
         if csv:
-            write(csv, metrics_csv(rows))
+            write(csv, csv_text(rows))
         if as_json:
             write(as_json, metrics_json(rows))
         terminal.metrics(rows)
