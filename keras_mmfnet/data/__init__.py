@@ -3,12 +3,12 @@ from typing import TYPE_CHECKING
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.folds import (
     Fold,
+    divide_patients,
     find_duplicates,
     five_folds,
     group_patients,
     read_groups,
     read_splits,
-    split_folds,
 )
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
@@ -33,6 +33,7 @@ __all__ = [
     "Fold",
     "Grid",
     "PreprocessedCase",
+    "divide_patients",
     "find_cases",
     "find_duplicates",
     "find_patients",
@@ -43,5 +44,4 @@ __all__ = [
     "read_case_folder",
     "read_groups",
     "read_splits",
-    "split_folds",
 ]

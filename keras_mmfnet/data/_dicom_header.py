@@ -13,15 +13,8 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._errors import refuser
 
-_SYNTAX, _SAMPLES, _FRAMES, _ROWS, _COLUMNS, _BITS = (
-    0x00020010,
-    0x00280002,
-    0x00280008,
-    0x00280010,
-    0x00280011,
-    0x00280100,
-)
-_PIXELS = 0x7FE00010
+_SYNTAX, _FRAMES, _PIXELS = 0x00020010, 0x00280008, 0x7FE00010
+_SAMPLES, _ROWS, _COLUMNS, _BITS = 0x00280002, 0x00280010, 0x00280011, 0x00280100
 _IMPLICIT, _BIG, _DEFLATED = (b"1.2.840.10008.1.2" + end for end in (b"", b".2", b".1.99"))
 # Value representations whose length has two bytes; and four bytes, after two without a meaning.
 _SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -67,11 +60,21 @@ def first_element(path):
 
 
 def text(header, tag):
+    """An element of a header as text, empty if there is none."""
     value = header.get(tag, b"").strip(b"\0 ")
     try:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
+
+
+def gdcm_reader(path):
+    """SimpleITK's reader of one DICOM file, after it has read the header; raises a `RuntimeError` if it cannot."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
 
 
 def read_header(path, patient, header=None):
@@ -88,12 +91,9 @@ def read_header(path, patient, header=None):
         damage = str(error)
     if damage:
         raise refuse("an undamaged DICOM file", damage)
-    if not whole:  # SimpleITK understands some headers that are not by the rules
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
+    if not whole:  # GDCM understands some headers that break the rules
         with contextlib.suppress(RuntimeError, ValueError):
-            reader.ReadImageInformation()
+            reader = gdcm_reader(path)
             for key in reader.GetMetaDataKeys():
                 value = reader.GetMetaData(key).encode(errors="surrogateescape")
                 header.setdefault(int(key.replace("|", ""), 16), value)
@@ -173,10 +173,9 @@ def _read_elements(path, header):
 
 
 def _voxel_bytes(header, order):
-    """The size of the voxels that a header tells of, 0 where it does not; GDCM takes what lacks for 0."""
-    sizes = [header.get(tag, b"") for tag in (_ROWS, _COLUMNS, _BITS)] + [
-        header.get(_SAMPLES) or struct.pack(f"{order}H", 1)
-    ]
+    """The size of the voxels that a header tells of, 0 where it does not; GDCM fills what is missing with 0."""
+    samples = header.get(_SAMPLES) or struct.pack(f"{order}H", 1)
+    sizes = [samples, *(header.get(tag, b"") for tag in (_ROWS, _COLUMNS, _BITS))]
     numbers = [struct.unpack(f"{order}H", size)[0] if len(size) == 2 else 0 for size in sizes]
     frames = text(header, _FRAMES)
     return math.prod(numbers) // 8 * (int(frames) if frames.isdecimal() else 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data._dicom_header import PACKED, first_element, read_header, text, walk_files
+from keras_mmfnet.data._dicom_header import PACKED, first_element, gdcm_reader, read_header, text, walk_files
 from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
@@ -89,11 +89,6 @@ class Slice(NamedTuple):
     @property
     def place(self):
         return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
-
-
-def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
-    """Finds the DICOM series in a folder and the folders in it; no voxel is read. See `find_objects`."""
-    return find_objects(folder, patient)[0]
 
 
 def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
@@ -477,11 +472,8 @@ def _read_stack(series, patient):
 def _size(path, header, patient):
     """Columns and rows of a slice, and its pixel type, as SimpleITK will read them."""
     refuse = refuser(path, patient)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        reader = gdcm_reader(path)
     except RuntimeError as error:
         raise refuse("an undamaged DICOM file", reason(error)) from error
     size = reader.GetSize()
