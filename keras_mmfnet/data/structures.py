@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data._dicom_header import pydicom_errors
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.dicom import Series, frame_value, pydicom_errors, read_frames, require_geometry, series_grid
+from keras_mmfnet.data.dicom import Series, frame_value, read_frames, require_geometry, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 

@@ -183,19 +183,21 @@ def test_voxels_that_lack(tmp_path):
     "syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ExplicitVRBigEndian]
 )
 def test_an_element_longer_than_the_file(syntax, tmp_path):
-    """Also one within a sequence; what it claims is not made room for."""
+    """What it claims is not made room for; one within a sequence that nobody asks for does no harm."""
     write_series(tmp_path)
     path = tmp_path / "slice_02.dcm"
     image, code = pydicom.dcmread(path), pydicom.Dataset()
     code.add_new(0x00420011, "OB", b"inner__")
     image.ConceptCodeSequence = [code]
+    image.add_new(0x00111001, "OB", b"outer__")
     image.file_meta.TransferSyntaxUID = syntax
     pydicom.dcmwrite(path, image, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
     order = "little" if syntax.is_little_endian else "big"
-    assert len(find_series(tmp_path, "ann")) == 1
-    content = path.read_bytes()
-    length = content.index(b"inner__") - 4
-    path.write_bytes(content[:length] + (0x7FFFFFFE).to_bytes(4, order) + content[length + 4 :])
+    for name in (b"inner__", b"outer__"):
+        assert read(tmp_path).GetSize() == GRID.size
+        content = path.read_bytes()
+        length = content.index(name) - 4
+        path.write_bytes(content[:length] + (0x7FFFFFFE).to_bytes(4, order) + content[length + 4 :])
     with pytest.raises(CaseError, match=r"slice_02.dcm: must be an .*Received: an element of 2147483646 bytes"):
         read(tmp_path)
 
@@ -600,7 +602,7 @@ def test_frames_without_positions_of_their_own(tmp_path):
         image.NumberOfFrames, image.PixelData = 3, image.PixelData * 3
 
     change_series(tmp_path, change)
-    assert "one slice, or frames with positions of their own. Received: 16 x 12" in refused(tmp_path)
+    assert "one slice, or frames with positions of their own. Received: 3 frames" in refused(tmp_path)
 
 
 # --- real images
