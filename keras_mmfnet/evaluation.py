@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_mmfnet._files import csv_text
-
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -279,8 +277,3 @@ def metrics_json(rows: Sequence[Mapping]) -> str:
     """The metrics of each patient and their summary as JSON text. An undefined metric is `null`."""
     patients = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     return json.dumps({"patients": patients, "summary": summarise(rows)}, indent=2, allow_nan=False) + "\n"
-
-
-def metrics_csv(rows: Sequence[Mapping]) -> str:
-    """The metrics of each patient as CSV text, one row per patient."""
-    return csv_text(rows)

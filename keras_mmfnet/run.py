@@ -15,7 +15,7 @@ import filelock
 import keras
 import SimpleITK as sitk
 
-from keras_mmfnet._files import read_json, write, write_once
+from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
@@ -25,7 +25,7 @@ from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_mess
 from keras_mmfnet.data.folds import Fold, divide_patients
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.preprocess import read_tumour, recipe_of
-from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, metrics_json
+from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
@@ -34,6 +34,8 @@ from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.training import read_history, train_method
 
 _log = logging.getLogger(__name__)
+# The parts of a fold that a network learns from.
+_LEARNING = ("train", "validation")
 
 
 class RunLocked(RuntimeError):
@@ -210,7 +212,7 @@ the groups and folds that were given |
                 f"{run.recipe_file.name}"
             )
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
-        settings, bad = recipe.training, []
+        bad = []
         try:
             cases = find_cases(data, recipe.data, on_error=bad.append)
         except ValueError:
@@ -225,14 +227,14 @@ the groups and folds that were given |
             if unused := [case.name for case in cases if case.name not in used]:
                 _log.info("In no fold, and not used: %s", ", ".join(unused))
             cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
-        grouped = group_patients(cases, settings.group, groups)
+        grouped = group_patients(cases, recipe.training.group, groups)
 
         def divide(names, volumes=None):
-            division = divide_patients(names, settings, grouped, splits, volumes, [error.patient for error in bad])
-            _check_folds(division, {case.name: case.images for case in cases}, recipe, networks)
+            left_out = [error.patient for error in bad]
+            division = divide_patients(names, recipe.training, grouped, splits, volumes, left_out)
+            _check_folds(division, cases, volumes, recipe, [method_of(recipe)] if methods is None else methods)
             return division
 
-        networks = [method_of(recipe)] if methods is None else methods
         divide([case.name for case in cases])  # Too few patients are found before the long work.
         patients = {}
         for number, case in enumerate(cases, start=1):
@@ -240,7 +242,6 @@ the groups and folds that were given |
                 patients[case.name] = preprocess_case(case, recipe.data, run.cache)
             except CaseError as error:
                 bad.append(error)
-                continue
             progress("preprocessing", number, len(cases))
         _log.info("Preprocessed %d of %d patients", len(patients), len(cases))
         for line in group_messages(f"{name}: {note}" for name, patient in patients.items() for note in patient.notes):
@@ -249,15 +250,7 @@ the groups and folds that were given |
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
-        volumes = {name: patient.tumour_ml for name, patient in patients.items()}
-        folds = divide(patients, volumes)
-        for number, fold in enumerate(folds):
-            for part in ("train", "validation"):
-                if not any(volumes[name] for name in getattr(fold, part)):
-                    raise ValueError(
-                        f"fold {number} must have a patient with tumour for {part}; `training.balance=volume` or "
-                        f"--splits may help. Received: {', '.join(getattr(fold, part))}, all without"
-                    )
+        folds = divide(patients, {name: patient.tumour_ml for name, patient in patients.items()})
         cohort = {
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
@@ -306,19 +299,24 @@ the groups and folds that were given |
             lock.release()
 
 
-def _check_folds(folds, images, recipe, methods):
-    """Refuses folds with nobody to train or to validate a network on; `images` are each patient's by modality."""
+def _check_folds(folds, cases, volumes, recipe, methods):
+    """Refuses folds in which nobody can train or validate a network or, if `volumes` are known, nobody has a tumour."""
+    images = {case.name: case.images for case in cases}
     networks = dict.fromkeys(name for method in methods for name in method.encoders.values())
-    for method in (*map(find_method, networks), *methods):
-        for number, fold in enumerate(folds):
-            for part in ("train", "validation"):
-                names = getattr(fold, part)
-                if not any(method.serves(images[name], recipe) for name in names):
-                    raise ValueError(
-                        f"fold {number}: {method.title} must have a patient with "
-                        f"{' or '.join(method.adapt(recipe).data.modalities)} for {part}; another `training.seed` or "
-                        f"--splits may help. Received: {', '.join(names)} without"
-                    )
+    methods = [*map(find_method, networks), *methods]
+    for number, part, names in ((n, part, getattr(f, part)) for n, f in enumerate(folds) for part in _LEARNING):
+        for method in methods:
+            if not any(method.serves(images[name], recipe) for name in names):
+                raise ValueError(
+                    f"fold {number}: {method.title} must have a patient with "
+                    f"{' or '.join(method.adapt(recipe).data.modalities)} for {part}; another `training.seed` or "
+                    f"--splits may help. Received: {', '.join(names)} without"
+                )
+        if volumes is not None and not any(volumes[name] for name in names):
+            raise ValueError(
+                f"fold {number} must have a patient with tumour for {part}; `training.balance=volume` or --splits may "
+                f"help. Received: {', '.join(names)}, all without"
+            )
 
 
 def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
@@ -439,7 +437,7 @@ def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None)
         for row in result["patients"]
     ]
     write(run.folder / "metrics.json", metrics_json(rows))
-    write(run.folder / "metrics.csv", metrics_csv(rows))
+    write(run.folder / "metrics.csv", csv_text(rows))
     return rows
 
 

@@ -9,12 +9,12 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
+from keras_mmfnet._files import csv_text
 from keras_mmfnet.evaluation import (
     METRICS,
     calibration,
     evaluate_case,
     mean_interval,
-    metrics_csv,
     metrics_json,
     paired_difference,
     summarise,
@@ -131,10 +131,10 @@ def test_json_has_null_for_what_is_not_defined():
 
 
 def test_csv_has_a_row_per_patient():
-    read = list(csv.DictReader(io.StringIO(metrics_csv(ROWS))))
+    read = list(csv.DictReader(io.StringIO(csv_text(ROWS))))
     assert [row["patient"] for row in read] == ["anna", "bert"]
     assert float(read[0]["dsc"]) == 0.5
-    read = list(csv.DictReader(io.StringIO(metrics_csv([*ROWS, {"patient": "carl", "precision": 0.5}]))))
+    read = list(csv.DictReader(io.StringIO(csv_text([*ROWS, {"patient": "carl", "precision": 0.5}]))))
     assert (read[0]["precision"], read[2]["precision"], read[2]["dsc"]) == ("", "0.5", "")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from keras_mmfnet._files import csv_text
 from keras_mmfnet.data import preprocess_case
-from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_csv, summarise
+from keras_mmfnet.evaluation import METRICS, evaluate_case, summarise
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import analysis, write_comparison, write_report, write_tables
 from keras_mmfnet.report.analysis import compare_results, transfer_curves
@@ -90,7 +91,7 @@ def run(tiny_cohort, tmp_path_factory):
             losses = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3}
             history.append({"epoch": epoch, "stage": "all", **losses, **rates})
         for network in ("unet3d_t1", "mmfnet"):
-            run.history(fold, network).write_text(metrics_csv(history))
+            run.history(fold, network).write_text(csv_text(history))
         shares = {f"fusion{level}": {"t1": [0.5, 0.7], "t2": [0.3, 0.2], "cet1": [0.2, 0.1]} for level in (1, 2)}
         result = {"method": "mmfnet", "title": "MMFNet", "paper": {}, "fold": fold, "parameters": 10, "updates": 15}
         result |= {"training_seconds": 6000.0, "machine": {"processor": "a <processor>"}, "history": history}

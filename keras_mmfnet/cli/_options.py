@@ -1,10 +1,14 @@
 """Options that several subcommands have, and what they mean."""
 
+import functools
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_log = logging.getLogger(__name__)
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of mmfnet train.")]
@@ -99,13 +103,9 @@ def recipe_of_run(folder: Path):
     return Recipe.load(folder / RECIPE_FILE)
 
 
-def open_run(folder: Path):
-    """The `Run` of a folder; the backend must have been started."""
-    from keras_mmfnet.cli._process import silenced
-
-    with silenced():
-        from keras_mmfnet.run import Run
-    return Run(folder)
+def left_out(skip_bad: bool):
+    """The argument `on_error` of `Run.start` for the option `--skip-bad`."""
+    return functools.partial(_log.warning, "Left out: %s") if skip_bad else None
 
 
 def require_folder(path: Path, what: str) -> None:

@@ -1,6 +1,7 @@
 """What the command line changes in its own process: the backend's chatter, its device and its memory."""
 
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 # Passes on what is no line of the log of TensorFlow's or XLA's C++ code.
 _FILTER = r"""
 import re, sys
@@ -21,13 +23,13 @@ for line in sys.stdin.buffer:
 
 
 def start_backend(device: str | None = None) -> str:
-    """Imports Keras and its backend without their messages, and lets it compute on the device wanted.
+    """Imports Keras, its backend and what trains without their messages, and chooses the device to compute on.
 
     Args:
         device: `cpu`, `gpu` or `gpu:<number>`; `None` for a GPU if the backend finds one.
 
     Returns:
-        What it computes on, for the user.
+        What it computes on, which is also logged.
 
     Raises:
         ImportError: The backend is not installed.
@@ -52,13 +54,14 @@ def start_backend(device: str | None = None) -> str:
                 hide_gpus()
         keep_freed_memory()
         gpu = _gpu_name(keras.backend.backend())
+        import keras_mmfnet.run  # noqa: F401
     if gpu is None and device and device != "cpu":
         raise ValueError(f"--device: a GPU that {keras.backend.backend()} can use is expected. Received: {device}")
-    if gpu:
-        return f"{keras.backend.backend()} on {gpu}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    unused = "; there is a GPU, which it does not use" if device != "cpu" and _has_gpu() else ""
-    return f"{keras.backend.backend()} on the CPU, {cores} cores{unused}"
+    unused = "; there is a GPU, which it does not use" if device != "cpu" and not gpu and _has_gpu() else ""
+    computes_on = f"{keras.backend.backend()} on {gpu or f'the CPU, {cores} cores{unused}'}"
+    _log.info("Computing with %s", computes_on)
+    return computes_on
 
 
 @contextlib.contextmanager

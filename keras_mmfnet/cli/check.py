@@ -26,12 +26,11 @@ def check(
 ):
     """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds."""
     with session(quiet) as terminal:
-        from keras_mmfnet._files import write
+        from keras_mmfnet._files import csv_text, write
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.fingerprint import CaseSurvey, survey
-        from keras_mmfnet.evaluation import metrics_csv
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
@@ -62,7 +61,7 @@ def check(
         for names in find_duplicates(cases):
             terminal.say(f"the same images: {', '.join(names)}")
         if csv:
-            write(csv, metrics_csv([_columns(row, chosen.modalities) for row in rows]))
+            write(csv, csv_text([_columns(row, chosen.modalities) for row in rows]))
         if as_json:
             write(as_json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
         if not no_mask:

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
+from keras_mmfnet.cli.train import log_command, plan_of
 
 _log = logging.getLogger(__name__)
 # In the paper's proportions, but faster: there are fewer updates.
@@ -49,10 +50,12 @@ def compare(
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
-        computes_on = start_backend(device)
-        with silenced():
-            from keras_mmfnet.methods import METHODS
-            from keras_mmfnet.run import Run
+        start_backend(device)
+        from keras_mmfnet._log import log_to_file
+        from keras_mmfnet.methods import METHODS
+        from keras_mmfnet.report import write_comparison
+        from keras_mmfnet.run import Run, compare_methods
+
         for file in module or ():
             import_file(file)
         if methods == "list":
@@ -62,14 +65,23 @@ def compare(
         if unknown := sorted({*names, baseline} - set(METHODS)):
             expected = "--methods, --baseline: names from --methods list are expected"
             raise ValueError(f"{expected}. Received: {', '.join(unknown)}")
-        _log.info("Computing with %s", computes_on)
         chosen = recipe_of(chosen, names, bool(recipe or paper))
         division, before = options.read_division(groups, splits), Run(out)
         known = before.folds if before.cohort_file.exists() else range(chosen.training.folds)
         count = len(division["splits"] or known)
         folds = options.choose_folds(fold, count, list(range(count)))
-        chosen_methods = [METHODS[name] for name in names]
-        run_comparison(terminal, out, data, chosen, chosen_methods, folds, baseline, skip_bad, division)
+        compared = [METHODS[name] for name in names]
+        with log_to_file(before.log_file):
+            log_command()
+            resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
+            run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
+            terminal.follow(plan_of(run, compared, folds))
+            compare_methods(run, compared, folds)
+            _log.info("Writing the report")
+            page = write_comparison(run, baseline)
+        table = run.folder / "table.md"
+        terminal.say(f"\n{table.read_text(encoding='utf-8')}")
+        terminal.say(table if quiet else f"Report: {page}", always=True)
 
 
 def default_recipe():
@@ -94,28 +106,3 @@ def import_file(path: Path) -> None:
         raise ValueError(f"--import: a Python file is expected. Received: {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def run_comparison(
-    terminal, out: Path, data: Path, recipe, methods, folds, baseline, skip_bad=False, division=()
-) -> None:
-    """Trains and evaluates methods, writes the tables and the report and prints where they are."""
-    from keras_mmfnet._log import log_to_file
-    from keras_mmfnet.cli.train import log_command, plan_of
-    from keras_mmfnet.report import write_comparison
-    from keras_mmfnet.run import Run, compare_methods
-
-    left_out = []
-    with log_to_file(Run(out).log_file):
-        log_command()
-        resume, on_error = Run(out).recipe_file.exists(), left_out.append if skip_bad else None
-        run = Run.start(out, data, recipe, resume, on_error, **dict(division), methods=methods)
-        for error in left_out:
-            _log.warning("Left out: %s", error)
-        terminal.follow(plan_of(run, methods, folds))
-        compare_methods(run, methods, folds)
-        _log.info("Writing the report")
-        page = write_comparison(run, baseline)
-    table = run.folder / "table.md"
-    terminal.say(f"\n{table.read_text(encoding='utf-8')}")
-    terminal.say(table if terminal.quiet else f"Report: {page}", always=True)

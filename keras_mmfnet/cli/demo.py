@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
 from keras_mmfnet.cli.train import run_training
 
@@ -28,11 +28,10 @@ def demo(
         from keras_mmfnet.recipe import Recipe
 
         recipe = Recipe.small().replace(_SHORT | options.parse_changes(changes))
-        computes_on = start_backend(device)
-        with silenced():
-            from keras_mmfnet.run import Run
-            from keras_mmfnet.synthetic import make_synthetic_cohort
-        _log.info("Computing with %s", computes_on)
+        start_backend(device)
+        from keras_mmfnet.run import Run
+        from keras_mmfnet.synthetic import make_synthetic_cohort
+
         if Run(out).recipe_file.exists():
             raise ValueError(f"{out}: must hold no run; mmfnet train --out {out} --resume goes on. Received: a run")
         _log.info("Making synthetic patients in %s", out / "phantom")

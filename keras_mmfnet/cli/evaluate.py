@@ -26,9 +26,9 @@ def evaluate(
 ):
     """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
     with session(quiet) as terminal:
-        from keras_mmfnet._files import write
+        from keras_mmfnet._files import csv_text, write
         from keras_mmfnet._log import progress
-        from keras_mmfnet.evaluation import metrics_csv, metrics_json, summarise
+        from keras_mmfnet.evaluation import metrics_json, summarise
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
@@ -53,7 +53,7 @@ def evaluate(
             rows.append({"patient": name, **_compare(name, predicted[name], expert[name], chosen)})
             progress("comparing", number, len(names))
         if csv:
-            write(csv, metrics_csv(rows))
+            write(csv, csv_text(rows))
         if as_json:
             write(as_json, metrics_json(rows))
         terminal.metrics(rows)
@@ -64,21 +64,20 @@ def evaluate(
 
 def _find_masks(folder):
     """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder."""
-    from keras_mmfnet.data.image_io import image_suffix
+    from keras_mmfnet.data.image_io import image_stem
 
     options.require_folder(folder, "PREDICTIONS, TRUTH")
     if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
         folder = folder / "labelsTr"
-    images = [path for path in sorted(folder.iterdir()) if path.is_file() and image_suffix(path)]
     masks = {}
-    for path in images:
-        name = _stem(path)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        name = image_stem(path)
         if name in masks:
             raise ValueError(f"{folder}: must hold one mask of {name}. Received: {masks[name].name}, {path.name}")
-        if not name.startswith(".") and not re.search("_(probability|disagreement)$", name):
+        if name and not name.startswith(".") and not re.search("_(probability|disagreement)$", name):
             masks[name] = path
     for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
-        found = [path for path in patient.iterdir() if image_suffix(path) and _MASK.search(_stem(path))]
+        found = [path for path in patient.iterdir() if _MASK.search(image_stem(path) or "")]
         if len(found) > 1:
             listed = ", ".join(path.name for path in found)
             raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
@@ -86,12 +85,6 @@ def _find_masks(folder):
     if not masks:
         raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
     return masks
-
-
-def _stem(path):
-    from keras_mmfnet.data.image_io import image_suffix
-
-    return path.name[: -len(image_suffix(path))]
 
 
 def _compare(name, predicted, expert, labels):

@@ -31,13 +31,14 @@ def explain(
         cases = find_patients(patient, recipe.data)
         if len(cases) > 1:
             raise ValueError(f"PATIENT: one patient is expected. Received: {patient} with {len(cases)} patients")
-        _log.info("Computing with %s", start_backend(device))
+        start_backend(device)
         from keras_mmfnet.explain import METHODS, explain_patient
+        from keras_mmfnet.run import Run
 
         chosen = methods.split(",") if methods else []
         if not set(chosen) <= set(METHODS):
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")
-        opened = options.open_run(run)
+        opened = Run(run)
         (network,) = options.load_networks(opened, [fold])
         if seen := opened.seen_in_training(cases[0], [fold]):
             _log.warning("%s: %s", cases[0].name, seen)

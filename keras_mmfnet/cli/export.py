@@ -23,7 +23,9 @@ def export(
         if out.suffix not in _FORMATS:
             raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")
         start_backend()
-        opened = options.open_run(run)
+        from keras_mmfnet.run import Run
+
+        opened = Run(run)
         (network,) = options.load_networks(opened, [fold])
         try:
             with silenced():

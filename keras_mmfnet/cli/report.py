@@ -8,7 +8,7 @@ def report(run: options.RunFolder, device: options.Device = None, quiet: options
     with session(quiet) as terminal:
         options.recipe_of_run(run)
         start_backend(device)
-        opened = options.open_run(run)
         from keras_mmfnet.report import write_report
+        from keras_mmfnet.run import Run
 
-        terminal.say(write_report(opened), always=True)
+        terminal.say(write_report(Run(run)), always=True)

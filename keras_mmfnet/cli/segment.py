@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +15,11 @@ from keras_mmfnet.cli._terminal import counted, session
 
 _log = logging.getLogger(__name__)
 _DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
-_FILES = {**_DICOM, "probability": "_probability.nii.gz", "disagreement": "_disagreement.nii.gz", "picture": ".png"}
+# What each file of a patient ends with.
+_FILES = {
+    **{"probability": "_probability.nii.gz", "disagreement": "_disagreement.nii.gz", **_DICOM, "picture": ".png"},
+    "mask": ".nii.gz",
+}
 
 
 def segment(
@@ -44,7 +49,6 @@ def segment(
     """Segments one patient or a folder of patients with the networks of a run."""
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
-    limits = {"tolerance": tolerance, "max_points": max_points}
     with session(quiet) as terminal:
         recipe = options.recipe_of_run(run)
         if not 1 <= len(structure) <= 64 or "\\" in structure:
@@ -55,28 +59,34 @@ def segment(
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import find_patients
         from keras_mmfnet.data.case import group_messages
+        from keras_mmfnet.data.dicom import Series
+        from keras_mmfnet.export import write_rtstruct, write_segmentation
+        from keras_mmfnet.inference import segment_ensemble
 
         failed = []
         found = find_patients(patients, recipe.data, failed.append)
         total = len(found) + len(failed)
         _require_distinct(found)
-        cases = [case for case in found if not (rtstruct or seg) or _is_dicom(case)]
+        cases = [c for c in found if not (rtstruct or seg) or isinstance(next(iter(c.images.values())), Series)]
         expected = "must be DICOM series for --rtstruct and --seg. Received: image files"
         failed += [ValueError(f"{case.name}: {expected}") for case in found if case not in cases]
-        _log.info("Computing with %s", start_backend(device))
-        opened = options.open_run(run)
+        start_backend(device)
+        from keras_mmfnet.run import Run
+
+        opened = Run(run)
         folds = fold or opened.trained_folds()
-        settings = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
-        networks_digest = [_digest(opened.network(number, "mmfnet")) for number in folds]
-        sources, todo = {}, []
+        files = [opened.network(number, "mmfnet") for number in folds]
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        todo = []
         for case in cases:
+            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
             try:
-                sources[case.name] = {**settings, "source": _source(case, recipe.data, networks_digest)}
-                _require_same(out, case, sources[case.name])
+                record["source"] = _source(case, recipe.data, hashes)
+                _require_same(out, case, record)
             except ValueError as error:
                 failed.append(error)
             else:
-                todo += [case] if _missing(out, case, wanted) else []
+                todo += [(case, record, missing)] if (missing := _missing(out, case, wanted)) else []
         if done := total - len(todo) - len(failed):
             _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
         networks = options.load_networks(opened, fold) if todo else []
@@ -84,10 +94,15 @@ def segment(
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
         if todo:
             out.mkdir(parents=True, exist_ok=True)
-        for number, case in enumerate(todo, start=1):
+        predict = functools.partial(segment_ensemble, networks, recipe=recipe, mirror=mirror, gaussian=gaussian)
+        write_dicom = {
+            "rtstruct": functools.partial(write_rtstruct, name=structure, tolerance=tolerance, max_points=max_points),
+            "seg": lambda mask, series, path, probability: write_segmentation(mask, series, path, structure),
+        }
+        for number, (case, record, missing) in enumerate(todo, start=1):
             try:
-                write(out / f"{case.name}.json", json.dumps(sources[case.name], indent=2) + "\n")
-                line = _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, limits)
+                write(out / f"{case.name}.json", json.dumps(record, indent=2) + "\n")
+                line = _segment(case, predict, recipe, missing, write_dicom)
                 seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
@@ -102,12 +117,6 @@ def segment(
         terminal.say(out, always=True)
 
 
-def _is_dicom(case):
-    from keras_mmfnet.data.dicom import Series
-
-    return isinstance(next(iter(case.images.values())), Series)
-
-
 def _require_distinct(cases):
     """Refuses patients of whom one's file would have the name of another's."""
     names = {case.name for case in cases}
@@ -119,12 +128,6 @@ def _require_distinct(cases):
         raise ValueError(f"{expected}. Received: {', '.join(clashes or sorted(case.name for case in cases))}")
 
 
-def _digest(path):
-    if not path.is_file():
-        return None  # which `load_networks` tells
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _source(case, recipe, networks):
     """A hash of what a patient's files are made from: the networks and the images."""
     from keras_mmfnet.data.cache import key
@@ -134,54 +137,46 @@ def _source(case, recipe, networks):
     return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
 
 
-def _require_same(out, case, source):
-    """Refuses to add to a patient's files, or to leave them, where they were made from something else."""
+def _require_same(out, case, record):
+    """Refuses to add to a patient's files, or to keep them, if they were made from something else."""
     from keras_mmfnet._files import read_json
 
-    record = out / f"{case.name}.json"
-    there = _there(out, case)
-    if there and not (record.exists() and read_json(record) == source):
+    path, there = out / f"{case.name}.json", _there(out, case)
+    if there and not (path.exists() and read_json(path) == record):
         raise ValueError(
-            f"{case.name}: {there[0]}: must be made from the same images, networks and options as now; choose another "
-            "--out. Received: a file made otherwise"
+            f"{case.name}: {next(iter(there.values()))}: must be made from the same images, networks and options as "
+            "now; choose another --out. Received: a file made otherwise"
         )
 
 
 def _there(out, case):
-    """The files of a patient that are there."""
-    return [path for path in (out / f"{case.name}{end}" for end in (".nii.gz", *_FILES.values())) if path.exists()]
+    """The files of a patient that exist."""
+    files = {name: out / f"{case.name}{end}" for name, end in _FILES.items()}
+    return {name: path for name, path in files.items() if path.exists()}
 
 
 def _missing(out, case, wanted):
-    """The files that are wanted of a patient and not there. The mask is written last, after all others."""
-    mask = out / f"{case.name}.nii.gz"
-    if not mask.exists():
-        return [mask]
-    missing = [name for name in wanted if not (out / f"{case.name}{_FILES[name]}").exists()]
-    if set(missing) <= set(_DICOM) and missing:
+    """The files of a patient that are to be written. No DICOM file of an empty mask is."""
+    there = _there(out, case)
+    missing = {name: out / f"{case.name}{_FILES[name]}" for name in (*wanted, "mask") if name not in there}
+    if missing and set(missing) <= set(_DICOM):
         import SimpleITK as sitk
 
-        return missing if sitk.GetArrayFromImage(sitk.ReadImage(str(mask))).any() else []
+        return missing if sitk.GetArrayFromImage(sitk.ReadImage(str(there["mask"]))).any() else {}
     return missing
 
 
-def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, limits):
-    """Segments a patient, writes what is wanted and not there yet, and says what was found."""
+def _segment(case, predict, recipe, files, write_dicom):
+    """Segments a patient, writes the files, the mask last, and says what was found."""
     import SimpleITK as sitk
 
     from keras_mmfnet.data import CaseError, preprocess_case
     from keras_mmfnet.data.image_io import write_image
     from keras_mmfnet.data.preprocess import read_tumour
     from keras_mmfnet.evaluation import evaluate_case
-    from keras_mmfnet.export import write_rtstruct, write_segmentation
-    from keras_mmfnet.inference import segment_ensemble
 
-    files = {name: out / f"{case.name}{_FILES[name]}" for name in wanted}
-    files = {name: path for name, path in files.items() if not path.exists()}
-    series = next(iter(case.images.values()))
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
-    result = segment_ensemble(networks, patient, recipe, mirror=mirror, gaussian=gaussian)
-    mask, probability, disagreement = result
+    mask, probability, disagreement = predict(patient)
     array = sitk.GetArrayViewFromImage(mask)
     about = [case.name, *patient.notes]
     about.append(f"{array.sum()} voxels of tumour, {array.sum() * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
@@ -199,17 +194,14 @@ def _segment(case, networks, recipe, out, wanted, structure, mirror, gaussian, l
         except CaseError as error:
             case = dataclasses.replace(case, mask=None)
             about.append(f"not compared with the expert's mask: {error}")
-    for name, image in (("probability", probability), ("disagreement", disagreement)):
-        if name in files:
-            write_image(image, files[name])
-    if "rtstruct" in files and array.any():
-        write_rtstruct(mask, series, files["rtstruct"], structure, probability, **limits)
-    if "seg" in files and array.any():
-        write_segmentation(mask, series, files["seg"], structure)
-    if "picture" in files:
-        _draw(case, mask, recipe, files["picture"])
-    if not (path := out / f"{case.name}.nii.gz").exists():
-        write_image(mask, path)
+    images = {"probability": probability, "disagreement": disagreement, "mask": mask}
+    for name in (name for name in _FILES if name in files):
+        if name in images:
+            write_image(images[name], files[name])
+        elif name == "picture":
+            _draw(case, mask, recipe, files[name])
+        elif array.any():
+            write_dicom[name](mask, next(iter(case.images.values())), files[name], probability=probability)
     return "; ".join(about)
 
 

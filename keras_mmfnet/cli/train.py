@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._process import silenced, start_backend
+from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import Plan, Terminal, session
 
 _log = logging.getLogger(__name__)
@@ -40,32 +40,28 @@ def train(
         division = options.read_division(groups, splits)
         if not resume:
             folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
-        computes_on = start_backend(device)
-        with silenced():
-            from keras_mmfnet.run import Run
-        _log.info("Computing with %s", computes_on)
+        start_backend(device)
         if resume:
+            from keras_mmfnet.run import Run
+
             before = Run(out)
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
             # What was left out before is left out again.
             data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
-        run_training(terminal, out, data, chosen, folds, resume, skip_bad, division)
+        run_training(terminal, out, data, chosen, folds, resume, skip_bad, **division)
 
 
-def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, division=()) -> None:
+def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, **division) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers."""
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.report import write_report
     from keras_mmfnet.run import Run, cross_validate
 
-    left_out = []
     with log_to_file(Run(out).log_file):
         log_command()
-        run = Run.start(out, data, recipe, resume, left_out.append if skip_bad else None, **dict(division))
-        for error in left_out:
-            _log.warning("Left out: %s", error)
+        run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **division)
         for number in folds:  # --resume goes on with the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
         method = method_of(recipe)

@@ -9,7 +9,6 @@ from keras_mmfnet.data.folds import (
     group_patients,
     read_groups,
     read_splits,
-    split_folds,
 )
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
@@ -45,5 +44,4 @@ __all__ = [
     "read_case_folder",
     "read_groups",
     "read_splits",
-    "split_folds",
 ]

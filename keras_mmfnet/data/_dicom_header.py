@@ -1,31 +1,22 @@
-"""The headers of DICOM files, read without a library: see `_read_elements`."""
+"""Finds DICOM files and reads their headers."""
 
 import contextlib
-import io
 import math
 import os
 import struct
-import zlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from keras_mmfnet.data._errors import refuser
+from keras_mmfnet.data.case import CaseError
 
-_SYNTAX, _SAMPLES, _FRAMES, _ROWS, _COLUMNS, _BITS = (
-    0x00020010,
-    0x00280002,
-    0x00280008,
-    0x00280010,
-    0x00280011,
-    0x00280100,
-)
-_PIXELS = 0x7FE00010
-_IMPLICIT, _BIG, _DEFLATED = (b"1.2.840.10008.1.2" + end for end in (b"", b".2", b".1.99"))
-# Value representations whose length has two bytes; and four bytes, after two without a meaning.
-_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
-_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_SYNTAX, PIXELS, _DEFLATED = 0x00020010, 0x7FE00010, "1.2.840.10008.1.2.1.99"
+# What the size of the voxels is made of: samples, rows, columns and bits.
+_SIZES = (0x00280002, 0x00280010, 0x00280011, 0x00280100)
+_FRAMES, _B_VALUE = 0x00280008, 0x00189087
+# Longer elements are passed over.
+_LONGEST = 256
 # Bytes that one byte of a compressed file can hold at most.
 PACKED = 1100
 
@@ -50,133 +41,96 @@ def walk_files(folder: str | os.PathLike, above: frozenset = frozenset()) -> Ite
             yield from walk_files(entry.path, above | {here})
 
 
-def first_element(path):
-    """Where the first element of a DICOM file is, or `None`; and what the file is instead."""
+def not_dicom(path: str | os.PathLike) -> str:
+    """What a file is that does not start as DICOM files do, with or without a preamble; an empty text if it does."""
     try:
         with open(path, "rb") as file:
             start = file.read(140)
     except OSError as error:
-        return None, f"one that cannot be read ({error.strerror})"
+        return f"one that cannot be read ({error.strerror})"
     if start[128:132] == b"DICM":
-        return 132, ""
+        return ""
     # Groups 2 or 8, of either byte order, with a value representation or a plausible length.
     group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
-    if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6] in _SHORT or start[6:8] == b"\0\0"):
-        return 0, ""
-    return None, f"one that starts with {start[:9]}" if start else "an empty file"
+    if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6].isupper() or start[6:8] == b"\0\0"):
+        return ""
+    return f"one that starts with {start[:9]}" if start else "an empty file"
 
 
-def text(header, tag):
-    value = header.get(tag, b"").strip(b"\0 ")
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+@contextlib.contextmanager
+def pydicom_errors(refuse, expected: str = "an undamaged DICOM file"):
+    """Keeps pydicom's warnings back, and turns what it raises at damaged files, which may be anything, into an error.
 
-
-def read_header(path, patient, header=None):
-    """The short elements of a DICOM file, but for those in sequences, by tag as bytes.
-
-    `header` is filled with what there is, also where the file is damaged.
+    Args:
+        refuse: Creates the error, see `refuser`.
+        expected: What the file must be.
     """
-    refuse, header = refuser(path, patient), {} if header is None else header
-    try:
-        damage, whole = _read_elements(path, header)
-    except OSError as error:
-        raise refuse("a readable file", error.strerror) from error
-    except zlib.error as error:
-        damage = str(error)
-    if damage:
-        raise refuse("an undamaged DICOM file", damage)
-    if not whole:  # SimpleITK understands some headers that are not by the rules
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        with contextlib.suppress(RuntimeError, ValueError):
-            reader.ReadImageInformation()
-            for key in reader.GetMetaDataKeys():
-                value = reader.GetMetaData(key).encode(errors="surrogateescape")
-                header.setdefault(int(key.replace("|", ""), 16), value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CaseError:
+            raise
+        except OSError as error:
+            raise refuse("a readable file", error.strerror or error) from error
+        except Exception as error:
+            raise refuse(expected, f"{type(error).__name__}: {error}") from error
+
+
+def read_header(path: Path, patient: str, header: dict[int, str] | None = None) -> dict[int, str]:
+    """The elements of a DICOM file up to the voxels, but for those in sequences, as text by tag.
+
+    Args:
+        path: The file.
+        patient: The patient's name, for messages.
+        header: Is filled with what there is, also where the file is damaged. Elements that are long have empty text.
+
+    Raises:
+        CaseError: The file is damaged, or holds fewer voxels than its header tells of.
+    """
+    from pydicom.filereader import read_partial
+
+    refuse, header, voxels = refuser(path, patient), {} if header is None else header, []
+
+    def stop(tag, _, length):
+        voxels.extend([length] * (tag == PIXELS))
+        return tag == PIXELS
+
+    with pydicom_errors(refuse), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        image = read_partial(file, stop, defer_size=_LONGEST, force=True)
+        left = size - file.tell()
+        elements = [
+            part.get_item(tag, keep_deferred=True) for part in (image.file_meta, image) for tag in [*part.keys()]
+        ]
+    header.update((int(element.tag), _text(element)) for element in elements)
+    whole = size if header.get(_SYNTAX) != _DEFLATED else size * PACKED
+    for length in (getattr(element, "length", 0) for element in elements):
+        if whole < length < 0xFFFFFFFF:
+            raise refuse("an undamaged DICOM file", f"an element of {length} bytes in a file of {size}")
+    if voxels:
+        header[PIXELS] = ""
+        numbers = {tag: int(text) for tag, text in header.items() if tag in (*_SIZES, _FRAMES) and text.isdecimal()}
+        samples, *sizes = (numbers.get(tag, 0) for tag in _SIZES)
+        needed = max(samples, 1) * math.prod(sizes) // 8 * numbers.get(_FRAMES, 1)
+        held = size * PACKED if voxels[0] == 0xFFFFFFFF else voxels[0]
+        if held < needed or (whole == size and left < voxels[0] < 0xFFFFFFFF):
+            received = f"voxels of {min(held, left)} bytes, where the header tells of {max(needed, held)}"
+            raise refuse("an undamaged DICOM file", received)
     return header
 
 
-def _read_elements(path, header):
-    """Reads the elements of a file one after the other, those in sequences too, up to one that is not understood.
-
-    GDCM would take the memory that an element claims, up to 4 GiB, before it looks for the content. pydicom cannot
-    tell: it understands damaged headers otherwise than GDCM, and it takes four times as long.
-
-    Returns:
-        What is wrong, or `None`; and whether the elements were understood up to the voxels.
-    """
-    size, syntax, implicit = path.stat().st_size, b"", None
-    levels = []  # of sequences and items: where each ends, `None` for a mark; the encoding around it; whether fragments
-    with open(path, "rb") as file:
-        file.seek(first_element(path)[0] or 0)
-        first = file.peek(2)[:2]
-        if first not in (b"\2\0", b"\10\0", b"\0\10"):
-            return "no element of group 2 or 8 at the start", False
-        while len(head := file.read(8)) == 8:
-            described = head[:2] != b"\2\0" or bool(levels)  # what comes before is always explicit and little endian
-            if described and implicit is None:
-                implicit = syntax == _IMPLICIT if syntax else head[4:6] not in _SHORT | _LONG
-                if syntax == _DEFLATED:
-                    content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head + file.read(), 1 << 20)
-                    file, size = io.BufferedReader(io.BytesIO(content)), size * PACKED
-                    continue
-            order = ">" if described and (syntax == _BIG or first == b"\0\10") else "<"
-            group, element = struct.unpack_from(f"{order}HH", head)
-            tag, kind = group << 16 | element, head[4:6]
-            if group == 0xFFFE or (described and implicit):
-                [length] = struct.unpack_from(f"{order}I", head, 4)
-            elif kind in _SHORT:
-                [length] = struct.unpack_from(f"{order}H", head, 6)
-            elif kind in _LONG:
-                [length] = struct.unpack(f"{order}I", file.read(4).ljust(4, b"\0"))
-            elif not described:  # GDCM takes it for implicit
-                [length] = struct.unpack_from("<I", head, 4)
-            elif levels and levels[0][0] is not None:
-                file.seek(levels[0][0])
-                implicit, levels = levels[0][1], []
-                continue
-            else:
-                # GDCM tries other encodings in turn, and takes the memory that lengths in them seem to claim.
-                unknown = f"an element {tag:08X} of no value representation"
-                return (None if kind in (b"??", b"  ", b"--") else unknown), False
-            open_end = length == 0xFFFFFFFF
-            if not open_end and length > size:
-                return f"an element of {length} bytes in a file of {size}", False
-            if not levels:
-                header.setdefault(tag, b"")
-                if tag == _PIXELS and not open_end and length < (needed := _voxel_bytes(header, order)):
-                    return f"voxels of {length} bytes, where the header tells of {needed}", False
-            if tag in (0xFFFEE00D, 0xFFFEE0DD):
-                if levels:
-                    implicit = levels.pop()[1]
-            elif open_end:
-                levels.append((None, implicit, tag == _PIXELS))
-                implicit = implicit or (kind == b"UN" and group != 0xFFFE)
-            elif (tag == 0xFFFEE000 and not (levels and levels[-1][2])) or (
-                group not in (0xFFFE, 0x7FE0) and file.peek(4)[:4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)
-            ):
-                levels.append((file.tell() + length, implicit, False))
-            elif not levels and length <= 256:
-                header[tag] = header[tag] or file.read(length)
-                syntax = header[tag].rstrip(b"\0 ") if tag == _SYNTAX else syntax
-            else:
-                file.seek(length, 1)
-            for depth, (end, around, _) in enumerate(levels):
-                if end is not None and file.tell() >= end:
-                    implicit, levels = around, levels[:depth]
-                    break
-    return None, True
-
-
-def _voxel_bytes(header, order):
-    """The size of the voxels that a header tells of, 0 where it does not; GDCM takes what lacks for 0."""
-    sizes = [header.get(tag, b"") for tag in (_ROWS, _COLUMNS, _BITS)] + [
-        header.get(_SAMPLES) or struct.pack(f"{order}H", 1)
-    ]
-    numbers = [struct.unpack(f"{order}H", size)[0] if len(size) == 2 else 0 for size in sizes]
-    frames = text(header, _FRAMES)
-    return math.prod(numbers) // 8 * (int(frames) if frames.isdecimal() else 1)
+def _text(element):
+    """The value of pydicom's element as text; empty if it is a sequence or was passed over."""
+    value = element.value
+    if not isinstance(value, bytes):
+        return value if isinstance(value, str) else ""
+    order = "<" if getattr(element, "is_little_endian", True) else ">"
+    if element.tag in _SIZES and len(value) == 2:
+        return str(*struct.unpack(f"{order}H", value))
+    if element.tag == _B_VALUE and len(value) == 8:
+        return str(*struct.unpack(f"{order}d", value))
+    try:
+        return value.strip(b"\0 ").decode()
+    except UnicodeDecodeError:
+        return value.strip(b"\0 ").decode("latin-1")

@@ -1,13 +1,11 @@
-import contextlib
 import dataclasses
 import filecmp
+import functools
 import logging
 import math
 import os
 import re
-import struct
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data._dicom_header import PACKED, first_element, read_header, text, walk_files
-from keras_mmfnet.data._errors import reason, refuser
+from keras_mmfnet.data._dicom_header import PIXELS, not_dicom, pydicom_errors, read_header, walk_files
+from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
 
@@ -27,8 +25,12 @@ _log = logging.getLogger(__name__)
 _MEDIA_CLASS, _CLASS, _INSTANCE = 0x00020002, 0x00080016, 0x00080018
 _PATIENT, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x0020000E, 0x00200052
 _DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
-_POSITION, _ORIENTATION, _SPACING, _THICKNESS = 0x00200032, 0x00200037, 0x00280030, 0x00180050
-_BETWEEN, _FRAMES, _ROWS, _SHARED, _PER_FRAME = 0x00180088, 0x00280008, 0x00280010, 0x52009229, 0x52009230
+_POSITION, _FRAMES, _ROWS, _PER_FRAME = 0x00200032, 0x00280008, 0x00280010, 0x52009230
+# Position, orientation, spacing, thickness, columns and rows, slope and intercept: the tags, and how many numbers.
+_GEOMETRY = (
+    *(((_POSITION,), 3), ((0x00200037,), 6), ((0x00280030,), 2), ((0x00180050,), 1)),
+    *(((0x00280011, _ROWS), 2), ((0x00281053,), 1), ((0x00281052,), 1)),
+)
 # What tells the images of one series apart: the first three always, the others where slices lie at the same place.
 _ALWAYS = {"echo": 0x00180081, "b-value": 0x00189087, "phase": 0x00200100}
 _AT_ONE_PLACE = {
@@ -72,8 +74,8 @@ class Series:
         return f"{self.folder} (DICOM series {about})"
 
 
-class _Slice(NamedTuple):
-    """One slice: a file, or a frame of it; `None` stands for what the header lacks."""
+class Slice(NamedTuple):
+    """The header of one slice: of a file, or of a frame of it, from 0. `None`: the header lacks it."""
 
     path: Path
     frame: int | None = None
@@ -88,11 +90,6 @@ class _Slice(NamedTuple):
     @property
     def place(self):
         return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
-
-
-def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
-    """Finds the DICOM series in a folder and the folders in it; no voxel is read. See `find_objects`."""
-    return find_objects(folder, patient)[0]
 
 
 def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
@@ -115,8 +112,8 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     folder = Path(folder)
     found, others, faults, unknown, patients, instances = {}, {}, [], [], {}, {}
     for path in walk_files(folder):
-        refuse, (offset, received), header = refuser(path, patient), first_element(path), {}
-        if offset is None:
+        refuse, header = refuser(path, patient), {}
+        if received := not_dicom(path):
             if path.suffix.lower() == ".dcm" or path.is_dir():
                 faults.append((path, header, refuse("a DICOM file", received)))
             else:
@@ -124,7 +121,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
             continue
         try:
             read_header(path, patient, header)
-            kind = text(header, _CLASS) or text(header, _MEDIA_CLASS)
+            kind = header.get(_CLASS) or header.get(_MEDIA_CLASS, "")
             if not kind and _ROWS not in header:
                 raise refuse("a DICOM object of some class", "one without SOPClassUID")
             if (kind and not _IMAGE.fullmatch(kind)) or (
@@ -136,9 +133,9 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         except CaseError as error:
             faults.append((path, header, error))
             continue
-        if name := text(header, _PATIENT):
+        if name := header.get(_PATIENT, ""):
             patients.setdefault(name, path)
-        instance = text(header, _INSTANCE)
+        instance = header.get(_INSTANCE, "")
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
             found.setdefault(_key(path, header), []).append((header, slices))
@@ -149,14 +146,14 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
             f"Received: {len(patients)} different PatientIDs ({listed})"
         )
     for path, header, _ in faults:
-        if text(header, _UID) and not any(text(header, _UID) == key[0] for key in found):
-            found[_key(path, header)] = [(header, [_Slice(path)])]
+        if header.get(_UID, "") and not any(header.get(_UID, "") == key[0] for key in found):
+            found[_key(path, header)] = [(header, [Slice(path)])]
     series, used = [], set()
     for key, members in found.items():
         slices = [one for _, part in members for one in part]
         names = set().union(*(_names(one.path) for one in slices))
         folders = {one.path.parent for one in slices}
-        mine = [f for f in faults if (f[0].parent in folders if not text(f[1], _UID) else text(f[1], _UID) == key[0])]
+        mine = [f for f in faults if (f[0].parent in folders if not f[1].get(_UID) else f[1].get(_UID) == key[0])]
         # What is no DICOM file but called as a slice may be a damaged one, and the last one would not be missed.
         mine += [one for one in unknown if _names(one[0]) & names]
         used.update(path for path, _, _ in mine)
@@ -184,7 +181,7 @@ def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
 
 def _key(path, header):
     """What the files of one series have in common."""
-    key = tuple(text(header, tag) for tag in (_UID, _NUMBER, _DESCRIPTION))
+    key = tuple(header.get(tag, "") for tag in (_UID, _NUMBER, _DESCRIPTION))
     return key if key[0] else (*key, path.parent)
 
 
@@ -199,10 +196,10 @@ def _same(one, other):
     """Whether two lists of slices of one SOP instance are those of equal files."""
     if [s._replace(path=None) for s in one] != [s._replace(path=None) for s in other]:
         return False
-    paths = [str(slices[0].path) for slices in (one, other)]
+    paths = [slices[0].path for slices in (one, other)]
     try:
-        return filecmp.cmp(*paths, shallow=False) or len({sitk.Hash(_read_files([path])) for path in paths}) == 1
-    except (OSError, RuntimeError):
+        return filecmp.cmp(*paths, shallow=False) or np.array_equal(*(_stored(path, "") for path in paths))
+    except (OSError, CaseError):
         return False
 
 
@@ -212,10 +209,10 @@ def _series(slices, header, detail, fault):
     frames = ()
     if slices[0].frame is not None:
         frames = tuple(tuple(one.frame for one in slices if one.path == path) for path in files)
-    number, time = text(header, _NUMBER), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", text(header, _TIME))
+    number, time = header.get(_NUMBER, ""), re.sub(r"^(\d\d)(\d\d)(\d\d).*", r"\1:\2:\3", header.get(_TIME, ""))
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
-    about = (text(header, _DESCRIPTION), label, text(header, _UID), text(header, _FRAME_OF_REFERENCE))
+    about = (header.get(_DESCRIPTION, ""), label, header.get(_UID, ""), header.get(_FRAME_OF_REFERENCE, ""))
     return Series(folder, files, *about, frames, fault)
 
 
@@ -252,31 +249,40 @@ def _split(slices, keys):
 def _slices(path, header, patient):
     """The slices in a file, from its header: one, or those of its frames."""
     if _PER_FRAME in header:
-        with _pydicom(path, patient):
-            return _read_frames(path)
-    position, orientation, spacing, thickness = (
-        _numbers(text(header, tag).split("\\"), count)
-        for tag, count in ((_POSITION, 3), (_ORIENTATION, 6), (_SPACING, 2), (_THICKNESS, 1))
+        import pydicom
+
+        with pydicom_errors(refuser(path, patient)):
+            return read_frames(path, pydicom.dcmread(path, force=True, stop_before_pixels=True))
+    if PIXELS not in header:
+        raise refuser(path, patient)("an undamaged DICOM file", "an image without voxels, or one that breaks off")
+    if header.get(_FRAMES, "1") not in ("", "1"):
+        raise refuser(path, patient)("one slice, or frames with positions of their own", f"{header[_FRAMES]} frames")
+    position, orientation, spacing, thickness, size, slope, intercept = (
+        _numbers(" ".join(header.get(tag, "") for tag in tags).replace("\\", " ").split(), count)
+        for tags, count in _GEOMETRY
     )
-    apart = {key: _value(text(header, tag)) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE, "between": _BETWEEN}.items()}
-    apart["time"] = text(header, _AT_ONE_PLACE["time"])
-    if len(value := header.get(_ALWAYS["b-value"], b"")) == 8:  # a binary number
-        apart["b-value"] = _value(struct.unpack("<d", value)[0])
-    return [_Slice(path, None, position, orientation, spacing, thickness, apart=apart)]
+    rescale = ((slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0])
+    apart = {key: _value(header.get(tag, "")) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE}.items()}
+    apart["time"] = header.get(_AT_ONE_PLACE["time"], "")
+    size = size and (int(size[0]), int(size[1]))
+    return [Slice(path, None, position, orientation, spacing, thickness, rescale, size, apart)]
 
 
-def _read_frames(path):
-    """The slices in an enhanced object, whose frames have headers of their own."""
-    image = _dcmread(path, stop_before_pixels=True)
-    [shared] = image.get("SharedFunctionalGroupsSequence") or [{}]
-    dimensions = [int(one.DimensionIndexPointer) for one in image.get("DimensionIndexSequence") or []]
-    slices = []
-    for number, frame in enumerate(image.PerFrameFunctionalGroupsSequence):
+def frame_value(image, frame: int, group: str, keyword: str):
+    """An element of a frame's functional group, such as `("PlanePosition", "ImagePositionPatient")`, or `None`."""
+    own, [shared] = image.PerFrameFunctionalGroupsSequence[frame], image.get("SharedFunctionalGroupsSequence") or [{}]
+    [item] = own.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
+    return item.get(keyword)
 
-        def value(group, word, frame=frame):
-            [item] = frame.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
-            return item.get(word)
 
+def read_frames(path: Path, image) -> list[Slice]:
+    """The slices of a pydicom dataset whose frames have headers of their own."""
+    count, dimensions = len(image.PerFrameFunctionalGroupsSequence), image.get("DimensionIndexSequence") or []
+    if count != int(image.NumberOfFrames):
+        raise ValueError(f"the headers of {count} frames for {image.NumberOfFrames}")
+    dimensions, slices = [int(one.DimensionIndexPointer) for one in dimensions], []
+    for number in range(count):
+        value = functools.partial(frame_value, image, number)
         index = np.atleast_1d(value("FrameContent", "DimensionIndexValues") or [])
         apart = {
             "echo": value("MREcho", "EffectiveEchoTime"),
@@ -288,22 +294,20 @@ def _read_frames(path):
             # Of the dimensions other than the place.
             "index": [int(i) for i, tag in zip(index, dimensions, strict=False) if tag not in (0x00209057, _POSITION)],
         }
-        rescale = (value("PixelValueTransformation", word) for word in ("RescaleSlope", "RescaleIntercept"))
+        slope, intercept = (value("PixelValueTransformation", f"Rescale{word}") for word in ("Slope", "Intercept"))
         slices.append(
-            _Slice(
+            Slice(
                 path,
                 number,
                 _numbers(value("PlanePosition", "ImagePositionPatient"), 3),
                 _numbers(value("PlaneOrientation", "ImageOrientationPatient"), 6),
                 _numbers(value("PixelMeasures", "PixelSpacing"), 2),
                 _numbers([value("PixelMeasures", "SliceThickness")], 1),
-                tuple(default if x is None else float(x) for x, default in zip(rescale, (1.0, 0.0), strict=True)),
+                (1.0 if slope is None else float(slope), float(intercept or 0)),
                 (int(image.Columns), int(image.Rows)),
                 {key: _value(found) for key, found in apart.items()},
             )
         )
-    if len(slices) != int(image.NumberOfFrames):
-        raise ValueError(f"the headers of {len(slices)} frames for {image.NumberOfFrames}")
     return slices
 
 
@@ -324,33 +328,15 @@ def _value(value):
         return "/".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else value or ""
 
 
-@contextlib.contextmanager
-def _pydicom(path, patient):
-    """What pydicom raises at damaged files, which may be anything, as a `CaseError`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except Exception as error:
-            received = f"{type(error).__name__}: {error}"
-            raise refuser(path, patient)("an undamaged multi-frame DICOM file", received) from error
-
-
-def _dcmread(path, **options):
-    import pydicom
-
-    return pydicom.dcmread(path, force=True, **options)
-
-
 def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file starts as DICOM files do, with or without a preamble."""
-    return first_element(path)[0] is not None
+    return not not_dicom(path)
 
 
 def read_tags(path: Path, patient: str, tags: Iterable[int]) -> list[str]:
     """The values of tags such as `0x00100020` in a DICOM file, empty where it has none; raises as `series_grid`."""
     header = read_header(path, patient)
-    return [text(header, tag) for tag in tags]
+    return [header.get(tag, "") for tag in tags]
 
 
 # --- a stack
@@ -370,33 +356,19 @@ def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown
     Raises:
         CaseError: As `series_grid` does, or the voxels are damaged or not one number each.
     """
-    grid, slices, kinds = _read_stack(series, patient)
-    refuse = refuser(series, patient)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            copies = {
-                one.path: _plain_copy(one.path, folder, patient) for one in slices if one.apart.get("between") == "0"
-            }
-            if series.frames:
-                image = _decode_frames(slices, folder, patient, pixel_type)
-            else:
-                # SimpleITK takes the type of the first slice for all of them.
-                pixel_type = sitk.sitkFloat64 if len(kinds) > 1 and pixel_type == sitk.sitkUnknown else pixel_type
-                image = _read_files([copies.get(one.path, one.path) for one in slices], pixel_type)
-    except RuntimeError as error:
-        raise refuse("undamaged DICOM files", reason(error)) from error
-    if (components := image.GetNumberOfComponentsPerPixel()) != 1:
-        raise refuse("an image with one number per voxel", f"{components} numbers per voxel")
-    if image.GetSize() != grid.size:
-        raise refuse(f"an image of {grid.size} voxels, as its headers say", f"one of {image.GetSize()}")
-    # From the headers, whatever the reader makes of slices whose numbers run against their positions.
-    image.SetOrigin(grid.origin)
-    image.SetSpacing(grid.spacing)
-    image.SetDirection(grid.direction)
-    return image
+    grid, slices = series_grid(series, patient)
+    stored, rescaled = {}, any(one.rescale != (1.0, 0.0) for one in slices)
+    frames, dtype = [], np.float32 if pixel_type == sitk.sitkFloat32 else np.float64
+    for one in slices:
+        if one.path not in stored:
+            stored[one.path] = _stored(one.path, patient)
+        frame = stored[one.path][one.frame or 0]
+        frames.append((frame * one.rescale[0] + one.rescale[1]).astype(dtype) if rescaled else frame)
+    image = grid.image(np.stack(frames))
+    return image if pixel_type == sitk.sitkUnknown else sitk.Cast(image, pixel_type)
 
 
-def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
+def series_grid(series: Series, patient: str) -> tuple[Grid, list[Slice]]:
     """The grid of a series from the headers of its slices; no voxel is read.
 
     Args:
@@ -404,87 +376,65 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Path]]:
         patient: The patient's name, for messages.
 
     Returns:
-        The `Grid` and for each of its slices the file; several slices may be frames of one file.
+        The `Grid`, and its slices in order.
 
     Raises:
         CaseError: A file is damaged, or has no position, orientation or pixel size; the slices differ in size, spacing
             or orientation; two are at the same place, one is missing between others, or some lie more than `TOLERANCE`
             from their place in a regular stack.
     """
-    grid, slices, _ = _read_stack(series, patient)
-    return grid, [one.path for one in slices]
-
-
-def _read_files(paths, pixel_type=sitk.sitkUnknown):
-    return sitk.ReadImage([str(path) for path in paths], pixel_type, "GDCMImageIO")
-
-
-def _plain_copy(path, folder, patient):
-    """A copy of a file that SimpleITK reads as it is: without headers of frames, and a distance of slices of 0."""
-    copy = Path(folder, f"{len(os.listdir(folder))}.dcm")
-    with _pydicom(path, patient):
-        image = _dcmread(path)
-        if _PER_FRAME in image:
-            image.SOPClassUID = f"{_CAPTURE}.3"
-        for tag in (_PER_FRAME, _SHARED, _BETWEEN):
-            image.pop(tag, None)
-        image.save_as(copy)
-    return copy
-
-
-def _decode_frames(slices, folder, patient, pixel_type):
-    """The image of frames, each with its own slope and intercept, which SimpleITK would take from the first one."""
-    frames = {}
-    for path in dict.fromkeys(one.path for one in slices):
-        copy = _plain_copy(path, folder, patient)
-        with _pydicom(path, patient):
-            raw = sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
-            frames.update({one[:2]: raw[one.frame] for one in slices if one.path == path})
-    frames = [frames[one[:2]] for one in slices]
-    if any(one.rescale != (1.0, 0.0) for one in slices):
-        frames = [frame * one.rescale[0] + one.rescale[1] for frame, one in zip(frames, slices, strict=True)]
-    image = sitk.GetImageFromArray(np.stack(frames))
-    return image if pixel_type == sitk.sitkUnknown else sitk.Cast(image, pixel_type)
-
-
-def _read_stack(series, patient):
-    """The grid of a series, its slices in order, and the pixel types of its files."""
     if series.fault:
         raise CaseError(series.fault)
-    slices, kinds = [], set()
+    slices = []
     for number, path in enumerate(series.files):
-        header = read_header(path, patient)
-        found = _slices(path, header, patient)
-        if series.frames:
-            found = [one for one in found if one.frame in series.frames[number]]
-        else:
-            size, kind = _size(path, header, patient)
-            found, kinds = [found[0]._replace(size=size)], kinds | {kind}
-        for one in found:
-            _require_geometry(one, patient)
-        slices += found
-    return *_stack(slices, refuser(series, patient)), kinds
+        found = _slices(path, read_header(path, patient), patient)
+        slices += [one for one in found if not series.frames or one.frame in series.frames[number]]
+    for one in slices:
+        require_geometry(one, patient)
+    return _stack(slices, refuser(series, patient))
 
 
-def _size(path, header, patient):
-    """Columns and rows of a slice, and its pixel type, as SimpleITK will read them."""
+def _stored(path, patient):
+    """The voxels of a file as it stores them, `(frames, rows, columns)`."""
+    import pydicom
+    from pydicom import uid
+
     refuse = refuser(path, patient)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise refuse("an undamaged DICOM file", reason(error)) from error
-    size = reader.GetSize()
-    if math.prod(size) != math.prod(size[:2]) or text(header, _FRAMES) not in ("", "1"):
-        raise refuse("one slice, or frames with positions of their own", f"{' x '.join(map(str, size))} voxels")
-    if math.prod(size) > PACKED * path.stat().st_size:
-        raise refuse("a whole file", f"{' x '.join(map(str, size))} voxels in {path.stat().st_size} bytes")
-    return size[:2], reader.GetPixelID()
+    with pydicom_errors(refuse):
+        image = pydicom.dcmread(path, force=True)
+        if image.SamplesPerPixel != 1:
+            raise refuse("an image with one number per voxel", f"{image.SamplesPerPixel} numbers per voxel")
+        if "TransferSyntaxUID" not in image.file_meta:
+            implicit, little = image.original_encoding
+            syntaxes = (uid.ExplicitVRBigEndian, uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian)
+            image.file_meta.TransferSyntaxUID = syntaxes[little + implicit]
+        shape = (-1, image.Rows, image.Columns)
+        if image.file_meta.TransferSyntaxUID.is_encapsulated:
+            return np.reshape(_decoded(image), shape)
+        array = np.reshape(image.pixel_array, shape)
+        # Bits that are not the voxel's may hold others.
+        unused = image.BitsAllocated - image.BitsStored
+        return array << unused >> unused if unused and array.dtype.kind in "iu" else array
 
 
-def _require_geometry(one, patient):
+def _decoded(image):
+    """The voxels of a compressed file as GDCM decodes them, which is given nothing else of it."""
+    import pydicom
+
+    plain = pydicom.Dataset()
+    plain.update(image.group_dataset(0x0028))
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        plain.pop(keyword, None)
+    plain.SOPClassUID, plain.SOPInstanceUID = f"{_CAPTURE}.3", pydicom.uid.generate_uid()
+    plain.file_meta = pydicom.dataset.FileMetaDataset()
+    plain.file_meta.TransferSyntaxUID = image.file_meta.TransferSyntaxUID
+    plain["PixelData"] = image["PixelData"]
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_as(copy := Path(folder, "image.dcm"), enforce_file_format=True)
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
+
+
+def require_geometry(one: Slice, patient: str) -> None:
     """Refuses a slice without a position: what SimpleITK takes instead is no data."""
     refuse = refuser(one.path, patient)
     for name, value in (
@@ -494,6 +444,8 @@ def _require_geometry(one, patient):
     ):
         if value is None:
             raise refuse(f"an image with {name}", "a header in which it is missing, empty or no number")
+    if one.size is None or not min(one.size) > 0:
+        raise refuse("an image with Rows and Columns", f"{one.size} voxels")
     if not min(one.spacing) > 0:
         raise refuse("an image with a positive pixel size", f"{one.spacing} mm")
     row, column = np.reshape(one.orientation, (2, 3))

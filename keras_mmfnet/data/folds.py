@@ -78,7 +78,9 @@ def five_folds(
     names = sorted(names)
     if folds < 2:
         raise ValueError(f"`folds` must be 2 or more. Received: folds={folds}")
-    _check_fraction(validation_fraction)
+    if not 0 < validation_fraction < 1:
+        received = f"validation_fraction={validation_fraction}"
+        raise ValueError(f"`validation_fraction` must be between 0 and 1. Received: {received}")
     twice = sorted({name for name, following in itertools.pairwise(names) if name == following})
     if twice:
         raise ValueError(f"each patient's name must occur once. Received more than once: {twice}")
@@ -107,35 +109,35 @@ def five_folds(
     return division
 
 
-def split_folds(
-    splits: Sequence[Fold],
+def divide_patients(
     names: Iterable[str],
-    validation_fraction: float = 0.25,
-    seed: int = 0,
+    recipe: TrainingRecipe,
     groups: Mapping[str, str] | None = None,
+    splits: Sequence[Fold] | None = None,
     volumes: Mapping[str, float] | None = None,
     left_out: Collection[str] = (),
 ) -> list[Fold]:
-    """The user's own folds, checked against the patients.
+    """The folds of a run: the user's own, checked against the patients, or those of `five_folds`.
 
     Args:
-        splits: The folds, as from `read_splits`. One without validation gives some of its patients to train on for
-            that, as `five_folds` does.
         names: The names of the patients that there are.
-        validation_fraction: As for `five_folds`.
-        seed: As for `five_folds`.
+        recipe: The `TrainingRecipe`.
         groups: As for `five_folds`.
-        volumes: As for `five_folds`.
-        left_out: Names of patients that cannot be used and are left out of the folds.
+        splits: The user's folds, as from `read_splits`. One without validation gives some of its patients to train on
+            for that, as `five_folds` does. `None`: those of `five_folds`.
+        volumes: As for `five_folds`; used if the recipe has `balance`.
+        left_out: Names in `splits` of patients that cannot be used; they are dropped from the folds.
 
     Returns:
         The folds, the names in each sorted.
 
     Raises:
-        ValueError: There is no such patient; a part of a fold has none; a patient or a group is in two parts of a
-            fold, or a patient is tested in two folds.
+        ValueError: As `five_folds`; or there is no such patient; a part of a fold has none; a patient or a group is in
+            two parts of a fold, or a patient is tested in two folds.
     """
-    _check_fraction(validation_fraction)
+    volumes = volumes if recipe.balance else None
+    if not splits:
+        return five_folds(names, recipe.folds, recipe.validation_fraction, recipe.seed, groups, volumes)
     names, division, tested = set(names), [], {}
     for number, split in enumerate(splits):
         parts = {part: set(some) - set(left_out) for part, some in dataclasses.asdict(split).items()}
@@ -163,7 +165,7 @@ def split_folds(
         rest = {first: unit for first, unit in units.items() if parts["train"] >= set(unit)}
         train, validation = tuple(sorted(parts["train"])), tuple(sorted(parts["validation"]))
         if not split.validation and len(rest) > 1:
-            train, validation = _hold_back(rest, validation_fraction, volumes, seed, number)
+            train, validation = _hold_back(rest, recipe.validation_fraction, volumes, recipe.seed, number)
         division.append(Fold(train, validation, tuple(sorted(parts["test"]))))
         for part, some in dataclasses.asdict(division[-1]).items():
             if not some:
@@ -171,40 +173,12 @@ def split_folds(
     return division
 
 
-def divide_patients(
-    names: Iterable[str],
-    recipe: TrainingRecipe,
-    groups: Mapping[str, str] | None = None,
-    splits: Sequence[Fold] | None = None,
-    volumes: Mapping[str, float] | None = None,
-    left_out: Collection[str] = (),
-) -> list[Fold]:
-    """The folds of a run: those of `split_folds` where there are `splits`, else those of `five_folds`.
-
-    Args:
-        names: The patients' names.
-        recipe: The `TrainingRecipe`.
-        groups: As for `five_folds`.
-        splits: As for `split_folds`, or `None`.
-        volumes: As for `five_folds`; they count if the recipe wants it.
-        left_out: As for `split_folds`.
-
-    Returns:
-        The folds.
-
-    Raises:
-        ValueError: As the two functions.
-    """
-    shared = recipe.validation_fraction, recipe.seed, groups, volumes if recipe.balance == "volume" else None
-    return split_folds(splits, names, *shared, left_out) if splits else five_folds(names, recipe.folds, *shared)
-
-
 def read_splits(path: str | os.PathLike) -> list[Fold]:
     """Reads folds from a JSON file: a list with an object of lists of patients' names for each fold.
 
     An object has `train`, `validation` and `test`, as the folds in a run's `cohort.json`, or `train` and `val`, as in
     nnU-Net's `splits_final.json`. nnU-Net only evaluates on `val`, so these are the patients to test; who validates is
-    then chosen from `train`, see `split_folds`.
+    then chosen from `train`, see `divide_patients`.
 
     Args:
         path: The file.
@@ -260,11 +234,6 @@ def read_groups(path: str | os.PathLike) -> dict[str, str]:
                 f"{path}: line {rows.line_num}: must have a patient and its one group. Received: {patient!r}, {group!r}"
             )
     return groups
-
-
-def _check_fraction(fraction):
-    if not 0 < fraction < 1:
-        raise ValueError(f"`validation_fraction` must be between 0 and 1. Received: validation_fraction={fraction}")
 
 
 def _units(names, groups):

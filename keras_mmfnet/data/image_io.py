@@ -29,26 +29,11 @@ _PACKED = 1100
 # In mm: how far the corners may move where axes are not quite at right angles, and how large an image may be.
 _TOLERANCE, _LARGEST = 0.5, (1, 3000)
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-# Where the fields of NIfTI-1 and NIfTI-2 are.
-_NIFTI_1 = {
-    **{"dim": ("8h", 40), "datatype": ("h", 70), "pixdim": ("8f", 76), "offset": ("f", 108), "scale": ("2f", 112)},
-    **{
-        "units": ("B", 123),
-        "codes": ("2h", 252),
-        "quaternion": ("3f", 256),
-        "shift": ("3f", 268),
-        "rows": ("12f", 280),
-    },
-}
-_NIFTI_2 = {
-    **{"dim": ("8q", 16), "datatype": ("h", 12), "pixdim": ("8d", 104), "offset": ("q", 168), "scale": ("2d", 176)},
-    **{
-        "units": ("i", 500),
-        "codes": ("2i", 344),
-        "quaternion": ("3d", 352),
-        "shift": ("3d", 376),
-        "rows": ("12d", 400),
-    },
+# The fields of the headers, by version: how many of which kind, and where.
+_FIELDS = "dim datatype pixdim offset scale units codes quaternion shift rows".split()
+_PLACES = {
+    1: "8h@40 h@70 8f@76 f@108 2f@112 B@123 2h@252 3f@256 3f@268 12f@280".split(),
+    2: "8q@16 h@12 8d@104 q@168 2d@176 i@500 2i@344 3d@352 3d@376 12d@400".split(),
 }
 
 
@@ -72,6 +57,12 @@ def image_suffix(path: str | os.PathLike) -> str | None:
     """The ending of an image file's name in one of the formats that can be read, or `None`."""
     name = Path(path).name.lower()
     return next((suffix for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def image_stem(path: str | os.PathLike) -> str | None:
+    """An image file's name without its ending, or `None` where `image_suffix` is."""
+    suffix = image_suffix(path)
+    return suffix and Path(path).name[: -len(suffix)]
 
 
 def read_image(
@@ -328,8 +319,11 @@ def _read_nifti(source, refuse):
     version = {348: 1, 540: 2}.get(struct.unpack_from(f"{order}i", header)[0])
     if version is None or header[344:347] != b"n+1" if version != 2 else header[4:7] != b"n+2":
         raise refuse("an undamaged image file", f"no header of NIfTI, but {header[:9]}")
-    fields = _NIFTI_1 if version == 1 else _NIFTI_2
-    read = {name: struct.unpack_from(order + kind, header, place) for name, (kind, place) in fields.items()}
+    places = [place.split("@") for place in _PLACES[version]]
+    read = {
+        name: struct.unpack_from(order + kind, header, int(place))
+        for name, (kind, place) in zip(_FIELDS, places, strict=True)
+    }
     axes, *size = read["dim"]
     if not (1 <= axes <= 7 and all(length > 0 for length in size[:axes])):
         raise refuse("an undamaged image file", f"an image of {axes} axes, {_by(size)} voxels")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.dicom import Series, describe_objects, find_objects, is_dicom, walk_files
-from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_suffix
+from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
 from keras_mmfnet.data.names import is_named, sequence_of
 from keras_mmfnet.data.structures import find_structures
 from keras_mmfnet.recipe import DataRecipe
@@ -201,8 +201,7 @@ def _names(folder):
 
 def _stems(folder):
     """The image files in a folder by their names without the ending."""
-    files = [name for name in _names(folder) if image_suffix(name) and name[0] != "."]
-    return {name[: -len(image_suffix(name))]: folder / name for name in files}
+    return {image_stem(name): folder / name for name in _names(folder) if image_suffix(name) and name[0] != "."}
 
 
 def _folders(directory):
@@ -265,7 +264,7 @@ def _find_files(folder, names, recipe):
 
 def _find_file(folder, names, stems, patient=None):
     """The one image file with one of these names before its ending, or `None`."""
-    found = [name for name in names if (suffix := image_suffix(name)) and name[: -len(suffix)] in stems]
+    found = [name for name in names if image_stem(name) in stems]
     if len(found) > 1:
         raise CaseError(
             f"{patient or folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}"
@@ -421,8 +420,8 @@ def _no_dataset(path):
 
 def _find_dataset_case(path, recipe):
     """The case of a dataset that a name or a file stands for, in a list."""
-    folder, suffix, root = path.parent, image_suffix(path) or "", _dataset_root(path.parent)
-    name = _CHANNEL.sub("", path.name[: len(path.name) - len(suffix)])
+    folder, suffix, root = path.parent, image_suffix(path), _dataset_root(path.parent)
+    name = _CHANNEL.sub("", image_stem(path) or path.name)
     if root and (suffix or not path.exists()):
         for images in _image_folders(folder, root):
             if name in {_CHANNEL.sub("", stem) for stem in _stems(images)}:

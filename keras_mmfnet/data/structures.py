@@ -1,18 +1,16 @@
 """DICOM structure sets and segmentations as masks."""
 
-import contextlib
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data._dicom_header import pydicom_errors
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series, series_grid
+from keras_mmfnet.data.dicom import Series, frame_value, read_frames, require_geometry, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 
@@ -21,6 +19,7 @@ STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _SERIES_UID = 0x0020000E
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_UNDAMAGED = "an undamaged DICOM structure set or segmentation"
 # Of a slice's distance: how far contours may lie from a slice, and frames from the regular line.
 _BETWEEN = 0.2
 
@@ -66,7 +65,7 @@ def find_structures(
     found = []
     for path in (path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in objects.get(kind, ())):
         refuse = refuser(path, patient)
-        with _library_errors(refuse):
+        with pydicom_errors(refuse, _UNDAMAGED):
             file, structures = _open(path, refuse)
             referred = {element.value for element in file.iterall() if element.tag == _SERIES_UID}
         # It has a series of its own, which no image is in.
@@ -96,11 +95,11 @@ def read_structures(source: Structures, patient: str) -> sitk.Image:
             its slices.
     """
     refuse = refuser(source.path, patient)
-    with _library_errors(refuse):
+    with pydicom_errors(refuse, _UNDAMAGED):
         file, found = _open(source.path, refuse)
         chosen = _choose([name for name, _ in found], source.patterns, refuse)
         if file.SOPClassUID != STRUCTURE_SET:
-            grid, frames = _frames(file, refuse)
+            grid, frames = _frames(source.path, file, patient, refuse)
             array = np.zeros(grid.shape, np.uint8)
             for label, index in chosen:
                 for number, pixels in frames:
@@ -114,20 +113,6 @@ def read_structures(source: Structures, patient: str) -> sitk.Image:
             for number, polygons in _by_slice(*found[index], grid, refuse):
                 array[number][rasterise(polygons, grid.shape[1:])] = label
         return grid.image(array)
-
-
-@contextlib.contextmanager
-def _library_errors(refuse):
-    """Turns the errors of pydicom about a file into one that names it, and keeps its warnings back."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except CaseError:
-            raise
-        except Exception as error:  # pydicom raises many kinds for a damaged file
-            received = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise refuse("an undamaged DICOM structure set or segmentation", received) from error
 
 
 def _matching(pattern, names):
@@ -167,11 +152,7 @@ def _contours(roi) -> Iterator[np.ndarray]:
     seen = set()
     for contour in roi.get("ContourSequence", []):
         data = tuple(contour.ContourData or ())
-        if (
-            contour.ContourGeometricType in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-            and len(data) >= 9
-            and data not in seen
-        ):
+        if contour.ContourGeometricType in _CLOSED and len(data) >= 9 and data not in seen:
             seen.add(data)
             yield np.reshape(np.array(data, float), (-1, 3))
 
@@ -196,40 +177,33 @@ def _by_slice(name: str, contours: Sequence[np.ndarray], grid: Grid, refuse):
     return slices.items()
 
 
-def _frames(file, refuse):
+def _frames(path, file, patient, refuse):
     """The `Grid` of a segmentation; and for each frame its slice and a function that gives the pixels of a segment."""
-    pixels = np.reshape(file.pixel_array, (-1, file.Rows, file.Columns))
-    shared = file.SharedFunctionalGroupsSequence[0]
-    frames = list(file.PerFrameFunctionalGroupsSequence)
-
-    def group(frame, keyword):
-        return (frame if keyword in frame else shared)[keyword][0]
-
-    orientations = [group(frame, "PlaneOrientationSequence").ImageOrientationPatient for frame in frames]
-    positions = [group(frame, "PlanePositionSequence").ImagePositionPatient for frame in frames]
-    orientations, positions = np.array(orientations, float), np.array(positions, float)
-    if np.abs(orientations - orientations[0]).max() > 1e-3:
-        raise refuse("a segmentation of one orientation", "frames of several")
-    measures = group(frames[0], "PixelMeasuresSequence")
-    row, column = orientations[0].reshape(2, 3)
+    slices = read_frames(path, file)
+    for one in slices:
+        require_geometry(one, patient)
+        if not np.allclose(one.orientation, slices[0].orientation, atol=1e-3):
+            raise refuse("a segmentation of one orientation", "frames of several")
+    positions, first = np.array([one.position for one in slices]), slices[0]
+    row, column = np.reshape(first.orientation, (2, 3))
     normal = np.cross(row, column)
     along = positions @ normal
     steps = np.diff(np.unique(np.round(along, 3)))
-    step = float(steps.min()) if len(steps) else float(measures.SliceThickness)
+    step = float(steps.min()) if len(steps) else first.thickness[0]
     numbers = np.rint((along - along.min()) / step).astype(int)
-    line = positions[along.argmin()] + np.outer(numbers * step, normal)
+    origin = positions[along.argmin()]
+    line = origin + np.outer(numbers * step, normal)
     if (aside := np.linalg.norm(positions - line, axis=1).max()) > _BETWEEN * step:
         raise refuse("a segmentation of evenly spaced frames", f"one {aside:.3g} mm off the line of the others")
-    size = (file.Columns, file.Rows, int(numbers.max()) + 1)
-    spacing = (float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0]), step)
-    direction = np.stack([row, column, normal], 1)
-    grid = Grid(size, spacing, tuple(line[along.argmin()].tolist()), tuple(direction.ravel().tolist()))
+    size, direction = (*first.size, int(numbers.max()) + 1), np.stack([row, column, normal], 1)
+    grid = Grid(size, (*first.spacing[::-1], step), tuple(origin.tolist()), tuple(direction.ravel().tolist()))
 
     def chosen(frame, values):
         if file.SegmentationType == "LABELMAP":
             return lambda segment: values == segment
-        own = group(frame, "SegmentIdentificationSequence").ReferencedSegmentNumber
+        own = frame_value(file, frame, "SegmentIdentification", "ReferencedSegmentNumber")
         half = file.MaximumFractionalValue / 2 if file.SegmentationType == "FRACTIONAL" else 1
         return lambda segment: (values >= half) & (segment == own)
 
-    return grid, list(zip(numbers, map(chosen, frames, pixels), strict=True))
+    pixels = np.reshape(file.pixel_array, (-1, *grid.shape[1:]))
+    return grid, [(number, chosen(frame, pixels[frame])) for frame, number in enumerate(numbers)]

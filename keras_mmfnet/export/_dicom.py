@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.dicom import Series, Slice, series_grid
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.image_io import read_grid
 from keras_mmfnet.version import __version__
 
 MISSING = "writing DICOM needs the extra: pip install keras-mmfnet[dicom]"
@@ -115,8 +113,8 @@ def refused(series, received):
     return CaseError(f"{series}: must be images that a DICOM object can refer to. Received: {received}")
 
 
-def arrays(structures: Sequence[Structure], series: Series) -> tuple[Grid, list[np.ndarray]]:
-    """The grid and the bool masks `(depth, height, width)` of structures, after a check that they fit the series.
+def arrays(structures: Sequence[Structure], series: Series) -> tuple[Grid, list[Slice], list[np.ndarray]]:
+    """The grid, its slices and the bool masks `(depth, height, width)` of structures, which must fit the series.
 
     Raises:
         ValueError: All masks are empty, one lies on another grid, the series is none of DICOM, or a name or a
@@ -133,7 +131,7 @@ def arrays(structures: Sequence[Structure], series: Series) -> tuple[Grid, list[
     found = [sitk.GetArrayFromImage(structure.mask) > 0 for structure in structures]
     if not any(array.any() for array in found):
         raise ValueError("the mask must hold a voxel of tumour to be written as DICOM. Received: an empty mask")
-    grid = read_grid(series, "the patient")
+    grid, slices = series_grid(series, "the patient")
     for structure in structures:
         for what, image in (("mask", structure.mask), ("probability", structure.probability)):
             if image is not None and not grid.matches(Grid.from_image(image)):
@@ -144,10 +142,10 @@ def arrays(structures: Sequence[Structure], series: Series) -> tuple[Grid, list[
             if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
                 received = f"{values.min()} to {values.max()}"
                 raise ValueError(f"the probability must lie in [0, 1]. Received: {received}")
-    return grid, found
+    return grid, slices, found
 
 
-def planes(series: Series, grid: Grid) -> list[Plane]:
+def planes(series: Series, grid: Grid, slices: Sequence[Slice]) -> list[Plane]:
     """The slices of a grid as the headers of a series place them; no pixel is read or decoded.
 
     Raises:
@@ -155,51 +153,22 @@ def planes(series: Series, grid: Grid) -> list[Plane]:
     """
     import pydicom
 
-    found = []
-    for file, used in itertools.zip_longest(series.files, series.frames):
-        image = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-        lacking = [keyword for keyword in NEEDED if not image.get(keyword)]
-        if lacking:
-            tags = [f"{pydicom.tag.Tag(keyword)} {keyword}" for keyword in lacking]
-            raise refused(series, f"images without {', '.join(tags)}")
-        frames = image.get("PerFrameFunctionalGroupsSequence") or [image]
-        for number, frame in enumerate(frames):
-            if used is not None and number not in used:
-                continue
-            groups = [frame, *(image.get("SharedFunctionalGroupsSequence") or [])]
-            position, orientation, spacing = (
-                _value(groups, *keywords)
-                for keywords in (
-                    ("PlanePositionSequence", "ImagePositionPatient"),
-                    ("PlaneOrientationSequence", "ImageOrientationPatient"),
-                    ("PixelMeasuresSequence", "PixelSpacing"),
-                )
-            )
-            axes = np.reshape(orientation, (2, 3)).T * spacing[::-1]
-            found.append(Plane(image, number + 1 if frame is not image else None, position, axes))
-    origins = np.array([plane.origin for plane in found])
-    corners = np.array([(0, 0), (grid.size[0] - 1, 0), (0, grid.size[1] - 1)])
-    chosen = []
-    for index in range(grid.size[2]):
+    images = {path: pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in series.files}
+    for image in images.values():
+        if lacking := [f"{pydicom.tag.Tag(keyword)} {keyword}" for keyword in NEEDED if not image.get(keyword)]:
+            raise refused(series, f"images without {', '.join(lacking)}")
+    corners, found = np.array([(0, 0), (grid.size[0] - 1, 0), (0, grid.size[1] - 1)]), []
+    for index, one in enumerate(slices):
+        axes = np.reshape(one.orientation, (2, 3)).T * one.spacing[::-1]
+        plane = Plane(images[one.path], None if one.frame is None else one.frame + 1, np.array(one.position), axes)
         expected = grid.positions(np.c_[corners, np.full(3, index)])
-        plane = found[int(np.linalg.norm(origins - expected[0], axis=1).argmin())]
         away = np.linalg.norm(plane.origin + corners @ plane.axes.T - expected, axis=1).max()
         if away > 0.5 * min(grid.spacing[:2]) + 0.05 * grid.spacing[2]:
             raise refused(series, f"slice {index} {away:.3g} mm from where its image lies")
-        chosen.append(plane)
-    if len({(plane.image.SOPInstanceUID, plane.frame) for plane in chosen}) < len(chosen):
+        found.append(plane)
+    if len({(plane.image.SOPInstanceUID, plane.frame) for plane in found}) < len(found):
         raise refused(series, "one image for several slices")
-    return chosen
-
-
-def _value(groups, sequence, keyword):
-    for group in groups:
-        item = group[sequence][0] if sequence in group else group
-        if item.get(keyword) is not None:
-            return np.array(item[keyword].value, float)
-    import pydicom
-
-    raise CaseError(f"an image must have {pydicom.tag.Tag(keyword)} {keyword}. Received: none")
+    return found
 
 
 def describe(dataset: Any, image: Any) -> None:

@@ -56,9 +56,9 @@ def write_rtstruct(
     except ImportError as error:
         raise ImportError(_dicom.MISSING) from error
     structures = [Structure(name, mask, probability)] if isinstance(mask, sitk.Image) else list(mask)
-    grid, arrays = _dicom.arrays(structures, series)
+    grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):
-        planes = _dicom.planes(series, grid)
+        planes = _dicom.planes(series, grid, slices)
         dataset = _structure_set(planes)
         for number, (structure, array) in enumerate(zip(structures, arrays, strict=True), start=1):
             _add(dataset, number, structure, array, planes, tolerance, max_points)

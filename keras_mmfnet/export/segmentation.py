@@ -6,7 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import write
-from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.dicom import Series, frame_value
 from keras_mmfnet.export import _dicom
 from keras_mmfnet.export._dicom import Structure
 
@@ -40,9 +40,9 @@ def write_segmentation(
     except ImportError as error:
         raise ImportError(_dicom.MISSING) from error
     structures = [Structure(name, mask)] if isinstance(mask, sitk.Image) else list(mask)
-    grid, arrays = _dicom.arrays(structures, series)
+    grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):
-        planes = _dicom.planes(series, grid)
+        planes = _dicom.planes(series, grid, slices)
         image = planes[0].image
         algorithm = highdicom.AlgorithmIdentificationSequence(
             name=_dicom.MODEL, version=_dicom.VERSION, family=codes.cid7162.ArtificialIntelligence
@@ -144,10 +144,8 @@ def _read(dataset, planes, shape):
     found = np.zeros(shape, bool)
     origins = np.array([plane.origin for plane in planes])
     frames = dataset.pixel_array.reshape(-1, *shape[1:3])
-    [shared] = dataset.SharedFunctionalGroupsSequence
-    for pixels, frame in zip(frames, dataset.PerFrameFunctionalGroupsSequence, strict=True):
-        position = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
-        segment = (frame if "SegmentIdentificationSequence" in frame else shared).SegmentIdentificationSequence[0]
-        index = np.linalg.norm(origins - position, axis=1).argmin()
-        found[index, ..., segment.ReferencedSegmentNumber - 1] |= pixels > 0
+    for frame, pixels in enumerate(frames):
+        position = np.array(frame_value(dataset, frame, "PlanePosition", "ImagePositionPatient"), float)
+        segment = frame_value(dataset, frame, "SegmentIdentification", "ReferencedSegmentNumber")
+        found[np.linalg.norm(origins - position, axis=1).argmin(), ..., segment - 1] |= pixels > 0
     return found

@@ -12,9 +12,9 @@ import numpy as np
 import SimpleITK as sitk
 from matplotlib.image import imsave
 
-from keras_mmfnet._files import write
+from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._machine import machine
-from keras_mmfnet.evaluation import METRICS, metrics_csv, paired_difference, summarise
+from keras_mmfnet.evaluation import METRICS, paired_difference, summarise
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.plots import (
     ERROR_COLOURS,
@@ -435,7 +435,7 @@ def write_tables(
         title = f"**{title}**" if row["method"] == baseline else title
         lines.append(f"| {' | '.join([title, *cells])} |")
     write(folder / "table.md", "\n".join(lines) + "\n")
-    write(folder / "table.csv", metrics_csv(rows))
+    write(folder / "table.csv", csv_text(rows))
     charts = _charts(results)
     for name, (figure, _) in charts.items():
         figure.savefig(folder / f"{name}.png", dpi=110)

@@ -74,7 +74,8 @@ def test_from_patients_to_a_table(mmfnet, tiny, tiny_cohort, tmp_path, registry,
 
 def test_every_update_is_made_and_none_stops_early():
     changes = ["training.epochs=7", "training.pretrain_learning_rate=0.002"]
-    recipe = command.recipe_of(choose_recipe(None, False, changes, command.default_recipe()), ["unet3d_t1"], False)
+    chosen = choose_recipe(None, False, changes, default=command.default_recipe())
+    recipe = command.recipe_of(chosen, ["unet3d_t1"], False)
     assert (recipe.training.epochs, recipe.training.patience, recipe.training.schedule) == (7, 7, "cosine")
     rates = recipe.training.pretrain_learning_rate, recipe.training.warmup_learning_rate, recipe.training.learning_rate
     assert rates == (0.002, 1e-2, 1e-3)

@@ -11,16 +11,16 @@ from keras_mmfnet.data import folds
 from keras_mmfnet.data.case import Case
 from keras_mmfnet.data.folds import (
     Fold,
+    divide_patients,
     find_duplicates,
     five_folds,
     group_patients,
     read_groups,
     read_splits,
-    split_folds,
 )
 from keras_mmfnet.data.image_io import Volume
 from keras_mmfnet.data.layouts import find_cases
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import Recipe, TrainingRecipe
 
 NAMES = [f"patient_{i}" for i in range(23)]
 # The numbers of the patients with seed 3, in the order of their names.
@@ -261,7 +261,7 @@ def test_folds_from_a_file(tmp_path):
     assert splits[0] == Fold(tuple(names[:8]), (), tuple(names[8:]))
     groups = {"p2": "x", "p3": "x", "p4": "x"}
     for seed in range(5):
-        division = split_folds(splits, names, seed=seed, groups=groups)
+        division = divide_patients(names, TrainingRecipe(seed=seed), groups, splits)
         # Those of nnU-Net's `val` are tested; others validate.
         assert [fold.test for fold in division] == [("p8", "p9"), ("p0", "p1")]
         for fold, split in zip(division, splits, strict=True):
@@ -270,10 +270,10 @@ def test_folds_from_a_file(tmp_path):
             assert {"p2", "p3", "p4"} <= set(fold.train) or {"p2", "p3", "p4"} <= set(fold.validation)
     own = [{"train": ["p3", "p1"], "validation": ["p2"], "test": ["p0"]}]
     path.write_text("\ufeff" + json.dumps(own), encoding="utf-8")
-    assert split_folds(read_splits(path), names) == [Fold(("p1", "p3"), ("p2",), ("p0",))]
-    assert split_folds(read_splits(path), names, left_out=["p3"])[0].train == ("p1",)
+    assert divide_patients(names, TrainingRecipe(), None, read_splits(path)) == [Fold(("p1", "p3"), ("p2",), ("p0",))]
+    assert divide_patients(names, TrainingRecipe(), None, read_splits(path), left_out=["p3"])[0].train == ("p1",)
     path.write_text(json.dumps([dataclasses.asdict(fold) for fold in five_folds(names)]))
-    assert split_folds(read_splits(path), names) == five_folds(names)
+    assert divide_patients(names, TrainingRecipe(), None, read_splits(path)) == five_folds(names)
 
 
 @pytest.mark.parametrize(
@@ -296,10 +296,9 @@ def test_folds_from_a_file(tmp_path):
 )
 def test_folds_that_do_not_fit(tmp_path, text, message):
     (tmp_path / "splits.json").write_text(text)
+    names, groups = [*"abc", "g1", "g2", "patient_1"], {"g1": "g", "g2": "g"}
     with pytest.raises(ValueError, match=message):
-        split_folds(
-            read_splits(tmp_path / "splits.json"), [*"abc", "g1", "g2", "patient_1"], groups={"g1": "g", "g2": "g"}
-        )
+        divide_patients(names, TrainingRecipe(), groups, read_splits(tmp_path / "splits.json"))
 
 
 def test_groups_from_a_file(tmp_path):

@@ -7,10 +7,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import find_series, write_series
 from matplotlib.path import Path as Polygon
 
-from keras_mmfnet.data.dicom import find_series, read_series
+from keras_mmfnet.data.dicom import read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.export import Structure, _dicom, write_rtstruct, write_segmentation
 from keras_mmfnet.version import __version__
@@ -392,7 +392,7 @@ def test_a_wrong_file_is_not_kept(write, tmp_path, monkeypatch):
     monkeypatch.undo()
     # Images that are not where their grid is: here the spacing of rows and columns is swapped.
     edit(tmp_path / "t1", lambda image: setattr(image, "PixelSpacing", [1.0, 2.0]))
-    monkeypatch.setattr(_dicom, "read_grid", lambda *_: grid)
+    monkeypatch.setattr(_dicom, "series_grid", lambda *arguments: (grid, series_grid(*arguments)[1]))
     with pytest.raises(ValueError, match=r"Received: slice 0 39 mm from where its image lies"):
         write(grid.image(ring(grid)), series, path)
     assert not path.exists()
