@@ -20,6 +20,7 @@ def evaluate(
     labels: Annotated[
         str | None, typer.Option(metavar="1,4", help="Values that count as tumour; if there are several.")
     ] = None,
+    structure: options.Structure = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each patient's numbers as CSV.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON.")] = None,
     quiet: options.Quiet = False,
@@ -35,7 +36,7 @@ def evaluate(
         if labels is not None and not re.fullmatch(r"\d+(,\d+)*", labels):
             raise ValueError(f"--labels: whole numbers separated by commas are expected. Received: {labels}")
         chosen = None if labels is None else tuple(int(label) for label in labels.split(","))
-        predicted, expert = _find_masks(predictions), _find_masks(truth)
+        predicted, expert = _find_masks(predictions, structure), _find_masks(truth, structure)
         for lacking, alone in (
             ("prediction", expert.keys() - predicted),
             ("mask of the expert", predicted.keys() - expert),
@@ -62,9 +63,11 @@ def evaluate(
             terminal.say("-" if mean is None else mean, always=True)
 
 
-def _find_masks(folder):
+def _find_masks(folder, structure):
     """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder."""
+    from keras_mmfnet.data.dicom import find_objects
     from keras_mmfnet.data.image_io import image_stem
+    from keras_mmfnet.data.structures import find_structures
 
     options.require_folder(folder, "PREDICTIONS, TRUTH")
     if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
@@ -78,8 +81,11 @@ def _find_masks(folder):
             masks[name] = path
     for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
         found = [path for path in patient.iterdir() if _MASK.search(image_stem(path) or "")]
+        if not found:
+            series, objects = find_objects(patient, patient.name)
+            found = find_structures(objects, series, structure or (), patient.name)
         if len(found) > 1:
-            listed = ", ".join(path.name for path in found)
+            listed = ", ".join(str(mask) for mask in found)
             raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
         masks.update({patient.name: found[0]} if found else {})
     if not masks:
@@ -95,9 +101,15 @@ def _compare(name, predicted, expert, labels):
     from keras_mmfnet.data import Grid
     from keras_mmfnet.data.image_io import read_image
     from keras_mmfnet.data.preprocess import tumour_voxels
+    from keras_mmfnet.data.structures import Structures
     from keras_mmfnet.evaluation import evaluate_case
 
     images = [read_image(path, name) for path in (predicted, expert)]
+    if isinstance(expert, Structures):
+        # A segmentation may have the slices with tumour alone: the others are added where no voxel is lost by it.
+        whole = sitk.Resample(images[1], images[0], sitk.Transform(), sitk.sitkNearestNeighbor)
+        same = [np.count_nonzero(sitk.GetArrayViewFromImage(image)) for image in (whole, images[1])]
+        images[1] = whole if same[0] == same[1] else images[1]
     grids = [Grid.from_image(image) for image in images]
     if not grids[0].matches(grids[1]):
         sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)

@@ -92,6 +92,11 @@ class Slice(NamedTuple):
         return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
 
 
+def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
+    """Finds the DICOM series in a folder and the folders in it; see `find_objects`."""
+    return find_objects(folder, patient)[0]
+
+
 def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
     """Finds the DICOM series in a folder and the folders in it, and other DICOM objects; no voxel is read.
 
@@ -165,7 +170,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     for error in noted:
         _log.warning("%s; passed over", error)
     if others:
-        _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(others))
+        _log.info("%s: DICOM objects that are not images: %s", patient, describe_objects(others))
     return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
 
 

@@ -5,8 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_series
 
 from keras_mmfnet.data import Grid
+from keras_mmfnet.data.dicom import find_series
+from keras_mmfnet.export import Structure, write_rtstruct, write_segmentation
 
 GRID = Grid((20, 16, 6), (1.0, 1.0, 3.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 
@@ -114,3 +117,21 @@ def test_several_labels(mmfnet, folders):
     assert "--labels says which ones count" in done.stderr
     done = mmfnet("evaluate", folders / "predicted", folders / "expert", "--labels", "1,3,4")
     assert "0.6667" in done.stdout
+
+
+def test_the_experts_masks_may_be_structures(mmfnet, tmp_path):
+    write_series(tmp_path / "patients" / "ann" / "T1", GRID)
+    [series] = find_series(tmp_path / "patients" / "ann", "ann")
+    for columns, name in ((4, "GTV"), (8, "CTV")):
+        write(tmp_path / f"{name}.nii.gz", columns)
+    write(tmp_path / "predicted" / "ann.nii.gz", 4)
+    structures = [Structure(name, sitk.ReadImage(str(tmp_path / f"{name}.nii.gz"))) for name in ("GTV", "CTV")]
+    for export in (write_rtstruct, write_segmentation):
+        path = tmp_path / "patients" / "ann" / f"{export.__name__}.dcm"
+        export(structures, series, path)
+        for pattern, dsc in (("gtv", "1.0000"), ("C.*", "0.6667")):
+            done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "patients", "--structure", pattern)
+            assert ["ann", dsc] in [line.split()[:2] for line in done.stdout.splitlines()]
+        done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "patients", code=1)
+        assert "a file of one structure" in done.stderr
+        path.unlink()

@@ -4,10 +4,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import GRID, change_series, find_series, item, write_enhanced, write_object, write_series
+from dicom_files import GRID, change_series, item, write_enhanced, write_object, write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import find_objects, read_series, series_grid, walk_files
+from keras_mmfnet.data.dicom import find_objects, find_series, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
 
 
@@ -228,7 +228,7 @@ def test_objects_without_an_image_are_passed_over_with_a_count(name, tmp_path, c
         write_object(tmp_path / f"other_{number}.dcm", NO_IMAGES[name], PatientID="another")
     with caplog.at_level("INFO"):
         np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
-    assert f"passed over: 2 {name} (other_0.dcm, ...)" in caplog.text
+    assert f"not images: 2 {name} (other_0.dcm, ...)" in caplog.text
     assert find_objects(tmp_path, "ann")[1] == {NO_IMAGES[name]: [tmp_path / f"other_{n}.dcm" for n in range(2)]}
 
 
