@@ -3,13 +3,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import find_series, write_series
+from dicom_files import write_series
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, Structures, find_structures, read_structures
