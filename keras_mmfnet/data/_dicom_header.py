@@ -17,7 +17,7 @@ _SIZES = (0x00280002, 0x00280010, 0x00280011, 0x00280100)
 _FRAMES, _B_VALUE = 0x00280008, 0x00189087
 # Longer elements are passed over.
 _LONGEST = 256
-# Bytes that one byte of a compressed file can hold at most.
+# Bytes that one byte of a compressed file can hold at most: zlib packs 1032 into one.
 PACKED = 1100
 
 

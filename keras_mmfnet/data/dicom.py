@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -88,21 +88,22 @@ class Slice(NamedTuple):
     apart: Mapping[str, str] = MappingProxyType({})
 
     @property
-    def place(self):
+    def place(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Position and orientation, rounded."""
         return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
 
 
 def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
-    """Finds the DICOM series in a folder and the folders in it; see `find_objects`."""
+    """Finds the DICOM series in a folder and the folders in it; no voxel is read. See `find_objects`."""
     return find_objects(folder, patient)[0]
 
 
 def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
     """Finds the DICOM series in a folder and the folders in it, and other DICOM objects; no voxel is read.
 
-    Echoes, phases, b-values and acquisitions in one series come as a `Series` each. An object that is there twice
-    counts once. A file that cannot be read, or is no DICOM file though called as the slices beside it, is a fault of
-    its series or, where that is unknown, of all in its folder: it is raised when such a series is read.
+    Echoes, phases, b-values and acquisitions in one series come as a `Series` each. An object that occurs twice counts
+    once. A file that cannot be read, or is not DICOM although it is named like the slices beside it, is a fault of its
+    series or, if that is unknown, of all series in its folder. It is raised when such a series is read.
 
     Args:
         folder: The folder of one patient.
@@ -138,9 +139,9 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         except CaseError as error:
             faults.append((path, header, error))
             continue
-        if name := header.get(_PATIENT, ""):
+        if name := header.get(_PATIENT):
             patients.setdefault(name, path)
-        instance = header.get(_INSTANCE, "")
+        instance = header.get(_INSTANCE)
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
             found.setdefault(_key(path, header), []).append((header, slices))
@@ -151,7 +152,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
             f"Received: {len(patients)} different PatientIDs ({listed})"
         )
     for path, header, _ in faults:
-        if header.get(_UID, "") and not any(header.get(_UID, "") == key[0] for key in found):
+        if header.get(_UID) and not any(header[_UID] == key[0] for key in found):
             found[_key(path, header)] = [(header, [Slice(path)])]
     series, used = [], set()
     for key, members in found.items():
@@ -159,7 +160,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         names = set().union(*(_names(one.path) for one in slices))
         folders = {one.path.parent for one in slices}
         mine = [f for f in faults if (f[0].parent in folders if not f[1].get(_UID) else f[1].get(_UID) == key[0])]
-        # What is no DICOM file but called as a slice may be a damaged one, and the last one would not be missed.
+        # A file named like the slices may be a damaged one. Nothing else would tell that the last slice is missing.
         mine += [one for one in unknown if _names(one[0]) & names]
         used.update(path for path, _, _ in mine)
         fault = str(mine[0][2]) if mine else ""
@@ -198,7 +199,7 @@ def _names(path):
 
 
 def _same(one, other):
-    """Whether two lists of slices of one SOP instance are those of equal files."""
+    """Whether two files of one SOP instance, given as their slices, have equal headers and voxels."""
     if [s._replace(path=None) for s in one] != [s._replace(path=None) for s in other]:
         return False
     paths = [slices[0].path for slices in (one, other)]
@@ -273,14 +274,14 @@ def _slices(path, header, patient):
     return [Slice(path, None, position, orientation, spacing, thickness, rescale, size, apart)]
 
 
-def frame_value(image, frame: int, group: str, keyword: str):
+def frame_value(image: Any, frame: int, group: str, keyword: str) -> Any:
     """An element of a frame's functional group, such as `("PlanePosition", "ImagePositionPatient")`, or `None`."""
     own, [shared] = image.PerFrameFunctionalGroupsSequence[frame], image.get("SharedFunctionalGroupsSequence") or [{}]
     [item] = own.get(f"{group}Sequence") or shared.get(f"{group}Sequence") or [{}]
     return item.get(keyword)
 
 
-def read_frames(path: Path, image) -> list[Slice]:
+def read_frames(path: Path, image: Any) -> list[Slice]:
     """The slices of a pydicom dataset whose frames have headers of their own."""
     count, dimensions = len(image.PerFrameFunctionalGroupsSequence), image.get("DimensionIndexSequence") or []
     if count != int(image.NumberOfFrames):
@@ -336,12 +337,6 @@ def _value(value):
 def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file starts as DICOM files do, with or without a preamble."""
     return not not_dicom(path)
-
-
-def read_tags(path: Path, patient: str, tags: Iterable[int]) -> list[str]:
-    """The values of tags such as `0x00100020` in a DICOM file, empty where it has none; raises as `series_grid`."""
-    header = read_header(path, patient)
-    return [header.get(tag, "") for tag in tags]
 
 
 # --- a stack
@@ -417,13 +412,13 @@ def _stored(path, patient):
         if image.file_meta.TransferSyntaxUID.is_encapsulated:
             return np.reshape(_decoded(image), shape)
         array = np.reshape(image.pixel_array, shape)
-        # Bits that are not the voxel's may hold others.
+        # The unused bits of a voxel may hold other data.
         unused = image.BitsAllocated - image.BitsStored
         return array << unused >> unused if unused and array.dtype.kind in "iu" else array
 
 
 def _decoded(image):
-    """The voxels of a compressed file as GDCM decodes them, which is given nothing else of it."""
+    """The voxels of a compressed file, decoded by GDCM. It gets no other part of the file."""
     import pydicom
 
     plain = pydicom.Dataset()
@@ -440,7 +435,7 @@ def _decoded(image):
 
 
 def require_geometry(one: Slice, patient: str) -> None:
-    """Refuses a slice without a position: what SimpleITK takes instead is no data."""
+    """Refuses a slice whose header lacks its geometry, which is never guessed."""
     refuse = refuser(one.path, patient)
     for name, value in (
         ("ImagePositionPatient", one.position),

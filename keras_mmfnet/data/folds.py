@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data._dicom_header import read_header
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.dicom import Series, read_tags
+from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.recipe import TrainingRecipe
 
@@ -343,7 +344,7 @@ def _header(case):
     source = next(iter(case.images.values()))
     try:
         if isinstance(source, Series):
-            study = tuple(read_tags(source.files[0], case.name, _STUDY))
+            study = tuple(map(read_header(source.files[0], case.name).get, _STUDY))
             return study if all(study) else None
         grid = read_grid(source, case.name)
         return grid.size, tuple(f"{np.float32(step):.5g}" for step in grid.spacing)

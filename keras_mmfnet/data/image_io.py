@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data._dicom_header import PACKED
 from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
@@ -24,8 +25,6 @@ from keras_mmfnet.data.structures import Structures, read_structures
 # brought together.
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".seg.nrrd", ".nhdr", ".mnc")
 _TEXT_HEADERS = (".mha", ".mhd", ".nrrd", ".nhdr")
-# Voxels that one byte of a file can hold at most: zlib packs 1032 bytes into one.
-_PACKED = 1100
 # In mm: how far the corners may move where axes are not quite at right angles, and how large an image may be.
 _TOLERANCE, _LARGEST = 0.5, (1, 3000)
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -207,7 +206,7 @@ def _read_header(source, refuse):
         raise refuse("an undamaged image file", reason(error)) from error
     size, axes = reader.GetSize(), len(reader.GetSize())
     _require_3d(size, reader.GetNumberOfComponents(), index, refuse)
-    if math.prod(size) > _PACKED * available:
+    if math.prod(size) > PACKED * available:
         raise refuse("a whole file", f"{_by(size)} voxels in {available} bytes")
     direction = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
     return reader, _regular_grid(size[:3], direction, reader.GetSpacing()[:3], reader.GetOrigin()[:3], refuse)
@@ -333,7 +332,7 @@ def _read_nifti(source, refuse):
     if read["datatype"][0] not in _NIFTI_TYPES:
         raise refuse("an image with one number per voxel", f"the NIfTI data type {read['datatype'][0]}")
     dtype, offset = np.dtype(order + _NIFTI_TYPES[read["datatype"][0]]), read["offset"][0]
-    available = path.stat().st_size * _PACKED
+    available = path.stat().st_size * PACKED
     if not 0 <= offset <= available or math.prod(size) * dtype.itemsize > available:
         raise refuse("a whole file", f"{_by(size)} voxels in {path.stat().st_size} bytes")
     unit = {1: 1000.0, 3: 0.001}.get(read["units"][0] & 7, 1.0)

@@ -102,7 +102,7 @@ def find_patients(
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         return _find_dataset_case(path, recipe)
-    if any(_find_files(path, _names(path), recipe)[1].values()):
+    if any(_find_files(path, _stems(path), recipe)[1].values()):
         return [read_case_folder(path, recipe, require_mask=False)]
     root = _dataset_root(path)
     if root and (folders := [folder for folder in _image_folders(path, root) if _stems(folder)][:1]):
@@ -200,8 +200,12 @@ def _names(folder):
 
 
 def _stems(folder):
-    """The image files in a folder by their names without the ending."""
-    return {image_stem(name): folder / name for name in _names(folder) if image_suffix(name) and name[0] != "."}
+    """The image files in a folder, `{name without the ending: paths}`."""
+    files = {}
+    for name in _names(folder):
+        if image_suffix(name) and name[0] != ".":
+            files.setdefault(image_stem(name), []).append(folder / name)
+    return files
 
 
 def _folders(directory):
@@ -237,74 +241,73 @@ def _find_images(folder, recipe, optional):
     """The name of the layout, the images by modality, and a function that finds the mask."""
     if not folder.is_dir():
         raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
-    names = _names(folder)
-    layout, images = _find_files(folder, names, recipe)
+    files = _stems(folder)
+    layout, images = _find_files(folder, files, recipe)
     if not any(images.values()) and _holds_dicom(folder):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     for modality, path in images.items():
         is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
         # A name that is only spelt otherwise is no missing sequence.
-        meant = not path and [near for near in _near(folder, is_near) if near not in images.values()]
+        meant = not path and [near for near in _near(files, is_near) if near not in images.values()]
         if not path and (meant or not (optional and any(images.values()))):
-            raise _missing(folder, names, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
+            raise _missing(folder, files, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
     images = {modality: path for modality, path in images.items() if path}
-    return layout, images, functools.partial(_find_mask, folder, names, recipe)
+    return layout, images, functools.partial(_find_mask, folder, files, recipe)
 
 
-def _find_files(folder, names, recipe):
+def _find_files(folder, files, recipe):
     """The name of the layout, and by modality the file or `None`."""
     images, layout = {}, "plain"
     for modality in recipe.modalities:
-        images[modality] = _find_file(folder, names, [modality])
+        images[modality] = _find_file(folder, files, [modality])
         if not images[modality]:
-            images[modality] = _find_file(folder, names, _brats_stems(folder, _BRATS.get(modality, (modality,))))
+            images[modality] = _find_file(folder, files, _brats_stems(folder, _BRATS.get(modality, (modality,))))
             layout = "BraTS" if images[modality] else layout
     return layout, images
 
 
-def _find_file(folder, names, stems, patient=None):
-    """The one image file with one of these names before its ending, or `None`."""
-    found = [name for name in names if image_stem(name) in stems]
+def _find_file(folder, files, stems, patient=None):
+    """The one of `files`, as from `_stems`, with one of these names before its ending, or `None`."""
+    found = [path for stem in stems for path in files.get(stem, ())]
     if len(found) > 1:
-        raise CaseError(
-            f"{patient or folder.name}: {folder / stems[0]}: must be one file. Received: {', '.join(found)}"
-        )
-    return folder / found[0] if found else None
+        received = ", ".join(path.name for path in found)
+        raise CaseError(f"{patient or folder.name}: {folder / stems[0]}: must be one file. Received: {received}")
+    return found[0] if found else None
 
 
 def _brats_stems(folder, endings):
     return [f"{folder.name}{separator}{ending}" for separator in "_-" for ending in endings]
 
 
-def _missing(folder, names, stem, is_near, field, remedy=""):
+def _missing(folder, files, stem, is_near, field, remedy=""):
     """The error for a file that is missing; with the files of the patient whose names are near."""
-    near = [path.name for path in _near(folder, is_near)]
+    near = [path.name for path in _near(files, is_near)]
     expected = f"a file of that name with one of the endings {', '.join(IMAGE_SUFFIXES)} is expected{remedy}"
     if near:
         expected = f"did you mean {' or '.join(near)} for {stem}? Rename it, or say in `{field}` what it is called"
-    received = ", ".join(names) or ("a folder without files" if _folders(folder) else "an empty folder")
+    received = ", ".join(_names(folder)) or ("a folder without files" if _folders(folder) else "an empty folder")
     return CaseError(f"{folder.name}: {folder / stem}: is missing; {expected}. Received: {received}")
 
 
-def _near(folder, is_near):
-    """The image files, masks apart, whose names are near."""
-    stems = _stems(folder).items()
-    return [path for start, path in stems if is_near(start) and (is_near == _is_mask or not _is_mask(start))]
+def _near(files, is_near):
+    """The image files whose names are near; masks only if masks are looked for."""
+    near = [stem for stem in files if is_near(stem) and (is_near == _is_mask or not _is_mask(stem))]
+    return [path for stem in near for path in files[stem]]
 
 
 def _is_mask(name):
     return re.search(_MASK, name.lower()) is not None
 
 
-def _find_mask(folder, names, recipe, required):
+def _find_mask(folder, files, recipe, required):
     """The path of the mask, or of the mask drawn on each modality, or `None`."""
-    mask = _find_file(folder, names, [recipe.mask, *_brats_stems(folder, ["seg"])])
+    mask = _find_file(folder, files, [recipe.mask, *_brats_stems(folder, ["seg"])])
     if mask:
         return mask
-    masks = {m: _find_file(folder, names, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
+    masks = {m: _find_file(folder, files, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
     masks = {modality: path for modality, path in masks.items() if path}
     if required and not masks:
-        raise _missing(folder, names, recipe.mask, _is_mask, "data.mask")
+        raise _missing(folder, files, recipe.mask, _is_mask, "data.mask")
     return masks or None
 
 
@@ -441,24 +444,25 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
     path, optional = root / "dataset.json", recipe.allow_missing
     layout, numbers = _channels(path, recipe, optional)
 
-    def read(folder, stems, labels, label_names, name):
-        mask = _mask(lambda _: _find_file(labels, label_names, [name], name), require_mask)
+    def read(folder, files, labels, label_files, name):
+        mask = _mask(lambda _: _find_file(labels, label_files, [name], name), require_mask)
         if not mask and require_mask and folder.name == "imagesTs":
             return None
         # A channel is a file of its own, or a volume of the patient's.
-        found = {modality: stems.get(f"{name}_{number:04d}") for modality, number in numbers.items()}
-        if name in stems and any(found.values()):
+        whole = _find_file(folder, files, [name], name)
+        found = {m: _find_file(folder, files, [f"{name}_{number:04d}"], name) for m, number in numbers.items()}
+        if whole and any(found.values()):
             raise CaseError(
                 f"{name}: {folder}: must hold a file for each channel or one of all channels. "
-                f"Received: {', '.join(file.name for file in (stems[name], *found.values()) if file)}"
+                f"Received: {', '.join(file.name for file in (whole, *found.values()) if file)}"
             )
-        if name in stems:
-            found = {modality: Volume(stems[name], number) for modality, number in numbers.items()}
+        if whole:
+            found = {modality: Volume(whole, number) for modality, number in numbers.items()}
         found = {modality: source for modality, source in found.items() if source}
         if not (len(found) == len(numbers) or (optional and found)) or (require_mask and not mask):
             wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())
             label = f", and {labels.name} {name}" if require_mask else ""
-            received = [*(stem for stem in stems if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
+            received = [*(stem for stem in files if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
             raise CaseError(
                 f"{name}: {folder}: must hold {wanted} or {name}{label}; {_ALLOW_MISSING}. "
                 f"Received: {', '.join(received)}"
@@ -467,11 +471,11 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
 
     readers = []
     for folder in folders:
-        stems, labels = _stems(folder), folder.with_name(folder.name.replace("images", "labels"))
-        label_names = _names(labels) if labels != folder else []
-        for name in dict.fromkeys(_CHANNEL.sub("", stem) for stem in stems):
+        files, labels = _stems(folder), folder.with_name(folder.name.replace("images", "labels"))
+        label_files = _stems(labels) if labels != folder else {}
+        for name in dict.fromkeys(_CHANNEL.sub("", stem) for stem in files):
             if only in (None, name):
-                readers.append(functools.partial(read, folder, stems, labels, label_names, name))
+                readers.append(functools.partial(read, folder, files, labels, label_files, name))
     return _read_all(readers, on_error, f"{path}: must lie beside imagesTr with images", f"no patient in {root}")
 
 

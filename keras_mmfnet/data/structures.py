@@ -17,10 +17,9 @@ from keras_mmfnet.data.polygons import rasterise
 # SOP classes: RT Structure Set, Segmentation, Label Map Segmentation.
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-_SERIES_UID = 0x0020000E
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _UNDAMAGED = "an undamaged DICOM structure set or segmentation"
-# Of a slice's distance: how far contours may lie from a slice, and frames from the regular line.
+# How far contours may lie from a slice, and frames from the regular line, as a share of the distance between slices.
 _BETWEEN = 0.2
 
 
@@ -67,8 +66,8 @@ def find_structures(
         refuse = refuser(path, patient)
         with pydicom_errors(refuse, _UNDAMAGED):
             file, structures = _open(path, refuse)
-            referred = {element.value for element in file.iterall() if element.tag == _SERIES_UID}
-        # It has a series of its own, which no image is in.
+            # Its own series, which holds no image, is one of these.
+            referred = {element.value for element in file.iterall() if element.keyword == "SeriesInstanceUID"}
         own = next((one for one in series if one.uid in referred), None)
         found.append(Structures(path, own, tuple(patterns), tuple(name for name, _ in structures)))
     found = [one for one in found if all(_matching(pattern, one.names) for pattern in patterns)] or found

@@ -15,7 +15,6 @@ from keras_mmfnet.data.dicom import Series, Slice, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.version import __version__
 
-MISSING = "writing DICOM needs the extra: pip install keras-mmfnet[dicom]"
 # What every object says of itself; at most 64 characters.
 MANUFACTURER, MODEL, VERSION = "keras-mmfnet", "MMFNet", __version__
 UNREVIEWED = "AI, not reviewed"
@@ -33,12 +32,11 @@ _COPIED = (
 # Colours that the colour-blind tell apart (Okabe and Ito).
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 NEOPLASM = ("108369006", "SCT", "Neoplasm")
-_EDEMA, _NECROSIS = ("79654002", "SCT", "Edema"), ("6574001", "SCT", "Necrosis")
 _CODES = {
     **dict.fromkeys(("tumour", "tumor", "neoplasm"), NEOPLASM),
     **dict.fromkeys(("gtv", "gross tumor volume"), ("228791009", "SCT", "Gross Tumor Volume")),
-    **dict.fromkeys(("oedema", "edema"), _EDEMA),
-    "necrosis": _NECROSIS,
+    **dict.fromkeys(("oedema", "edema"), ("79654002", "SCT", "Edema")),
+    "necrosis": ("6574001", "SCT", "Necrosis"),
 }
 
 

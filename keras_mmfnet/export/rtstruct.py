@@ -46,15 +46,10 @@ def write_rtstruct(
         max_points: Most points that a contour may have; `None`: any number.
 
     Raises:
-        ImportError: The extra `dicom` is not installed.
         ValueError: A mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
             a name cannot be used, a contour has more than `max_points` within `tolerance`, or what is read back differs
             from the mask. No file is written then.
     """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError as error:
-        raise ImportError(_dicom.MISSING) from error
     structures = [Structure(name, mask, probability)] if isinstance(mask, sitk.Image) else list(mask)
     grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):

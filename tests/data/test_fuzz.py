@@ -118,9 +118,8 @@ def change(path, kind, rng):
 
 def is_read(folder, paths, kind):
     """Whether the package surveys and reads the files or refuses them in its own words; all else is raised."""
-    from dicom_files import find_series
-
     from keras_mmfnet.data.case import Case, CaseError
+    from keras_mmfnet.data.dicom import find_series
     from keras_mmfnet.data.fingerprint import survey_case
     from keras_mmfnet.data.image_io import read_image
     from keras_mmfnet.recipe import DataRecipe

@@ -263,7 +263,11 @@ def test_nnunet(tmp_path, caplog):
     assert cases[1].mask == tmp_path / "labelsTr" / "x_02.nii.gz"
     assert caplog.messages == ["nnU-Net: 2 patients"]
     assert [case.name for case in find_cases(tmp_path, RECIPE.data, require_mask=False)] == ["x_01", "x_02", "x_03"]
-    (tmp_path / "imagesTr" / "x_01_0002.nii.gz").unlink()
+    shutil.copy(tmp_path / "imagesTr" / "x_01_0002.nii.gz", tmp_path / "imagesTr" / "x_01_0002.nii")
+    with pytest.raises(CaseError, match=r"x_01_0002: must be one file. Received: x_01_0002.nii, x_01_0002.nii.gz"):
+        find_cases(tmp_path, RECIPE.data)
+    for path in (tmp_path / "imagesTr").glob("x_01_0002.*"):
+        path.unlink()
     with pytest.raises(CaseError, match=r"^x_01: .*must hold x_01_0001, .*Received: .*, a label \(--skip-bad "):
         find_cases(tmp_path, RECIPE.data)
 
