@@ -27,29 +27,21 @@ def check(
     """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds."""
     with session(quiet) as terminal:
         from keras_mmfnet._files import csv_text, write
-        from keras_mmfnet._log import progress
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.fingerprint import CaseSurvey, survey
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
-        whole, done = options.choose_recipe(recipe, paper, changes, structure), []
+        whole = options.choose_recipe(recipe, paper, changes, structure)
         chosen, division = whole.data, options.read_division(groups, splits)
         cases, errors = _find(data, chosen, no_mask)
-
-        def count(row):
-            done.append(row)
-            progress("checking", len(done), len(cases))
-
-        rows = survey(cases, chosen, deep, count)
-        lacking = (
-            "a mask is needed to train on this patient; --no-mask checks patients to be segmented. Received: no mask"
-        )
-        rows = [
-            row if row.mask or no_mask else dataclasses.replace(row, problems=(*row.problems, f"{row.name}: {lacking}"))
-            for row in rows
-        ]
+        rows = survey(cases, chosen, deep)
+        if not no_mask:
+            lacking = "a mask is needed to train on this patient; --no-mask checks patients to be segmented"
+            for index, row in enumerate(rows):
+                problems = (*row.problems, f"{row.name}: {lacking}. Received: no mask")
+                rows[index] = row if row.mask else dataclasses.replace(row, problems=problems)
         rows += [CaseSurvey(error.patient, {}, None, None, None, (str(error),), ()) for error in errors]
         rows.sort(key=lambda row: row.name)
         header = ["patient", "sequence", "voxels", "mm", "axes", "resampled", "tumour ml", "usable"]

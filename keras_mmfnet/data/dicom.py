@@ -412,9 +412,10 @@ def _stored(path, patient):
         if image.file_meta.TransferSyntaxUID.is_encapsulated:
             return np.reshape(_decoded(image), shape)
         array = np.reshape(image.pixel_array, shape)
+        array = ~array if image.PhotometricInterpretation == "MONOCHROME1" else array  # GDCM inverts these, too
         # The unused bits of a voxel may hold other data.
         unused = image.BitsAllocated - image.BitsStored
-        return array << unused >> unused if unused and array.dtype.kind in "iu" else array
+        return array << unused >> unused if unused else array
 
 
 def _decoded(image):

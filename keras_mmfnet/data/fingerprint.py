@@ -1,12 +1,13 @@
 """Surveys the images of a cohort: their geometry, and what preprocessing would change or refuse."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet._log import progress
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
@@ -67,19 +68,13 @@ class CaseSurvey:
     notes: tuple[str, ...]
 
 
-def survey(
-    cases: Iterable[Case],
-    recipe: DataRecipe,
-    deep: bool = False,
-    progress: Callable[[CaseSurvey], object] | None = None,
-) -> list[CaseSurvey]:
+def survey(cases: Sequence[Case], recipe: DataRecipe, deep: bool = False) -> list[CaseSurvey]:
     """Surveys patients in parallel.
 
     Args:
         cases: The patients.
         recipe: A `DataRecipe`.
         deep: Also read the voxels, and preprocess each patient.
-        progress: Called with each patient's result, in order.
 
     Returns:
         One `CaseSurvey` per patient, in the order of `cases`.
@@ -89,8 +84,7 @@ def survey(
     with ThreadPoolExecutor(2 if deep else None) as pool:
         for row in pool.map(lambda case: survey_case(case, recipe, deep), cases):
             rows.append(row)
-            if progress:
-                progress(row)
+            progress("checking", len(rows), len(cases))
     return rows
 
 

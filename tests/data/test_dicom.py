@@ -202,6 +202,22 @@ def test_an_element_longer_than_the_file(syntax, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_voxels_of_twelve_bits(signed, inverted, tmp_path):
+    """The bits beside them do not count; MONOCHROME1 is inverted, as by GDCM."""
+    array = np.random.default_rng(0).integers(-2048 if signed else 0, 2048 if signed else 4096, GRID.shape)
+    write_series(tmp_path, array=(array & 0x0FFF) | 0x5000)
+
+    def change(image, _):
+        image.BitsStored, image.HighBit, image.PixelRepresentation = 12, 11, int(signed)
+        image.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+
+    change_series(tmp_path, change)
+    expected = (-1 if signed else 4095) - array if inverted else array
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), expected)
+
+
 # --- what is no image
 
 

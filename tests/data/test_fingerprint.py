@@ -121,12 +121,13 @@ def test_a_dicom_patient(tmp_path):
     assert survey_case(case, RAW.data).problems == (refusal(case, RAW.data),)
 
 
-def test_a_cohort_in_order_with_progress(tiny_cohort):
+def test_a_cohort_in_order_with_progress(tiny_cohort, caplog):
     recipe = Recipe().data
-    cases, seen = find_cases(tiny_cohort, recipe), []
-    rows = survey(cases, recipe, progress=seen.append)
+    cases = find_cases(tiny_cohort, recipe)
+    with caplog.at_level("DEBUG", "keras_mmfnet.progress"):
+        rows = survey(cases, recipe)
     assert [row.name for row in rows] == [case.name for case in cases]
-    assert seen == rows
+    assert [record.done for record in caplog.records] == list(range(1, len(cases) + 1))
     assert survey([], recipe) == []
 
 
