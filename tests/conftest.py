@@ -22,6 +22,19 @@ from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
 
+# Files and geometry, in which no backend takes part.
+_ONCE = {Path(__file__).parent / "data", Path(__file__).parent / "export"}
+_ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests what no backend takes part in with TensorFlow alone."""
+    if keras.backend.backend() != "tensorflow":
+        for item in items:
+            if item.path.parent in _ONCE and item.path.name not in _ON_EVERY_BACKEND:
+                item.add_marker(pytest.mark.skip(reason="no backend takes part"))
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run():
     """Draws the same initial weights each time, so that a test passes always or never."""
