@@ -21,7 +21,6 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-
 # Files and geometry, in which no backend takes part.
 _ONCE = {Path(__file__).parent / "data", Path(__file__).parent / "export"}
 _ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py"}
