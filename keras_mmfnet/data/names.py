@@ -1,31 +1,48 @@
 """Which sequence a name means: a DICOM series, a channel of a dataset, a file. Pure functions of the text."""
 
 import re
+import unicodedata
 
 # Contrast agents, and words for them in several languages.
 _AGENT = (
-    r"(gd|gad[a-z]*|km|kontrast[a-z]*|contrast[a-z]*|mdc|ce|dotarem|magnevist|omniscan|prohance|multihance|clariscan"
-    r"|elucirem|vueway|optimark|ablavar|eovist|primovist)(?![a-z])"
+    r"(gd|gad[a-z]*|km|kontras[a-z]*|contras[a-z]*|mdc|ce|inj[a-z]*|dotarem|magnevist|omniscan|prohance|multihance"
+    r"|clariscan|elucirem|vueway|optimark|ablavar|eovist|primovist|artirem|pixxoscan)(?![a-z])"
 )
-_NEGATION = (
-    r"(without|w ?/ ?o|wo|non?|ohne|o\.?(?= ?km)|sans|senza|sin|sem|zonder|bez|utan|uden|before|prior to|vor|avant"
-    r"|prä|prae|pre|minus)"
+_WITH = r"(with|mit|nach|post|after|avec|apres|con|com|dopo|despues|depois|efter|etter|na|po|pos)(?![a-z])"
+_WITHOUT = (
+    r"(without|w ?/ ?o(ut)?|wo(ut)?|not?|non?|nicht|ohne|o\.?(?= ?km)|kein[a-z]*|sans|senza|sin|sine|sem|s/|zonder|bez"
+    r"|utan|uden|uten|ilman|before|prior( to)?|vor|voor|avant|antes|prima|f[øo]re?|przed|pr[aä]e?|pre|minus)"
 )
-# "Pre" and "post" may also refer to surgery or treatment.
-_NO_TREATMENT = r"(?![a-z])(?! ?-?(op|surg|resec|rt|rad|chemo|treat|ther|tx|bx|biops|trial|scan))"
+# Words that may stand between "without" and the agent.
+_FILLER = (
+    r"(intraven[a-zöø]*|iv|any|the|of|der|von|de|del|di|du|la|injection|injecao|inyeccion|inj|gabe|administration"
+    r"|medium)"
+)
+_NOT_AGENT = re.compile(r"(phase|transfer|high|low|tissue|mt|mixed)[ -]contrast|contrast[ -](ratio|resolution)")
+# "Post" alone means after contrast only before the end or words of the sequence; it may be surgery or treatment.
+_POST = (
+    r"post(?=[ )-]*($|[)]|iv(?![a-z])|fs|fat|tra(?![a-z])|ax|sag|cor|mpr|mprage|3d|2d|t1|t?se|dixon|vibe|space|iso|\d))"
+)
+_TREATMENT = r"(?![a-z])(?! ?-?(op|surg|resec|rt|rad|chemo|treat|ther|tx|bx|biops|trial|scan))"
 # An examination "with and without contrast" has series of both kinds.
 _BOTH = re.compile(rf"(?<![a-z0-9])w(ith)? ?(/|\+|&|and)? ?(w ?/? ?o|without)(?![a-z])( (iv )?{_AGENT})?")
 _NATIVE = re.compile(
-    rf"(?<![a-z])({_NEGATION}[ /-]*(i\.?v\.? )?({_AGENT}|enh[a-z]*)|pre{_NO_TREATMENT}|nativ[a-z]*|unenh[a-z]*"
-    r"|w ?/ ?o|c-(?![a-z0-9]))|(?<= )-c(?![a-z])"
+    rf"(?<![a-z])({_WITHOUT}[ ./-]*({_FILLER}[ ./-]+)*({_AGENT}([ -](enh|inj)[a-z]*)?|enh[a-z]*)"
+    rf"|{_AGENT}[ :/-]*(free|frei|none|no|nein|0)(?![a-z0-9])|(gd|km)-(?![a-z0-9])|pre{_TREATMENT}|nativ[a-z]*"
+    rf"|unenh[a-z]*|w ?/ ?o|c-(?![a-z0-9])|kontrasts[i\u0131]z)|(?<= )(-|[(]-[)]) ?({_AGENT}|c(?![a-z]))"
 )
 _ENHANCED = re.compile(
-    rf"(?<![a-z])({_AGENT}|post-?{_AGENT}|post{_NO_TREATMENT}|enh[a-z]*|c ?\+|cet1|t1 ?c(?![a-z]))|\+ ?c(?![a-z])"
+    rf"(?<![a-z])({_AGENT}|post-?{_AGENT}|{_POST}|enh[a-z]*|c ?\+|cet1|t1 ?c(?![a-z]))|\+ ?c(?![a-z])"
 )
-# Differences, time courses, maps of relaxation times, and "T1-C" and "T1+", which may mean either kind.
+# Differences, time courses, maps and localizers; "T1-C" and "T1+", which may mean either kind; and "without" too far
+# before an agent to say that it is meant.
 _UNCLEAR = re.compile(
-    r"(?<![a-z])(dce|dyn[a-z]*|perf[a-z]*|map(s|ping)?|rho)(?![a-z])|subtr|t1 sub(?![a-z])|t1(-c|\+)(?![a-z])"
+    r"(?<![a-z])(dce|dyn[a-z]*|perf[a-z]*|map(s|ping)?|rho|swi|loc[a-z]*|scout|survey|pc)(?![a-z])|subtr"
+    r"|t1( sub(?![a-z])|-c(?![a-z])|\+(?! ?[a-z]))"
+    rf"|(?<![a-z]){_WITHOUT}(?![a-z])([^a-z+]+(?!{_WITH})[a-z]+){{0,3}}?[^a-z+]+{_AGENT}"
 )
+# Words that speak of contrast only together with others.
+_ALONE = re.compile(rf"(?<![a-z])(post{_TREATMENT}|(iv|pi|late|delayed)(?![a-z]))")
 _T1 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|ce|t?f?se|gre|ir|fs)?t1(?!\d|rho)")
 _T2 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|t?f?se|fs)?t2(?!\d| ?\*| ?star)")
 _FLAIR = re.compile(r"flair|dark.?fluid")
@@ -46,20 +63,28 @@ def sequence_of(name: str, folder: str = "") -> str | None:
     Returns:
         One of `SEQUENCES`, or `None`.
     """
-    name, folder = (re.sub(r"[_\s]+", " ", text.lower()) for text in (name, folder))
+    name, folder = map(_plain, (name, folder))
     folder = _BOTH.sub(" ", folder)
     text = f"{folder} {name}"
     is_t1, is_t2 = _T1.search(text), _T2.search(text)
     if is_t1 and is_t2:
         return None
     if is_t1:  # "T1 FLAIR" is weighted by T1
-        native, enhanced = _NATIVE.search(text), _ENHANCED.search(_NATIVE.sub(" ", text))
-        if _UNCLEAR.search(text) or _BOTH.search(name) or (native and enhanced):
+        native, rest = _NATIVE.search(text), _NATIVE.sub(" ", text)
+        enhanced, alone = _ENHANCED.search(rest), _ALONE.search(_ENHANCED.sub(" ", rest))
+        if _UNCLEAR.search(rest) or _BOTH.search(name) or (native and enhanced) or (alone and not enhanced):
             return None
         return "cet1" if enhanced else "t1"
     if _FLAIR.search(text):
         return "flair"
     return "t2" if is_t2 and not _UNCLEAR.search(text) else None
+
+
+def _plain(text):
+    """The text in lower case, without accents, underscores, and the dots of abbreviations such as "i.v."."""
+    text = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    text = re.sub(r"(?<![a-z])([a-z])\.(?=[a-z](?![a-z]))", r"\1", text)
+    return _NOT_AGENT.sub(" ", re.sub(r"[_\s]+", " ", text)).strip()
 
 
 def is_named(name: str, sequence: str, pattern: str | None = None, folder: str = "") -> bool:
