@@ -112,7 +112,7 @@ NAMES = {
         "T1 uten kontrast",
         "T1 før kontrast",
         "T1 ilman kontrastia",
-        "T1 kontrastsız",
+        "T1 kontrasts\u0131z",
         "T1 prima mdc",
         "T1 prima di mdc",
         "T1 antes de contraste",
