@@ -43,7 +43,12 @@ METRICS: dict[str, Metric] = {
     "ap": Metric("AP", "", "Average precision of the probabilities, over all thresholds.", "higher", 4),
     "dice_loss": Metric("Dice loss", "", "1 - Dice coefficient of the probabilities, without a threshold.", "lower", 4),
     "hd95": Metric(
-        "HD95", "mm", "95th percentile of the distances between both surfaces; false islands raise it.", "lower", 2
+        "HD95",
+        "mm",
+        "95th percentile of the distances between both surfaces; false islands raise it. If nothing was found: the "
+        "diagonal of the volume.",
+        "lower",
+        2,
     ),
     "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
     "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),

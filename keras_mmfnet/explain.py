@@ -222,7 +222,7 @@ def gradient_maps(
         from tf_keras_vis.gradcam import Gradcam, GradcamPlusPlus
         from tf_keras_vis.saliency import Saliency
     except ImportError as error:
-        raise ImportError("gradient maps need the extra: pip install keras-mmfnet[vis]") from error
+        raise ImportError("gradient maps need the extra: pip install 'keras-mmfnet[vis]'") from error
 
     listed = keras.Model([model.input[name] for name in images], model.output)
     seeds = list(images.values())

@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,12 @@ def explain(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the pictures.")],
     fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is asked.")] = 0,
     methods: Annotated[
-        str, typer.Option(help="Gradient maps, on TensorFlow only: gradcam, gradcam++, saliency; separated by commas.")
-    ] = "gradcam",
+        str | None,
+        typer.Option(
+            help="Gradient maps, on TensorFlow only: gradcam, gradcam++, saliency; separated by commas. [gradcam with "
+            "the extra vis]"
+        ),
+    ] = None,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
@@ -35,6 +40,10 @@ def explain(
         from keras_mmfnet.explain import METHODS, explain_patient
         from keras_mmfnet.run import Run
 
+        if methods is None:
+            methods = "gradcam" if importlib.util.find_spec("tf_keras_vis") else ""
+            if not methods:
+                _log.warning("no gradient maps: they need the extra: pip install 'keras-mmfnet[vis]'")
         chosen = methods.split(",") if methods else []
         if not set(chosen) <= set(METHODS):
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")

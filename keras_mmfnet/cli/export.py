@@ -31,6 +31,6 @@ def export(
             with silenced():
                 network.export(out, format=_FORMATS[out.suffix], verbose=False)
         except ImportError as error:
-            raise ImportError(f"{_FORMATS[out.suffix]} needs the extra: pip install keras-mmfnet[export]") from error
+            raise ImportError(f"{_FORMATS[out.suffix]} needs the extra: pip install 'keras-mmfnet[export]'") from error
         terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
         terminal.say(out, always=True)

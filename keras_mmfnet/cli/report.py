@@ -8,7 +8,9 @@ def report(run: options.RunFolder, device: options.Device = None, quiet: options
     with session(quiet) as terminal:
         options.recipe_of_run(run)
         start_backend(device)
-        from keras_mmfnet.report import write_report
+        from keras_mmfnet.report import write_comparison, write_report
         from keras_mmfnet.run import Run
 
-        terminal.say(write_report(Run(run)), always=True)
+        opened = Run(run)
+        write = write_comparison if opened.results() and "mmfnet" not in opened.results() else write_report
+        terminal.say(write(opened), always=True)

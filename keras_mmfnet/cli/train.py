@@ -59,12 +59,12 @@ def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=Fals
     from keras_mmfnet.report import write_report
     from keras_mmfnet.run import Run, cross_validate
 
+    method = method_of(recipe)
     with log_to_file(Run(out).log_file):
         log_command()
         run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **division)
         for number in folds:  # --resume goes on with the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
-        method = method_of(recipe)
         plan = plan_of(run, [method], folds)
         if resume:
             trained = ", ".join(f"{path.parent.name} {path.name}" for path, share in plan.shares.items() if share)

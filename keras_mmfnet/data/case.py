@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from keras_mmfnet.data.registration import RigidTransform
 
 
 def group_messages(messages: Iterable[str]) -> list[str]:
-    """Joins messages, each `patient: text`, that differ in nothing but the patient's name.
+    """Joins messages, each `patient: text`, that differ in nothing but the patient's name and numbers.
 
     Returns:
         Of each kind the first message, followed by the number of the other patients and the first five names.
@@ -18,11 +19,12 @@ def group_messages(messages: Iterable[str]) -> list[str]:
     kinds = {}
     for message in messages:
         name, _, text = message.partition(": ")
-        kinds.setdefault(text.replace(name, "*"), []).append((name, message))
+        kind = re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", text.replace(name, "*"))
+        kinds.setdefault(kind, []).append((name, message))
     lines = []
     for (_, first), *others in kinds.values():
         listed = ", ".join(name for name, _ in others[:5]) + (", ..." if len(others) > 5 else "")
-        same = f" (the same for {len(others)} other{'s' if len(others) > 1 else ''}: {listed})"
+        same = f" (likewise for {len(others)} other{'s' if len(others) > 1 else ''}: {listed})"
         lines.append(first + same if others else first)
     return lines
 

@@ -40,6 +40,9 @@ _AT_ONE_PLACE = {
 # The SOP classes of images with a position: CT, MR (no spectroscopy), secondary captures, NM, PET, 3D X-ray.
 _IMAGE = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4(?!\.2$)|7|20|128|130|13\.1)(\.\d+)*")
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# SOP classes of what may be a mask: RT Structure Set, Segmentation, Label Map Segmentation.
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
 
@@ -170,8 +173,8 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         raise noted[0]
     for error in noted:
         _log.warning("%s; passed over", error)
-    if others:
-        _log.info("%s: DICOM objects that are not images: %s", patient, describe_objects(others))
+    if passed := {kind: paths for kind, paths in others.items() if kind not in (STRUCTURE_SET, *SEGMENTATIONS)}:
+        _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(passed))
     return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
 
 

@@ -350,12 +350,18 @@ def _find_dicom(folder, recipe, optional):
         # Structures count where they are asked for, or where there is no mask as an image.
         ignored = masks and not recipe.mask_structures
         drawn = [] if ignored else find_structures(others, series, recipe.mask_structures, folder.name)
+        if not drawn and recipe.mask_structures and required:
+            listed = ", ".join(map(repr, recipe.mask_structures))
+            raise CaseError(
+                f"{folder.name}: {folder}: must hold a DICOM structure set or segmentation with {listed}, as "
+                f"--structure says. Received: none"
+            )
         if not drawn:
             return _choose_masks(folder, masks, recipe, others, required)
         if len(drawn) > 1:
             raise CaseError(
-                f"{folder.name}: {folder}: must hold one file with the structures, or `data.mask_structures` must say "
-                f"which ones count. Received: {'; '.join(map(str, drawn))}"
+                f"{folder.name}: {folder}: must hold one file with the structures; move the others elsewhere, or let "
+                f"--structure match those of one. Received: {'; '.join(map(str, drawn))}"
             )
         return next(({modality: drawn[0]} for modality, one in chosen.items() if one == drawn[0].series), drawn[0])
 
@@ -372,7 +378,8 @@ def _choose(folder, named, modality, recipe, optional):
     listed = "; ".join(str(source) for source in found or named) or "no series"
     names = f"matches {recipe.series[modality]!r}" if modality in recipe.series else "names it"
     raise CaseError(
-        f"{folder.name}: {folder}: must hold one series of {modality}, whose folder, description or number {names}; "
+        f"{folder.name}: {folder}: must hold one series of {modality} (of `data.modalities`), whose folder, "
+        f"description or number {names}; "
         f"`data.series.{modality}` may give another pattern{'' if found else f'; {_ALLOW_MISSING}'}. Received: {listed}"
     )
 

@@ -38,7 +38,7 @@ def write_segmentation(
         import highdicom
         from pydicom.sr.codedict import codes
     except ImportError as error:
-        raise ImportError("DICOM segmentations need the extra: pip install keras-mmfnet[dicom]") from error
+        raise ImportError("DICOM segmentations need the extra: pip install 'keras-mmfnet[dicom]'") from error
     structures = [Structure(name, mask)] if isinstance(mask, sitk.Image) else list(mask)
     grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):

@@ -102,7 +102,7 @@ def test_patients_without_a_mask_and_one_patient(mmfnet, cohort):
     ]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("unusable: ")]
     assert line.startswith("unusable: patient_00: a mask is needed to train on this patient; --no-mask")
-    assert line.endswith("(the same for 5 others: patient_01, patient_02, patient_03, patient_04, patient_05)")
+    assert line.endswith("(likewise for 5 others: patient_01, patient_02, patient_03, patient_04, patient_05)")
     assert "error: 6 of 6 patients cannot be used: patient_00, " in done.stderr
     assert "6 patients can be used" in mmfnet("check", cohort, "--no-mask").stdout
     assert "1 patient can be used" in mmfnet("check", cohort / "patient_00", "--no-mask", "--deep").stdout

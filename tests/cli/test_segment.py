@@ -53,7 +53,7 @@ def test_what_cannot_be_done_is_said_before_any_work(mmfnet, trained, tiny_cohor
     assert "--structure" in refused(trained, patient, "--rtstruct", "--structure", "a\\b")
     lines = refused(trained, tiny_cohort, "--rtstruct").splitlines()
     assert [line for line in lines if "DICOM" in line] == [
-        "  patient_00: must be DICOM series for --rtstruct and --seg. Received: image files (the same for 5 others: "
+        "  patient_00: must be DICOM series for --rtstruct and --seg. Received: image files (likewise for 5 others: "
         "patient_01, patient_02, patient_03, patient_04, patient_05)"
     ]
     assert not list((tmp_path / "out").glob("*"))

@@ -55,10 +55,10 @@ def test_case_errors_are_listed_together():
 def test_messages_that_differ_in_the_patient_alone_are_one():
     messages = [f"p{number}: /data/p{number}/t1.nii: is missing" for number in range(8)]
     assert group_messages([messages[0], "q: mask: is empty", *messages[1:]]) == [
-        "p0: /data/p0/t1.nii: is missing (the same for 7 others: p1, p2, p3, p4, p5, ...)",
+        "p0: /data/p0/t1.nii: is missing (likewise for 7 others: p1, p2, p3, p4, p5, ...)",
         "q: mask: is empty",
     ]
-    assert group_messages(messages[:2])[0].endswith("is missing (the same for 1 other: p1)")
+    assert group_messages(messages[:2])[0].endswith("is missing (likewise for 1 other: p1)")
 
 
 @pytest.mark.parametrize("direction", [IDENTITY, REVERSED, oblique()], ids=["identity", "reversed", "oblique"])

@@ -175,7 +175,7 @@ def test_all_bad_patients_are_listed_at_once(tmp_path):
         _, line = str(caught.value).splitlines()
         assert line.startswith("  p00: ")
         assert "t1: is missing" in line
-        assert line.endswith(" (the same for 23 others: p01, p02, p04, p05, p06, ...)")
+        assert line.endswith(" (likewise for 23 others: p01, p02, p04, p05, p06, ...)")
         errors = []
         assert [case.name for case in find(tmp_path, RECIPE.data, on_error=errors.append)] == ["p03"]
         assert len(errors) == 24
