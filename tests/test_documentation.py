@@ -94,7 +94,7 @@ def test_the_layer_runs_as_the_readme_has_it():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="takes too long on a CPU with the other backends")
 def test_the_training_runs_as_the_readme_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -379,7 +379,7 @@ def test_masks_of_dicom_series(tmp_path):
 def test_series_that_could_be_the_same_are_listed_and_refused(tmp_path):
     for description in ("T1 ax", "T1 cor", "T2", "T1 Gd"):
         write_series(tmp_path / "a", description=description, prefix=description)
-    with pytest.raises(CaseError, match=r"^a: .*one series of t1, .*Received: .*'T1 ax', 5 files.*; .*'T1 cor', 5"):
+    with pytest.raises(CaseError, match=r"^a: .*one series of t1 .*.*Received: .*'T1 ax', 5 files.*; .*'T1 cor', 5"):
         find_cases(tmp_path, RECIPE.data, require_mask=False)
     recipe = Recipe().replace({"data.series": {"t1": "t1 AX"}})
     assert find_cases(tmp_path, recipe.data, require_mask=False)[0].images["t1"].description == "T1 ax"
@@ -442,14 +442,14 @@ def test_tells_a_dicom_patient_from_a_folder_of_them(inner, patient, tmp_path):
 def test_dicom_patients_who_lack_something(tmp_path):
     write_dicom_patient(tmp_path / "ann")
     write_dicom_patient(tmp_path / "bob", ("T1", "T2"), patient="2")
-    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, .*`data.series.cet1` .*allow_missing"):
+    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1 .*`data.series.cet1` .*allow_missing"):
         find_patients(tmp_path, RECIPE.data)
-    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1, "):
+    with pytest.raises(CaseError, match=r"^bob: .*one series of cet1 .*"):
         find_patients(tmp_path / "bob", RECIPE.data)
     able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
     assert [list(case.images) for case in find_patients(tmp_path, able)] == [["t1", "t2", "cet1"], ["t1", "t2"]]
     write_series(tmp_path / "none" / "ADC", description="ADC")
-    with pytest.raises(CaseError, match=r"^none: .*one series of t1, "):
+    with pytest.raises(CaseError, match=r"^none: .*one series of t1 .*"):
         find_patients(tmp_path / "none", able)
 
 
