@@ -115,6 +115,15 @@ def test_what_cannot_be_written(write, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("tolerance", [-1, np.nan, np.inf])
+def test_a_tolerance_or_colour_that_is_none(tolerance):
+    with pytest.raises(ValueError, match=r"`tolerance` must be 0 or more mm. Received: "):
+        write_rtstruct(None, None, "out.dcm", tolerance=tolerance)
+    for colour in ((300, -1, 0), (0, 0), (0.5, 0, 0)):
+        with pytest.raises(ValueError, match=r"`colour` must be three whole numbers from 0 to 255. Received: "):
+            Structure("tumour", None, colour=colour)
+
+
 def test_a_segmentation_needs_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(ImportError, match=r"pip install keras-mmfnet\[dicom\]"):
