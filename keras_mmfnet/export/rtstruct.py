@@ -47,8 +47,8 @@ def write_rtstruct(
 
     Raises:
         ValueError: `tolerance` is negative or not finite, a mask is empty or lies on another grid, the series is none
-            of DICOM or lacks what is referred to, a name cannot be used, a contour has more than `max_points` within `tolerance`, or
-            what is read back differs from the mask. No file is written then.
+            of DICOM or lacks what is referred to, a name cannot be used, a contour has more than `max_points` within
+            `tolerance`, or what is read back differs from the mask. No file is written then.
     """
     if not 0 <= tolerance < np.inf:
         raise ValueError(f"`tolerance` must be 0 or more mm. Received: {tolerance}")
