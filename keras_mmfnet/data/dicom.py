@@ -240,18 +240,15 @@ def _volumes(slices):
                 break
         divided += [(keys, one) for one in found]
 
-    def tells(key, part):
-        return key == "echo" or len({one.apart.get(key) for one in part}) == 1 != len(
-            {s.apart.get(key) for s in slices}
-        )
+    def values(key, slices):
+        return {one.apart.get(key) for one in slices}
 
-    return [
-        (
-            [f"{key} {part[0].apart[key]}" for key in (*_FIRST, *keys) if part[0].apart.get(key) and tells(key, part)],
-            part,
-        )
-        for keys, part in divided
-    ]
+    def labels(keys, part):
+        own = [key for key in (*_FIRST, *keys) if len(values(key, part)) == 1 != len(values(key, slices))]
+        own = own if "echo" in own else ["echo", *own]
+        return [f"{key} {value}" for key in own if (value := part[0].apart.get(key))]
+
+    return [(labels(keys, part), part) for keys, part in divided]
 
 
 def _echo(one):
