@@ -306,17 +306,18 @@ def _check_folds(folds, cases, volumes, recipe, methods):
     methods = [*map(find_method, networks), *methods]
     for number, part, names in ((n, part, getattr(f, part)) for n, f in enumerate(folds) for part in _LEARNING):
         for method in methods:
-            if not any(method.serves(images[name], recipe) for name in names):
+            served = [name for name in names if method.serves(images[name], recipe)]
+            if not served:
                 raise ValueError(
                     f"fold {number}: {method.title} must have a patient with "
                     f"{' or '.join(method.adapt(recipe).data.modalities)} for {part}; another `training.seed` or "
                     f"--splits may help. Received: {', '.join(names)} without"
                 )
-        if volumes is not None and not any(volumes[name] for name in names):
-            raise ValueError(
-                f"fold {number} must have a patient with tumour for {part}; `training.balance=volume` or --splits may "
-                f"help. Received: {', '.join(names)}, all without"
-            )
+            if volumes is not None and not any(volumes[name] for name in served):
+                raise ValueError(
+                    f"fold {number}: {method.title} must have a patient with tumour for {part}; "
+                    f"`training.balance=volume` or --splits may help. Received: {', '.join(served)}, all without"
+                )
 
 
 def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:

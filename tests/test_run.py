@@ -136,10 +136,17 @@ def test_patients_without_tumour(tiny_cohort, tmp_path):
         Run.start(tmp_path / "run", data, recipe, splits=splits)
     recipe = recipe.replace({"data.allow_empty": True})
     with pytest.raises(
-        ValueError, match=r"fold 0 must have a patient with tumour for validation.*: patient_01, all wit"
+        ValueError, match=r"fold 0: MMFNet must have a patient with tumour for validation.*: patient_01, all wit"
     ):
         Run.start(tmp_path / "run", data, recipe, splits=[Fold(tuple(names[2:]), (names[1],), (names[0],))])
     assert not (tmp_path / "run" / "recipe.json").exists()
+    # Of the patients with T1 alone as well, on whom the network of T1 is trained.
+    shutil.copytree(data, tmp_path / "less")
+    (tmp_path / "less" / names[3] / "t1.nii.gz").unlink()
+    less = recipe.replace({"data.allow_missing": True, "network.modality_dropout": 0.3, "training.self_transfer": True})
+    expected = r"fold 0: 3D U-net \(T1\) must have a patient with tumour for train; .*: patient_00, all without"
+    with pytest.raises(ValueError, match=expected):
+        Run.start(tmp_path / "run", tmp_path / "less", less, splits=splits)
     run = Run.start(tmp_path / "run", data, recipe, splits=splits)
     without, tumour = cross_validate(run, method_of(recipe))
     assert np.isnan([without[key] for key in ("dsc", "hd95", "assd", "dice_loss", "detection_sensitivity")]).all()

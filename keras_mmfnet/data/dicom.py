@@ -31,8 +31,8 @@ _GEOMETRY = (
     *(((_POSITION,), 3), ((0x00200037,), 6), ((0x00280030,), 2), ((0x00180050,), 1)),
     *(((0x00280011, _ROWS), 2), ((0x00281053,), 1), ((0x00281052,), 1)),
 )
-# What tells the images of one series apart: the first three always, the others where slices lie at the same place.
-_ALWAYS = {"echo": 0x00180081, "b-value": 0x00189087, "phase": 0x00200100}
+# What tells the images of one series apart: echoes and b-values always, the others where slices lie at the same place.
+_FIRST = {"echo": 0x00180081, "b-value": 0x00189087, "phase": 0x00200100}
 _AT_ONE_PLACE = {
     **{"type": 0x00080008, "acquisition": 0x00200012, "trigger": 0x00181060, "inversion": 0x00180082},
     **{"flip angle": 0x00181314, "echo number": 0x00180086, "sequence": 0x00180024, "time": 0x00080032, "index": 0},
@@ -45,6 +45,8 @@ STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
+# In ms: how much the times of one echo may differ from slice to slice.
+_SAME_ECHO = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,28 +229,58 @@ def _series(slices, header, detail, fault):
 
 def _volumes(slices):
     """The images in a series: `[(what tells it apart, slices), ...]`."""
-    divided = []
-    for part in _split(slices, _ALWAYS):
-        keys, parts = (), [part]
-        if all(one.position and one.orientation for one in part):
-            times = max(Counter(one.place for one in part).values())
-            for tried in [*((key,) for key in _AT_ONE_PLACE), tuple(_AT_ONE_PLACE)] if times > 1 else []:
-                split = _split(part, tried)
-                if len(split) == times and all(len({one.place for one in s}) == len(s) for s in split):
-                    keys, parts = tried, split
-                    break
-        divided += [(keys, one) for one in parts]
-    several = [key for key in _ALWAYS if key == "echo" or len({one.apart.get(key) for one in slices}) > 1]
-    return [
-        ([f"{key} {value}" for key in (*several, *keys) if (value := part[0].apart.get(key))], part)
-        for keys, part in divided
-    ]
+    echoes, divided = _echoes(slices), []
+    parts = _split(slices, lambda one: (echoes[_echo(one)], one.apart.get("b-value")))
+    for key in ("echo", "phase"):
+        split = [(part, _split_by(part, (key,))) for part in parts]
+        parts = [one for part, some in split for one in (some if len(some) <= _at_one_place(part) else [part])]
+    for part in parts:
+        keys, found, times = (), [part], _at_one_place(part)
+        for tried in [*((key,) for key in _AT_ONE_PLACE), tuple(_AT_ONE_PLACE)] if times > 1 else []:
+            split = _split_by(part, tried)
+            if len(split) == times and all(_at_one_place(some) == 1 for some in split):
+                keys, found = tried, split
+                break
+        divided += [(keys, one) for one in found]
+
+    def values(key, slices):
+        return {one.apart.get(key) for one in slices}
+
+    def labels(keys, part):
+        own = [key for key in (*_FIRST, *keys) if len(values(key, part)) == 1 != len(values(key, slices))]
+        own = own if "echo" in own else ["echo", *own]
+        return [f"{key} {value}" for key in own if (value := part[0].apart.get(key))]
+
+    return [(labels(keys, part), part) for keys, part in divided]
 
 
-def _split(slices, keys):
+def _echo(one):
+    return _numbers([one.apart.get("echo")], 1) or (0.0,)
+
+
+def _echoes(slices):
+    """By the time of each echo the first of those that are the same."""
+    same = {}
+    for time in sorted(set(map(_echo, slices))):
+        last = next(reversed(same), None)
+        same[time] = same[last] if last and time[0] - last[0] <= _SAME_ECHO else time
+    return same
+
+
+def _at_one_place(slices):
+    """How many slices lie at the same place at most, 0 if that is unknown."""
+    known = all(one.position and one.orientation for one in slices)
+    return max(Counter(one.place for one in slices).values()) if known else 0
+
+
+def _split_by(slices, keys):
+    return _split(slices, lambda one: tuple(one.apart.get(key) for key in keys))
+
+
+def _split(slices, key):
     parts = {}
     for one in slices:
-        parts.setdefault(tuple(one.apart.get(key) for key in keys), []).append(one)
+        parts.setdefault(key(one), []).append(one)
     return list(parts.values())
 
 
@@ -270,8 +302,11 @@ def _slices(path, header, patient):
         _numbers(" ".join(header.get(tag, "") for tag in tags).replace("\\", " ").split(), count)
         for tags, count in _GEOMETRY
     )
+    for tag, value in zip((0x00281053, 0x00281052), (slope, intercept), strict=True):
+        if header.get(tag) and not value:
+            raise refuser(path, patient)("a rescale slope and intercept that are numbers", repr(header[tag]))
     rescale = ((slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0])
-    apart = {key: _value(header.get(tag, "")) for key, tag in {**_ALWAYS, **_AT_ONE_PLACE}.items()}
+    apart = {key: _value(header.get(tag, "")) for key, tag in {**_FIRST, **_AT_ONE_PLACE}.items()}
     apart["time"] = header.get(_AT_ONE_PLACE["time"], "")
     size = size and (int(size[0]), int(size[1]))
     return [Slice(path, None, position, orientation, spacing, thickness, rescale, size, apart)]

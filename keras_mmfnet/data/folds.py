@@ -147,7 +147,7 @@ def divide_patients(
             near = difflib.get_close_matches(unknown[0], names, 1)
             meant = f"; did you mean {near[0]} for {unknown[0]}" if near else ""
             raise ValueError(
-                f"fold {number} must name patients of the data{meant}. Received: {', '.join(unknown[:20])}"
+                f"--splits: fold {number} must name patients of the data{meant}. Received: {', '.join(unknown[:20])}"
             )
         units = _units(used, groups)
         divided = [unit for unit in units.values() if sum(not some.isdisjoint(unit) for some in parts.values()) > 1]
@@ -193,7 +193,7 @@ def read_splits(path: str | os.PathLike) -> list[Fold]:
     """
     try:
         splits = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON. Received: {error}") from error
     folds = []
     for split in splits if isinstance(splits, list) and splits else [[splits]]:
@@ -225,15 +225,21 @@ def read_groups(path: str | os.PathLike) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: groups must be CSV in UTF-8. Received: {error}") from error
     rows = csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.partition("\n")[0] else ",")
-    if not {"patient", "group"} <= set(rows.fieldnames or ()):
-        raise ValueError(f"{path}: must have the columns patient and group. Received: {text.partition(chr(10))[0]!r}")
     groups = {}
-    for row in rows:
-        patient, group = ((row[column] or "").strip() for column in ("patient", "group"))
-        if not (patient and group) or groups.setdefault(patient, group) != group:
+    try:
+        if not {"patient", "group"} <= set(rows.fieldnames or ()):
             raise ValueError(
-                f"{path}: line {rows.line_num}: must have a patient and its one group. Received: {patient!r}, {group!r}"
+                f"{path}: must have the columns patient and group. Received: {text.partition(chr(10))[0][:80]!r}"
             )
+        for row in rows:
+            patient, group = ((row[column] or "").strip() for column in ("patient", "group"))
+            if not (patient and group) or groups.setdefault(patient, group) != group:
+                received = f"{patient!r}, {group!r}"
+                raise ValueError(
+                    f"{path}: line {rows.line_num}: must have a patient and its one group. Received: {received}"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}: groups must be CSV. Received: {error}") from error
     return groups
 
 

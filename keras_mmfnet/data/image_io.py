@@ -336,9 +336,9 @@ def _read_nifti(source, refuse):
     if not 0 <= offset <= available or math.prod(size) * dtype.itemsize > available:
         raise refuse("a whole file", f"{_by(size)} voxels in {path.stat().st_size} bytes")
     unit = {1: 1000.0, 3: 0.001}.get(read["units"][0] & 7, 1.0)
-    pixdim = np.array(read["pixdim"][1:4])
-    _require_positive(pixdim, refuse)
     has_qform, has_sform = (code > 0 for code in read["codes"])
+    if not has_sform:  # which has steps of its own
+        _require_positive(read["pixdim"][1:4], refuse)
     with np.errstate(all="ignore"):  # what is not finite is refused after
         matrices = (_qform(read), np.reshape(read["rows"], (3, 4)), _base(read, size))
         # In mm, to the patient's left, posterior and superior, as in DICOM.

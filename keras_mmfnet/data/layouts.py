@@ -332,18 +332,25 @@ def _named(sources, modality, recipe):
 
 def _find_dicom(folder, recipe, optional):
     """The series of one patient by modality, and a function that finds the mask among the others and files."""
-    mask_pattern = recipe.series.get(recipe.mask) or rf"(?<![a-z])({re.escape(recipe.mask.lower())}|roi|seg|gtv)"
+    own, name = recipe.series.get(recipe.mask), re.escape(recipe.mask.lower())
+    # Of files, and of series, which may have to do with segmentation and be no mask.
+    file_pattern = own or rf"(?<![a-z])({name}|roi|seg|gtv)"
+    pattern = own or rf"(?<![a-z])({name}|(roi|seg(mentations?$)?|gtv[pn]?)(?![a-z]))"
+    meant = [m for m in recipe.modalities if re.search(rf"{pattern}|number", recipe.series.get(m, "").lower())]
     images, masks = {}, {}
     series, others = find_objects(folder, folder.name)
     for one in series:
         name = one.description, str(one.folder.relative_to(folder))
-        (masks if re.search(mask_pattern, " ".join(name[::-1]).lower()) else images)[one] = name
+        is_mask = own and re.search(own, " ".join(name[::-1]).lower())
+        if not own and not any(_named({one: name}, modality, recipe) for modality in meant):
+            is_mask = any(re.search(pattern, text.lower()) for text in (one.description, os.path.basename(name[1])))
+        (masks if is_mask else images)[one] = name
     for path in walk_files(folder):
-        if image_suffix(path) and re.search(mask_pattern, path.name.lower()):
+        if image_suffix(path) and re.search(file_pattern, path.name.lower()):
             masks[path] = path.name, str(path.parent.relative_to(folder))
-    chosen = {modality: _choose(folder, images, modality, recipe, optional) for modality in recipe.modalities}
+    chosen = {modality: _choose(folder, images, masks, modality, recipe, optional) for modality in recipe.modalities}
     if not any(chosen.values()):
-        _choose(folder, images, recipe.modalities[0], recipe, False)
+        _choose(folder, images, masks, recipe.modalities[0], recipe, False)
     chosen = {modality: series for modality, series in chosen.items() if series}
 
     def find_mask(required):
@@ -368,7 +375,7 @@ def _find_dicom(folder, recipe, optional):
     return chosen, find_mask
 
 
-def _choose(folder, named, modality, recipe, optional):
+def _choose(folder, named, masks, modality, recipe, optional):
     """The one series whose names are a modality's, or `None` if it is `optional` and there is none."""
     found = _named(named, modality, recipe)
     if len(found) == 1:
@@ -376,6 +383,8 @@ def _choose(folder, named, modality, recipe, optional):
     if optional and not found:
         return None
     listed = "; ".join(str(source) for source in found or named) or "no series"
+    if masks and not found:
+        listed += f"; and taken for masks: {'; '.join(map(str, masks))}"
     names = f"matches {recipe.series[modality]!r}" if modality in recipe.series else "names it"
     raise CaseError(
         f"{folder.name}: {folder}: must hold one series of {modality} (of `data.modalities`), whose folder, "

@@ -146,7 +146,7 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
     first, notes, without = recipe.modalities[0], [], []
     masks = mask_sources(case, recipe) if case.mask is not None else {}
     sources = [(modality, case.images[modality], first) for modality in recipe.modalities]
-    sources += [("mask", source, modality) for modality, source in masks.items()]
+    sources += [("mask", source, name if name in case.images else first) for name, source in masks.items()]
     for name, source, other in sources:
         has_position, difference = position_problems(source, case.name)
         without += [] if has_position else [f"{name} ({source})"]
@@ -346,7 +346,7 @@ def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) 
         A uint8 array {0, 1} of the grid's shape.
 
     Raises:
-        CaseError: The file is damaged, or has no voxel of the labels wanted.
+        CaseError: The file is damaged, has no voxel of the labels wanted, or a tumour that is lost on that grid.
     """
     return _tumour_on(case, recipe_of(case, recipe), preprocessed.source, preprocessed.transforms)[0]
 
@@ -374,10 +374,13 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
 
 
 def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
-    """Notes on which masks there are."""
+    """Notes on which masks there are, and whether the images they were drawn on are there."""
+    notes, lacking = [], [modality for modality in mask_sources(case, recipe) if modality not in case.images]
     if isinstance(case.mask, Mapping) and recipe.mask_from is None and recipe.modalities[0] not in case.mask:
-        return [f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}"]
-    return []
+        notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}")
+    if lacking:
+        notes.append(f"mask: drawn on {', '.join(lacking)}, whose image is missing; it counts where its header says")
+    return notes
 
 
 def _tumour_on(case, recipe, grid, transforms):
@@ -392,7 +395,11 @@ def _tumour_on(case, recipe, grid, transforms):
     )
     tumours, grids, volumes = zip(*found, strict=True)
     combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
-    return combine.reduce(tumours).astype(np.uint8), grids, sum(volumes) / len(volumes)
+    combined = combine.reduce(tumours)
+    if all(volumes) and not combined.any():
+        listed = ", ".join(map(str, sources.values()))
+        raise CaseError(f"{case.name}: {listed}: must overlap. Received: tumours in each, none of which is left in all")
+    return combined.astype(np.uint8), grids, sum(volumes) / len(volumes)
 
 
 def _one_tumour_on(case, source, recipe, grid, transform):
@@ -409,7 +416,7 @@ def _one_tumour_on(case, source, recipe, grid, transform):
     near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
     image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
     inside, volume = resample(image_near, grid, background=0.0) >= _HALF, _millilitres(tumour, own)
-    if 0 < (kept := _millilitres(inside, grid)) < _KEPT * volume:
+    if (kept := _millilitres(inside, grid)) < _KEPT * volume:
         raise CaseError(
             f"{case.name}: {source}: must lie within {recipe.modalities[0]} and be large enough for its voxels of "
             f"{' x '.join(f'{step:.3g}' for step in grid.spacing)} mm. Received: {volume:.3g} ml of tumour, of which "
@@ -422,19 +429,14 @@ def _read_mask(case, recipe, grid, upright, transforms):
     """The mask on `grid` and notes on it; `upright` is the reference modality's own grid in the order of `grid`."""
     mask, grids, volume = _tumour_on(case, recipe, grid, transforms)
     first, kept = recipe.modalities[0], _millilitres(mask, grid)
-    where = case.mask if not isinstance(case.mask, Mapping) else ", ".join(map(str, case.mask.values()))
-    if volume and not kept:
-        raise CaseError(
-            f"{case.name}: {where}: must mark a tumour within {first} and no smaller than a voxel. "
-            f"Received: {volume:.3g} ml of tumour, none of which is left on the grid of {first}"
-        )
     notes = mask_notes(case, recipe)
-    if not volume:
+    if not kept:
         images = [read_image(source, case.name) for source in mask_sources(case, recipe).values()]
         labels = np.unique([label for image in images for label in np.unique(sitk.GetArrayViewFromImage(image))])
         other = _listed(labels[labels != 0])
         notes.append(f"mask: without tumour{f', but with the labels {other}' if other else ''}")
     if not all(upright.matches(own) for own in grids):
+        _tumour_on(case, recipe, upright, transforms)  # on which it is compared in the end, if it is not lost there
         notes.append(
             f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"
         )

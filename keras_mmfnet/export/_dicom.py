@@ -53,6 +53,9 @@ class Structure:
         colour: (red, green, blue), 0 to 255; `None` for one by number.
         code: Code value, scheme and meaning, such as `("6574001", "SCT", "Necrosis")`; `None` for the one of a known
             name ("tumour", "GTV", "edema", "necrosis").
+
+    Raises:
+        ValueError: `colour` is not three whole numbers from 0 to 255.
     """
 
     name: str
@@ -61,6 +64,10 @@ class Structure:
     kind: str = "GTV"
     colour: tuple[int, int, int] | None = None
     code: tuple[str, str, str] | None = None
+
+    def __post_init__(self):
+        if self.colour is not None and not (len(self.colour) == 3 and all(c in range(256) for c in self.colour)):
+            raise ValueError(f"`colour` must be three whole numbers from 0 to 255. Received: {self.colour}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from scipy import ndimage
 _SIDES = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 # Pixels: half the width of the channel to a hole, and how far contours stay off each other and off pixel centres.
 _GAP = 0.02
+# Share of a polygon's area by which simplifying it may change that: to cut off corners alone would shrink tumours.
+_AREA = 0.01
 
 
 def contours(mask: np.ndarray, probability: np.ndarray | None = None) -> list[np.ndarray]:
@@ -98,7 +100,7 @@ def _corners(points):
 
 
 def simplified(polygons: Sequence[np.ndarray], tolerance: float) -> list[np.ndarray]:
-    """Polygons with fewer points; none comes to cross or touch itself or another.
+    """Polygons with fewer points and nearly the same area; none comes to cross or touch itself or another.
 
     Args:
         polygons: Simple polygons of one slice that neither cross nor touch each other, arrays `(points, 2)`.
@@ -110,26 +112,37 @@ def simplified(polygons: Sequence[np.ndarray], tolerance: float) -> list[np.ndar
     everything = np.concatenate([*polygons, np.empty((0, 2))])
     kept, start, results = np.ones(len(everything), bool), 0, []
     for polygon in polygons if tolerance > 0 else ():
-        count, before = len(polygon), None
+        count, before, change = len(polygon), None, 0.0
+        most = _AREA * abs(_area(polygon))
+        limit = most / 256
         chosen = list(range(count))
-        while before != len(chosen):
-            before, index = len(chosen), 0
+        while before != len(chosen) or limit < most:  # the least triangles first
+            before, index, limit = len(chosen), 0, min(2 * limit, most)
             while index < len(chosen) and len(chosen) > 3:
                 last, this, then = chosen[index - 1], chosen[index], chosen[(index + 1) % len(chosen)]
                 between = polygon[np.arange(last + 1, then + count * (then <= last)) % count]
                 triangle = polygon[[last, this, then]]
                 kept[[start + last, start + this, start + then]] = False
                 free = (
-                    _distance(between, triangle[0], triangle[2]).max() <= tolerance
+                    abs(cut := _area(triangle)) <= limit
+                    and abs(change + cut) <= most
+                    and _distance(between, triangle[0], triangle[2]).max() <= tolerance
                     and not _inside(everything[kept], triangle).any()
                 )
                 kept[[start + last, start + this, start + then]] = True, not free, True
                 index += not free
                 if free:
+                    change += cut
                     del chosen[index]
         results.append(polygon[chosen])
         start += count
     return results if tolerance > 0 else list(polygons)
+
+
+def _area(points):
+    """The area of a polygon, below 0 if its points run the other way round."""
+    (x, y), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
+    return float(x @ y1 - x1 @ y) / 2
 
 
 def _distance(points, start, end):

@@ -42,14 +42,16 @@ def write_rtstruct(
         probability: A float image in [0, 1] on the same grid. With it contours follow the level of 0.5 between pixels;
             without it, the edges of pixels.
         tolerance: How far in mm from a contour the points may lie that it leaves out; 0 leaves out none. It is less
-            where a slice would otherwise have a Dice below 0.98 with the mask.
+            where a slice would otherwise have a Dice below 0.98 with the mask, or a contour another area by over 1%.
         max_points: Most points that a contour may have; `None`: any number.
 
     Raises:
-        ValueError: A mask is empty or lies on another grid, the series is none of DICOM or lacks what is referred to,
-            a name cannot be used, a contour has more than `max_points` within `tolerance`, or what is read back differs
-            from the mask. No file is written then.
+        ValueError: `tolerance` is negative or not finite, a mask is empty or lies on another grid, the series is none
+            of DICOM or lacks what is referred to, a name cannot be used, a contour has more than `max_points` within
+            `tolerance`, or what is read back differs from the mask. No file is written then.
     """
+    if not 0 <= tolerance < np.inf:
+        raise ValueError(f"`tolerance` must be 0 or more mm. Received: {tolerance}")
     structures = [Structure(name, mask, probability)] if isinstance(mask, sitk.Image) else list(mask)
     grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):

@@ -6,6 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import write
+from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, frame_value
 from keras_mmfnet.export import _dicom
 from keras_mmfnet.export._dicom import Structure
@@ -37,6 +38,7 @@ def write_segmentation(
     try:
         import highdicom
         from pydicom.sr.codedict import codes
+        from pydicom.valuerep import DSfloat
     except ImportError as error:
         raise ImportError("DICOM segmentations need the extra: pip install 'keras-mmfnet[dicom]'") from error
     structures = [Structure(name, mask)] if isinstance(mask, sitk.Image) else list(mask)
@@ -88,11 +90,16 @@ def write_segmentation(
                 spacing_between_slices=grid.spacing[2],
             ),
         )
+        # Of a single frame the library makes it 1.
+        _measures(segmentation).SpacingBetweenSlices = DSfloat(grid.spacing[2], auto_format=True)
         _dicom.describe(segmentation, image)
         if planes[0].frame:
             _refer_to_frames(segmentation, sources, planes[there])
         content, back = _dicom.encode(segmentation, image, [structure.name for structure in structures])
-        found = _read(back, planes, pixels.shape)
+        found, measures = _read(back, planes, pixels.shape), _measures(back)
+        read = (*measures.PixelSpacing[::-1], measures.SpacingBetweenSlices)
+        if not np.allclose(read, grid.spacing, rtol=1e-4):
+            raise CaseError(f"voxels must be read back as {grid.spacing} mm. Received: {read} mm; nothing was written")
         for number, (structure, array) in enumerate(zip(structures, arrays, strict=True)):
             _dicom.require_same(found[..., number], array, structure)
         write(Path(path), content)
@@ -137,6 +144,10 @@ def _refer_to_frames(segmentation, sources, planes):
     for item in files.values():
         item.pop("ReferencedFrameNumber", None)
     series.ReferencedInstanceSequence = list(files.values())
+
+
+def _measures(dataset):
+    return dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
 
 
 def _read(dataset, planes, shape):

@@ -536,6 +536,50 @@ def test_acquisitions_of_one_stack_are_one_image(tmp_path):
     assert read(tmp_path).GetSize() == GRID.size
 
 
+@pytest.mark.parametrize(("name", "first", "step"), [("EchoTime", 12, 0.01), ("TemporalPositionIdentifier", 1, 1)])
+def test_what_differs_from_slice_to_slice_divides_no_stack(name, first, step, tmp_path):
+    write_series(tmp_path)
+    change_series(tmp_path, lambda image, number: setattr(image, name, first + step * number))
+    [series] = find_series(tmp_path, "ann")
+    assert series_grid(series, "ann")[0].matches(GRID)
+    assert "phase" not in series.label
+
+
+@pytest.mark.parametrize(("times", "number"), [((15, 90), 2), ((1.2, 1.9), 1)])
+def test_echoes_with_times_that_differ_from_slice_to_slice(times, number, tmp_path):
+    """Where not even their places tell them apart, they are refused."""
+    arrays = [write_series(tmp_path / str(n), uid="1.2.3", seed=n) for n in range(2)]
+    for folder, time in enumerate(times):
+
+        def change(image, slice_, time=time, folder=folder):
+            image.EchoTime, image.SOPInstanceUID = time + 0.01 * slice_, f"{image.SOPInstanceUID}.{folder}"
+
+        change_series(tmp_path / str(folder), change)
+    found = find_series(tmp_path, "ann")
+    assert len(found) == number
+    if number == 1:
+        with pytest.raises(CaseError, match="cannot be told apart"):
+            read_series(found[0], "ann")
+        return
+    for one, array in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_series(one, "ann")), array)
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+def test_a_slope_that_is_no_number_is_refused(name, tmp_path):
+    write_series(tmp_path)
+
+    def change(image, number):
+        image.RescaleSlope, image.RescaleIntercept = 2, 0
+        if number == 2:
+            image[name]._value = "1,5x"
+
+    with pydicom.config.disable_value_validation():
+        change_series(tmp_path, change)
+    with pytest.raises(CaseError, match=r"slice_02.dcm: must be a rescale slope .* numbers. Received: '1,5x'"):
+        read_series(find_series(tmp_path, "ann")[0], "ann")
+
+
 def test_two_series_of_one_uid_are_not_mixed(tmp_path):
     write_series(tmp_path, uid="1.2.3", description="T1")
     further = Grid(GRID.size, GRID.spacing, (0.0, 0.0, 20.0), GRID.direction)

@@ -280,12 +280,13 @@ def test_folds_from_a_file(tmp_path):
     ("text", "message"),
     [
         ("{", "must be JSON"),
+        pytest.param("[" * 99999, r"splits\.json: must be JSON. Received: ", id="deep"),
         ("[]", r"must be a list of .*Received: \[\[\]\]"),
         ('{"train": ["a"], "val": ["b"]}', r'must be a list of .*Received: \[{"train"'),
         ('[{"train": ["a"], "test": ["b"]}]', "must be a list of"),
         ('[{"train": ["a"], "val": [3]}]', "must be a list of"),
         ('[{"train": ["a", "b"], "val": "c"}]', "must be a list of"),
-        ('[{"train": ["a", "b"], "val": ["patient"]}]', "did you mean patient_1 for patient. Received: patient"),
+        ('[{"train": ["a", "b"], "val": ["patient"]}]', "--splits: .* mean patient_1 for patient. Received: patient"),
         ('[{"train": ["a", "b"], "val": ["b"]}]', "fold 0 must have each patient.*Received in several: b"),
         ('[{"train": ["a", "g1"], "val": ["g2"]}]', "or group of patients, in one part. .*: g1, g2"),
         ('[{"train": ["a", "b"], "val": []}]', "fold 0 must have a patient for each part. Received: none for test"),
@@ -319,6 +320,8 @@ def test_groups_from_a_file(tmp_path):
         ("", "Received: ''"),
         ("patient,group\np,\n", r"line 2: must have a patient and its one group. Received: 'p', ''"),
         ("patient,group\np\n", r"line 2: .*Received: 'p', ''"),
+        ("patient,group\np," + "1" * 200_000, r"groups\.csv: groups must be CSV. Received: field larger"),
+        ("patient," + "1" * 200_000, r"groups\.csv: groups must be CSV. Received: field larger"),
         ("patient,group\np,1\np,2\n", r"line 3: .*Received: 'p', '2'"),
     ):
         path.write_text(text)

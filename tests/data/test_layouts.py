@@ -376,6 +376,35 @@ def test_masks_of_dicom_series(tmp_path):
         find_cases(tmp_path, RECIPE.data)
 
 
+def test_series_whose_names_speak_of_segmentation(tmp_path):
+    folder = tmp_path / "Segmentation study"
+    for description in ("T1 Segmented", "T2 tse", "T1 Gd protocol for roiling"):
+        write_series(tmp_path / "a" / folder.name / description, description=description)
+    [case] = find_cases(tmp_path, RECIPE.data, require_mask=False)
+    assert {modality: series.description for modality, series in case.images.items()} == {
+        "t1": "T1 Segmented",
+        "t2": "T2 tse",
+        "cet1": "T1 Gd protocol for roiling",
+    }
+    assert case.mask is None
+    path = tmp_path / "a" / folder.name / "T2 tse"
+    change_series(path, lambda image, _: setattr(image, "SeriesDescription", "T2 tse seg"))
+    with pytest.raises(CaseError, match=r"one series of t2, .*; and taken for masks: .*'T2 tse seg'"):
+        find_cases(tmp_path, RECIPE.data, require_mask=False)
+    recipe = RECIPE.replace({"data.series": {"t2": "t2 tse seg"}}).data
+    [case] = find_cases(tmp_path, recipe, require_mask=False)
+    assert (case.images["t2"].description, case.mask) == ("T2 tse seg", None)
+    # A pattern that does not speak of masks takes none for an image.
+    with pytest.raises(CaseError, match=r"matches 't2'; .*taken for masks: .*'T2 tse seg'"):
+        find_cases(tmp_path, RECIPE.replace({"data.series": {"t2": "t2"}}).data, require_mask=False)
+    write_series(tmp_path / "a" / "2", description="T2")
+    for description in ("Tumour Segmentation", "ROI 1", "GTVp", "seg_t1", "mask"):
+        change_series(path, lambda image, _, text=description: setattr(image, "SeriesDescription", text))
+        [case] = find_cases(tmp_path, RECIPE.data)
+        [mask] = case.mask.values() if isinstance(case.mask, dict) else [case.mask]
+        assert mask.description == description
+
+
 def test_series_that_could_be_the_same_are_listed_and_refused(tmp_path):
     for description in ("T1 ax", "T1 cor", "T2", "T1 Gd"):
         write_series(tmp_path / "a", description=description, prefix=description)
@@ -685,10 +714,17 @@ def test_a_nifti_spacing_that_is_not_positive_is_refused(tmp_path, step, order):
         content = swap_nifti_bytes(content)
     path = tmp_path / "t2.nii"
     path.write_bytes(content)
-    assert read_image(path, "ann").GetSize() == (16, 12, 4)
+    expected = read_image(path, "ann")
     struct.pack_into(f"{order}f", content, 88, step)
-    path.write_bytes(content)
-    assert f"a positive spacing. Received: 0.5, 0.7, {step:g} mm" in refused(path)
+    # The sform, which has steps of its own, counts; without it nothing tells the step.
+    for codes in ((0, 1), (0, 0), (1, 0)):
+        struct.pack_into(f"{order}2h", content, 252, *codes)
+        path.write_bytes(content)
+        if codes[1]:
+            assert Grid.from_image(read_image(path, "ann")).matches(Grid.from_image(expected))
+            assert read_grid(path, "ann").matches(Grid.from_image(expected))
+            continue
+        assert f"a positive spacing. Received: 0.5, 0.7, {step:g} mm" in refused(path)
 
 
 def swap_nifti_bytes(content):

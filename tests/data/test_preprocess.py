@@ -22,6 +22,7 @@ from patients import (
 
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
 from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.layouts import read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case, read_tumour, tumour_voxels
@@ -536,7 +537,7 @@ def test_masks_of_several_modalities(tmp_path):
     np.testing.assert_array_equal(found("cet1"), half)
     assert np.count_nonzero(found("union") != whole) < 0.3 * whole.sum()
     assert not (whole & ~found("union")).any()
-    with pytest.raises(CaseError, match="none of which is left"):
+    with pytest.raises(CaseError, match=r"must overlap\..*none of which is left in all"):
         found("intersection")
     case = dataclasses.replace(case, mask={"t1": masks["t1"], "t2": masks["t2"]})
     both = found("intersection")
@@ -576,7 +577,44 @@ def test_a_dicom_patient(tmp_path):
 def test_a_mask_outside_the_field_of_view_is_refused(tmp_path):
     case = make_case(tmp_path)
     write(case.mask, make_grid(middle=(1, -2, 300)), tumour(make_grid()))
-    assert "must mark a tumour within t1" in refused(case, RAW, case.mask)
+    assert "must lie within t1 " in refused(case, RAW, case.mask)
+
+
+@pytest.mark.parametrize("spacing", [None, 0.1])
+def test_a_tumour_smaller_than_a_voxel_is_refused(spacing, tmp_path):
+    """Also where only the reference modality's own grid, on which it is compared, is too coarse for it."""
+    fine = make_grid(size=(80, 80, 8), spacing=(0.1, 0.1, 4.0))
+    mask = np.zeros(fine.shape, np.uint8)
+    mask[3, 40:44, 40:44] = 1
+    case = make_case(tmp_path, mask_grid=fine)
+    write(case.mask, fine, mask)
+    recipe = RAW.replace({"data.spacing": spacing})
+    assert re.search(r"voxels of 0\.8 x 0\.8 x 4 mm\. .*, of which 0 ml are left", refused(case, recipe, case.mask))
+    patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
+    with pytest.raises(CaseError, match="of which 0 ml are left"):
+        read_tumour(case, recipe.data, patient)
+
+
+def test_an_empty_mask_beside_another_is_no_lost_tumour(tmp_path):
+    case = make_case(tmp_path)
+    empty = write(tmp_path / "mask_t2.nii.gz", make_grid(), 0 * tumour(make_grid()))
+    case = dataclasses.replace(case, mask={"t1": case.mask, "t2": empty})
+    for mask_from, voxels in (("union", tumour(make_grid()).sum()), ("intersection", 0)):
+        recipe = RAW.replace({"data.mask_from": mask_from, "data.allow_empty": True}).data
+        assert preprocess_case(case, recipe).mask.sum() == voxels
+
+
+@pytest.mark.parametrize("align", ["header", "rigid"])
+@pytest.mark.parametrize("mask_from", [None, "union", "t2"])
+def test_a_mask_drawn_on_an_image_that_is_missing_counts_by_position(mask_from, align, tmp_path):
+    case = make_case(tmp_path)
+    images = {name: path for name, path in case.images.items() if name != "t2"}
+    case = dataclasses.replace(case, images=images, mask={"t2": case.mask})
+    recipe = RAW.data.model_copy(update={"allow_missing": True, "mask_from": mask_from, "align": align})
+    assert survey_case(case, recipe).problems == ()
+    patient = preprocess_case(case, recipe)
+    np.testing.assert_array_equal(patient.mask, tumour(make_grid()))
+    assert any("drawn on t2, whose image is missing" in note for note in patient.notes)
 
 
 def test_a_patient_without_a_mask(tmp_path):

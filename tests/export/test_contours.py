@@ -114,3 +114,14 @@ def test_a_circle_in_fewer_points():
     assert len(circle) > 150
     assert len(fewer) < 40
     assert area(fewer) == pytest.approx(np.pi * 400, rel=0.02)
+
+
+@pytest.mark.parametrize("tolerance", [1, 2])
+@pytest.mark.parametrize("radius", [12, 20])
+def test_fewer_points_keep_the_area(radius, tolerance):
+    y, x = np.indices((60, 60)) - 29.7
+    mask = np.hypot(x, y) < radius * (1 + 0.15 * np.sin(5 * np.arctan2(y, x)))
+    polygons = contours(mask)
+    fewer = simplified(polygons, tolerance)
+    assert sum(map(len, fewer)) < 0.9 * sum(map(len, polygons))
+    assert sum(map(area, fewer)) == pytest.approx(sum(map(area, polygons)), rel=0.0101)

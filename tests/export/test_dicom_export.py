@@ -115,6 +115,15 @@ def test_what_cannot_be_written(write, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("tolerance", [-1, np.nan, np.inf])
+def test_a_tolerance_or_colour_that_is_none(tolerance):
+    with pytest.raises(ValueError, match=r"`tolerance` must be 0 or more mm. Received: "):
+        write_rtstruct(None, None, "out.dcm", tolerance=tolerance)
+    for colour in ((300, -1, 0), (0, 0), (0.5, 0, 0)):
+        with pytest.raises(ValueError, match=r"`colour` must be three whole numbers from 0 to 255. Received: "):
+            Structure("tumour", None, colour=colour)
+
+
 def test_a_segmentation_needs_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(ImportError, match=r"pip install keras-mmfnet\[dicom\]"):
@@ -355,14 +364,15 @@ def test_headers_that_lack_or_hold_what_they_must_not(write, tmp_path):
     assert "SpecificCharacterSet" not in written
 
 
-def test_the_distance_of_slices_is_that_of_their_positions(tmp_path):
+@pytest.mark.parametrize("tumour", [[1, 2, 5], [4]])
+def test_the_distance_of_slices_is_that_of_their_positions(tumour, tmp_path):
     write_series(tmp_path / "t1", oblique_grid())
     edit(
         tmp_path / "t1", lambda image: (setattr(image, "SpacingBetweenSlices", 1), setattr(image, "SliceThickness", 0))
     )
     [series] = find_series(tmp_path / "t1", "ann")
     grid, mask = oblique_grid(), np.zeros(oblique_grid().shape, np.uint8)
-    mask[1:3, 5:9, 5:9] = mask[5, 5:9, 5:9] = 1
+    mask[tumour, 5:9, 5:9] = 1
     write_segmentation(grid.image(mask), series, tmp_path / "seg.dcm")
     written = pydicom.dcmread(tmp_path / "seg.dcm")
     measures = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
@@ -371,7 +381,7 @@ def test_the_distance_of_slices_is_that_of_their_positions(tmp_path):
     # From the first slice with tumour to the last, those between included.
     frames = written.PerFrameFunctionalGroupsSequence
     origins = np.array([frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames], float)
-    np.testing.assert_allclose(np.sort(grid.indices(origins)[:, 2]), [1, 2, 3, 4, 5], atol=1e-3)
+    np.testing.assert_allclose(np.sort(grid.indices(origins)[:, 2]), range(tumour[0], tumour[-1] + 1), atol=1e-3)
 
 
 @pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
