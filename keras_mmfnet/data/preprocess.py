@@ -17,6 +17,7 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_image
 from keras_mmfnet.data.registration import apply_transform, register_rigid
+from keras_mmfnet.data.structures import Structures
 from keras_mmfnet.recipe import DataRecipe
 
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
@@ -141,7 +142,8 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
     """Notes on images and masks whose positions may not fit those of the others.
 
     Raises:
-        CaseError: The headers of some have a position, and those of others have none.
+        CaseError: The headers of some have a position, and those of others have none; or structures were drawn on an
+            image that is no modality, in another frame of reference.
     """
     first, notes, without = recipe.modalities[0], [], []
     masks = mask_sources(case, recipe) if case.mask is not None else {}
@@ -153,7 +155,14 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
         if difference > 0.1:
             notes.append(f"{name}: sform and qform differ by {difference:.3g} mm; the sform counts, as in nibabel")
         frames = [getattr(one, "frame_of_reference", "") for one in (source, case.images[other])]
-        if all(frames) and frames[0] != frames[1] and (recipe.align != "rigid" or name == "mask"):
+        apart = all(frames) and frames[0] != frames[1]
+        if apart and isinstance(source, Structures) and source.series not in case.images.values():
+            raise CaseError(
+                f"{case.name}: {source}: must be drawn on a modality or in the frame of reference of {other}; "
+                "resample the structures to its series with the registration between both, and give them as an image. "
+                "Received: structures of another frame of reference, on none of the modalities"
+            )
+        if apart and (recipe.align != "rigid" or name == "mask"):
             notes.append(
                 f"{name}: in another frame of reference than {other}, so positions may not fit; register the images "
                 "with data.align=rigid"

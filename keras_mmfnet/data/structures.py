@@ -1,16 +1,23 @@
 """DICOM structure sets and segmentations as masks."""
 
+import contextlib
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data._dicom_header import pydicom_errors
+from keras_mmfnet.data._dicom_header import pydicom_errors, read_header
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.dicom import Series, frame_value, read_frames, require_geometry, series_grid
+from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.dicom import Series, Slice, frame_value, read_frames, require_geometry, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 
@@ -21,6 +28,11 @@ _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _UNDAMAGED = "an undamaged DICOM structure set or segmentation"
 # How far contours may lie from a slice, and frames from the regular line, as a share of the distance between slices.
 _BETWEEN = 0.2
+# In pixels: how far a contour within another may lie outside it, as one that touches it does once it is rounded; and
+# from which mean distance on two contours are not one that was drawn twice.
+_TOUCHING, _TWICE = 0.2, 0.5
+# The largest distance between slices, in thicknesses of a slice.
+_GAP = 2.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +41,18 @@ class Structures:
 
     Args:
         path: The file.
-        series: The image series that it refers to, if it is there; a structure set is read on its grid.
+        series: The image series that it was drawn on, if it is there; it is read on its grid.
         patterns: Regular expressions that the structures' whole names must match, in any case. The structures of the
             n-th pattern have the label n. None: the only structure of the file, with the label 1.
         names: The names of all structures in the file that are not empty.
+        frame_of_reference: UID of the coordinates that they are given in.
     """
 
     path: Path
     series: Series | None
     patterns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    frame_of_reference: str = ""
 
     def __str__(self):
         return f"{self.path} ({', '.join(map(repr, self.names)) or 'no structure'})"
@@ -56,7 +70,9 @@ def find_structures(
         patient: The patient's name, for messages.
 
     Returns:
-        Those files that have structures for all patterns; all files if none has.
+        Those files that have structures for all patterns, empty ones only if no file has others; all files if none has.
+        Their series is the one with the images that they refer to, or else with the UID or frame of reference; where
+        several are in question, the only one in whose slices the structures lie.
 
     Raises:
         CaseError: A file is damaged; or it is the only one, and no structure or several match.
@@ -66,136 +82,292 @@ def find_structures(
         refuse = refuser(path, patient)
         with pydicom_errors(refuse, _UNDAMAGED):
             file, structures = _open(path, refuse)
-            # Its own series, which holds no image, is one of these.
-            referred = {element.value for element in file.iterall() if element.keyword == "SeriesInstanceUID"}
-        own = next((one for one in series if one.uid in referred), None)
-        found.append(Structures(path, own, tuple(patterns), tuple(name for name, _ in structures)))
-    found = [one for one in found if all(_matching(pattern, one.names) for pattern in patterns)] or found
+            matches = [_matching(pattern, structures) for pattern in patterns]
+            chosen = [one for match in matches for one in match] or structures
+            own = _own_series(path, file, chosen, series, patient)
+        frames = sorted({one.frame_of_reference for one in chosen} - {""})
+        frame = ", ".join(frames) or (own.frame_of_reference if own else "")
+        names = tuple(one.name for one in structures if not one.empty)
+        found.append((Structures(path, own, tuple(patterns), names, frame), structures, matches))
+    full = [one for one in found if all(match and not match[0].empty for match in one[2])]
+    found = full or [one for one in found if all(one[2])] or found
     if len(found) == 1:
-        _choose(found[0].names, patterns, refuser(found[0].path, patient))
-    return found
+        [(one, structures, _)] = found
+        _choose(structures, patterns, refuser(one.path, patient))
+    return [one for one, *_ in found]
 
 
 def read_structures(source: Structures, patient: str) -> sitk.Image:
     """Reads structures as a label image.
 
-    Contours count by the even-odd rule in each slice: a contour within another is a hole. Where structures of several
-    patterns overlap, the later one counts. Fractions of a segmentation count from one half on.
+    A contour within another of its slice is a hole, and one within a hole is an island. Contours that cross, or that
+    are nearly the same, count together. Those of type CLOSEDPLANAR_XOR count by the even-odd rule. Where structures of
+    several patterns overlap, the later one counts. Fractions of a segmentation count from one half on.
+
+    Contours are missing where a lesion has some on both sides of one slice, at overlapping places, and none in it.
+    Wider gaps are between lesions, unless a lesion has several of them and they are half of its steps from one slice to
+    the next or more. Lesions are the parts of a structure that are apart when all slices are seen as one.
 
     Args:
         source: The `Structures`.
         patient: The patient's name, for messages.
 
     Returns:
-        A uint8 image: of a structure set on the grid of its series, of a segmentation on the grid of its frames.
+        A uint8 image on the grid of its series; of a segmentation that does not fit that, on the grid of its frames.
 
     Raises:
-        CaseError: The file is damaged; no structure or several match; the series is unknown; or contours do not lie in
-            its slices.
+        CaseError: The file is damaged; no structure or several match; the series is unknown; contours do not lie in
+            its slices, are missing in some or are not closed; or it is not known how far a segmentation's slices are
+            apart.
     """
     refuse = refuser(source.path, patient)
     with pydicom_errors(refuse, _UNDAMAGED):
         file, found = _open(source.path, refuse)
-        chosen = _choose([name for name, _ in found], source.patterns, refuse)
+        chosen = _choose(found, source.patterns, refuse)
         if file.SOPClassUID != STRUCTURE_SET:
-            grid, frames = _frames(source.path, file, patient, refuse)
+            grid, frames = _frames(source, file, patient, refuse)
             array = np.zeros(grid.shape, np.uint8)
-            for label, index in chosen:
+            for label, segment in chosen:
                 for number, pixels in frames:
-                    array[number][pixels(found[index][1])] = label
+                    array[number][pixels(segment.number)] = label
             return grid.image(array)
         if source.series is None:
-            raise refuse("a structure set that refers to a series in the patient's folder", "one of another series")
-        grid, _ = series_grid(source.series, patient)
+            raise refuse(
+                "a structure set that refers to a series in the patient's folder",
+                "one of another series, or of several that cannot be told apart",
+            )
+        grid, slices = series_grid(source.series, patient)
         array = np.zeros(grid.shape, np.uint8)
-        for label, index in chosen:
-            for number, polygons in _by_slice(*found[index], grid, refuse):
-                array[number][rasterise(polygons, grid.shape[1:])] = label
+        for label, structure in chosen:
+            for number, mask in _masks(structure, grid, slices, refuse).items():
+                array[number][mask] = label
         return grid.image(array)
 
 
-def _matching(pattern, names):
-    return [index for index, name in enumerate(names) if re.fullmatch(pattern, name, re.IGNORECASE)]
+class _Structure(NamedTuple):
+    """A structure of a file: its closed contours, each `((points, 3) in mm, whether it is XOR)`, or its segment number.
+
+    `others` are its contours of other kinds, with their number; `instances` the images that it refers to.
+    """
+
+    name: str
+    number: int
+    contours: Sequence[tuple[np.ndarray, bool]] | None = None
+    others: Mapping[str, int] = MappingProxyType({})
+    instances: frozenset[str] = frozenset()
+    frame_of_reference: str = ""
+
+    @property
+    def empty(self):
+        return self.contours is not None and not self.contours
 
 
-def _choose(names, patterns, refuse):
-    """`(label, index)` of the structures that count."""
-    listed = ", ".join(map(repr, names)) or "none"
-    if not patterns and len(names) != 1:
+def _matching(pattern, structures):
+    """The structures of some name; empty ones only where there are no others."""
+    pattern = unicodedata.normalize("NFC", pattern)
+    found = [one for one in structures if re.fullmatch(pattern, one.name, re.IGNORECASE)]
+    return [one for one in found if not one.empty] or found
+
+
+def _choose(structures, patterns, refuse):
+    """`(label, structure)` of those that count."""
+    listed = ", ".join(repr(one.name) for one in structures) or "none"
+    if not patterns and len([one for one in structures if not one.empty] or structures) != 1:
         raise refuse("a file of one structure, unless `data.mask_structures` says which ones count", listed)
     chosen = []
     for label, pattern in enumerate(patterns or [".*"], start=1):
-        found = _matching(pattern, names)
+        found = _matching(pattern, structures)
         if not found:
             raise refuse(f"a file with a structure whose name matches {pattern!r}", listed)
-        chosen += [(label, index) for index in found]
+        chosen += [(label, one) for one in found]
     return chosen
 
 
 def _open(path, refuse):
-    """The pydicom dataset; and the name of each structure that is not empty, with its contours or segment number."""
+    """The pydicom dataset and its structures, without those that have no closed contours but others, as points do."""
     import pydicom
 
     file = pydicom.dcmread(path)
     if file.SOPClassUID in SEGMENTATIONS:
-        return file, [(str(one.SegmentLabel), int(one.SegmentNumber)) for one in file.SegmentSequence]
+        about = frozenset(_values(file, "ReferencedSOPInstanceUID")), str(file.get("FrameOfReferenceUID") or "")
+        found = [(_name(one.SegmentLabel), int(one.SegmentNumber)) for one in file.SegmentSequence]
+        return file, [_Structure(*one, None, {}, *about) for one in found]
     if file.SOPClassUID != STRUCTURE_SET:
         raise refuse("a DICOM structure set or segmentation", file.SOPClassUID.name)
-    contours = {int(roi.ReferencedROINumber): list(_contours(roi)) for roi in file.get("ROIContourSequence") or []}
-    names = [(str(roi.get("ROIName") or ""), int(roi.ROINumber)) for roi in file.StructureSetROISequence]
-    return file, [(name, contours[number]) for name, number in names if contours.get(number)]
+    contours = {}
+    for roi in file.get("ROIContourSequence") or []:
+        # A structure may have several items.
+        contours.setdefault(int(roi.ReferencedROINumber), []).extend(roi.get("ContourSequence") or [])
+    found = []
+    for roi in file.StructureSetROISequence:
+        closed, others, instances = {}, Counter(), set()
+        for contour in contours.get(int(roi.ROINumber), []):
+            kind, data = str(contour.get("ContourGeometricType") or "no type"), tuple(contour.get("ContourData") or ())
+            if kind in _CLOSED and len(data) >= 9:
+                closed[data] = np.reshape(np.array(data, float), (-1, 3)), kind == "CLOSEDPLANAR_XOR"
+            else:
+                others[kind] += 1
+            instances.update(one.ReferencedSOPInstanceUID for one in contour.get("ContourImageSequence") or [])
+        if closed or not others:
+            about = frozenset(instances), str(roi.get("ReferencedFrameOfReferenceUID") or "")
+            name = _name(roi.get("ROIName") or "")
+            found.append(_Structure(name, int(roi.ROINumber), list(closed.values()), others, *about))
+    return file, found
 
 
-def _contours(roi) -> Iterator[np.ndarray]:
-    """The closed contours of a structure in mm, `(points, 3)`, each once."""
-    seen = set()
-    for contour in roi.get("ContourSequence", []):
-        data = tuple(contour.ContourData or ())
-        if contour.ContourGeometricType in _CLOSED and len(data) >= 9 and data not in seen:
-            seen.add(data)
-            yield np.reshape(np.array(data, float), (-1, 3))
+def _name(text):
+    return unicodedata.normalize("NFC", str(text))
 
 
-def _by_slice(name: str, contours: Sequence[np.ndarray], grid: Grid, refuse):
-    """The polygons of each slice in pixels, by the number of the slice."""
-    slices = {}
-    for contour in contours:
+def _values(file, keyword):
+    return {element.value for element in file.iterall() if element.keyword == keyword}
+
+
+# --- the series
+
+
+def _own_series(path, file, chosen, series, patient):
+    """The one series that structures were drawn on: by its images, its UID or its frame of reference, or `None`."""
+    uids = _values(file, "SeriesInstanceUID")  # that of the file itself is none of an image
+    found = [one for one in series if one.uid in uids]
+    instances = frozenset().union(*(one.instances for one in chosen))
+    for some in (found, series) if instances else ():
+        if holding := [one for one in some if not instances.isdisjoint(_instances(one, patient))]:
+            found = holding
+            break
+    frames = {one.frame_of_reference for one in chosen} - {""}
+    found = found or [one for one in series if one.frame_of_reference in frames]
+    if len(found) > 1:
+        found = [one for one in found if _fits(path, file, chosen, one, patient)]
+    return found[0] if len(found) == 1 else None
+
+
+def _instances(series, patient):
+    """The SOPInstanceUIDs of a series' files."""
+    for path in series.files:
+        with contextlib.suppress(CaseError):
+            yield read_header(path, patient).get(0x00080018)
+
+
+def _fits(path, file, chosen, series, patient):
+    """Whether structures lie in the slices of a series."""
+    try:
+        grid, slices = series_grid(series, patient)
+        if file.SOPClassUID != STRUCTURE_SET:
+            return _numbers_in(read_frames(path, file), grid, slices) is not None
+        return all(_masks(one, grid, slices, refuser(path, patient)) is not None for one in chosen)
+    except CaseError:
+        return False
+
+
+# --- contours
+
+
+def _masks(structure: _Structure, grid: Grid, slices: Sequence[Slice], refuse) -> dict[int, np.ndarray]:
+    """The pixels of a structure by the number of the slice."""
+    name, found = structure.name, {}
+    if structure.others:
+        listed = ", ".join(f"{count} {kind}" for kind, count in structure.others.items())
+        raise refuse("structures of closed contours of 3 or more points", f"{name!r} that also has others: {listed}")
+    for contour, xor in structure.contours:
         points = grid.indices(contour)
         number = int(np.rint(points[:, 2].mean()))
         if np.abs(points[:, 2] - number).max() > _BETWEEN:
             raise refuse("contours in the slices of the series", f"one of {name!r} between them or across them")
         if not 0 <= number < grid.size[2]:
             raise refuse("contours in the slices of the series", f"one of {name!r} outside all {grid.size[2]} slices")
-        slices.setdefault(number, []).append(points[:, :2])
-    steps = np.diff(sorted(slices))
-    if len(steps) > 1 and steps.min() > 1:
-        raise refuse(
-            "contours on each slice of the structure",
-            f"{name!r} on every {steps.min()} or more slices, with nothing in between",
-        )
-    return slices.items()
+        found.setdefault(number, []).append((points[:, :2], xor))
+    masks = {}
+    for number, contours in sorted(found.items()):
+        polygons, xor = zip(*contours, strict=True)
+        masks[number] = rasterise(polygons, grid.shape[1:]) if any(xor) else _nested(polygons, grid.shape[1:])
+        if masks[number] is None:
+            raise refuse("contours of which none crosses a hole", f"{name!r} in {slices[number].path.name}")
+    if missing := _missing(masks):
+        listed = ", ".join(f"{number} ({slices[number].path.name})" for number in missing)
+        raise refuse("contours on each slice of the structure", f"{name!r} without any in slices, from 0: {listed}")
+    return masks
 
 
-def _frames(path, file, patient, refuse):
+def _missing(masks):
+    """The slices in which a structure lacks contours, as `read_structures` says."""
+    missing = set()
+    if len(masks) < 2:
+        return []
+    projected = sitk.GetImageFromArray(np.any(list(masks.values()), axis=0).astype(np.uint8))
+    lesions = sitk.GetArrayFromImage(sitk.ConnectedComponent(projected, True))
+    for lesion in range(1, lesions.max() + 1):
+        parts = [(number, part) for number, mask in masks.items() if (part := mask & (lesions == lesion)).any()]
+        pairs = [(a, b) for (a, one), (b, other) in itertools.pairwise(parts) if (one & other).any()]
+        gaps = [(a, b) for a, b in pairs if b - a > 1]
+        if not 1 < len(gaps) >= len(pairs) / 2:
+            gaps = [(a, b) for a, b in gaps if b - a == 2]
+        missing.update(number for a, b in gaps for number in range(a + 1, b))
+    return sorted(missing)
+
+
+def _nested(polygons, shape):
+    """The pixels in contours of one slice, of which some lie in others; `None` where one crosses a hole."""
+    masks = [rasterise([polygon], shape) for polygon in polygons]
+    low, high = (np.array([end(polygon, axis=0) for polygon in polygons]) for end in (np.min, np.max))
+    within, near = np.zeros((2, len(masks), len(masks)), bool)
+    for i, j in np.argwhere(((low[:, None] > low - 1) & (high[:, None] < high + 1)).all(-1)):
+        if i != j:
+            inside, away = _relation(_sampled(polygons[i]), polygons[j])
+            within[i, j], near[i, j] = (inside | (away < _TOUCHING)).all(), away.mean() < _TWICE
+    same = near & near.T
+    first = [index for index in range(len(masks)) if not same[index, :index].any()]
+    within &= ~same
+    hole = within[:, first].sum(axis=1) % 2 == 1
+    for i, j in itertools.product(np.flatnonzero(hole), np.flatnonzero(~hole)):
+        if not (within[i, j] or within[j, i] or same[i, j]) and (masks[i] & masks[j]).any():
+            return None
+    array = np.zeros(shape, bool)
+    for index in np.argsort(within[:, first].sum(axis=1), kind="stable"):
+        array[masks[index]] = not hole[index]
+    return array
+
+
+def _sampled(polygon):
+    """Points on the outline of a polygon, at most half a pixel apart."""
+    edges = np.roll(polygon, -1, axis=0) - polygon
+    counts = np.maximum(np.ceil(2 * np.linalg.norm(edges, axis=1)), 1).astype(int)
+    share = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) / np.repeat(counts, counts)
+    return np.repeat(polygon, counts, axis=0) + share[:, None] * np.repeat(edges, counts, axis=0)
+
+
+def _relation(points, polygon):
+    """Whether points lie in a polygon, and how far from its outline, in pixels."""
+    edges = np.roll(polygon, -1, axis=0) - polygon
+    lengths = np.maximum((edges**2).sum(-1), 1e-12)
+    inside, away = [], []
+    for some in np.array_split(points, len(points) * len(polygon) // 10**6 + 1):
+        offset = some[:, None] - polygon
+        share = np.clip((offset * edges).sum(-1) / lengths, 0, 1)
+        away.append(np.linalg.norm(offset - share[..., None] * edges, axis=-1).min(axis=1))
+        spans = (offset[..., 1] >= 0) != (offset[..., 1] >= edges[:, 1])
+        slope = edges[:, 0] / np.where(edges[:, 1] == 0, 1, edges[:, 1])
+        inside.append((spans & (offset[..., 0] < offset[..., 1] * slope)).sum(axis=1) % 2 == 1)
+    return np.concatenate(inside), np.concatenate(away)
+
+
+# --- segments
+
+
+def _frames(source, file, patient, refuse):
     """The `Grid` of a segmentation; and for each frame its slice and a function that gives the pixels of a segment."""
-    slices = read_frames(path, file)
-    for one in slices:
+    frames = read_frames(source.path, file)
+    for one in frames:
         require_geometry(one, patient)
-        if not np.allclose(one.orientation, slices[0].orientation, atol=1e-3):
+        if not np.allclose(one.orientation, frames[0].orientation, atol=1e-3):
             raise refuse("a segmentation of one orientation", "frames of several")
-    positions, first = np.array([one.position for one in slices]), slices[0]
-    row, column = np.reshape(first.orientation, (2, 3))
-    normal = np.cross(row, column)
-    along = positions @ normal
-    steps = np.diff(np.unique(np.round(along, 3)))
-    step = float(steps.min()) if len(steps) else first.thickness[0]
-    numbers = np.rint((along - along.min()) / step).astype(int)
-    origin = positions[along.argmin()]
-    line = origin + np.outer(numbers * step, normal)
-    if (aside := np.linalg.norm(positions - line, axis=1).max()) > _BETWEEN * step:
-        raise refuse("a segmentation of evenly spaced frames", f"one {aside:.3g} mm off the line of the others")
-    size, direction = (*first.size, int(numbers.max()) + 1), np.stack([row, column, normal], 1)
-    grid = Grid(size, (*first.spacing[::-1], step), tuple(origin.tolist()), tuple(direction.ravel().tolist()))
+    numbers = None
+    if source.series is not None:
+        grid, slices = series_grid(source.series, patient)
+        numbers = _numbers_in(frames, grid, slices)
+    if numbers is None:
+        between = frame_value(file, 0, "PixelMeasures", "SpacingBetweenSlices")
+        grid, numbers = _own_grid(frames, abs(float(between or 0)), refuse)
 
     def chosen(frame, values):
         if file.SegmentationType == "LABELMAP":
@@ -206,3 +378,47 @@ def _frames(path, file, patient, refuse):
 
     pixels = np.reshape(file.pixel_array, (-1, *grid.shape[1:]))
     return grid, [(number, chosen(frame, pixels[frame])) for frame, number in enumerate(numbers)]
+
+
+def _numbers_in(frames, grid, slices):
+    """The number of each frame's slice in a series, or `None` if they are not slices of it."""
+    first, positions = slices[0], np.array([one.position for one in slices])
+    numbers = []
+    for one in frames:
+        away = np.linalg.norm(positions - one.position, axis=1)
+        same = np.allclose(one.orientation, first.orientation, atol=1e-3)
+        same &= np.allclose(one.spacing, first.spacing, rtol=1e-3)
+        if not (same and one.size == first.size and away.min() < _BETWEEN * min(grid.spacing)):
+            return None
+        numbers.append(int(away.argmin()))
+    return numbers
+
+
+def _own_grid(frames, between, refuse):
+    """The `Grid` of frames alone, some of which may be missing, and the number of each frame's slice."""
+    positions, first = np.array([one.position for one in frames]), frames[0]
+    row, column = np.reshape(first.orientation, (2, 3))
+    normal = np.cross(row, column)
+    along = positions @ normal
+    origin, along = positions[along.argmin()], along - along.min()
+    gaps = np.diff(np.unique(np.round(along, 3)))
+    [thickness] = first.thickness or (0.0,)
+    smallest = float(gaps.min()) if len(gaps) else thickness
+    # Between lesions there may be no frames: the smallest gap is then no distance between slices.
+    smallest = 0 if smallest > _GAP * thickness > 0 else smallest
+    for step in (between, smallest):
+        numbers = np.rint(along / step).astype(int) if step > 0 else None
+        if numbers is not None and np.abs(along / step - numbers).max() <= _BETWEEN:
+            break
+    else:
+        raise refuse(
+            "a segmentation whose series is in the patient's folder, or one of evenly spaced frames",
+            f"frames at {', '.join(f'{value:.3g}' for value in np.unique(np.round(along, 3)))} mm",
+        )
+    step = float(along.max() / numbers.max()) if numbers.max() else step
+    line = origin + np.outer(numbers * step, normal)
+    if (aside := np.linalg.norm(positions - line, axis=1).max()) > _BETWEEN * step:
+        raise refuse("a segmentation of evenly spaced frames", f"one {aside:.3g} mm off the line of the others")
+    size, direction = (*first.size, int(numbers.max()) + 1), np.stack([row, column, normal], 1)
+    grid = Grid(size, (*first.spacing[::-1], step), tuple(origin.tolist()), tuple(direction.ravel().tolist()))
+    return grid, numbers

@@ -3,7 +3,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import change_series, write_series
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -46,6 +46,7 @@ def write_structures(path, series, kind="CLOSED_PLANAR", **contours):
     file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = STRUCTURE_SET
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid()
+    file.SpecificCharacterSet = "ISO_IR 192"
     file.Modality, file.PatientID, file.SeriesInstanceUID = "RTSTRUCT", image.PatientID, generate_uid()
     file.ReferencedFrameOfReferenceSequence = [frame := Dataset()]
     frame.FrameOfReferenceUID = image.FrameOfReferenceUID
@@ -102,7 +103,8 @@ def test_structures_are_chosen_by_name(series, tmp_path):
     other = write_structures(tmp_path / "other.dcm", series, GTV=[circle(6.3, 2)])
     both = {STRUCTURE_SET: [path, other]}
     found = find_structures(both, [series], ["gtv[pn].*"], "ann")
-    assert found == [Structures(path, series, ("gtv[pn].*",), ("GTVp", "GTVn 1", "BODY"))]
+    names, frame = ("GTVp", "GTVn 1", "BODY"), series.frame_of_reference
+    assert found == [Structures(path, series, ("gtv[pn].*",), names, frame)]
     assert [one.path for one in find_structures(both, [series], ["CTV"], "ann")] == [path, other]
     assert [one.series for one in find_structures(both, [], [], "ann")] == [None, None]
     primary, node = disk(6.3, (2,)), disk(2.6, (2,), (33, 8))
@@ -119,11 +121,101 @@ def test_what_is_not_on_the_slices_is_refused(series, tmp_path):
     outside = write_structures(tmp_path / "outside.dcm", series, GTV=[circle(6.3, 8)])
     assert "outside all 8 slices" in refused(outside, series)
     second = write_structures(tmp_path / "second.dcm", series, GTV=[circle(6.3, z) for z in (1, 3, 5)])
-    assert "on every 2 or more slices" in refused(second, series)
+    assert "slices, from 0: 2 (slice_06.dcm), 4 (slice_04.dcm)" in refused(second, series)
     elsewhere = write_structures(tmp_path / "elsewhere.dcm", series, GTV=[circle(6.3, 2)])
     assert "refers to a series in the patient's folder" in refused(elsewhere, None)
     points = write_structures(tmp_path / "points.dcm", series, "POINT", GTV=[circle(6.3, 2)])
     assert "Received: none" in refused(points, series)
+
+
+def test_contours_that_overlap_count_together_and_those_within_others_are_holes(series, tmp_path):
+    one, other = disk(6.3, (2,)), disk(6.3, (2,), (24, 16))
+    outline, near = circle(6.3, 2), circle(6.25, 2)
+    for again in (outline[::-1], np.roll(outline, 7, 0), outline + 0.01, near, near[::-1]):
+        path = write_structures(tmp_path / "rs.dcm", series, GTV=[near, again, outline])
+        np.testing.assert_array_equal(read(path, series)[0] > 0, one)
+    apart = write_structures(tmp_path / "apart.dcm", series, GTV=[outline, circle(6.3, 2, (24, 16))])
+    np.testing.assert_array_equal(read(apart, series)[0] > 0, one | other)
+    xor = write_structures(tmp_path / "xor.dcm", series, "CLOSEDPLANAR_XOR", GTV=[outline, circle(6.3, 2, (24, 16))])
+    np.testing.assert_array_equal(read(xor, series)[0] > 0, one ^ other)
+    nested = [circle(radius, 2) for radius in (4.3, 13.3, 2.3, 4.3, 13.3)]
+    path = write_structures(tmp_path / "nested.dcm", series, GTV=nested)
+    np.testing.assert_array_equal(read(path, series)[0] > 0, disk(13.3, (2,)) & ~disk(4.3, (2,)) | disk(2.3, (2,)))
+    keyhole = np.concatenate([circle(10.4, 2), circle(10.4, 2)[:1], circle(4.3, 2)[:1], circle(4.3, 2)[::-1]])
+    path = write_structures(tmp_path / "keyhole.dcm", series, GTV=[keyhole, circle(2.3, 2)])
+    ring = disk(10.4, (2,)) & ~disk(4.3, (2,)) | disk(2.3, (2,))
+    np.testing.assert_array_equal(read(path, series)[0] > 0, ring)
+    crossed = [circle(13.3, 2, (15, 16)), circle(4.3, 2, (15, 16)), circle(10.3, 2, (28, 16))]
+    path = write_structures(tmp_path / "crossed.dcm", series, GTV=crossed)
+    assert "none crosses a hole. Received: 'GTV' in slice_06.dcm" in refused(path, series)
+
+
+def test_missing_contours(series, tmp_path):
+    body = write_structures(tmp_path / "body.dcm", series, GTV=[circle(6.3, z) for z in (1, 2, 4, 6)])
+    assert "from 0: 3 (slice_05.dcm), 5 (slice_03.dcm)" in refused(body, series)
+    third = write_structures(tmp_path / "third.dcm", series, GTV=[circle(6.3, z) for z in (1, 4, 7)])
+    assert "from 0: 2 (slice_06.dcm), 3 (slice_05.dcm), 5" in refused(third, series)
+    # Another lesion in the slice between does not hide it.
+    hidden = write_structures(tmp_path / "hidden.dcm", series, GTV=[circle(4, 1), circle(3, 2, (33, 8)), circle(4, 3)])
+    assert "from 0: 2 (" in refused(hidden, series)
+    places = {1: (8, 10), 3: (20, 10), 6: (32, 24)}
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(4.3, z, place) for z, place in places.items()])
+    lesions = np.any([disk(4.3, (z,), place) for z, place in places.items()], axis=0)
+    np.testing.assert_array_equal(read(path, series)[0] > 0, lesions)
+
+
+def test_contours_of_other_kinds_and_in_several_items(series, tmp_path):
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(6.3, z) for z in (2, 3)], iso=[circle(6.3, 2)[:1]])
+    file = pydicom.dcmread(path)
+    first = file.ROIContourSequence[0]
+    second = Dataset()
+    second.ReferencedROINumber, second.ContourSequence = 1, [first.ContourSequence.pop()]
+    file.ROIContourSequence.append(second)
+    file.save_as(path)
+    np.testing.assert_array_equal(read(path, series)[0] > 0, disk(6.3, (2, 3)))
+    second.ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
+    file.save_as(path)
+    assert "'GTV' that also has others: 1 OPEN_PLANAR" in refused(path, series)
+
+
+def test_the_series_that_contours_were_drawn_on(series, tmp_path):
+    write_series(tmp_path / "fine", Grid((40, 36, 16), (0.9, 1.2, 2.0), GRID.origin, GRID.direction))
+    [fine] = find_series(tmp_path / "fine", "ann")
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[circle(6.3, z) for z in (2, 3)])
+    objects, file = {STRUCTURE_SET: [path]}, pydicom.dcmread(path)
+    [study] = file.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+    other = Dataset()
+    other.SeriesInstanceUID = fine.uid
+
+    def found(*several):
+        file.save_as(path)
+        return {find_structures(objects, order, [], "ann")[0].series for order in (several, several[::-1])}
+
+    # Both are listed, but contours lie in each slice of one alone.
+    study.RTReferencedSeriesSequence.append(other)
+    assert found(fine, series) == {series}
+    # Nothing but the frame of reference.
+    del study.RTReferencedSeriesSequence
+    file.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = series.frame_of_reference
+    assert found(fine, series) == {series}
+    # Images come first.
+    study.RTReferencedSeriesSequence = [other]
+    image = Dataset()
+    image.ReferencedSOPInstanceUID = pydicom.dcmread(series.files[3]).SOPInstanceUID
+    for contour in file.ROIContourSequence[0].ContourSequence:
+        contour.ContourImageSequence = [image]
+    assert found(fine, series) == {series}
+
+
+def test_empty_structures_and_names_in_any_form(series, tmp_path):
+    empty = write_structures(tmp_path / "empty.dcm", series, **{"Tumo\u0308r": [], "BODY": [circle(15.3, 2)]})
+    full = write_structures(tmp_path / "full.dcm", series, **{"Tumo\u0308r": [circle(6.3, 2)], "other": []})
+    [found] = find_structures({STRUCTURE_SET: [empty]}, [series], ["tum\u00f6r"], "ann")
+    assert found.series == series
+    assert not read(empty, series, "tum\u00f6r")[0].any()
+    [found] = find_structures({STRUCTURE_SET: [empty, full]}, [series], ["tum\u00f6r"], "ann")
+    assert found.path == full
+    np.testing.assert_array_equal(read(full, series)[0] > 0, disk(6.3, (2,)))
 
 
 def test_two_lesions_with_slices_in_between(series, tmp_path):
@@ -181,7 +273,7 @@ def test_segments_on_the_grid_of_their_frames(series, tmp_path):
     tumour, node = disk(6.3, (2, 4, 5)), disk(2.6, (4,), (33, 8))
     path = write_segments(tmp_path / "seg.dcm", series, GTVp=tumour, GTVn=node)
     assert find_structures({SEGMENTATIONS[0]: [path]}, [series], ["GTV."], "ann") == [
-        Structures(path, series, ("GTV.",), ("GTVp", "GTVn"))
+        Structures(path, series, ("GTV.",), ("GTVp", "GTVn"), series.frame_of_reference)
     ]
     array, grid = read(path, None, "GTVp", "GTVn")
     assert grid.size[:2] == GRID.size[:2]
@@ -189,6 +281,28 @@ def test_segments_on_the_grid_of_their_frames(series, tmp_path):
     np.testing.assert_allclose(grid.spacing, GRID.spacing, rtol=1e-5)
     np.testing.assert_array_equal(array, (tumour + 2 * node)[2:6])
     np.testing.assert_array_equal(read(path, None, "gtv.*")[0], (tumour | node)[2:6])
+    whole, grid = read(path, series, "GTVp", "GTVn")
+    assert grid.matches(GRID)
+    np.testing.assert_array_equal(whole, tumour + 2 * node)
+
+
+@pytest.mark.parametrize("slices", [(1, 6), (1, 3, 6), (4,)])
+def test_segments_between_which_frames_are_missing(slices, series, tmp_path):
+    lesions = disk(6.3, slices)
+    path = write_segments(tmp_path / "seg.dcm", series, GTV=lesions)
+    file = pydicom.dcmread(path)
+    measures = file.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    measures.SliceThickness, measures.SpacingBetweenSlices = 8.0, 4.0
+    file.save_as(path)
+    alone, grid = read(path, None)
+    assert grid.spacing[2] == pytest.approx(4, rel=1e-5)
+    np.testing.assert_array_equal(alone > 0, lesions[slices[0] : slices[-1] + 1])
+    measures.SliceThickness = 4.0
+    del measures.SpacingBetweenSlices
+    file.save_as(path)
+    np.testing.assert_array_equal(read(path, series)[0] > 0, lesions)
+    if slices == (1, 6):
+        assert "whose series is in the patient's folder" in refused(path, None)
 
 
 def test_fractions_count_from_one_half_on(series, tmp_path):
@@ -221,6 +335,14 @@ def test_a_patient_with_structures_as_the_mask(tmp_path):
     write_structures(folder / "rs2.dcm", series[0], GTV=[circle(6.3, 2)])
     with pytest.raises(CaseError, match=r"one file with the structures.*rs.dcm \('GTV', 'BODY'\); .*rs2.dcm \('GTV'\)"):
         read_case_folder(folder, chosen)
+    (folder / "rs2.dcm").unlink()
+    # Drawn on an image that is no modality, in another frame of reference.
+    write_series(folder / "CT", GRID, description="CT")
+    change_series(folder / "CT", lambda image, _: setattr(image, "FrameOfReferenceUID", "1.2.3"))
+    [planning] = find_series(folder / "CT", "ann")
+    write_structures(folder / "rs.dcm", planning, **contours)
+    with pytest.raises(CaseError, match=r"in the frame of reference of t1; resample .* on none of the modalities"):
+        preprocess_case(read_case_folder(folder, chosen), chosen)
     # A mask as an image counts, unless structures are asked for.
     sitk.WriteImage(GRID.image(disk(4, (2,)).astype(np.uint8)), str(folder / "mask.nii.gz"))
     assert read_case_folder(folder, recipe).mask == folder / "mask.nii.gz"
