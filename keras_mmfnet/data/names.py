@@ -11,7 +11,7 @@ _AGENT = (
 _WITH = r"(with|mit|nach|post|after|avec|apres|con|com|dopo|despues|depois|efter|etter|na|po|pos)(?![a-z])"
 _WITHOUT = (
     r"(without|w ?/ ?o(ut)?|wo(ut)?|not?|non?|nicht|ohne|o\.?(?= ?km)|kein[a-z]*|sans|senza|sin|sine|sem|s/|zonder|bez"
-    r"|utan|uden|uten|ilman|before|prior( to)?|vor|voor|avant|antes|prima|f[øo]re?|przed|pr[aä]e?|pre|minus)"
+    r"|utan|uden|uten|ilman|before|prior( to)?|vor|voor|avant|antes|prima|før|fore|przed|pr[aä]e?|pre|minus)"
 )
 # Words that may stand between "without" and the agent.
 _FILLER = (

@@ -17,13 +17,19 @@ import SimpleITK as sitk
 from keras_mmfnet.data._dicom_header import pydicom_errors, read_header
 from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series, Slice, frame_value, read_frames, require_geometry, series_grid
+from keras_mmfnet.data.dicom import (
+    SEGMENTATIONS,
+    STRUCTURE_SET,
+    Series,
+    Slice,
+    frame_value,
+    read_frames,
+    require_geometry,
+    series_grid,
+)
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.polygons import rasterise
 
-# SOP classes: RT Structure Set, Segmentation, Label Map Segmentation.
-STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
-SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _UNDAMAGED = "an undamaged DICOM structure set or segmentation"
 # How far contours may lie from a slice, and frames from the regular line, as a share of the distance between slices.

@@ -389,7 +389,7 @@ def test_series_whose_names_speak_of_segmentation(tmp_path):
     assert case.mask is None
     path = tmp_path / "a" / folder.name / "T2 tse"
     change_series(path, lambda image, _: setattr(image, "SeriesDescription", "T2 tse seg"))
-    with pytest.raises(CaseError, match=r"one series of t2, .*; and taken for masks: .*'T2 tse seg'"):
+    with pytest.raises(CaseError, match=r"one series of t2 .*; and taken for masks: .*'T2 tse seg'"):
         find_cases(tmp_path, RECIPE.data, require_mask=False)
     recipe = RECIPE.replace({"data.series": {"t2": "t2 tse seg"}}).data
     [case] = find_cases(tmp_path, recipe, require_mask=False)

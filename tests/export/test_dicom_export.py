@@ -126,7 +126,7 @@ def test_a_tolerance_or_colour_that_is_none(tolerance):
 
 def test_a_segmentation_needs_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    with pytest.raises(ImportError, match=r"pip install keras-mmfnet\[dicom\]"):
+    with pytest.raises(ImportError, match=r"pip install 'keras-mmfnet\[dicom\]'"):
         write_segmentation(None, None, tmp_path / "out.dcm")
 
 
