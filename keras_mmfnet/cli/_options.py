@@ -72,6 +72,9 @@ def read_division(groups: Path | None, splits: Path | None) -> dict:
     """The arguments of `Run.start` for the options `--groups` and `--splits`."""
     from keras_mmfnet.data.folds import read_groups, read_splits
 
+    for option, path in (("--groups", groups), ("--splits", splits)):
+        if path and not path.is_file():
+            raise ValueError(f"{option}: a file that exists is expected. Received: {path}")
     return {"groups": groups and read_groups(groups), "splits": splits and read_splits(splits)}
 
 

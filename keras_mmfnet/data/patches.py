@@ -194,7 +194,11 @@ def _warn(cases, starts, patch_shape):
         if seen < whole:
             outside.append(f"{case.name} ({1 - seen / whole:.0%})")
     if outside:
-        warnings.warn(f"part of the tumour lies outside all windows: {', '.join(outside)}", stacklevel=3)
+        warnings.warn(
+            f"part of the tumour lies outside all windows: {', '.join(outside)}; a larger `patches.shape` or a "
+            f"`patches.stride` in plane covers more",
+            stacklevel=3,
+        )
 
 
 def _crop(volume, window, offset, margin, recipe):

@@ -29,7 +29,7 @@ from keras_mmfnet.recipe import Recipe
         (["{cohort}", "--set", "training.folds=7"], "7 folds need at least 7 patients"),
         (["{cohort}", "--fold", "5"], "--fold: numbers from 0 to 4, or all, are expected. Received: 5"),
         (["{cohort}", "--paper", "--recipe", "r.json"], "--recipe, --paper: one of the two"),
-        (["{cohort}", "--splits", "{cohort}/folds.json"], "No such file or directory"),
+        (["{cohort}", "--splits", "{cohort}/folds.json"], "--splits: a file that exists is expected. Received: "),
         (["{cohort}", "--groups", "{cohort}/patient_00/t1.nii.gz"], "groups must be CSV in UTF-8"),
         ([], "DATA: a folder of patients is expected"),
         (["--resume"], "the folder of a run, with a recipe.json, is expected"),
