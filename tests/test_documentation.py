@@ -26,6 +26,8 @@ import keras_mmfnet
 from keras_mmfnet.cli import app, memory
 from keras_mmfnet.cli._options import parse_changes
 from keras_mmfnet.data import Grid
+from keras_mmfnet.data.dicom import find_series
+from keras_mmfnet.export import write_rtstruct
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
@@ -227,6 +229,8 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
             array, grid = sitk.GetArrayFromImage(images[modality]) + 100, Grid.from_image(images[modality])
             write_series(Path("patients", name, description), grid, description, patient=name, array=array)
         shutil.copy(folder / "mask.nii.gz", Path("patients", name))
+        t1 = next(one for one in find_series(Path("patients", name), name) if series[one.description] == "t1")
+        write_rtstruct(images["mask"], t1, Path("patients", name, "structures.dcm"), "GTV")
         Path("prostates", name).mkdir(parents=True)
         for source, target in (("t1", "t2"), ("t2", "adc"), ("mask", "mask")):
             shutil.copy(folder / f"{source}.nii.gz", Path("prostates", name, f"{target}.nii.gz"))
