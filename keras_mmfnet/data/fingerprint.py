@@ -20,6 +20,7 @@ from keras_mmfnet.data.preprocess import (
     recipe_of,
     reference_notes,
 )
+from keras_mmfnet.data.structures import Structures
 from keras_mmfnet.recipe import DataRecipe
 
 
@@ -138,6 +139,8 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         if preprocessed:
             notes = preprocessed.notes
             volume = None if preprocessed.mask is None else preprocessed.tumour_ml
+    drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]
+    notes = [*(f"structures in {source}" for source in drawn if isinstance(source, Structures)), *notes]
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
     return CaseSurvey(case.name, images, where, labels, volume, problems, notes)

@@ -11,6 +11,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import find_series
+from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.preprocess import read_tumour
 from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, Structures, find_structures, read_structures
@@ -327,6 +328,8 @@ def test_a_patient_with_structures_as_the_mask(tmp_path):
     chosen = recipe.model_copy(update={"mask_structures": ("gtv",)})
     case = read_case_folder(folder, chosen)
     assert list(case.mask) == ["t2"]
+    for deep in (False, True):
+        assert f"structures in {folder / 'rs.dcm'} ('GTV', 'BODY')" in survey_case(case, chosen, deep).notes
     patient = preprocess_case(case, chosen, tmp_path / "cache")
     np.testing.assert_array_equal(read_tumour(case, chosen, patient) > 0, disk(6.3, (2, 3)))
     # Another choice is another entry of the cache.
