@@ -149,7 +149,7 @@ class MMFNet(EncoderDecoder):
     def _drop(self, inputs):
         """Replaces random modalities of each patch by zeros."""
         # One that a patient lacks is zeros already.
-        there = ops.stack([ops.any(inputs[name] != 0, axis=(1, 2, 3, 4)) for name in self.modalities], axis=1)
+        there = ops.stack([ops.max(ops.abs(inputs[name]), axis=(1, 2, 3, 4)) > 0 for name in self.modalities], axis=1)
         numbers = ops.where(there, keras.random.uniform(ops.shape(there), seed=self.seed_generator), -1.0)
         # The modality with the largest number is always kept.
         kept = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
