@@ -1,3 +1,14 @@
+"""From files to patches.
+
+case, layouts, names              a patient's files: found in folders and datasets, and by what sequences are called
+image_io, dicom, structures       reads images, DICOM series, and DICOM structure sets and segmentations as masks
+geometry, polygons                grids and resampling; masks from contours
+preprocess, body, registration    brings a patient onto one grid and scale; body mask; rigid registration
+cache, fingerprint                preprocessed patients on disk; the survey of a cohort for `mmfnet check`
+folds                             divides patients into training, validation and test
+windows, augment, patches         windows of a volume; augmented training patches
+"""
+
 from typing import TYPE_CHECKING
 
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.dicom import Series, describe_objects, find_objects, is_dicom, walk_files
+from keras_mmfnet.data.dicom import (
+    SEGMENTATIONS,
+    STRUCTURE_SET,
+    Series,
+    describe_objects,
+    find_objects,
+    is_dicom,
+    walk_files,
+)
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
 from keras_mmfnet.data.names import is_named, sequence_of
 from keras_mmfnet.data.structures import find_structures
@@ -356,6 +364,9 @@ def _find_dicom(folder, recipe, optional):
     def find_mask(required):
         # Structures count where they are asked for, or where there is no mask as an image.
         ignored = masks and not recipe.mask_structures
+        unused = {kind: others[kind] for kind in (STRUCTURE_SET, *SEGMENTATIONS) if ignored and kind in others}
+        if unused:
+            _log.info("%s: the mask is an image; not used as masks: %s", folder.name, describe_objects(unused))
         drawn = [] if ignored else find_structures(others, series, recipe.mask_structures, folder.name)
         if not drawn and recipe.mask_structures and required:
             listed = ", ".join(map(repr, recipe.mask_structures))

@@ -55,8 +55,9 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
     recipe = recipe_of(case, recipe)
     try:
         return _cached(case, recipe, cache)
-    except RuntimeError as error:  # SimpleITK's
-        raise CaseError(f"{case.name}: must have images that can be preprocessed. Received: {reason(error)}") from error
+    except (RuntimeError, MemoryError) as error:  # SimpleITK's and NumPy's
+        received = reason(error) if str(error) else "images too large for the memory"
+        raise CaseError(f"{case.name}: must have images that can be preprocessed. Received: {received}") from error
 
 
 def _cached(case, recipe, cache):
@@ -254,8 +255,8 @@ def _normalised_notes(case, recipe, intensities):
     ):
         listed = "; ".join(f"{modality} with {one}" for modality, one in below.items())
         raise CaseError(
-            f"{case.name}: {case.images[next(iter(below))]}: must be raw intensities; of z-scores, their scale must be "
-            f"given by `--set data.normalised_scale={scale}`. Received: {listed}"
+            f"{case.name}: {case.images[next(iter(below))]}: must be raw intensities; for z-scores, the network "
+            f"must be trained with `--set data.normalised_scale={scale}`. Received: {listed}"
         )
     return [
         f"{modality}: has {one}; if all images are z-scores, set data.normalised_scale={scale}"
@@ -327,7 +328,10 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None, allow
     tumour = values != 0 if labels is None else np.isin(values, labels)
     if not (tumour.any() or allow_empty):
         wanted = "a value besides 0" if labels is None else f"one of the labels {_listed(labels)}"
-        raise ValueError(f"must have a voxel with {wanted}. Received: {_listed(found) or 'only 0'}")
+        raise ValueError(
+            f"must have a voxel with {wanted}, unless `data.allow_empty` says that patients may have no "
+            f"tumour. Received: {_listed(found) or 'only 0'}"
+        )
     return tumour
 
 

@@ -28,15 +28,12 @@ from keras_mmfnet.data.dicom import (
     series_grid,
 )
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.polygons import rasterise
+from keras_mmfnet.data.polygons import fill_nested, rasterise
 
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _UNDAMAGED = "an undamaged DICOM structure set or segmentation"
 # How far contours may lie from a slice, and frames from the regular line, as a share of the distance between slices.
 _BETWEEN = 0.2
-# In pixels: how far a contour within another may lie outside it, as one that touches it does once it is rounded; and
-# from which mean distance on two contours are not one that was drawn twice.
-_TOUCHING, _TWICE = 0.2, 0.5
 # The largest distance between slices, in thicknesses of a slice.
 _GAP = 2.05
 
@@ -286,7 +283,7 @@ def _masks(structure: _Structure, grid: Grid, slices: Sequence[Slice], refuse) -
     masks = {}
     for number, contours in sorted(found.items()):
         polygons, xor = zip(*contours, strict=True)
-        masks[number] = rasterise(polygons, grid.shape[1:]) if any(xor) else _nested(polygons, grid.shape[1:])
+        masks[number] = rasterise(polygons, grid.shape[1:]) if any(xor) else fill_nested(polygons, grid.shape[1:])
         if masks[number] is None:
             raise refuse("contours of which none crosses a hole", f"{name!r} in {slices[number].path.name}")
     if missing := _missing(masks):
@@ -310,51 +307,6 @@ def _missing(masks):
             gaps = [(a, b) for a, b in gaps if b - a == 2]
         missing.update(number for a, b in gaps for number in range(a + 1, b))
     return sorted(missing)
-
-
-def _nested(polygons, shape):
-    """The pixels in contours of one slice, of which some lie in others; `None` where one crosses a hole."""
-    masks = [rasterise([polygon], shape) for polygon in polygons]
-    low, high = (np.array([end(polygon, axis=0) for polygon in polygons]) for end in (np.min, np.max))
-    within, near = np.zeros((2, len(masks), len(masks)), bool)
-    for i, j in np.argwhere(((low[:, None] > low - 1) & (high[:, None] < high + 1)).all(-1)):
-        if i != j:
-            inside, away = _relation(_sampled(polygons[i]), polygons[j])
-            within[i, j], near[i, j] = (inside | (away < _TOUCHING)).all(), away.mean() < _TWICE
-    same = near & near.T
-    first = [index for index in range(len(masks)) if not same[index, :index].any()]
-    within &= ~same
-    hole = within[:, first].sum(axis=1) % 2 == 1
-    for i, j in itertools.product(np.flatnonzero(hole), np.flatnonzero(~hole)):
-        if not (within[i, j] or within[j, i] or same[i, j]) and (masks[i] & masks[j]).any():
-            return None
-    array = np.zeros(shape, bool)
-    for index in np.argsort(within[:, first].sum(axis=1), kind="stable"):
-        array[masks[index]] = not hole[index]
-    return array
-
-
-def _sampled(polygon):
-    """Points on the outline of a polygon, at most half a pixel apart."""
-    edges = np.roll(polygon, -1, axis=0) - polygon
-    counts = np.maximum(np.ceil(2 * np.linalg.norm(edges, axis=1)), 1).astype(int)
-    share = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) / np.repeat(counts, counts)
-    return np.repeat(polygon, counts, axis=0) + share[:, None] * np.repeat(edges, counts, axis=0)
-
-
-def _relation(points, polygon):
-    """Whether points lie in a polygon, and how far from its outline, in pixels."""
-    edges = np.roll(polygon, -1, axis=0) - polygon
-    lengths = np.maximum((edges**2).sum(-1), 1e-12)
-    inside, away = [], []
-    for some in np.array_split(points, len(points) * len(polygon) // 10**6 + 1):
-        offset = some[:, None] - polygon
-        share = np.clip((offset * edges).sum(-1) / lengths, 0, 1)
-        away.append(np.linalg.norm(offset - share[..., None] * edges, axis=-1).min(axis=1))
-        spans = (offset[..., 1] >= 0) != (offset[..., 1] >= edges[:, 1])
-        slope = edges[:, 0] / np.where(edges[:, 1] == 0, 1, edges[:, 1])
-        inside.append((spans & (offset[..., 0] < offset[..., 1] * slope)).sum(axis=1) % 2 == 1)
-    return np.concatenate(inside), np.concatenate(away)
 
 
 # --- segments

@@ -153,11 +153,17 @@ def test_a_contender_trains_and_predicts(step, name, monkeypatch):
     else:
         attention = name == "keras"
         made = step.make_keras(step.Contender(name, keras.backend.backend(), attention), SHAPE)
-    train, predict, memory = made
+    train, predict, _ = made
     losses = [train() for _ in range(3)]
     assert losses[2] < losses[0] <= 1
     assert predict().size == np.prod(SHAPE)
-    assert memory() >= 0
+
+
+def test_the_memory_of_the_process(step):
+    memory = step.memory_since_now("torch")
+    block = np.ones(2**27, np.uint8)
+    assert memory() >= 100
+    assert block.all()
 
 
 def test_the_least_traffic(step):

@@ -462,13 +462,14 @@ def test_several_labels_are_refused(tmp_path):
 def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
     case = make_case(tmp_path)
     message = refused(case, RAW.replace({"data.mask_labels": (2, 4)}), case.mask)
-    assert "must have a voxel with one of the labels 2, 4. Received: 1" in message
+    assert "must have a voxel with one of the labels 2, 4, unless" in message
+    assert message.endswith("Received: 1")
 
 
 def test_a_patient_without_tumour(tmp_path):
     case = make_case(tmp_path)
     sitk.WriteImage(0 * sitk.ReadImage(str(case.mask)), str(case.mask))
-    assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
+    assert "`data.allow_empty` says that patients may have no tumour. Received: only 0" in refused(case, RAW, case.mask)
     able = RAW.replace({"data.allow_empty": True})
     patient = preprocess_case(case, able.data, tmp_path / "cache")
     assert (patient.mask.dtype, patient.mask.shape, patient.tumour_ml) == (np.uint8, patient.shape, 0)
@@ -482,7 +483,7 @@ def test_a_patient_without_tumour(tmp_path):
     with pytest.raises(CaseError, match="must have a voxel"):
         preprocess_case(case, RAW.data, tmp_path / "cache")
     write(case.mask, make_grid(), np.zeros(make_grid().shape, np.uint8))
-    assert "must have a voxel with a value besides 0. Received: only 0" in refused(case, RAW, case.mask)
+    assert "`data.allow_empty` says that patients may have no tumour. Received: only 0" in refused(case, RAW, case.mask)
 
 
 def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
@@ -494,6 +495,16 @@ def test_a_mask_on_another_grid_is_resampled_and_noted(tmp_path):
     truth = tumour(result.grid)
     assert result.mask.dtype == np.uint8
     assert 2 * np.count_nonzero(truth & result.mask) / (truth.sum() + result.mask.sum()) > 0.9
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ITK ERROR: too large"), MemoryError()])
+def test_what_fails_on_one_patient_is_that_patients_error(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("keras_mmfnet.data.preprocess.upright_grid", fail)
+    with pytest.raises(CaseError, match=r"^ann: must have images that can be preprocessed. Received: .*too large"):
+        preprocess_case(make_case(tmp_path), RAW.data)
 
 
 def test_a_mask_that_loses_a_third_of_its_volume_is_refused(tmp_path):

@@ -314,7 +314,7 @@ def test_fractions_count_from_one_half_on(series, tmp_path):
     np.testing.assert_array_equal(array > 0, fractions[3:5] >= 0.5)
 
 
-def test_a_patient_with_structures_as_the_mask(tmp_path):
+def test_a_patient_with_structures_as_the_mask(tmp_path, caplog):
     folder = tmp_path / "ann"
     for name in ("T1", "T2"):
         write_series(folder / name, GRID, description=name, array=np.indices(GRID.shape).sum(0) % 4)
@@ -348,4 +348,6 @@ def test_a_patient_with_structures_as_the_mask(tmp_path):
         preprocess_case(read_case_folder(folder, chosen), chosen)
     # A mask as an image counts, unless structures are asked for.
     sitk.WriteImage(GRID.image(disk(4, (2,)).astype(np.uint8)), str(folder / "mask.nii.gz"))
-    assert read_case_folder(folder, recipe).mask == folder / "mask.nii.gz"
+    with caplog.at_level("INFO"):
+        assert read_case_folder(folder, recipe).mask == folder / "mask.nii.gz"
+    assert "not used as masks: 1 RT Structure Set Storage (rs.dcm)" in caplog.text
