@@ -53,7 +53,7 @@ def main():
             start = time.perf_counter()
             case = preprocess_case(files, recipe.data)
             preprocessed = time.perf_counter()
-            mask, _ = segment_case(predict, case, recipe)
+            mask = segment_case(predict, case, recipe).label_image
             write_image(mask, Path(folder) / "segmentation.nii.gz")
             end = time.perf_counter()
             rows.append(

@@ -30,7 +30,9 @@ def make_cases(count):
         mask[15:25, 180:220, 170:230] = 1
         images = {name: rng.normal(mask, 0.3).astype(np.float32) for name in ("t1", "t2", "cet1")}
         grid = Grid(SHAPE[::-1], (0.5, 0.5, 4.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
-        cases.append(PreprocessedCase(f"patient {number}", images, mask, grid, grid, tuple(n // 2 for n in SHAPE)))
+        cases.append(
+            PreprocessedCase(f"patient {number}", images, {"tumour": mask}, grid, grid, tuple(n // 2 for n in SHAPE))
+        )
     return cases
 
 

@@ -40,6 +40,6 @@ def scores(predict, patients, recipe, missing=()):
     for case in patients:
         # A missing modality is zeros, as in inference.
         images = {name: image * (name not in missing) for name, image in case.images.items()}
-        volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre)
+        volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre)[..., 0]
         found.append(evaluate_case(volume, case.mask, case.spacing)["dsc"])
     return found

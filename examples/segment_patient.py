@@ -25,7 +25,7 @@ def main(folder, patient, out):
     run = Run(folder)
     networks = [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in run.trained_folds()]
     case = preprocess_case(read_case_folder(patient, run.recipe.data, require_mask=False), run.recipe.data)
-    mask, _, _ = segment_ensemble(networks, case, run.recipe)
+    mask = segment_ensemble(networks, case, run.recipe).label_image
     write_image(mask, out)
     voxels = sitk.GetArrayViewFromImage(mask).sum()
     print(f"{out}: {voxels} voxels of tumour, {voxels * math.prod(mask.GetSpacing()) / 1000:.1f} ml")

@@ -52,7 +52,7 @@ def main():
         recipe = Recipe.load(parsed.recipe)
         session = open_network(parsed.network, recipe)
         case = preprocess_case(read_case_folder(parsed.patient, recipe.data, require_mask=False), recipe.data)
-        mask, _ = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
+        mask = segment_case(lambda batch: session.run(None, batch)[0], case, recipe).label_image
         write_image(mask, parsed.out)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -68,7 +68,11 @@ METRICS: dict[str, Metric] = {
 
 
 def evaluate_case(
-    probability: np.ndarray, truth: np.ndarray, spacing_zyx: Sequence[float], threshold: float = 0.5
+    probability: np.ndarray,
+    truth: np.ndarray,
+    spacing_zyx: Sequence[float],
+    threshold: float = 0.5,
+    predicted: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Computes the metrics of one patient over all voxels of the volume (section IV-B).
 
@@ -91,6 +95,7 @@ def evaluate_case(
         truth: The expert's mask of 0 and 1, of the same shape.
         spacing_zyx: Size of a voxel in mm.
         threshold: Lowest probability that counts as tumour.
+        predicted: The predicted mask of 0 and 1, where it is not made by the threshold.
 
     Returns:
         The metrics by the keys of `METRICS`, except `seconds`.
@@ -103,7 +108,8 @@ def evaluate_case(
 
     probability, truth = np.asarray(probability), np.asarray(truth) > 0
     _check_shapes(probability, truth)
-    predicted = probability >= threshold
+    predicted = probability >= threshold if predicted is None else np.asarray(predicted) > 0
+    _check_shapes(predicted, truth)
     both, found, volume = (float(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth))
     soft, voxel_ml = probability.sum(dtype=np.float64), float(np.prod(spacing_zyx)) / 1000
     # How well a tumour is segmented is not defined without one.
@@ -233,7 +239,7 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     summary = {}
     # Rows written by earlier versions have fewer keys.
     for name in dict.fromkeys(key for row in rows for key in row):
-        if name in ("patient", "fold"):
+        if name in ("patient", "structure", "fold"):
             continue
         values = np.array([row.get(name) for row in rows], float)
         values = values[np.isfinite(values)]
@@ -241,6 +247,29 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
         numbers = (float(values.mean()), float(values.std()), *interval) if len(values) else [None] * 4
         summary[name] = {**dict(zip(("mean", "std", "low", "high"), numbers, strict=True)), "patients": len(values)}
     return summary
+
+
+def mean_over_structures(rows: Sequence[Mapping]) -> list[dict]:
+    """The mean over the structures of each patient.
+
+    Args:
+        rows: A dict per patient and structure with `patient`, `structure` and metrics.
+
+    Returns:
+        A dict per patient, without `structure`: each metric's mean over the structures for which it is defined. Of one
+        structure these are its numbers.
+    """
+    patients = {}
+    for row in rows:
+        patients.setdefault(row["patient"], []).append({k: v for k, v in row.items() if k != "structure"})
+    means = []
+    for first, *others in patients.values():
+        means.append(dict(first))
+        for key in METRICS if others else ():
+            values = [row[key] for row in (first, *others) if key in row and math.isfinite(row[key])]
+            if key in first:
+                means[-1][key] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:

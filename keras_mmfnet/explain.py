@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.windows import crop, window_starts
-from keras_mmfnet.inference import predict_volume
+from keras_mmfnet.inference import masks_of, predict_volume
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.recipe import Recipe
 
@@ -25,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def explain_patient(
-    model: keras.Model, case: PreprocessedCase, recipe: Recipe, methods: Sequence[str] = ("gradcam",)
+    model: keras.Model,
+    case: PreprocessedCase,
+    recipe: Recipe,
+    methods: Sequence[str] = ("gradcam",),
+    structure: str | None = None,
 ) -> "dict[str, Figure]":
     """Draws the attention and the gradient maps of a network for one patient.
 
@@ -34,6 +38,7 @@ def explain_patient(
         case: A `PreprocessedCase`. The contours of the prediction and of its mask, if any, are drawn.
         recipe: The network's `Recipe`.
         methods: Gradient maps, of `METHODS`. They need the TensorFlow backend and are left out on others.
+        structure: Name of the structure that is explained; `None` for the recipe's first one.
 
     Returns:
         `{name: Matplotlib figure}`: `attention`, the share of each modality in each fusion block around the tumour;
@@ -41,43 +46,49 @@ def explain_patient(
         `saliency`). Maps are shown on the slice with the largest contour.
 
     Raises:
-        ValueError: The network has no fusion block, or a method is unknown.
+        ValueError: The network has no fusion block, or a method or the structure is unknown.
     """
     from keras_mmfnet.plots import plot_attention, plot_heat
 
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:
         raise ValueError(f"`methods` must be of {', '.join(METHODS)}. Received: {unknown}")
+    structure = structure or recipe.data.structure_names[0]
+    if structure not in recipe.data.structures:
+        listed = ", ".join(recipe.data.structures)
+        raise ValueError(f"`structure` must be one of {listed}. Received: {structure!r}")
+    number, truth = recipe.data.structure_names.index(structure), case.masks and case.masks[structure] > 0
     images, patches = case.images_of(recipe.data.modalities), recipe.patches
 
     def whole(call):
         return predict_volume(call, images, patches.shape, patches.stride, case.centre)
 
     _log.info("Segmenting %s", case.name)
-    probability = whole(model)
-    predicted = probability >= 0.5
-    tumour = predicted if case.mask is None else np.asarray(case.mask) > 0
-    contours = {"prediction": predicted} if case.mask is None else {"truth": tumour, "prediction": predicted}
+    probabilities = dict(zip(recipe.data.structures, np.moveaxis(whole(model), -1, 0), strict=True))
+    probability, predicted = probabilities[structure], masks_of(probabilities, recipe.data)[0][structure]
+    tumour = predicted if truth is None else truth
+    contours = {"prediction": predicted} if truth is None else {"truth": tumour, "prediction": predicted}
     depth = int(np.argmax((tumour if tumour.any() else probability).sum(axis=(1, 2))))
     batch, start = tumour_window(images, predicted if predicted.any() else tumour, patches.shape, case.centre)
     share = fusion_attention(model, batch)[2]
     title = f"{case.name}: share of each modality in the weighted features of each fusion block"
     figures = {"attention": plot_attention(share, title)}
     for block in share:
-        heat = dict.fromkeys(images, whole(spatial_attention(model, block)))
+        heat = dict.fromkeys(images, whole(spatial_attention(model, block))[..., 0])
         title = f"{case.name}: spatial attention of {block} (0 to 1)"
         figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contours)
     if methods and keras.backend.backend() != "tensorflow":
         _log.warning("Gradient maps need TensorFlow: run again with KERAS_BACKEND=tensorflow")
         return figures
     if methods and not predicted.any():
-        _log.warning("No tumour is predicted: the mean probability of the whole window is explained")
+        _log.warning("No %s is predicted: the mean probability of the whole window is explained", structure)
     window = {name: image[0, ..., 0] for name, image in batch.items()}
     contours = {name: crop(mask, start, patches.shape, 0) for name, mask in contours.items()}
     inside = min(max(depth - start[0], 0), patches.shape[0] - 1)
     for method in methods:
-        maps = {name: heat[0] for name, heat in gradient_maps(model, batch, method).items()}
-        title = f"{case.name}: {_TITLES[method]} of the predicted tumour, in the window around it"
+        maps = gradient_maps(model, batch, method, score=lambda y: _predicted(y[..., number : number + 1]))
+        maps = {name: heat[0] for name, heat in maps.items()}
+        title = f"{case.name}: {_TITLES[method]} of the predicted {structure}, in the window around it"
         figure = plot_heat(window, maps, case.spacing, inside, title, **contours)
         figures[method.replace("+", "p")] = figure
     return figures
@@ -199,8 +210,8 @@ def gradient_maps(
         method: `"gradcam"`, `"gradcam++"` or `"saliency"`.
         layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's encoder. A
             layer of the decoder gives the same map for all modalities.
-        score: Function from the output `(batch, depth, height, width, 1)` to one number per patch. `None` is the mean
-            probability over the voxels of at least 0.5, or over the whole patch if there are none.
+        score: Function from the output `(batch, depth, height, width, structures)` to one number per patch. `None` is
+            the mean probability over the voxels of at least 0.5, or over the whole patch if there are none.
 
     Returns:
         `{modality: (batch, depth, height, width)}` in [0, 1], divided by the largest value of the patch over all
@@ -226,7 +237,7 @@ def gradient_maps(
 
     listed = keras.Model([model.input[name] for name in images], model.output)
     seeds = list(images.values())
-    score = score or _predicted_tumour
+    score = score or _predicted
     if method == "saliency":
         found = Saliency(listed)(score, seeds, gradient_modifier=abs, normalize_map=False)
     else:
@@ -248,7 +259,7 @@ def gradient_maps(
     return dict(zip(images, found, strict=True))
 
 
-def _predicted_tumour(output):
+def _predicted(output):
     axes, tumour = (1, 2, 3, 4), output >= 0.5
     none = ops.logical_not(ops.any(tumour, axis=axes, keepdims=True))
     inside = ops.cast(ops.logical_or(tumour, none), output.dtype)

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -5,10 +6,12 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import PreprocessedCase
+from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import DataRecipe, Recipe
 
-# A Keras model or any other callable from `{modality: (batch, depth, height, width, 1)}` to probabilities.
+# A Keras model or any other callable from `{modality: (batch, depth, height, width, 1)}` to probabilities
+# `(batch, depth, height, width, structures)`.
 Predictor = Callable[[dict[str, np.ndarray]], Any]
 
 
@@ -26,7 +29,7 @@ def predict_volume(
 
     Args:
         predict: A Keras model or any other callable that takes `{modality: float32 (batch, depth, height, width, 1)}`
-            and returns probabilities of the same shape.
+            and returns probabilities `(batch, depth, height, width, structures)`.
         images: `{modality: (depth, height, width)}`, preprocessed and of the same shape.
         patch_shape: `(depth, height, width)` of a window in voxels.
         stride: Steps between windows in voxels along each axis; `None` for one window at the centre.
@@ -38,7 +41,7 @@ def predict_volume(
             `None`: no flip.
 
     Returns:
-        Float32 probabilities `(depth, height, width)`; 0 outside all windows.
+        Float32 probabilities `(depth, height, width, structures)`; 0 outside all windows.
 
     Raises:
         ValueError: The images have different shapes.
@@ -54,7 +57,8 @@ def predict_volume(
 
     starts = window_starts(shape, patch_shape, stride, centre)
     fill = {name: image.min() for name, image in images.items()}
-    total, count = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    total, count = None, np.zeros((*shape, 1), np.float32)
+    weights = weights[..., None]
     for first in range(0, len(starts), batch_size):
         chosen = starts[first : first + batch_size]
         filled = chosen + chosen[-1:] * (batch_size - len(chosen))
@@ -62,13 +66,17 @@ def predict_volume(
             name: np.stack([crop(image, start, patch_shape, fill[name]) for start in filled])[..., None]
             for name, image in images.items()
         }
-        for start, probability in zip(chosen, np.asarray(call(batch))[..., 0], strict=False):
+        probabilities = np.asarray(call(batch))
+        if total is None:
+            total = np.zeros((*shape, probabilities.shape[-1]), np.float32)
+        for start, probability in zip(chosen, probabilities, strict=False):
             # The part of the window that lies inside the volume.
             low = np.maximum(start, 0)
             high = np.minimum(np.add(start, patch_shape), shape)
             there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            total[there] += crop(probability * weights, low - start, high - low, 0)
-            count[there] += crop(weights, low - start, high - low, 0)
+            inside = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+            total[there] += (probability * weights)[inside]
+            count[there] += weights[inside]
     return total / np.where(count > 0, count, 1)
 
 
@@ -83,6 +91,24 @@ def _with_flip(call, axis):
     return both
 
 
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """The structures of one patient by name, as `SimpleITK.Image`s on the patient's own grid.
+
+    Args:
+        masks: Uint8 of 0 and 1.
+        probabilities: Float32.
+        disagreements: The standard deviation of the networks' probabilities, float32; 0 of one network.
+        label_image: All masks as one image: 1 of one structure, of several the recipe's label values, see
+            `labels.join_masks`; `None` if each structure has a file of its own.
+    """
+
+    masks: Mapping[str, sitk.Image]
+    probabilities: Mapping[str, sitk.Image]
+    disagreements: Mapping[str, sitk.Image]
+    label_image: sitk.Image | None
+
+
 def segment_case(
     predict: Predictor,
     case: PreprocessedCase,
@@ -90,24 +116,24 @@ def segment_case(
     threshold: float = 0.5,
     mirror: bool = False,
     gaussian: bool = False,
-) -> tuple[sitk.Image, sitk.Image]:
+) -> Segmentation:
     """Segments a preprocessed patient, on the grid of the reference modality's image.
 
     Args:
         predict: A Keras model, or a callable as for `predict_volume`.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
-        threshold: Lowest probability that counts as tumour.
+        threshold: Lowest probability that counts as a structure; see `masks_of`.
         mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
         gaussian: Weight the centre of each window more than its edges.
 
     Returns:
-        `(mask, probability)`, `SimpleITK.Image`s on the patient's own grid: uint8 of 0 and 1, and float32.
+        The `Segmentation`.
 
     Raises:
         ValueError: `mirror` is set but the recipe has no `flip_axis`.
     """
-    return segment_ensemble([predict], case, recipe, threshold, mirror, gaussian)[:2]
+    return segment_ensemble([predict], case, recipe, threshold, mirror, gaussian)
 
 
 def segment_ensemble(
@@ -117,20 +143,19 @@ def segment_ensemble(
     threshold: float = 0.5,
     mirror: bool = False,
     gaussian: bool = False,
-) -> tuple[sitk.Image, sitk.Image, sitk.Image]:
+) -> Segmentation:
     """Segments a preprocessed patient with the mean of several networks, such as those of a run's folds.
 
     Args:
         predicts: Keras models or callables as for `predict_volume`, at least one.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
-        threshold: Lowest mean probability that counts as tumour.
+        threshold: Lowest mean probability that counts as a structure; see `masks_of`.
         mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
         gaussian: Weight the centre of each window more than its edges.
 
     Returns:
-        `(mask, probability, disagreement)`, `SimpleITK.Image`s on the patient's own grid: uint8 of 0 and 1, and the
-        mean and the standard deviation of the networks' probabilities in float32.
+        The `Segmentation`.
 
     Raises:
         ValueError: There is no network, or `mirror` is set but the recipe has no `flip_axis`.
@@ -152,6 +177,45 @@ def segment_ensemble(
         total, squares = total + volume, squares + volume.astype(np.float64) ** 2
     average = total / len(predicts)
     spread = np.sqrt(np.maximum(squares / len(predicts) - average.astype(np.float64) ** 2, 0))
-    probability = case.to_source(average)
-    mask = sitk.Cast(probability >= threshold, sitk.sitkUInt8)
-    return mask, probability, case.to_source(spread)
+
+    def to_source(volume):
+        channels = zip(recipe.data.structures, np.moveaxis(volume, -1, 0), strict=True)
+        return {name: case.to_source(channel) for name, channel in channels}
+
+    probabilities, image = to_source(average), case.source.image
+    arrays = {name: sitk.GetArrayViewFromImage(one) for name, one in probabilities.items()}
+    masks, labels = masks_of(arrays, recipe.data, threshold)
+    return Segmentation(
+        {name: image(mask.astype(np.uint8)) for name, mask in masks.items()},
+        probabilities,
+        to_source(spread),
+        None if labels is None else image(labels),
+    )
+
+
+def masks_of(
+    probabilities: Mapping[str, np.ndarray], recipe: DataRecipe, threshold: float = 0.5
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The masks of the structures, from their probabilities.
+
+    Each structure is where its probability reaches the threshold. Of structures that exclude each other, the most
+    probable one is where its share of its own and the background's probability reaches it: at 0.5, where none of the
+    others and of the background is more probable. Regions given by label values are then made to fit together as the
+    labels do; see `labels.join_masks`.
+
+    Args:
+        probabilities: `{structure: array}` in [0, 1], of the same shape.
+        recipe: The `DataRecipe`.
+        threshold: In (0, 1).
+
+    Returns:
+        `{structure: bool array}`, and their label image or `None`.
+    """
+    masks = {name: probability >= threshold for name, probability in probabilities.items()}
+    if recipe.exclusive and len(masks) > 1:
+        stacked = np.stack(list(probabilities.values()))
+        largest, background = stacked.argmax(axis=0), np.maximum(1 - stacked.sum(axis=0), 0)
+        inside = stacked.max(axis=0) * (1 - threshold) >= background * threshold
+        masks = {name: inside & (largest == number) for number, name in enumerate(masks)}
+    labels = join_masks(masks, recipe.structures)
+    return (masks if labels is None else split_labels(labels, recipe.structures)), labels

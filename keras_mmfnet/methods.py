@@ -158,35 +158,42 @@ def build_mmfnet(
         "modalities": recipe.data.modalities,
         "patch_shape": recipe.patches.shape,
         **recipe.network.model_dump(),
-        "dtype": dtype,
+        **_outputs(recipe, dtype),
     }
     return MMFNet.from_pretrained_encoders(encoders, **settings) if encoders else MMFNet(**settings)
+
+
+def _outputs(recipe, dtype):
+    """The arguments that every network has: what its channels are, and its dtype policy."""
+    return {"structures": recipe.data.structure_names, "exclusive": recipe.data.exclusive, "dtype": dtype}
 
 
 def _over_all(network):
     """A `build` function for a class of networks over all modalities."""
 
     def build(recipe, dtype, encoders=None):
-        return network(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, dtype=dtype)
+        return network(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, **_outputs(recipe, dtype))
 
     return build
 
 
 def _unet3d(recipe, dtype, encoders=None):
-    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, recipe.network.filters, dtype=dtype)
+    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, recipe.network.filters, **_outputs(recipe, dtype))
 
 
 def _unet2d(recipe, dtype, encoders=None):
-    network = UNet2D(recipe.data.modalities[0], recipe.patches.shape[1:], recipe.network.filters, dtype=dtype)
+    network = UNet2D(
+        recipe.data.modalities[0], recipe.patches.shape[1:], recipe.network.filters, **_outputs(recipe, dtype)
+    )
     return SliceWise3D(network, recipe.patches.shape)
 
 
 def _patch_cnn(recipe, dtype, encoders=None):
-    return PatchCNN(recipe.data.modalities[0], dtype=dtype)
+    return PatchCNN(recipe.data.modalities[0], **_outputs(recipe, dtype))
 
 
 def _siamese_patch_cnn(recipe, dtype, encoders=None):
-    return SiamesePatchCNN(recipe.data.modalities, dtype=dtype)
+    return SiamesePatchCNN(recipe.data.modalities, **_outputs(recipe, dtype))
 
 
 # fmt: off

@@ -55,10 +55,25 @@ def _rising(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[flo
     return limits
 
 
-def _labels(labels: tuple[int, ...]) -> tuple[int, ...]:
-    if 0 in labels:
-        raise ValueError("must be label values other than 0, the background")
-    return _distinct(labels)
+def _structure(value: Any) -> tuple[int, ...] | str | None:
+    if isinstance(value, str) and value:
+        return _pattern(value)
+    labels = (value,) if isinstance(value, int) else value
+    if labels is not None and not (
+        isinstance(labels, list | tuple)
+        and labels
+        and all(isinstance(label, int) and label != 0 for label in labels)
+        and len(set(labels)) == len(labels)
+    ):
+        raise ValueError("must be distinct label values other than 0, the background, or a name")
+    return labels if labels is None else tuple(labels)
+
+
+def _kinds(structures: Mapping[str, tuple[int, ...] | str | None]) -> Mapping[str, tuple[int, ...] | str | None]:
+    kinds = {type(value) for value in structures.values()}
+    if len(kinds) != 1 or (None in structures.values() and len(structures) > 1):
+        raise ValueError("must give label values for each structure, or a name for each; one alone may have none")
+    return structures
 
 
 # One value stands for a tuple of it.
@@ -106,7 +121,8 @@ class _Part(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _refuse_bool(cls, value, info):
-        several = value.values() if info.field_name == "clip" and isinstance(value, dict) else [value]
+        by_name = info.field_name in ("clip", "structures") and isinstance(value, dict)
+        several = value.values() if by_name else [value]
         numbers = [one for some in several for one in (some if isinstance(some, tuple | list) else [some])]
         if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(one, bool) for one in numbers):
             raise ValueError("must not be true or false")
@@ -129,9 +145,10 @@ class DataRecipe(_Part):
         series: Regular expressions by modality for the name of its DICOM series or its channel of a dataset, where
             the usual names do not fit; searched in any case in the series' folder and description, and with its
             number, time and echo after them.
-        mask_labels: Values of the mask that count as tumour. `None`: the mask has one value besides 0, which counts.
-        mask_structures: Regular expressions for the whole names of the structures that count in DICOM structure sets
-            and segmentations, in any case; those of the n-th have the label n. None: each such file has one structure.
+        structures: What is segmented, by name. Integers are the label values of a structure in the mask. A string is a
+            regular expression for the whole name of its own mask file, or of its structures in a DICOM structure set
+            or segmentation, in any case. `None`: the mask has one label or structure. Structures with label values of
+            their own exclude each other; those that share some, or are named by strings, may overlap.
         mask_from: Which mask counts where each modality has its own: a modality's, `"union"` or `"intersection"`;
             `None` for the reference modality's or the only one. Also the modality that a mask was drawn on whose name
             does not say so; `None` for the reference modality.
@@ -150,8 +167,9 @@ class DataRecipe(_Part):
     modalities: _Names = ("t1", "t2", "cet1")
     mask: Annotated[str, Field(min_length=1)] = "mask"
     series: Annotated[dict[str, str], AfterValidator(_patterns)] = {}
-    mask_labels: Annotated[tuple[int, ...], _SEVERAL, AfterValidator(_labels)] | None = None
-    mask_structures: Annotated[tuple[Annotated[str, AfterValidator(_pattern)], ...], _SEVERAL] = ()
+    structures: Annotated[dict[_Name, Annotated[Any, AfterValidator(_structure)]], AfterValidator(_kinds)] = {
+        "tumour": None
+    }
     mask_from: str | None = None
     allow_missing: bool = False
     allow_empty: bool = False
@@ -159,6 +177,17 @@ class DataRecipe(_Part):
     spacing: _Rate | None = 0.5
     normalised_scale: _Rate | None = None
     clip: Annotated[dict[str, tuple[float, float]], AfterValidator(_rising)] = _CLIP
+
+    @property
+    def structure_names(self) -> tuple[str, ...]:
+        """The names of the structures: what the channels of a network are."""
+        return tuple(self.structures)
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether no voxel can belong to two structures, because they share no label value."""
+        labels = [label for values in self.structures.values() if isinstance(values, tuple) for label in values]
+        return len(self.structures) == 1 or (bool(labels) and len(set(labels)) == len(labels))
 
     @pydantic.field_validator("mask")
     @classmethod
@@ -363,6 +392,8 @@ class Recipe(_Part):
             if not (above and isinstance(inner, dict) and (len(above) > 1 or last in inner)):
                 known = [f"{part}.{field}" for part, fields in self.model_dump().items() for field in fields]
                 raise RecipeError({path: _unknown(path, known)})
+            if path.startswith("data.structures.") and inner == {"tumour": None}:
+                inner.clear()  # the default's only structure, which stands for all labels
             inner[last] = value
         return type(self)(**values)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 import keras
+import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import csv_text, read_json, write, write_once
@@ -23,8 +24,10 @@ from keras_mmfnet.data import find_cases, group_patients, preprocess_case
 from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold, divide_patients
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import write_image
-from keras_mmfnet.data.preprocess import read_tumour, recipe_of
+from keras_mmfnet.data.labels import split_labels
+from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
@@ -53,7 +56,8 @@ the groups and folds that were given |
     | `cache/` | the preprocessed patients |
     | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
-    | `fold_<n>/masks/<method>/<patient>.nii.gz` | their predicted masks, each on the reference modality's own grid |
+    | `fold_<n>/masks/<method>/<patient>.nii.gz` | their predicted masks, each on the reference modality's own grid; \
+`<patient>_<structure>.nii.gz` if each structure has a file of its own |
     | `metrics.json`, `metrics.csv` | the numbers of one method over all folds run so far |
     | `run.log`, `report.html` | what was said, and the report |
 
@@ -90,9 +94,21 @@ the groups and folds that were given |
         """JSON file of a method's numbers on the test patients of a fold."""
         return self.fold_folder(fold) / f"{name}.json"
 
-    def mask(self, fold: int, name: str, patient: str) -> Path:
-        """The mask that a method predicted for a test patient."""
-        return self.fold_folder(fold) / "masks" / name / f"{patient}.nii.gz"
+    def masks(self, fold: int, name: str, patient: str) -> dict[str | None, Path]:
+        """The files of what a method predicted for a test patient: by structure, or one for all under `None`."""
+        folder, structures = self.fold_folder(fold) / "masks" / name, self.recipe.data.structures
+        if len(structures) == 1 or not any(isinstance(value, str) for value in structures.values()):
+            return {None: folder / f"{patient}.nii.gz"}
+        return {structure: folder / f"{patient}_{structure}.nii.gz" for structure in structures}
+
+    def read_masks(self, fold: int, name: str, patient: str) -> dict[str, sitk.Image]:
+        """What a method predicted for a test patient, by structure."""
+        images = {one: sitk.ReadImage(str(path)) for one, path in self.masks(fold, name, patient).items()}
+        if None not in images:
+            return images
+        labels, structures = sitk.GetArrayFromImage(images[None]), self.recipe.data.structures
+        image = Grid.from_image(images[None]).image
+        return {one: image(mask.astype(np.uint8)) for one, mask in split_labels(labels, structures).items()}
 
     def histories(self, fold: int) -> dict[str, list[dict]]:
         """The epochs of every network that was trained in a fold, by its name; see `training.read_history`."""
@@ -334,8 +350,8 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
 
     Returns:
         The result as it stands in `run.result(fold, method.name)`: `method`, `title`, `paper`, `fold`, `parameters`,
-        `updates`, `training_seconds`, `machine`, `history`, `patients` (a dict of `patient`, the numbers of
-        `evaluate_case` and `seconds` each) and `shares` of the fusion blocks.
+        `updates`, `training_seconds`, `machine`, `history`, `patients` (a dict of `patient`, `structure`, the
+        numbers of `evaluate_case` and `seconds` for each structure of each patient) and `shares` of the fusion blocks.
 
     Raises:
         RunLocked: Another process computes the same.
@@ -346,8 +362,9 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     path = run.result(fold, method.name)
     with run.claim(fold, method.name, wait):
         if path.exists():
-            names = [row["patient"] for row in read_json(path)["patients"]]
-            gone = [name for name in names if not run.mask(fold, method.name, name).exists()]
+            names = dict.fromkeys(row["patient"] for row in read_json(path)["patients"])
+            masks = {name: run.masks(fold, method.name, name).values() for name in names}
+            gone = [name for name in names if not all(mask.exists() for mask in masks[name])]
             if not gone:
                 return read_json(path)
             lost = f"{method.title}, fold {fold}: {len(gone)} of {len(names)} masks are gone"
@@ -376,12 +393,11 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
             if isinstance(network, MMFNet) and test:
                 shares = cohort_shares(network, test)
         rows = []
-        for patient in test:
-            rows.append(_test(predict, patient, run, recipe, run.mask(fold, method.name, patient.name)))
-            key = "dsc" if rows[-1]["volume_ml"] else "false_positive_ml"
-            about = f"{METRICS[key].title} {METRICS[key].text(rows[-1][key])}"
-            _log.info("Segmented patient %d of %d: %s", len(rows), len(test), about)
-            progress("segmenting", len(rows), len(test))
+        for number, patient in enumerate(test, start=1):
+            rows += _test(predict, patient, run, recipe, run.masks(fold, method.name, patient.name))
+            about = ", ".join(map(_about, rows[-len(recipe.data.structures) :]))
+            _log.info("Segmented patient %d of %d: %s", number, len(test), about)
+            progress("segmenting", number, len(test))
         result = {
             "method": method.name,
             "title": method.title,
@@ -400,16 +416,26 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     return result
 
 
-def _test(predict, patient, run, recipe, path):
-    """Segments one patient, writes the mask and compares it with the expert's."""
+def _test(predict, patient, run, recipe, paths):
+    """Segments one patient, writes the masks and compares them with the expert's: a row for each structure."""
     start = time.perf_counter()
-    mask, probability = segment_case(predict, patient, recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(mask, path)
+    found = segment_case(predict, patient, recipe)
+    for structure, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(found.label_image if structure is None else found.masks[structure], path)
     seconds = time.perf_counter() - start
-    truth = read_tumour(run.cases[patient.name], run.recipe.data, patient)
-    numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
-    return {"patient": patient.name, **numbers, "seconds": seconds}
+    truth = read_masks(run.cases[patient.name], run.recipe.data, patient)
+    rows = []
+    for structure, expected in truth.items():
+        probability, mask = (sitk.GetArrayViewFromImage(some[structure]) for some in (found.probabilities, found.masks))
+        numbers = evaluate_case(probability, expected, patient.source.spacing[::-1], predicted=mask)
+        rows.append({"patient": patient.name, "structure": structure, **numbers, "seconds": seconds})
+    return rows
+
+
+def _about(row):
+    key = "dsc" if row["volume_ml"] else "false_positive_ml"
+    return f"{row['structure']} {METRICS[key].title} {METRICS[key].text(row[key])}"
 
 
 def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None) -> list[dict]:
@@ -423,8 +449,8 @@ def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None)
         folds: Numbers of the folds to run, from 0; `None` for all.
 
     Returns:
-        A dict for each test patient of all folds run so far: `patient`, `fold`, the numbers of `evaluate_case` and
-        `seconds`, the time from the preprocessed images to the written mask.
+        A dict for each structure of each test patient of all folds run so far: `patient`, `structure`, `fold`, the
+        numbers of `evaluate_case` and `seconds`, the time from the preprocessed images to the written masks.
 
     Raises:
         RunLocked: Another process computes one of the folds.
@@ -433,7 +459,7 @@ def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None)
     for fold in range(len(run.folds)) if folds is None else folds:
         run_fold(run, method, fold)
     rows = [
-        {"patient": row["patient"], "fold": result["fold"], **row}
+        {"patient": row["patient"], "structure": row["structure"], "fold": result["fold"], **row}
         for result in run.results()[method.name]
         for row in result["patients"]
     ]

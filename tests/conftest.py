@@ -119,6 +119,6 @@ def make_case():
             for modality, sign in (("t1", 1), ("t2", -1))
         }
         grid = Grid(tuple(shape[::-1]), (1.0, 1.0, 4.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
-        return PreprocessedCase(name, images, mask, grid, grid, centre or tuple(n // 2 for n in shape))
+        return PreprocessedCase(name, images, {"tumour": mask}, grid, grid, centre or tuple(n // 2 for n in shape))
 
     return make

@@ -52,7 +52,7 @@ def test_train_segment_explain(example, trained, tiny_cohort, tmp_path, capsys):
     example("segment_patient").main(trained, tiny_cohort / patient, tmp_path / "mask.nii.gz")
     assert re.search(r"mask.nii.gz: \d+ voxels of tumour, \d+\.\d ml", capsys.readouterr().out)
     # The folder is enough to segment a patient as the run did.
-    masks = [sitk.ReadImage(str(path)) for path in (tmp_path / "mask.nii.gz", run.mask(0, "mmfnet", patient))]
+    masks = [sitk.ReadImage(str(path)) for path in (tmp_path / "mask.nii.gz", run.masks(0, "mmfnet", patient)[None])]
     np.testing.assert_array_equal(*map(sitk.GetArrayFromImage, masks))
     example("explain_patient").main(trained, tiny_cohort / patient, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 1000

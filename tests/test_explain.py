@@ -70,7 +70,7 @@ def test_shares_of_a_cohort_are_those_about_the_tumours(make_case):
 
 def test_spatial_weights_are_averaged_over_windows():
     images = {name: random_volume(6, 16, 16, seed=seed) for seed, name in enumerate(("t1", "t2"))}
-    heat = predict_volume(spatial_attention(network(), "fusion2"), images, (4, 16, 16), (2, None, None))
+    heat = predict_volume(spatial_attention(network(), "fusion2"), images, (4, 16, 16), (2, None, None))[..., 0]
     assert heat.shape == (6, 16, 16)
     assert 0 < heat.min() < heat.max() < 1
 
@@ -117,7 +117,7 @@ def test_all_pictures_of_a_patient(make_case, mask, caplog):
     )
     case = make_case(shape=(12, 24, 24))
     if not mask:
-        case = dataclasses.replace(case, mask=None)
+        case = dataclasses.replace(case, masks=None)
     figures = explain_patient(network(), case, recipe, methods=("gradcam", "gradcam++"))
     maps = ["spatial_fusion1", "spatial_fusion2", "spatial_fusion_bottom"]
     gradients = ["gradcam", "gradcampp"] if BACKEND == "tensorflow" else []

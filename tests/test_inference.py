@@ -26,7 +26,7 @@ def volumes(shape, count=2):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_overlapping_windows_give_back_what_a_pointwise_network_sees(shape, batch_size):
     images = volumes(shape)
-    result = predict_volume(mean_of_modalities, images, (16, 16, 16), (4, 8, 8), batch_size=batch_size)
+    result = predict_volume(mean_of_modalities, images, (16, 16, 16), (4, 8, 8), batch_size=batch_size)[..., 0]
     np.testing.assert_allclose(result, np.mean(list(images.values()), axis=0), atol=1e-6)
     assert result.dtype == np.float32
 
@@ -39,7 +39,7 @@ def test_overlapping_windows_are_averaged():
         return np.stack([np.full((4, 4, 4, 1), i, np.float32) for i in seen[-len(batch["a"]) :]])
 
     result = predict_volume(number, {"a": np.zeros((6, 4, 4), np.float32)}, (4, 4, 4), (2, None, None), batch_size=1)
-    np.testing.assert_array_equal(result[:, 0, 0], [0, 0, 0.5, 0.5, 1, 1])
+    np.testing.assert_array_equal(result[:, 0, 0, 0], [0, 0, 0.5, 0.5, 1, 1])
 
 
 def test_every_batch_has_the_same_size():
@@ -69,7 +69,7 @@ def test_a_small_volume_is_padded_with_its_background():
 
     image = np.random.default_rng(0).normal(size=(10, 12, 20)).astype(np.float32)
     result = predict_volume(call, {"a": image}, (16, 16, 16), centre=(5, 6, 10), batch_size=1)
-    np.testing.assert_array_equal(result[:, :, 2:18], image[:, :, 2:18])
+    np.testing.assert_array_equal(result[:, :, 2:18, 0], image[:, :, 2:18])
     assert seen[0][0, 0, 0, 0, 0] == image.min()
 
 
@@ -84,7 +84,7 @@ def test_windows_are_weighted():
         number, {"a": np.zeros((6, 4, 4), np.float32)}, (4, 4, 4), (2, None, None), batch_size=1, weights=weights
     )
     # Where the two overlap, the first counts 3 and 4, the second 1 and 2.
-    np.testing.assert_allclose(result[:, 0, 0], [0, 0, 1 / 4, 2 / 6, 1, 1])
+    np.testing.assert_allclose(result[:, 0, 0, 0], [0, 0, 1 / 4, 2 / 6, 1, 1])
 
 
 def test_gaussian_weights():
@@ -109,7 +109,7 @@ def test_mirrored_prediction(axis):
 
     image = {"a": np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32)}
     result = predict_volume(one_sided, image, (8, 8, 8), flip_axis=axis, batch_size=1)
-    np.testing.assert_allclose(result, image["a"] / 2, rtol=1e-6)
+    np.testing.assert_allclose(result[..., 0], image["a"] / 2, rtol=1e-6)
 
 
 def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
@@ -121,14 +121,16 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
     def constant(value):
         return lambda batch: np.full_like(batch["t1"], value)
 
-    mask, probability, disagreement = segment_ensemble([constant(0.2), constant(0.9)], case, recipe, gaussian=True)
-    arrays = [sitk.GetArrayFromImage(image) for image in (mask, probability, disagreement)]
+    found = segment_ensemble([constant(0.2), constant(0.9)], case, recipe, gaussian=True)
+    images = (found.masks, found.probabilities, found.disagreements)
+    arrays = [sitk.GetArrayFromImage(one["tumour"]) for one in images]
     there = arrays[1] > 0
     assert there.any()
     np.testing.assert_allclose(arrays[1][there], 0.55, rtol=1e-5)
     np.testing.assert_allclose(arrays[2][there], 0.35, rtol=1e-4)
     np.testing.assert_array_equal(arrays[0], there)
-    assert not sitk.GetArrayFromImage(segment_ensemble([constant(0.9)], case, recipe)[2]).any()
+    one = segment_ensemble([constant(0.9)], case, recipe)
+    assert not sitk.GetArrayFromImage(one.disagreements["tumour"]).any()
     with pytest.raises(ValueError, match=r"trained on flipped patches. Received: flip_axis=None"):
         segment_case(constant(0.2), case, recipe, mirror=True)
     with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
@@ -145,7 +147,7 @@ def test_a_model_and_its_call_agree():
     model = MMFNet(("m0", "m1"), (8, 8, 8), filters=(2, 3))
     images = volumes((8, 8, 8))
     batch = {name: image[None, ..., None] for name, image in images.items()}
-    expected = keras.ops.convert_to_numpy(model(batch))[0, ..., 0]
+    expected = keras.ops.convert_to_numpy(model(batch))[0]
     np.testing.assert_allclose(predict_volume(model, images, (8, 8, 8)), expected, atol=1e-5)
 
 
@@ -158,7 +160,8 @@ def test_the_mask_lands_on_the_patients_own_grid(cohort):
     def bright(batch):
         return np.clip((batch["cet1"] - low) / (high - low), 0, 1)
 
-    mask, probability = segment_case(bright, case, recipe)
+    found = segment_case(bright, case, recipe)
+    mask, probability = found.label_image, found.probabilities["tumour"]
     own = sitk.ReadImage(str(cohort / "patient_01" / "t1.nii.gz"))
     for image in (mask, probability):
         assert image.GetSize() == own.GetSize()
@@ -193,7 +196,7 @@ def test_a_patient_without_some_modalities(tiny_cohort, tmp_path):
         seen.append({name: np.abs(image).max() for name, image in batch.items()})
         return np.full_like(batch["t2"], 0.7)
 
-    mask, _ = segment_case(network, case, able)
+    mask = segment_case(network, case, able).label_image
     assert sitk.GetArrayFromImage(mask).any()
     assert all(batch["t1"] == 0 < min(batch["t2"], batch["cet1"]) for batch in seen)
     for name in ("t2", "cet1"):

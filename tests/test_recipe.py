@@ -42,7 +42,7 @@ def test_the_small_recipe_has_the_papers_field_of_view():
         Recipe().replace(
             {
                 "data.modalities": ("a", "b"),
-                "data.mask_labels": (1, 4),
+                "data.structures.core": (1, 4),
                 "data.spacing": None,
                 "data.normalised_scale": 1000.0,
             }
@@ -62,7 +62,7 @@ def test_json_and_back(recipe, tmp_path):
         ("data.modalities", ()),
         ("data.modalities", ("t1", "t1")),
         ("data.mask", "t1"),
-        ("data.mask_labels", ()),
+        ("data.structures.tumour", ()),
         ("data.series", {"t1": "("}),
         ("data.mask_from", "flair"),
         ("data.align", "affine"),
@@ -98,7 +98,7 @@ def test_json_and_back(recipe, tmp_path):
         ("training.seed", -1),
         ("training.epochs", True),
         ("network.filters", (8, True)),
-        ("data.mask_labels", True),
+        ("data.structures", {"tumour": True}),
         ("data.spacing", True),
         ("data.clip", {"t1": (False, True)}),
         ("data.series.flair", "t2"),
@@ -184,8 +184,12 @@ def test_one_entry_of_a_field_by_modality():
 
 
 def test_one_value_stands_for_a_tuple():
-    recipe = Recipe().replace({"data.modalities": "flair", "data.mask_labels": 4, "network.filters": 8})
-    assert (recipe.data.modalities, recipe.data.mask_labels, recipe.network.filters) == (("flair",), (4,), (8,))
+    recipe = Recipe().replace({"data.modalities": "flair", "data.structures.tumour": 4, "network.filters": 8})
+    assert (recipe.data.modalities, recipe.data.structures["tumour"], recipe.network.filters) == (
+        ("flair",),
+        (4,),
+        (8,),
+    )
 
 
 def test_equal_recipes_have_one_hash():

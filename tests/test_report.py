@@ -79,7 +79,7 @@ def run(tiny_cohort, tmp_path_factory):
             truth = sitk.GetArrayFromImage(image)
             predicted = np.roll(truth, 1 + 2 * fold + number, axis=2)
             predicted[0, 1, 1] = 1
-            path = run.mask(fold, "mmfnet", patient.name)
+            path = run.masks(fold, "mmfnet", patient.name)[None]
             path.parent.mkdir(parents=True, exist_ok=True)
             written = sitk.GetImageFromArray(predicted)
             written.CopyInformation(image)

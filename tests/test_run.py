@@ -217,7 +217,7 @@ def test_a_new_patient_can_be_segmented_later(run, tiny_cohort):
     case = preprocess_case(
         read_case_folder(tiny_cohort / result[0]["patient"], recipe.data, require_mask=False), recipe.data
     )
-    mask, _ = segment_case(keras.models.load_model(folder / "fold_1" / "mmfnet.keras"), case, recipe)
+    mask = segment_case(keras.models.load_model(folder / "fold_1" / "mmfnet.keras"), case, recipe).label_image
     written = sitk.ReadImage(str(folder / "fold_1" / "masks" / "mmfnet" / f"{result[0]['patient']}.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(written))
 

@@ -199,7 +199,7 @@ def test_training_learns(patients, tmp_path):
     )
     paths = pretrain_encoders(*patients, recipe, tmp_path)
     case = patients[1][0]
-    _, probability = segment_case(keras.models.load_model(paths["t1"]), case, recipe)
+    probability = segment_case(keras.models.load_model(paths["t1"]), case, recipe).probabilities["tumour"]
     assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["dsc"] > 0.8
 
 
@@ -295,7 +295,7 @@ def test_a_patch_classifier_learns(patients, tmp_path):
     )
     network = training.train_method(method, *patients, recipe, tmp_path)
     case = patients[1][0]
-    _, probability = segment_case(method.over_volumes(network, recipe), case, recipe)
+    probability = segment_case(method.over_volumes(network, recipe), case, recipe).probabilities["tumour"]
     assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["ap"] > 0.8
 
 

@@ -44,9 +44,10 @@ def train_and_segment(folder: Path) -> sitk.Image:
     weights = gaussian_weights(recipe.patches.shape)
     volume = predict_volume(model, case.images, recipe.patches.shape, (4, None, None), weights=weights)
     assert_type(volume, np.ndarray)
-    mask, probability = segment_case(model, case, recipe)
+    mask = segment_case(model, case, recipe).label_image
+    assert mask is not None
     segment_ensemble([model, load_network(folder / "mmfnet.keras", recipe)], case, recipe)
-    numbers = evaluate_case(sitk.GetArrayFromImage(probability), sitk.GetArrayFromImage(mask), (4.0, 1.0, 1.0))
+    numbers = evaluate_case(volume[..., 0], sitk.GetArrayFromImage(mask), (4.0, 1.0, 1.0))
     assert_type(numbers, dict[str, float])
     summarise([{"patient": case.name, **numbers}])
     return mask

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +31,9 @@ Structure = Annotated[
     list[str] | None,
     typer.Option(
         "--structure",
-        metavar="PATTERN",
-        help="Structures of a DICOM structure set or segmentation that are the mask: 'GTV.*'. Those of a second "
-        "pattern have the label 2.",
+        metavar="NAME=WHAT",
+        help="A structure to segment: its label values, core=1,4; or the name of its file or of its DICOM "
+        "structures, gtv='GTV.*'. May be repeated.",
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
@@ -64,8 +65,20 @@ def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, str
     if file and paper:
         raise ValueError("--recipe, --paper: one of the two is expected. Received: both")
     recipe = Recipe.load(file) if file else Recipe() if paper else default or Recipe.small()
-    named = {"data.mask_structures": structures} if structures else {}
-    return recipe.replace({**parse_changes(changes), **named})
+    return recipe.replace({**parse_changes(changes), **parse_structures(structures)})
+
+
+def parse_structures(structures: list[str] | None) -> dict:
+    """From `["core=1,4", "whole=1,2,4"]`, or `["GTV.*"]` for one without a name, to the change of the recipe."""
+    values = {}
+    for text in structures or ():
+        name, equals, what = text.partition("=")
+        if not equals:
+            name, what = "tumour", text
+        if name in values:
+            raise ValueError(f"--structure: NAME=WHAT with different names are expected. Received: {text}")
+        values[name] = tuple(map(int, what.split(","))) if re.fullmatch(r"\d+(,\d+)*", what) else what
+    return {"data.structures": values} if values else {}
 
 
 def read_division(groups: Path | None, splits: Path | None) -> dict:

@@ -100,7 +100,7 @@ def _compare(name, predicted, expert, labels):
 
     from keras_mmfnet.data import Grid
     from keras_mmfnet.data.image_io import read_image
-    from keras_mmfnet.data.preprocess import tumour_voxels
+    from keras_mmfnet.data.preprocess import structure_voxels
     from keras_mmfnet.data.structures import Structures
     from keras_mmfnet.evaluation import evaluate_case
 
@@ -118,7 +118,7 @@ def _compare(name, predicted, expert, labels):
     for path, image in zip((predicted, expert), images, strict=True):
         array = sitk.GetArrayFromImage(image)
         try:
-            masks.append(tumour_voxels(array, labels, allow_empty=True))
+            masks.append(structure_voxels(array, labels, allow_empty=True))
         except ValueError as error:
             raise ValueError(f"{name}: {path}: {error}; --labels says which ones count") from None
     numbers = evaluate_case(masks[0].astype(np.float32), masks[1], grids[0].spacing[::-1])

@@ -15,11 +15,6 @@ from keras_mmfnet.cli._terminal import counted, session
 
 _log = logging.getLogger(__name__)
 _DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
-# What each file of a patient ends with.
-_FILES = {
-    **{"probability": "_probability.nii.gz", "disagreement": "_disagreement.nii.gz", **_DICOM, "picture": ".png"},
-    "mask": ".nii.gz",
-}
 
 
 def segment(
@@ -33,7 +28,9 @@ def segment(
         bool, typer.Option("--disagreement", help="Standard deviation over the folds' networks, as NIfTI.")
     ] = False,
     picture: Annotated[bool, typer.Option("--picture", help="PNG of a slice with the contours.")] = False,
-    structure: Annotated[str, typer.Option(metavar="NAME", help="Name of the contour in DICOM.")] = "tumour",
+    structure: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the contour in DICOM. [the structure's]")
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(metavar="MM", min=0, help="How far structure set contours may move to save points.")
     ] = 0.0,
@@ -51,8 +48,12 @@ def segment(
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
     with session(quiet) as terminal:
         recipe = options.recipe_of_run(run)
-        if not 1 <= len(structure) <= 64 or "\\" in structure:
-            raise ValueError(f"--structure: 1 to 64 characters without a backslash are expected. Received: {structure}")
+        names = list(recipe.data.structures)
+        if structure is not None:
+            if not 1 <= len(structure) <= 64 or "\\" in structure or len(names) > 1:
+                expected = "1 to 64 characters without a backslash, for a network of one structure,"
+                raise ValueError(f"--structure: {expected} are expected. Received: {structure} for {', '.join(names)}")
+            names = [structure]
         if mirror and recipe.patches.flip_axis is None:
             raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
         from keras_mmfnet._files import write
@@ -66,7 +67,8 @@ def segment(
         failed = []
         found = find_patients(patients, recipe.data, failed.append)
         total = len(found) + len(failed)
-        _require_distinct(found)
+        ends = _endings(recipe.data)
+        _require_distinct(found, ends)
         cases = [c for c in found if not (rtstruct or seg) or isinstance(next(iter(c.images.values())), Series)]
         expected = "must be DICOM series for --rtstruct and --seg. Received: image files"
         failed += [ValueError(f"{case.name}: {expected}") for case in found if case not in cases]
@@ -82,11 +84,11 @@ def segment(
             record = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
             try:
                 record["source"] = _source(case, recipe.data, hashes)
-                _require_same(out, case, record)
+                _require_same(out, case, record, ends)
             except ValueError as error:
                 failed.append(error)
             else:
-                todo += [(case, record, missing)] if (missing := _missing(out, case, wanted)) else []
+                todo += [(case, record, missing)] if (missing := _missing(out, case, wanted, ends)) else []
         if done := total - len(todo) - len(failed):
             _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
         networks = options.load_networks(opened, fold) if todo else []
@@ -96,17 +98,17 @@ def segment(
             out.mkdir(parents=True, exist_ok=True)
         predict = functools.partial(segment_ensemble, networks, recipe=recipe, mirror=mirror, gaussian=gaussian)
         write_dicom = {
-            "rtstruct": functools.partial(write_rtstruct, name=structure, tolerance=tolerance, max_points=max_points),
-            "seg": lambda mask, series, path, probability: write_segmentation(mask, series, path, structure),
+            "rtstruct": functools.partial(write_rtstruct, tolerance=tolerance, max_points=max_points),
+            "seg": write_segmentation,
         }
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
                 write(out / f"{case.name}.json", json.dumps(record, indent=2) + "\n")
-                line = _segment(case, predict, recipe, missing, write_dicom)
+                line = _segment(case, predict, recipe, missing, names, write_dicom)
                 seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
-                if not _there(out, case):
+                if not _there(out, case, ends):
                     (out / f"{case.name}.json").unlink(missing_ok=True)
                 failed.append(error)
                 _log.warning("%d of %d: %s was not segmented, see the end", number, len(todo), case.name)
@@ -117,12 +119,28 @@ def segment(
         terminal.say(out, always=True)
 
 
-def _require_distinct(cases):
+def _endings(recipe):
+    """What the files of a patient end with, by what they hold and the structure, `None` for all; the masks are last."""
+    structures = recipe.structure_names if len(recipe.structures) > 1 else (None,)
+    apart = any(isinstance(value, str) for value in recipe.structures.values())
+
+    def image(what, structures):
+        return {(what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz" for one in structures}
+
+    return {
+        **image("probability", structures),
+        **image("disagreement", structures),
+        **{(what, None): end for what, end in _DICOM.items()},
+        ("picture", None): ".png",
+        **image("mask", structures if apart else (None,)),
+    }
+
+
+def _require_distinct(cases, ends):
     """Refuses patients of whom one's file would have the name of another's."""
     names = {case.name for case in cases}
-    clashes = sorted(
-        case.name for case in cases for end in ("_probability", "_disagreement") if case.name + end in names
-    )
+    stems = {end.removesuffix(".nii.gz") for end in ends.values() if end.endswith(".nii.gz")} - {""}
+    clashes = sorted(case.name for case in cases for stem in stems if case.name + stem in names)
     if len(names) < len(cases) or clashes:
         expected = "patients whose files have different names are expected"
         raise ValueError(f"{expected}. Received: {', '.join(clashes or sorted(case.name for case in cases))}")
@@ -137,11 +155,11 @@ def _source(case, recipe, networks):
     return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
 
 
-def _require_same(out, case, record):
+def _require_same(out, case, record, ends):
     """Refuses to add to a patient's files, or to keep them, if they were made from something else."""
     from keras_mmfnet._files import read_json
 
-    path, there = out / f"{case.name}.json", _there(out, case)
+    path, there = out / f"{case.name}.json", _there(out, case, ends)
     if there and not (path.exists() and read_json(path) == record):
         raise ValueError(
             f"{case.name}: {next(iter(there.values()))}: must be made from the same images, networks and options as "
@@ -149,71 +167,93 @@ def _require_same(out, case, record):
         )
 
 
-def _there(out, case):
-    """The files of a patient that exist."""
-    files = {name: out / f"{case.name}{end}" for name, end in _FILES.items()}
-    return {name: path for name, path in files.items() if path.exists()}
+def _there(out, case, ends):
+    """The files of a patient that exist, by what they hold and the structure."""
+    files = {about: out / f"{case.name}{end}" for about, end in ends.items()}
+    return {about: path for about, path in files.items() if path.exists()}
 
 
-def _missing(out, case, wanted):
-    """The files of a patient that are to be written. No DICOM file of an empty mask is."""
-    there = _there(out, case)
-    missing = {name: out / f"{case.name}{_FILES[name]}" for name in (*wanted, "mask") if name not in there}
-    if missing and set(missing) <= set(_DICOM):
+def _missing(out, case, wanted, ends):
+    """The files of a patient that are to be written. No DICOM file of empty masks is."""
+    there = _there(out, case, ends)
+    missing = {
+        about: out / f"{case.name}{end}"
+        for about, end in ends.items()
+        if about[0] in (*wanted, "mask") and about not in there
+    }
+    if missing and {what for what, _ in missing} <= set(_DICOM):
         import SimpleITK as sitk
 
-        return missing if sitk.GetArrayFromImage(sitk.ReadImage(str(there["mask"]))).any() else {}
+        masks = [path for (what, _), path in there.items() if what == "mask"]
+        return missing if any(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).any() for path in masks) else {}
     return missing
 
 
-def _segment(case, predict, recipe, files, write_dicom):
+def _segment(case, predict, recipe, files, names, write_dicom):
     """Segments a patient, writes the files, the mask last, and says what was found."""
     import SimpleITK as sitk
 
     from keras_mmfnet.data import CaseError, preprocess_case
     from keras_mmfnet.data.image_io import write_image
-    from keras_mmfnet.data.preprocess import read_tumour
+    from keras_mmfnet.data.preprocess import read_masks
     from keras_mmfnet.evaluation import evaluate_case
+    from keras_mmfnet.export import Structure
 
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
-    mask, probability, disagreement = predict(patient)
-    array = sitk.GetArrayViewFromImage(mask)
-    about = [case.name, *patient.notes]
-    about.append(f"{array.sum()} voxels of tumour, {array.sum() * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
-    if not array.any():
-        without = ", no DICOM file was written" if set(files) & set(_DICOM) else ""
-        about[-1] = f"no tumour was found, the mask is empty{without}"
+    found = predict(patient)
+    arrays = {name: sitk.GetArrayViewFromImage(mask) for name, mask in found.masks.items()}
+    about, anything = [case.name, *patient.notes], any(array.any() for array in arrays.values())
+    for name, array in arrays.items():
+        millilitres = array.sum() * math.prod(found.masks[name].GetSpacing()) / 1000
+        about.append(f"{array.sum()} voxels of {name}, {millilitres:.1f} ml")
+    if not anything:
+        without = ", no DICOM file was written" if {what for what, _ in files} & set(_DICOM) else ""
+        about[-len(arrays) :] = [f"no {' and no '.join(arrays)} was found, the mask is empty{without}"]
     if case.mask is not None:
         try:
-            truth = read_tumour(case, recipe.data, patient)
-            numbers = evaluate_case(sitk.GetArrayViewFromImage(probability), truth, patient.source.spacing[::-1])
-            if numbers["volume_ml"]:
-                about.append(f"DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
-            else:
-                about.append(f"the expert's mask is empty, {numbers['false_positive_ml']:.1f} ml are false")
+            for name, truth in read_masks(case, recipe.data, patient).items():
+                probability = sitk.GetArrayViewFromImage(found.probabilities[name])
+                numbers = evaluate_case(probability, truth, patient.source.spacing[::-1], predicted=arrays[name])
+                which = f"{name} " * (len(arrays) > 1)
+                if numbers["volume_ml"]:
+                    about.append(f"{which}DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
+                else:
+                    false = numbers["false_positive_ml"]
+                    about.append(f"the expert's mask {f'of {which}' * bool(which)}is empty, {false:.1f} ml are false")
         except CaseError as error:
             case = dataclasses.replace(case, mask=None)
             about.append(f"not compared with the expert's mask: {error}")
-    images = {"probability": probability, "disagreement": disagreement, "mask": mask}
-    for name in (name for name in _FILES if name in files):
-        if name in images:
-            write_image(images[name], files[name])
-        elif name == "picture":
-            _draw(case, mask, recipe, files[name])
-        elif array.any():
-            write_dicom[name](mask, next(iter(case.images.values())), files[name], probability=probability)
+    images = {"probability": found.probabilities, "disagreement": found.disagreements, "mask": found.masks}
+    structures = [
+        Structure(name, found.masks[one], found.probabilities[one])
+        for name, (one, array) in zip(names, arrays.items(), strict=True)
+        if array.any()
+    ]
+    for (what, one), path in files.items():
+        if what == "picture":
+            _draw(case, found.masks, recipe, path)
+        elif what in _DICOM:
+            if structures:
+                write_dicom[what](structures, next(iter(case.images.values())), path)
+        elif what == "mask" and one is None:
+            write_image(found.label_image, path)
+        else:
+            write_image(images[what][one or recipe.data.structure_names[0]], path)
     return "; ".join(about)
 
 
-def _draw(case, mask, recipe, path):
+def _draw(case, masks, recipe, path):
     """A slice with the contours, in pixels of the patient's own size."""
     import io
+
+    import numpy as np
 
     from keras_mmfnet._files import write
     from keras_mmfnet.data import preprocess_case
     from keras_mmfnet.plots import plot_segmentation
 
     fine = preprocess_case(case, recipe.replace({"data.spacing": None}).data)
-    figure = plot_segmentation(fine.images, fine.grid.resample(mask), fine.mask, fine.spacing, margin=40)
+    predicted = np.any([fine.grid.resample(mask) > 0 for mask in masks.values()], axis=0)
+    figure = plot_segmentation(fine.images, predicted, fine.mask, fine.spacing, margin=40)
     figure.savefig(png := io.BytesIO(), format="png", dpi=110)
     write(path, png.getvalue())

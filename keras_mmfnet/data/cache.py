@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.case import Case, PreprocessedCase
+from keras_mmfnet.data.case import Case, PreprocessedCase, StructureFiles
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
@@ -25,8 +25,8 @@ from keras_mmfnet.recipe import DataRecipe
 
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
-_FIELDS = ("modalities", "mask_labels", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 7
+_FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
+_VERSION = 8
 
 
 def key(case: Case, recipe: DataRecipe) -> str:
@@ -34,6 +34,7 @@ def key(case: Case, recipe: DataRecipe) -> str:
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
     settings = {name: getattr(recipe, name) for name in _FIELDS}
+    settings["structures"] = list(recipe.structures.items())  # whose order is that of the masks
     content = json.dumps(
         [_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
         sort_keys=True,
@@ -47,6 +48,8 @@ def _digest(source, patient):
         return [[_digest(path, patient) for path in source.files], source.frames]
     if isinstance(source, Volume):
         return [_digest(source.path, patient), source.index]
+    if isinstance(source, StructureFiles):
+        return [[name, _digest(file, patient)] for name, file in source.files.items()]
     if isinstance(source, Structures):
         return [_digest(source.path, patient), source.patterns, source.series and _digest(source.series, patient)]
     try:
@@ -62,14 +65,14 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     replaced = temporary.with_name(f"{temporary.name}.replaced")
     arrays = {f"image_{modality}.npy": image for modality, image in preprocessed.images.items()}
-    if preprocessed.mask is not None:
-        arrays["mask.npy"] = preprocessed.mask
+    arrays |= {f"mask_{structure}.npy": mask for structure, mask in (preprocessed.masks or {}).items()}
     try:
         temporary.mkdir(parents=True)
         for file, array in arrays.items():
             np.save(temporary / file, array)
         description = {
             "modalities": list(preprocessed.images),
+            "structures": preprocessed.masks and list(preprocessed.masks),
             "grid": preprocessed.grid.to_dict(),
             "source": preprocessed.source.to_dict(),
             "centre": preprocessed.centre,
@@ -99,11 +102,12 @@ def load(entry: Path, name: str) -> PreprocessedCase | None:
         if any(_checksum(entry / file) != checksum for file, checksum in checksums.items()):
             return None
         images = {m: np.load(entry / f"image_{m}.npy", mmap_mode="r") for m in description["modalities"]}
-        mask = np.load(entry / "mask.npy", mmap_mode="r") if "mask.npy" in checksums else None
+        names = description["structures"]
+        masks = names and {name: np.load(entry / f"mask_{name}.npy", mmap_mode="r") for name in names}
         return PreprocessedCase(
             name=name,
             images=images,
-            mask=mask,
+            masks=masks,
             grid=Grid.from_dict(description["grid"]),
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),

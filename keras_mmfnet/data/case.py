@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,13 +64,38 @@ class CaseError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class StructureFiles:
+    """A mask that is a file for each structure.
+
+    Args:
+        files: `{structure: source}`, each a mask of one label.
+    """
+
+    files: Mapping[str, object]
+
+    def __post_init__(self):
+        object.__setattr__(self, "files", {name: _path(source) for name, source in self.files.items()})
+
+    def __str__(self):
+        return ", ".join(dict.fromkeys(map(str, self.files.values())))
+
+    def __hash__(self):
+        return hash(tuple(self.files.items()))
+
+
+def files_of(mask: object) -> list[object]:
+    """The sources of a mask: one, or one for each structure."""
+    return list(mask.files.values()) if isinstance(mask, StructureFiles) else [mask]
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """The paths of one patient's files.
 
     Args:
         name: The patient's name.
         images: `{modality: source}`. A source is the path of an image file, a DICOM `Series` or a `Volume` of a file.
-        mask: The source of the tumour mask, `{modality it was drawn on: source}`, or `None`.
+        mask: The source of the mask, `{modality it was drawn on: source}`, or `None`. It may be `StructureFiles`.
     """
 
     name: str
@@ -94,7 +120,7 @@ class PreprocessedCase:
     Args:
         name: The patient's name.
         images: `{modality: float32 (depth, height, width)}`, all on `grid`.
-        mask: The tumour, uint8 {0, 1} on `grid`, or `None`.
+        masks: `{structure: uint8 {0, 1}}`, each on `grid`, or `None`.
         grid: The grid of the arrays; its axes are as close as possible to the patient's (left, posterior, superior).
         source: The grid of the reference modality's image.
         centre: Voxel indices `(z, y, x)` of the centre of the body's bounding box.
@@ -104,7 +130,7 @@ class PreprocessedCase:
 
     name: str
     images: Mapping[str, np.ndarray]
-    mask: np.ndarray | None
+    masks: Mapping[str, np.ndarray] | None
     grid: Grid
     source: Grid
     centre: tuple[int, int, int]
@@ -121,9 +147,17 @@ class PreprocessedCase:
         """Voxel size in mm `(z, y, x)`."""
         return self.grid.spacing[::-1]
 
+    @functools.cached_property
+    def mask(self) -> np.ndarray | None:
+        """The voxels of any structure, uint8 {0, 1} on `grid`, or `None`."""
+        if self.masks is None:
+            return None
+        first, *others = self.masks.values()
+        return functools.reduce(np.maximum, others, first)
+
     @property
     def tumour_ml(self) -> float:
-        """Volume of the mask in ml."""
+        """Volume of all structures together in ml."""
         return float(np.count_nonzero(self.mask) * np.prod(self.spacing) / 1000)
 
     def images_of(self, modalities: Iterable[str]) -> dict[str, np.ndarray]:

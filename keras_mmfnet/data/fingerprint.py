@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._log import progress
-from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.case import Case, CaseError, files_of
 from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.data.preprocess import (
@@ -129,18 +129,20 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
                 notes += attempt(coverage_notes, case, modality, coverage, modalities[0]) or []
     masks = (attempt(mask_sources, case, recipe) or {}) if case.mask is not None and modalities else {}
     notes += mask_notes(case, recipe) if masks else []
-    for source in masks.values():
+    files = [file for source in masks.values() for file in files_of(source)]
+    for source in files:
         grid = attempt(read_grid, source, case.name)
         if grid and reference and not upright.matches(upright_grid(grid)):
             notes.append(f"mask: lies on another grid than {modalities[0]}, resampled by position")
     if deep and not problems:
-        labels = attempt(_labels, masks.values(), case.name)
+        labels = attempt(_labels, files, case.name)
         preprocessed = attempt(preprocess_case, case, recipe)
         if preprocessed:
             notes = preprocessed.notes
             volume = None if preprocessed.mask is None else preprocessed.tumour_ml
     drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]
-    notes = [*(f"structures in {source}" for source in drawn if isinstance(source, Structures)), *notes]
+    drawn = [file for source in drawn for file in files_of(source) if isinstance(file, Structures)]
+    notes = [*(f"structures in {source}" for source in drawn), *notes]
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
     return CaseSurvey(case.name, images, where, labels, volume, problems, notes)

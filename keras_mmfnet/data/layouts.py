@@ -1,3 +1,4 @@
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from keras_mmfnet.data.case import Case, CaseError
+from keras_mmfnet.data.case import Case, CaseError, StructureFiles
 from keras_mmfnet.data.dicom import (
     SEGMENTATIONS,
     STRUCTURE_SET,
@@ -260,7 +261,8 @@ def _find_images(folder, recipe, optional):
         if not path and (meant or not (optional and any(images.values()))):
             raise _missing(folder, files, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
     images = {modality: path for modality, path in images.items() if path}
-    return layout, images, functools.partial(_find_mask, folder, files, recipe)
+    others = {stem: [path for path in paths if path not in images.values()] for stem, paths in files.items()}
+    return layout, images, functools.partial(_find_mask, folder, others, recipe)
 
 
 def _find_files(folder, files, recipe):
@@ -308,15 +310,54 @@ def _is_mask(name):
 
 
 def _find_mask(folder, files, recipe, required):
-    """The path of the mask, or of the mask drawn on each modality, or `None`."""
+    """The source of the mask, or of the mask drawn on each modality, or `None`."""
+    if names := _named_structures(recipe):
+        return _find_structures(folder, files, names, recipe, required)
     mask = _find_file(folder, files, [recipe.mask, *_brats_stems(folder, ["seg"])])
-    if mask:
-        return mask
-    masks = {m: _find_file(folder, files, [f"{recipe.mask}_{m}", f"{m}_{recipe.mask}"]) for m in recipe.modalities}
-    masks = {modality: path for modality, path in masks.items() if path}
-    if required and not masks:
+    mask = mask or _of_each(folder, files, recipe.mask, recipe)
+    if required and not mask:
         raise _missing(folder, files, recipe.mask, _is_mask, "data.mask")
-    return masks or None
+    return mask
+
+
+def _of_each(folder, files, stem, recipe):
+    """The file of a mask that was drawn on each modality, `{modality: path}`, or `None`."""
+    found = {m: _find_file(folder, files, [f"{stem}_{m}", f"{m}_{stem}"]) for m in recipe.modalities}
+    return {modality: path for modality, path in found.items() if path} or None
+
+
+def _named_structures(recipe):
+    """The names of the structures' files or, in DICOM, their patterns, `{structure: name}`; empty for labels."""
+    return {name: value for name, value in recipe.structures.items() if isinstance(value, str)}
+
+
+def _find_structures(folder, files, names, recipe, required):
+    """The files of the structures, or those drawn on each modality, or `None`."""
+    found = {}
+    for structure, pattern in names.items():
+        fits = functools.partial(re.fullmatch, pattern, flags=re.IGNORECASE)
+        path = _find_file(folder, files, [stem for stem in files if fits(stem)])
+        drawn = {m: _find_file(folder, files, [s for s in files if _less(s, m, fits)]) for m in recipe.modalities}
+        drawn = {None: path} if path else {modality: path for modality, path in drawn.items() if path}
+        if not drawn and required and not recipe.allow_empty:
+            raise _missing(folder, files, pattern, _is_mask, f"data.structures.{structure}")
+        for modality, path in drawn.items():
+            found.setdefault(modality, {})[structure] = path
+    if not found and required:
+        raise _missing(folder, files, " or ".join(names.values()), _is_mask, "data.structures")
+    if len(found) > 1 and len({frozenset(some) for some in found.values()}) > 1:
+        listed = "; ".join(f"{', '.join(some)} on {modality or 'none'}" for modality, some in found.items())
+        raise CaseError(
+            f"{folder.name}: {folder}: must hold the files of all structures for each sequence they were drawn on. "
+            f"Received: {listed}"
+        )
+    found = {modality: StructureFiles(some) for modality, some in found.items()}
+    return found.get(None) or found or None
+
+
+def _less(stem, modality, fits):
+    """Whether a name without its modality at either end fits a pattern."""
+    return any(fits(s) for s in (stem.removesuffix(f"_{modality}"), stem.removeprefix(f"{modality}_")) if s != stem)
 
 
 # --- DICOM
@@ -363,17 +404,24 @@ def _find_dicom(folder, recipe, optional):
 
     def find_mask(required):
         # Structures count where they are asked for, or where there is no mask as an image.
-        ignored = masks and not recipe.mask_structures
+        named = _named_structures(recipe)
+        ignored = masks and not named
         unused = {kind: others[kind] for kind in (STRUCTURE_SET, *SEGMENTATIONS) if ignored and kind in others}
         if unused:
             _log.info("%s: the mask is an image; not used as masks: %s", folder.name, describe_objects(unused))
-        drawn = [] if ignored else find_structures(others, series, recipe.mask_structures, folder.name)
-        if not drawn and recipe.mask_structures and required:
-            listed = ", ".join(map(repr, recipe.mask_structures))
-            raise CaseError(
-                f"{folder.name}: {folder}: must hold a DICOM structure set or segmentation with {listed}, as "
-                f"--structure says. Received: none"
-            )
+        drawn = [] if ignored else find_structures(others, series, tuple(named.values()), folder.name)
+        if not drawn and named:
+            files = {}
+            for path in filter(image_suffix, walk_files(folder)):
+                files.setdefault(image_stem(path), []).append(path)
+            found = _find_structures(folder, files, named, recipe, False)
+            if required and not found:
+                listed = ", ".join(map(repr, named.values()))
+                raise CaseError(
+                    f"{folder.name}: {folder}: must hold a DICOM structure set or segmentation with {listed}, or a "
+                    f"file for each, as --structure says. Received: none"
+                )
+            return found
         if not drawn:
             return _choose_masks(folder, masks, recipe, others, required)
         if len(drawn) > 1:
@@ -381,7 +429,12 @@ def _find_dicom(folder, recipe, optional):
                 f"{folder.name}: {folder}: must hold one file with the structures; move the others elsewhere, or let "
                 f"--structure match those of one. Received: {'; '.join(map(str, drawn))}"
             )
-        return next(({modality: drawn[0]} for modality, one in chosen.items() if one == drawn[0].series), drawn[0])
+        [mask] = drawn
+        modality = next((modality for modality, one in chosen.items() if one == mask.series), None)
+        if named:
+            files = {name: dataclasses.replace(mask, patterns=(pattern,)) for name, pattern in named.items()}
+            mask = StructureFiles(files)
+        return {modality: mask} if modality else mask
 
     return chosen, find_mask
 

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data._errors import reason
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, files_of
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_image
@@ -24,6 +24,8 @@ from keras_mmfnet.recipe import DataRecipe
 _HALF = 0.5 - 1e-4
 # Share of a mask's volume that must be left on the reference grid.
 _KEPT = 2 / 3
+# Voxels of the reference grid that one structure of several may lose besides.
+_FEW = 10
 # Of the 99th percentile: how far below 0 the interpolation of a magnitude brings its 1st percentile at most.
 _OVERSHOOT = 0.02
 
@@ -44,13 +46,13 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
             recipe. The arrays are then read-only and lie in the file system's memory, once for all processes.
 
     Returns:
-        A `PreprocessedCase`: float32 images and a uint8 mask {0, 1}, each `(depth, height, width)`.
+        A `PreprocessedCase`: float32 images and uint8 masks {0, 1}, each `(depth, height, width)`.
 
     Raises:
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
             of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`, or are not
             and it has one; an image is constant, in all or inside the body; an image lies outside the first one's field
-            of view; the mask has several labels and `recipe.mask_labels` does not choose, or no voxel of those wanted.
+            of view; the mask has several labels and `recipe.structures` does not choose, or no voxel of those wanted.
     """
     recipe = recipe_of(case, recipe)
     try:
@@ -124,12 +126,12 @@ def _preprocess(case, recipe):
                 centre = tuple((low + high) // 2 for low, high in bounding_box(volume > otsu_threshold(volume)))
             images[modality] = pool.submit(_normalise, volume, grid, recipe, modality, where)
         notes += (_raw_notes if z_scores else _normalised_notes)(case, recipe, intensities)
-        mask = None
+        masks = None
         if case.mask is not None:
-            mask, mask_notes = _read_mask(case, recipe, grid, upright, transforms)
+            masks, mask_notes = _read_masks(case, recipe, grid, upright, transforms)
             notes += mask_notes
         images = {modality: normalised.result() for modality, normalised in images.items()}
-    return PreprocessedCase(case.name, images, mask, grid, source, centre, tuple(notes), transforms)
+    return PreprocessedCase(case.name, images, masks, grid, source, centre, tuple(notes), transforms)
 
 
 def reference_notes(grid: Grid, recipe: DataRecipe) -> list[str]:
@@ -149,7 +151,11 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
     first, notes, without = recipe.modalities[0], [], []
     masks = mask_sources(case, recipe) if case.mask is not None else {}
     sources = [(modality, case.images[modality], first) for modality in recipe.modalities]
-    sources += [("mask", source, name if name in case.images else first) for name, source in masks.items()]
+    sources += [
+        ("mask", file, name if name in case.images else first)
+        for name, source in masks.items()
+        for file in files_of(source)
+    ]
     for name, source, other in sources:
         has_position, difference = position_problems(source, case.name)
         without += [] if has_position else [f"{name} ({source})"]
@@ -296,20 +302,20 @@ def _normalise(volume, grid, recipe, modality, where):
 # --- the mask
 
 
-def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None, allow_empty: bool = False) -> np.ndarray:
-    """The voxels of a mask that are tumour.
+def structure_voxels(values: np.ndarray, labels: Sequence[int] | None = None, allow_empty: bool = False) -> np.ndarray:
+    """The voxels of a mask that belong to a structure.
 
     Args:
         values: Array of finite numbers.
-        labels: The values that count as tumour. `None`: the one value besides 0; in a mask of one label and
+        labels: The structure's values. `None`: the one value besides 0; in a mask of one label and
             fractions of it, as interpolation leaves it, what is above half the label.
-        allow_empty: Whether there may be no tumour voxel.
+        allow_empty: Whether there may be no voxel of it.
 
     Returns:
         A bool array of the same shape.
 
     Raises:
-        ValueError: There is no tumour voxel, or there are several labels and none was chosen.
+        ValueError: There is no voxel of the structure, or there are several labels and none was chosen.
     """
     if values.dtype.kind == "f":
         whole = np.rint(values)
@@ -322,17 +328,17 @@ def tumour_voxels(values: np.ndarray, labels: Sequence[int] | None = None, allow
     found = np.unique(values[values != 0])
     if labels is None and len(found) > 1:
         raise ValueError(
-            "must have one label besides 0, unless the recipe's `mask_labels` say which ones count as tumour. "
+            "must have one label besides 0, unless `data.structures` says which ones belong to which structure. "
             f"Received: the labels {_listed(found)}"
         )
-    tumour = values != 0 if labels is None else np.isin(values, labels)
-    if not (tumour.any() or allow_empty):
+    inside = values != 0 if labels is None else np.isin(values, labels)
+    if not (inside.any() or allow_empty):
         wanted = "a value besides 0" if labels is None else f"one of the labels {_listed(labels)}"
         raise ValueError(
             f"must have a voxel with {wanted}, unless `data.allow_empty` says that patients may have no "
             f"tumour. Received: {_listed(found) or 'only 0'}"
         )
-    return tumour
+    return inside
 
 
 def _is_one_label(values, whole):
@@ -346,22 +352,22 @@ def _listed(values):
     return ", ".join(f"{value:g}" for value in values[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def read_tumour(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> np.ndarray:
-    """The expert's tumour of a patient on the reference modality's own grid, by position.
+def read_masks(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> dict[str, np.ndarray]:
+    """The expert's structures of a patient on the reference modality's own grid, by position.
 
     Args:
         case: A `Case` with a mask.
-        recipe: The `DataRecipe`, whose `mask_labels` and `mask_from` choose what counts as tumour.
+        recipe: The `DataRecipe`, whose `structures` and `mask_from` choose what counts.
         preprocessed: The `PreprocessedCase` of the same patient: its `source` is the grid, its `transforms` bring masks
             drawn on other modalities there.
 
     Returns:
-        A uint8 array {0, 1} of the grid's shape.
+        `{structure: uint8 array {0, 1}}` of the grid's shape.
 
     Raises:
-        CaseError: The file is damaged, has no voxel of the labels wanted, or a tumour that is lost on that grid.
+        CaseError: A file is damaged, has no voxel of the labels wanted, or a structure that is lost on that grid.
     """
-    return _tumour_on(case, recipe_of(case, recipe), preprocessed.source, preprocessed.transforms)[0]
+    return _masks_on(case, recipe_of(case, recipe), preprocessed.source, preprocessed.transforms)[0]
 
 
 def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
@@ -396,64 +402,119 @@ def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
     return notes
 
 
-def _tumour_on(case, recipe, grid, transforms):
-    """The tumour on `grid`, the grids of its files in the order of the patient's axes, and its volume in them in ml.
+def _masks_on(case, recipe, grid, transforms):
+    """The structures on `grid`, the grids of their files in the order of the patient's axes, and their volumes there.
 
     Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
     modality it was drawn on.
     """
-    sources = mask_sources(case, recipe)
-    found = (
-        _one_tumour_on(case, source, recipe, grid, transforms.get(modality)) for modality, source in sources.items()
-    )
-    tumours, grids, volumes = zip(*found, strict=True)
+    sources, grids, found = mask_sources(case, recipe), [], {name: [] for name in recipe.structures}
+    for modality, source in sources.items():
+        for name, (image, inside) in _structures_in(case, source, recipe).items():
+            image = apply_transform(image, transforms[modality]) if modality in transforms else image
+            grids.append(Grid.from_image(image))
+            found[name].append(_one_on(f"{case.name}: {source}", name, inside, grids[-1], recipe, grid))
     combine = np.logical_and if recipe.mask_from == "intersection" else np.logical_or
-    combined = combine.reduce(tumours)
-    if all(volumes) and not combined.any():
-        listed = ", ".join(map(str, sources.values()))
-        raise CaseError(f"{case.name}: {listed}: must overlap. Received: tumours in each, none of which is left in all")
-    return combined.astype(np.uint8), grids, sum(volumes) / len(volumes)
+    masks, volumes = {}, {}
+    for name, parts in found.items():
+        inside, volume = zip(*parts, strict=True)
+        masks[name], volumes[name] = combine.reduce(inside), sum(volume) / len(volume)
+        if all(volume) and not masks[name].any():
+            raise CaseError(
+                f"{case.name}: {', '.join(map(str, sources.values()))}: must overlap. Received: {name} in each, "
+                "none of which is left in all"
+            )
+    if recipe.exclusive:  # a voxel that is half in two structures belongs to the first one
+        taken = np.zeros(grid.shape, bool)
+        for name, inside in masks.items():
+            masks[name] = inside & ~taken
+            taken |= inside
+    return {name: inside.astype(np.uint8) for name, inside in masks.items()}, [upright_grid(g) for g in grids], volumes
 
 
-def _one_tumour_on(case, source, recipe, grid, transform):
-    """The same for one file: whether each voxel of `grid` is tumour, the file's grid, and the volume."""
-    image = read_image(source, case.name)
-    image = apply_transform(image, transform) if transform else image
-    own = Grid.from_image(image)
+def _structures_in(case, source, recipe):
+    """Of each structure of a mask an image on its grid, and which of its voxels belong to the structure.
+
+    One structure alone may be empty only if the recipe allows it; of several, not all of them.
+    """
+    where, named = f"{case.name}: {source}", any(isinstance(value, str) for value in recipe.structures.values())
     try:
-        tumour = tumour_voxels(sitk.GetArrayViewFromImage(image), recipe.mask_labels, recipe.allow_empty)
+        if not isinstance(source, StructureFiles):
+            if named and not isinstance(source, Structures):
+                listed = ", ".join(recipe.structures)
+                raise ValueError(f"must be a file for each of the structures {listed}. Received: one file")
+            image = read_image(source, case.name)
+            values = sitk.GetArrayViewFromImage(image)
+            several = len(recipe.structures) > 1
+            if several:
+                every = sorted({label for labels in recipe.structures.values() for label in labels})
+                structure_voxels(values, every, recipe.allow_empty)
+            return {
+                name: (image, structure_voxels(values, labels, several or recipe.allow_empty))
+                for name, labels in recipe.structures.items()
+            }
+        images = {name: read_image(file, case.name) for name, file in source.files.items()}
+        found = {
+            name: (
+                image,
+                structure_voxels(sitk.GetArrayViewFromImage(image), None, len(images) > 1 or recipe.allow_empty),
+            )
+            for name, image in images.items()
+        }
+        if not (recipe.allow_empty or any(inside.any() for _, inside in found.values())):
+            raise ValueError(
+                "must not all be empty, unless `data.allow_empty` says that patients may have no tumour. "
+                "Received: only 0"
+            )
     except ValueError as error:
-        raise CaseError(f"{case.name}: {source}: {error}") from error
-    if not tumour.any():
-        return np.zeros(grid.shape, bool), upright_grid(own), 0.0
-    near = _surroundings(tumour, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
-    image_near = own.crop(*near).image(tumour[tuple(map(slice, *near))].astype(np.float32))
-    inside, volume = resample(image_near, grid, background=0.0) >= _HALF, _millilitres(tumour, own)
-    if (kept := _millilitres(inside, grid)) < _KEPT * volume:
+        raise CaseError(f"{where}: {error}") from error
+    # Of a patient who lacks the file of a structure, as the recipe allows.
+    image = next(iter(images.values()))
+    nothing = image, np.zeros(image.GetSize()[::-1], bool)
+    return {name: found.get(name, nothing) for name in recipe.structures}
+
+
+def _one_on(where, name, inside, own, recipe, grid):
+    """Whether each voxel of `grid` is inside a structure, given on its `own` grid; and its volume there."""
+    if not inside.any():
+        return np.zeros(grid.shape, bool), 0.0
+    near = _surroundings(inside, 2 * max(grid.spacing) / np.asarray(own.spacing[::-1]))
+    image_near = own.crop(*near).image(inside[tuple(map(slice, *near))].astype(np.float32))
+    resampled, volume = resample(image_near, grid, background=0.0) >= _HALF, _millilitres(inside, own)
+    kept, several = _millilitres(resampled, grid), len(recipe.structures) > 1
+    # Of several structures, some may be a few voxels.
+    if kept < _KEPT * volume and not (several and volume - kept < _FEW * math.prod(grid.spacing) / 1000):
         raise CaseError(
-            f"{case.name}: {source}: must lie within {recipe.modalities[0]} and be large enough for its voxels of "
-            f"{' x '.join(f'{step:.3g}' for step in grid.spacing)} mm. Received: {volume:.3g} ml of tumour, of which "
-            f"{kept:.3g} ml are left on that grid"
+            f"{where}: must lie within {recipe.modalities[0]} and be large enough for its voxels of "
+            f"{' x '.join(f'{step:.3g}' for step in grid.spacing)} mm. Received: {volume:.3g} ml of "
+            f"{name}, of which {kept:.3g} ml are left on that grid"
         )
-    return inside, upright_grid(own), volume
+    return resampled, volume
 
 
-def _read_mask(case, recipe, grid, upright, transforms):
-    """The mask on `grid` and notes on it; `upright` is the reference modality's own grid in the order of `grid`."""
-    mask, grids, volume = _tumour_on(case, recipe, grid, transforms)
-    first, kept = recipe.modalities[0], _millilitres(mask, grid)
+def _read_masks(case, recipe, grid, upright, transforms):
+    """The masks on `grid` and notes on them; `upright` is the reference modality's own grid in the order of `grid`."""
+    masks, grids, volumes = _masks_on(case, recipe, grid, transforms)
+    first, kept = recipe.modalities[0], {name: _millilitres(mask, grid) for name, mask in masks.items()}
     notes = mask_notes(case, recipe)
-    if not kept:
-        images = [read_image(source, case.name) for source in mask_sources(case, recipe).values()]
+    if not any(kept.values()):
+        files = [file for source in mask_sources(case, recipe).values() for file in files_of(source)]
+        images = [read_image(file, case.name) for file in files]
         labels = np.unique([label for image in images for label in np.unique(sitk.GetArrayViewFromImage(image))])
         other = _listed(labels[labels != 0])
         notes.append(f"mask: without tumour{f', but with the labels {other}' if other else ''}")
+    elif lacking := [name for name in masks if not kept[name]]:
+        lost = [
+            f"{name} ({volumes[name]:.2g} ml, too small for the grid)" if volumes[name] else name for name in lacking
+        ]
+        notes.append(f"mask: without {', '.join(lost)}")
     if not all(upright.matches(own) for own in grids):
-        _tumour_on(case, recipe, upright, transforms)  # on which it is compared in the end, if it is not lost there
-        notes.append(
-            f"mask: lies on another grid than {first}, resampled by position: {volume:.3g} ml, now {kept:.3g} ml"
+        _masks_on(case, recipe, upright, transforms)  # on which they are compared in the end, if none is lost there
+        listed = ", ".join(
+            f"{f'{name} ' * (len(masks) > 1)}{volumes[name]:.3g} ml, now {kept[name]:.3g} ml" for name in masks
         )
-    return mask, notes
+        notes.append(f"mask: lies on another grid than {first}, resampled by position: {listed}")
+    return masks, notes
 
 
 def _millilitres(mask, grid):

@@ -176,7 +176,7 @@ def _choose(structures, patterns, refuse):
     """`(label, structure)` of those that count."""
     listed = ", ".join(repr(one.name) for one in structures) or "none"
     if not patterns and len([one for one in structures if not one.empty] or structures) != 1:
-        raise refuse("a file of one structure, unless `data.mask_structures` says which ones count", listed)
+        raise refuse("a file of one structure, unless --structure (`data.structures`) says which ones count", listed)
     chosen = []
     for label, pattern in enumerate(patterns or [".*"], start=1):
         found = _matching(pattern, structures)

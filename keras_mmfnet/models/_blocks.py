@@ -1,9 +1,21 @@
 import dataclasses
 
 import keras
+from keras import ops
 
 from keras_mmfnet import _axes
 from keras_mmfnet.layers import BatchNormReLU, volumes
+
+
+@keras.saving.register_keras_serializable(package="keras_mmfnet")
+def exclusive_softmax(logits):
+    """The probabilities of structures that exclude each other: `exp(l_k) / (1 + sum_j exp(l_j))`.
+
+    A softmax with the background, whose logit is 0 and whose probability is what is missing to 1. Of one structure it
+    is the sigmoid.
+    """
+    background = ops.zeros_like(logits[..., :1])
+    return ops.softmax(ops.concatenate([background, logits], axis=-1), axis=-1)[..., 1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +28,8 @@ class Blocks:
 
     dtype: keras.dtype_policies.DTypePolicy
     rank: int = 3
+    structures: int = 1
+    exclusive: bool = True
     data_format: str = "channels_last"
     layers: dict = dataclasses.field(default_factory=dict)
 
@@ -69,17 +83,15 @@ class Blocks:
         return self.head(x)
 
     def head(self, x):
-        """The probability of each voxel, from its features."""
-        # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1. The initial probability is
-        # 5% (logit -3) because tumour is rare.
+        """The probability of each structure in each voxel, from its features."""
+        # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1.
         return self.layer(
             "probability",
             self._kind("Conv{}"),
-            1,
+            self.structures,
             1,
             padding="same",
-            activation="sigmoid",
-            bias_initializer=keras.initializers.Constant(-3.0),
+            activation=exclusive_softmax if self.exclusive and self.structures > 1 else "sigmoid",
             data_format=self.data_format,
             dtype="float32",
         )(x)

@@ -20,17 +20,34 @@ class EncoderDecoder(Network):
             `{modality: tensor}`.
         settings: The other arguments of the subclass, which become attributes and part of the config.
         rank: 3 for volumes, 2 for slices.
+        structures: Names of the structures, one channel of probabilities each.
+        exclusive: Whether no voxel can belong to two structures: a softmax with the background instead of a sigmoid
+            for each structure.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
     """
 
-    def __init__(self, modalities, patch_shape, filters, dtype, compute_features, settings, rank=3, **kwargs):
-        patch_shape, filters, blocks = tuple(patch_shape), tuple(filters), make_blocks(dtype, rank)
+    def __init__(
+        self,
+        modalities,
+        patch_shape,
+        filters,
+        dtype,
+        compute_features,
+        settings,
+        rank=3,
+        structures=("tumour",),
+        exclusive=True,
+        **kwargs,
+    ):
+        patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
+        blocks = make_blocks(dtype, structures, exclusive, rank)
         inputs = make_inputs(modalities, patch_shape, filters, rank)
 
         def compute(inputs):
             return blocks.decode(compute_features(blocks, inputs, filters), filters)
 
         settings = {**settings, "patch_shape": patch_shape, "filters": filters}
+        settings |= {"structures": structures, "exclusive": exclusive}
         super().__init__(inputs, compute(inputs), blocks.dtype, settings, **kwargs)
         self._compute = compute
 

@@ -65,20 +65,31 @@ def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> ker
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
         raise ValueError(
             f"{path}: must be a network from patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} to "
-            f"their probabilities, as the recipe says. Received: the {type(model).__name__} of {shapes}"
+            f"the probabilities of {', '.join(recipe.data.structures)}, as the recipe says. "
+            f"Received: the {type(model).__name__} of {shapes}"
         )
     return model
 
 
 def _matches(recipe, model):
-    """Whether a network maps the recipe's patches, or patches of any size, to one number per voxel."""
+    """Whether a network maps the recipe's patches, or patches of any size, to a number per structure and voxel."""
     if not isinstance(inputs := getattr(model, "input", None), dict) or set(inputs) != set(recipe.data.modalities):
         return False
-    shapes = [tensor.shape for tensor in (*inputs.values(), *keras.tree.flatten(model.output))]
-    wanted = (None, *recipe.patches.shape, 1)
-    return len(shapes) == len(recipe.data.modalities) + 1 and all(
-        len(shape) == 5 and all(size in (None, want) for size, want in zip(shape, wanted, strict=True))
-        for shape in shapes
+    outputs, structures = keras.tree.flatten(model.output), recipe.data.structure_names
+    wanted = [*((tensor, 1) for tensor in inputs.values()), *((tensor, len(structures)) for tensor in outputs)]
+    # A network of one structure may have learned it under another name.
+    named = len(structures) == 1 or getattr(model, "structures", structures) == structures
+    return (
+        named
+        and len(outputs) == 1
+        and all(
+            len(tensor.shape) == 5
+            and all(
+                size in (None, want)
+                for size, want in zip(tensor.shape, (None, *recipe.patches.shape, channels), strict=True)
+            )
+            for tensor, channels in wanted
+        )
     )
 
 
@@ -106,7 +117,13 @@ def check_names(modalities, filters):
         raise ValueError(f"`filters` must be one or more positive integers. Received: {filters!r}")
 
 
-def make_blocks(dtype, rank=3):
-    """`Blocks` of a dtype policy; `None` is Keras' global policy."""
+def make_blocks(dtype, structures, exclusive, rank=3):
+    """`Blocks` of a dtype policy; `None` is Keras' global policy.
+
+    Raises:
+        ValueError: `structures` are no distinct names.
+    """
+    if not structures or isinstance(structures, str) or len(set(structures)) != len(structures):
+        raise ValueError(f"`structures` must be distinct names, at least one. Received: {structures!r}")
     policy = keras.dtype_policies.get(dtype if dtype is not None else keras.config.dtype_policy())
-    return Blocks(rank=rank, dtype=policy)
+    return Blocks(policy, rank, len(structures), exclusive)

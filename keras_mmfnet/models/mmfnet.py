@@ -31,13 +31,13 @@ class MultiEncoderUNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of each encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `name` and `trainable`, as in `keras.Model`.
+        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+        Float32 probabilities, `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` is invalid.
@@ -73,13 +73,13 @@ class MMFNet(EncoderDecoder):
         modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
             image. At least one modality is kept.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `name` and `trainable`, as in `keras.Model`.
+        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+        Float32 probabilities, `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: An argument is invalid.

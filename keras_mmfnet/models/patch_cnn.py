@@ -20,6 +20,8 @@ class PatchCNN(Network):
         patch_shape: `(height, width)` of a patch in pixels; its centre is the pixel `(height // 2, width // 2)`. Each
             block subtracts 4 pixels and halves the rest, which must give whole numbers.
         filters: Filters of each block, then units of the fully connected layer.
+        structures: Names of the structures.
+        exclusive: Whether no voxel can belong to two structures.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
 
@@ -27,8 +29,8 @@ class PatchCNN(Network):
         inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`, not smaller than `patch_shape`.
 
     Returns:
-        Float32 probabilities of the tumour, one per patch of the input:
-        `(batch, height - patch height + 1, width - patch width + 1, 1)`.
+        Float32 probabilities, one per structure and patch of the input:
+        `(batch, height - patch height + 1, width - patch width + 1, structures)`.
 
     Raises:
         ValueError: `patch_shape` or `filters` is invalid.
@@ -39,12 +41,16 @@ class PatchCNN(Network):
         modality: str = "t1",
         patch_shape: Sequence[int] = (32, 32),
         filters: Sequence[int] = (16, 32, 64),
+        structures: Sequence[str] = ("tumour",),
+        exclusive: bool = True,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        patch_shape, filters = tuple(patch_shape), tuple(filters)
+        patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
+        blocks = make_blocks(dtype, structures, exclusive, rank=2)
         settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(*_classifier((modality,), patch_shape, filters, dtype), settings, **kwargs)
+        settings |= {"structures": structures, "exclusive": exclusive}
+        super().__init__(*_classifier((modality,), patch_shape, filters, blocks), settings, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -57,6 +63,8 @@ class SiamesePatchCNN(Network):
         modalities: Names of the modalities.
         patch_shape: As for `PatchCNN`.
         filters: As for `PatchCNN`, for each branch.
+        structures: Names of the structures.
+        exclusive: Whether no voxel can belong to two structures.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
 
@@ -64,7 +72,7 @@ class SiamesePatchCNN(Network):
         inputs: `{modality: tensor}`, each tensor of shape `(batch, height, width, 1)`, not smaller than `patch_shape`.
 
     Returns:
-        Float32 probabilities of the tumour, as from `PatchCNN`.
+        Float32 probabilities, as from `PatchCNN`.
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` is invalid.
@@ -75,15 +83,19 @@ class SiamesePatchCNN(Network):
         modalities: Sequence[str] = ("t1", "t2", "cet1"),
         patch_shape: Sequence[int] = (32, 32),
         filters: Sequence[int] = (16, 32, 64),
+        structures: Sequence[str] = ("tumour",),
+        exclusive: bool = True,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
+        blocks = make_blocks(dtype, structures := tuple(structures), exclusive, rank=2)
         settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        super().__init__(*_classifier(modalities, patch_shape, filters, dtype), settings, **kwargs)
+        settings |= {"structures": structures, "exclusive": exclusive}
+        super().__init__(*_classifier(modalities, patch_shape, filters, blocks), settings, **kwargs)
 
 
-def _classifier(modalities, patch_shape, filters, dtype):
+def _classifier(modalities, patch_shape, filters, blocks):
     """The inputs, the probabilities and the dtype policy of a patch classifier."""
     check_names(modalities, filters)
     remaining = patch_shape if all(isinstance(size, int) for size in patch_shape) else ()
@@ -94,7 +106,6 @@ def _classifier(modalities, patch_shape, filters, dtype):
             f"`patch_shape` must have two sizes that give whole numbers when each of the {len(filters) - 1} blocks "
             f"subtracts 4 and halves them, such as 32 with two blocks. Received: {patch_shape!r}"
         )
-    blocks = make_blocks(dtype, rank=2)
     inputs = {name: keras.Input((None, None, 1), name=name) for name in modalities}
     dilation = 2 ** (len(filters) - 1)
     branches = []

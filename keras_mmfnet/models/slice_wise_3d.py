@@ -21,7 +21,7 @@ class SliceWise3D(Network):
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+        Float32 probabilities, `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: `patch_shape` does not have three known sizes.
@@ -45,17 +45,18 @@ class SliceWise3D(Network):
             raise ValueError(f"`patch_shape` must have three known sizes. Received: {patch_shape!r}")
         _, height, width = patch_shape
         taken = network.patch_shape
-        given = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:3]
+        *given, structures = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:]
         # The centre of a patch is its pixel `size // 2`.
         pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip(taken, given, strict=True)]
         inputs = {name: keras.Input((*patch_shape, 1), name=name) for name in network.input}
         slices = {}
         for name, x in inputs.items():
             x = ops.reshape(x, (-1, height, width, 1))
-            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if given != taken else x
-        outputs = ops.reshape(network(slices), (-1, *patch_shape, 1))
+            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if tuple(given) != tuple(taken) else x
+        outputs = ops.reshape(network(slices), (-1, *patch_shape, structures))
         policy = network.dtype_policy
         super().__init__(inputs, outputs, policy, {"network": network, "patch_shape": patch_shape}, **kwargs)
+        self.structures = network.structures
 
     def get_config(self):
         return {**super().get_config(), "network": keras.saving.serialize_keras_object(self.network)}

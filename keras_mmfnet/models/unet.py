@@ -15,13 +15,13 @@ class UNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `name` and `trainable`, as in `keras.Model`.
+        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, depth, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+        Float32 probabilities, `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: `patch_shape` or `filters` is invalid.
@@ -54,13 +54,13 @@ class UNet2D(EncoderDecoder):
         patch_shape: `(height, width)` in pixels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `name` and `trainable`, as in `keras.Model`.
+        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, height, width, 1)`.
+        Float32 probabilities, `(batch, height, width, structures)`.
 
     Raises:
         ValueError: `patch_shape` or `filters` is invalid.
@@ -96,13 +96,13 @@ class SingleEncoderUNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
         filters: Filters of the decoder's blocks, finest level first.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `name` and `trainable`, as in `keras.Model`.
+        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
 
     Returns:
-        Float32 probabilities of the tumour, `(batch, depth, height, width, 1)`.
+        Float32 probabilities, `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: `modalities`, `patch_shape` or `filters` is invalid.

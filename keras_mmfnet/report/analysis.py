@@ -14,7 +14,7 @@ from matplotlib.image import imsave
 
 from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._machine import machine
-from keras_mmfnet.evaluation import METRICS, paired_difference, summarise
+from keras_mmfnet.evaluation import METRICS, mean_over_structures, paired_difference, summarise
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.plots import (
     ERROR_COLOURS,
@@ -64,7 +64,7 @@ def write_report(run: Run) -> Path:
     results = run.results().get(method.name)
     if not results:
         raise ValueError(f"{run}: must hold a finished fold of {method.title}. Received: a run without results of it")
-    rows = [{"fold": result["fold"], **row} for result in results for row in result["patients"]]
+    rows = [{"fold": result["fold"], **row} for result in results for row in mean_over_structures(result["patients"])]
     # Those without tumour come last.
     rows.sort(key=lambda row: (0, row["dsc"]) if np.isfinite(row["dsc"]) else (1, -row["false_positive_ml"]))
     dsc = summarise(rows)["dsc"]
@@ -270,15 +270,15 @@ def _detection(results):
 
 def _patients(run, method, rows):
     """A block for each test patient, with the slices about the tumour."""
-    paths = {row["patient"]: run.mask(row["fold"], method, row["patient"]) for row in rows}
-    gone = [name for name, path in paths.items() if not path.exists()]
+    paths = {row["patient"]: run.masks(row["fold"], method, row["patient"]).values() for row in rows}
+    gone = [name for name, files in paths.items() if not all(path.exists() for path in files)]
     blocks = [_texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
     for row in rows:
         if row["patient"] in gone:
             continue
         (patient,) = run.patients([row["patient"]])
-        mask = sitk.ReadImage(str(paths[patient.name]))
-        predicted = patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
+        masks = run.read_masks(row["fold"], method, patient.name).values()
+        predicted = np.any([patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5 for mask in masks], axis=0)
         for side in (200, 160, 128, 96, 72):
             strip, marks, numbers = slice_strips(patient.images, predicted, patient.mask, patient.spacing, side)
             jpeg, png = io.BytesIO(), io.BytesIO()
@@ -477,7 +477,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
 
 def _by_patient(folds):
     """`{patient: numbers}` over the folds of a method."""
-    return {row["patient"]: row for result in folds for row in result["patients"]}
+    rows = mean_over_structures([row for result in folds for row in result["patients"]])
+    return {row["patient"]: row for row in rows}
 
 
 def _cells(rows, baseline):

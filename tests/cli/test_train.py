@@ -69,14 +69,14 @@ def test_the_recipe_of_the_options(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(Recipe().replace({"training.epochs": 9}).to_json())
     assert choose_recipe(path, False, ["training.seed=7"]).training.epochs == 9
-    changes = """data.modalities=a,b data.mask=gtv data.mask_labels=1,4 training.epochs=3 patches.shape=32,32,32
+    changes = """data.modalities=a,b data.mask=gtv data.structures.core=1,4 training.epochs=3 patches.shape=32,32,32
         patches.stride=4,none,none training.mixed_precision=bfloat16 data.normalised_scale=1000 data.spacing=none
         data.series.a="x,y" data.clip.a=-2,1.5 training.self_transfer=false""".split()
     assert choose_recipe(None, False, changes) == Recipe.small().replace(
         {
             "data.modalities": ("a", "b"),
             "data.mask": "gtv",
-            "data.mask_labels": (1, 4),
+            "data.structures.core": (1, 4),
             "training.epochs": 3,
             "patches.shape": (32, 32, 32),
             "patches.stride": (4, None, None),

@@ -48,7 +48,7 @@ def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
         "image_cet1.npy",
         "image_t1.npy",
         "image_t2.npy",
-        "mask.npy",
+        "mask_tumour.npy",
     ]
     no_preprocessing()
     cached = preprocess_case(case, recipe.data, str(cache))
@@ -69,7 +69,7 @@ def test_the_cache_knows_content_and_recipe(tmp_path):
     preprocess_case(case, RAW.replace({"data.spacing": 1.5}).data, cache)
     preprocess_case(case, RAW.replace({"data.normalised_scale": 100}).data, cache)
     preprocess_case(case, RAW.replace({"data.clip": {"t1": (-1, 1)}}).data, cache)
-    preprocess_case(case, RAW.replace({"data.mask_labels": (1,)}).data, cache)
+    preprocess_case(case, RAW.replace({"data.structures.tumour": (1,)}).data, cache)
     preprocess_case(only(case, "t1", "t2"), RAW.replace({"data.modalities": ("t1", "t2")}).data, cache)
     preprocess_case(dataclasses.replace(case, mask=None), RAW.data, cache)
     assert len(entries(cache)) == 7
@@ -100,7 +100,7 @@ def damage_byte(path):
     ("file", "damage"),
     [
         ("image_t2.npy", damage_byte),
-        ("mask.npy", damage_byte),
+        ("mask_tumour.npy", damage_byte),
         ("image_t1.npy", lambda path: os.truncate(path, 1000)),
         ("image_t1.npy", lambda path: os.truncate(path, 0)),
         ("image_t1.npy", Path.unlink),

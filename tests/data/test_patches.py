@@ -259,7 +259,7 @@ def test_a_tumour_outside_the_windows_is_named(make_case):
 
 
 def test_patients_without_a_mask_are_refused(make_case):
-    case = dataclasses.replace(make_case("emil"), mask=None)
+    case = dataclasses.replace(make_case("emil"), masks=None)
     with pytest.raises(ValueError, match=r"mask.*Received: .*emil"):
         patch_dataset([case], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed)
     with pytest.raises(ValueError, match="at least one patient"):
@@ -322,7 +322,7 @@ def test_centre_patches_are_a_function_of_seed_and_number(make_case):
 
 def test_centre_patches_without_a_tumour(make_case):
     case = make_case()
-    empty = dataclasses.replace(case, mask=np.zeros_like(case.mask))
+    empty = dataclasses.replace(case, masks={"tumour": np.zeros_like(case.mask)})
     volumes = patch_dataset(
         [empty], RECIPE.patches, training=False, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed
     )

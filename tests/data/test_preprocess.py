@@ -25,7 +25,7 @@ from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.layouts import read_case_folder
-from keras_mmfnet.data.preprocess import preprocess_case, read_tumour, tumour_voxels
+from keras_mmfnet.data.preprocess import preprocess_case, read_masks, structure_voxels
 from keras_mmfnet.recipe import Recipe
 
 REVERSED = np.diag([-1.0, -1.0, 1.0])
@@ -431,37 +431,37 @@ def test_one_value_besides_0_is_the_tumour():
     for dtype in (np.uint8, np.int16, np.float32, np.float64):
         for value in (1, 2, 100, 255 if dtype != np.int16 else -3):
             values = np.array([0, value, 0, value], dtype)
-            np.testing.assert_array_equal(tumour_voxels(values), [False, True, False, True])
+            np.testing.assert_array_equal(structure_voxels(values), [False, True, False, True])
 
 
 def test_labels_are_chosen():
     values = np.array([0, 1, 2, 3, 4, 1])
-    np.testing.assert_array_equal(tumour_voxels(values, (1, 4)), [0, 1, 0, 0, 1, 1])
-    np.testing.assert_array_equal(tumour_voxels(values.astype(np.float32) * 0.99999994, (1, 4)), [0, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(structure_voxels(values, (1, 4)), [0, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(structure_voxels(values.astype(np.float32) * 0.99999994, (1, 4)), [0, 1, 0, 0, 1, 1])
 
 
 def test_a_mask_of_fractions_is_cut_at_half():
     values = np.array([0, 0.2, 0.499, 0.51, 0.999, 1], np.float32)
-    np.testing.assert_array_equal(tumour_voxels(values), [0, 0, 0, 1, 1, 1])
-    np.testing.assert_array_equal(tumour_voxels(values * 254), [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(structure_voxels(values), [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(structure_voxels(values * 254), [0, 0, 0, 1, 1, 1])
     for several in ([0.0, 1, 2, 0.5], [0.0, 1, 2, 2.5, 4], [0.0, 0.1, 0.3]):
         with pytest.raises(ValueError, match="must hold whole numbers"):
-            tumour_voxels(np.array(several))
+            structure_voxels(np.array(several))
     with pytest.raises(ValueError, match=r"must hold whole numbers. Received: 0, 0.2, "):
-        tumour_voxels(values, labels=(1,))
+        structure_voxels(values, labels=(1,))
 
 
 def test_several_labels_are_refused(tmp_path):
     case = make_case(tmp_path, mask=tumour(make_grid()) * np.arange(60, dtype=np.uint8))
     message = refused(case, RAW, case.mask)
-    assert re.search(r"one label besides 0, .*`mask_labels`.*Received: the labels 2\d, .*, \.\.\.$", message)
+    assert re.search(r"one label besides 0, .*`data.structures`.*Received: the labels 2\d, .*, \.\.\.$", message)
     with pytest.raises(ValueError, match=r"Received: the labels 1, 2, 4$"):
-        tumour_voxels(np.array([0.0, 1, 2, 4]))
+        structure_voxels(np.array([0.0, 1, 2, 4]))
 
 
 def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
     case = make_case(tmp_path)
-    message = refused(case, RAW.replace({"data.mask_labels": (2, 4)}), case.mask)
+    message = refused(case, RAW.replace({"data.structures.tumour": (2, 4)}), case.mask)
     assert "must have a voxel with one of the labels 2, 4, unless" in message
     assert message.endswith("Received: 1")
 
@@ -474,9 +474,9 @@ def test_a_patient_without_tumour(tmp_path):
     patient = preprocess_case(case, able.data, tmp_path / "cache")
     assert (patient.mask.dtype, patient.mask.shape, patient.tumour_ml) == (np.uint8, patient.shape, 0)
     assert "mask: without tumour" in patient.notes
-    assert not read_tumour(case, able.data, patient).any()
+    assert not read_masks(case, able.data, patient)["tumour"].any()
     sitk.WriteImage(5 * (1 + sitk.ReadImage(str(case.mask))), str(case.mask))
-    labelled = preprocess_case(case, able.replace({"data.mask_labels": (1, 4)}).data)
+    labelled = preprocess_case(case, able.replace({"data.structures.tumour": (1, 4)}).data)
     assert "mask: without tumour, but with the labels 5" in labelled.notes
     sitk.WriteImage(0 * sitk.ReadImage(str(case.mask)), str(case.mask))
     # What is in the cache is no way around a recipe that refuses it.
@@ -603,7 +603,7 @@ def test_a_tumour_smaller_than_a_voxel_is_refused(spacing, tmp_path):
     assert re.search(r"voxels of 0\.8 x 0\.8 x 4 mm\. .*, of which 0 ml are left", refused(case, recipe, case.mask))
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
     with pytest.raises(CaseError, match="of which 0 ml are left"):
-        read_tumour(case, recipe.data, patient)
+        read_masks(case, recipe.data, patient)
 
 
 def test_an_empty_mask_beside_another_is_no_lost_tumour(tmp_path):
@@ -704,7 +704,7 @@ def test_npc_masks_come_onto_another_grid(test_data, tmp_path, patient):
 
 
 def test_brats_tumour_core(test_data):
-    recipe = Recipe().replace({"data.modalities": ("t1",), "data.spacing": 2.0, "data.mask_labels": (1, 3, 4)})
+    recipe = Recipe().replace({"data.modalities": ("t1",), "data.spacing": 2.0, "data.structures.tumour": (1, 3, 4)})
     case = read_case_folder(test_data / "brats2013_patient", recipe.data)
     result = preprocess_case(case, recipe.data)
     assert result.shape == (155, 120, 120)
@@ -719,7 +719,7 @@ def test_brats_tumour_core(test_data):
     expected = [(low + high) / 2 for low, high in bounding_box(brain)]
     np.testing.assert_allclose(np.array(result.centre) * (1, 2, 2), expected, atol=8)
     with pytest.raises(CaseError, match=r"brats2013_patient: .*mask.mha: .*the labels 1, 2, 3, 4$"):
-        preprocess_case(case, recipe.replace({"data.mask_labels": None}).data)
+        preprocess_case(case, recipe.replace({"data.structures.tumour": None}).data)
 
 
 def test_normalised_cubes_are_read_as_they_are(test_data):
@@ -769,6 +769,6 @@ def test_masks_drawn_on_ct_and_pet_agree_with_that_on_t1(drawn_on, least, test_d
         case, masks = read_case_folder(folder, recipe.data), []
         for mask_from in ("t1", drawn_on):
             own = recipe.replace({"data.mask_from": mask_from}).data
-            masks.append(read_tumour(case, own, preprocess_case(case, own)))
+            masks.append(read_masks(case, own, preprocess_case(case, own))["tumour"])
         truth, found = masks
         assert 2 * np.count_nonzero(truth & found) / (truth.sum() + found.sum()) >= least, folder.name

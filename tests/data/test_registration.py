@@ -6,7 +6,7 @@ from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import read_image
-from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.data.preprocess import read_masks
 from keras_mmfnet.data.registration import RigidTransform, apply_transform, register_rigid
 from keras_mmfnet.recipe import Recipe
 
@@ -104,7 +104,7 @@ def test_a_patient_who_moved(tmp_path):
         return 2 * np.count_nonzero(mask & truth) / (mask.sum() + truth.sum())
 
     assert overlap(case.mask) > 0.93
-    assert overlap(read_tumour(files, recipe.data, case)) > 0.93
+    assert overlap(read_masks(files, recipe.data, case)["tumour"]) > 0.93
     trusting = recipe.replace({"data.align": "header"})
     assert overlap(preprocess_case(files, trusting.data).mask) < 0.8
     t2 = next(note for note in case.notes if note.startswith("t2: aligned by "))

@@ -13,7 +13,7 @@ from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.preprocess import read_tumour
+from keras_mmfnet.data.preprocess import read_masks
 from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, Structures, find_structures, read_structures
 from keras_mmfnet.recipe import DataRecipe
 
@@ -322,18 +322,20 @@ def test_a_patient_with_structures_as_the_mask(tmp_path, caplog):
     recipe = DataRecipe(modalities=("t1", "t2"), spacing=None, normalised_scale=1.0)
     contours = {"GTV": [circle(6.3, z) for z in (2, 3)], "BODY": [circle(15.3, z) for z in (2, 3)]}
     write_structures(folder / "rs.dcm", next(one for one in series if one.description == "T2"), **contours)
-    with pytest.raises(CaseError, match=r"`data.mask_structures` says which ones count. Received: 'GTV', 'BODY'"):
+    with pytest.raises(
+        CaseError, match=r"--structure .`data.structures`. says which ones count. Received: 'GTV', 'BODY'"
+    ):
         read_case_folder(folder, recipe)
     assert read_case_folder(folder, recipe, require_mask=False).mask is None
-    chosen = recipe.model_copy(update={"mask_structures": ("gtv",)})
+    chosen = recipe.model_copy(update={"structures": {"gtv": "gtv"}})
     case = read_case_folder(folder, chosen)
     assert list(case.mask) == ["t2"]
     for deep in (False, True):
         assert f"structures in {folder / 'rs.dcm'} ('GTV', 'BODY')" in survey_case(case, chosen, deep).notes
     patient = preprocess_case(case, chosen, tmp_path / "cache")
-    np.testing.assert_array_equal(read_tumour(case, chosen, patient) > 0, disk(6.3, (2, 3)))
+    np.testing.assert_array_equal(read_masks(case, chosen, patient)["gtv"] > 0, disk(6.3, (2, 3)))
     # Another choice is another entry of the cache.
-    other = recipe.model_copy(update={"mask_structures": ("BODY",)})
+    other = recipe.model_copy(update={"structures": {"body": "BODY"}})
     assert preprocess_case(read_case_folder(folder, other), other, tmp_path / "cache").mask.sum() > patient.mask.sum()
     write_structures(folder / "rs2.dcm", series[0], GTV=[circle(6.3, 2)])
     with pytest.raises(CaseError, match=r"one file with the structures.*rs.dcm \('GTV', 'BODY'\); .*rs2.dcm \('GTV'\)"):

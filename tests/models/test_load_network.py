@@ -78,7 +78,7 @@ def test_a_network_of_another_kind(network, message, tmp_path):
     network().save(path)
     load_network(path)
     text = refused(path, RECIPE)
-    assert "must be a network from patches (4, 8, 8) of t1, t2 to their probabilities" in text
+    assert "must be a network from patches (4, 8, 8) of t1, t2 to the probabilities of tumour" in text
     assert message in text
 
 
