@@ -7,9 +7,9 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import CaseError, Grid, preprocess_case, read_case_folder
 from keras_mmfnet.data.windows import gaussian_weights
-from keras_mmfnet.inference import predict_volume, segment_case, segment_ensemble
+from keras_mmfnet.inference import masks_of, predict_volume, segment_case, segment_ensemble
 from keras_mmfnet.models import MMFNet
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import DataRecipe, Recipe
 
 
 def mean_of_modalities(batch):
@@ -203,3 +203,41 @@ def test_a_patient_without_some_modalities(tiny_cohort, tmp_path):
         (folder / f"{name}.nii.gz").unlink()
     with pytest.raises(CaseError, match="t1: is missing"):
         read_case_folder(folder, able.data, require_mask=False)
+
+
+def test_masks_of_exclusive_structures_are_where_they_are_most_probable():
+    rng = np.random.default_rng(0)
+    drawn = rng.dirichlet((1, 1, 1), 1000)  # background, gtv, node
+    recipe = DataRecipe(structures={"gtv": 2, "node": 5})
+    masks, labels = masks_of({"gtv": drawn[:, 1], "node": drawn[:, 2]}, recipe)
+    np.testing.assert_array_equal(labels, np.array([0, 2, 5])[drawn.argmax(axis=1)])
+    np.testing.assert_array_equal(masks["gtv"], labels == 2)
+    # Of one structure with the same threshold it is the probability that reaches it.
+    alone, _ = masks_of({"gtv": drawn[:, 1]}, DataRecipe(structures={"gtv": 2}), 0.3)
+    np.testing.assert_array_equal(alone["gtv"], drawn[:, 1] >= 0.3)
+    strict, _ = masks_of({"gtv": drawn[:, 1], "node": drawn[:, 2]}, recipe, 0.9)
+    assert 0 < strict["gtv"].sum() < masks["gtv"].sum()
+
+
+def test_regions_fit_together_as_their_labels_do():
+    recipe = DataRecipe(structures={"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4})
+    probabilities = {"whole": [0.9, 0.9, 0.9, 0.1], "core": [0.2, 0.6, 0.7, 0.2], "enhancing": [0.1, 0.2, 0.8, 0.9]}
+    masks, labels = masks_of({name: np.array(values) for name, values in probabilities.items()}, recipe)
+    np.testing.assert_array_equal(labels, [2, 1, 4, 0])
+    for name, expected in {"whole": [1, 1, 1, 0], "core": [0, 1, 1, 0], "enhancing": [0, 0, 1, 0]}.items():
+        np.testing.assert_array_equal(masks[name], expected)
+
+
+def test_several_structures_of_a_patient(make_case):
+    case = make_case()
+    recipe = Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (16, 16, 16)})
+    apart = recipe.replace({"data.structures": {"low": "low", "high": "high"}})
+    found = segment_case(lambda batch: np.full((len(batch["t1"]), 16, 16, 16, 2), (0.4, 0.8)), case, apart)
+    arrays = {name: sitk.GetArrayFromImage(image) for name, image in found.probabilities.items()}
+    np.testing.assert_allclose(arrays["low"], arrays["high"] / 2, rtol=1e-6)
+    assert found.label_image is None
+    assert sitk.GetArrayFromImage(found.masks["high"]).any()
+    assert not sitk.GetArrayFromImage(found.masks["low"]).any()
+    labelled = recipe.replace({"data.structures": {"low": 3, "high": 7}})
+    found = segment_case(lambda batch: np.full((len(batch["t1"]), 16, 16, 16, 2), (0.2, 0.7)), case, labelled)
+    assert np.unique(sitk.GetArrayFromImage(found.label_image)).tolist() == [0, 7]

@@ -50,13 +50,13 @@ def test_every_row_of_the_tables_with_its_numbers():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_predicts_volumes(name):
     method = METHODS[name]
-    recipe = method.adapt(RECIPE)
+    recipe = method.adapt(RECIPE.replace({"data.structures": {"gtv": 1, "node": 2}}))
     network = method.over_volumes(method.build(recipe, "float32", encoders=None), recipe)
     assert tuple(network.input) == recipe.data.modalities
     volumes = {modality: random_volume(1, 4, 8, 8, 1) for modality in recipe.data.modalities}
     probability = to_numpy(network(volumes))
-    assert probability.shape == (1, 4, 8, 8, 1)
-    assert 0 <= probability.min() <= probability.max() <= 1
+    assert probability.shape == (1, 4, 8, 8, 2)
+    assert 0 <= probability.min() <= probability.sum(axis=-1).max() <= 1 + 1e-6
 
 
 def test_modalities():

@@ -419,7 +419,7 @@ def _masks_on(case, recipe, grid, transforms):
     for name, parts in found.items():
         inside, volume = zip(*parts, strict=True)
         masks[name], volumes[name] = combine.reduce(inside), sum(volume) / len(volume)
-        if all(volume) and not masks[name].any():
+        if len(parts) > 1 and all(volume) and not masks[name].any():
             raise CaseError(
                 f"{case.name}: {', '.join(map(str, sources.values()))}: must overlap. Received: {name} in each, "
                 "none of which is left in all"

@@ -772,3 +772,106 @@ def test_masks_drawn_on_ct_and_pet_agree_with_that_on_t1(drawn_on, least, test_d
             masks.append(read_masks(case, own, preprocess_case(case, own))["tumour"])
         truth, found = masks
         assert 2 * np.count_nonzero(truth & found) / (truth.sum() + found.sum()) >= least, folder.name
+
+
+def shells(grid):
+    """Labels 1, 4 and 2 from the middle of the tumour outwards."""
+    away = distance(grid, (5.0, 0.0, 32.0), (7.0, 6.0, 7.0))
+    return np.select([away < 0.5, away < 0.8, away < 1.2], [1, 4, 2], 0).astype(np.uint8)
+
+
+BRATS = {"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4}
+
+
+def test_each_structure_is_resampled_and_cut_by_itself(tmp_path):
+    mask_grid = make_grid(size=(100, 90, 30), spacing=(0.5, 0.5, 1.5), direction=oblique())
+    case = make_case(tmp_path, mask_grid=mask_grid, mask=shells(mask_grid))
+    recipe = RAW.replace({"data.structures": BRATS})
+    patient = preprocess_case(case, recipe.data, tmp_path / "cache")
+    assert list(patient.masks) == ["whole", "core", "enhancing"]
+    for name, labels in recipe.data.structures.items():
+        # As if the structure's voxels had been the only ones of the mask.
+        alone = make_case(
+            tmp_path / name, mask_grid=mask_grid, mask=np.isin(shells(mask_grid), labels).astype(np.uint8)
+        )
+        expected = preprocess_case(alone, RAW.data)
+        np.testing.assert_array_equal(patient.masks[name], expected.mask)
+        np.testing.assert_array_equal(
+            read_masks(case, recipe.data, patient)[name], read_masks(alone, RAW.data, expected)["tumour"]
+        )
+    np.testing.assert_array_equal(patient.mask, patient.masks["whole"])
+    (note,) = patient.notes
+    assert re.search(r"whole [\d.]+ ml, now [\d.]+ ml, core [\d.]+ ml, now [\d.]+ ml, enhancing", note)
+    # The order of the structures is that of a network's channels, also from the cache.
+    other = RAW.replace({"data.structures": dict(reversed(BRATS.items()))})
+    assert list(preprocess_case(case, other.data, tmp_path / "cache").masks) == ["enhancing", "core", "whole"]
+
+
+def test_exclusive_structures_never_share_a_voxel(tmp_path):
+    grid = make_grid(size=(100, 90, 30), spacing=(0.5, 0.5, 1.5))
+    # The image's voxels lie half-way between the mask's, in the middle column between the two labels.
+    mask = tumour(grid) * np.where(np.indices(grid.shape)[2] < 59, 1, 2).astype(np.uint8)
+    shifted = make_grid(size=(50, 45, 15), spacing=(1.0, 1.0, 3.0))
+    case = make_case(tmp_path, grid=shifted, mask_grid=grid, mask=mask)
+    recipe = RAW.replace({"data.structures": {"left": 1, "right": 2}})
+    patient = preprocess_case(case, recipe.data)
+    assert all(mask.any() for mask in patient.masks.values())
+    assert not (patient.masks["left"] & patient.masks["right"]).any()
+    # Regions may share them.
+    shared = preprocess_case(case, RAW.replace({"data.structures": {"left": (1, 3), "right": (2, 3)}}).data)
+    assert (shared.masks["left"] & shared.masks["right"]).any()
+
+
+def test_a_patient_may_lack_one_structure_of_several(tmp_path):
+    case = make_case(tmp_path)
+    recipe = RAW.replace({"data.structures": {"gtv": 1, "node": 2}})
+    patient = preprocess_case(case, recipe.data)
+    assert (patient.masks["gtv"].any(), patient.masks["node"].any()) == (True, False)
+    assert "mask: without node" in patient.notes
+    message = refused(case, RAW.replace({"data.structures": {"gtv": 3, "node": 2}}), case.mask)
+    assert "must have a voxel with one of the labels 2, 3, unless" in message
+    # A few voxels may be lost on a coarser grid, a structure outside of the field of view may not.
+    grid = make_grid(size=(120, 100, 16), spacing=(0.4, 0.4, 2.0))
+    speck = tumour(grid)
+    speck[8, 50, 20] = 2
+    lost = preprocess_case(make_case(tmp_path / "speck", mask_grid=grid, mask=speck), recipe.data)
+    assert any(re.match(r"mask: without node \(0.00032 ml, too small for the grid\)", note) for note in lost.notes)
+    grid = make_grid(size=(200, 50, 8))
+    far = tumour(grid)
+    far[2:6, 20:30, :20] = 2
+    case = make_case(tmp_path / "far", mask_grid=grid, mask=far)
+    assert re.search(r"must lie within t1 .* ml of node, of which 0 ml are left", refused(case, recipe, case.mask))
+
+
+def test_a_file_for_each_structure(tmp_path):
+    grid = make_grid()
+    whole = make_case(tmp_path / "labels", mask=shells(grid))
+    labels = RAW.replace({"data.structures": BRATS})
+    case = make_case(tmp_path / "bob")
+    for name, values in labels.data.structures.items():
+        write(tmp_path / "bob" / f"{name}_mask.nii.gz", grid, 255 * np.isin(shells(grid), values).astype(np.uint8))
+    (tmp_path / "bob" / "mask.nii.gz").unlink()
+    recipe = RAW.replace({"data.structures": {name: f"{name}_mask" for name in BRATS}})
+    assert not recipe.data.exclusive
+    case = read_case_folder(tmp_path / "bob", recipe.data)
+    patient, expected = preprocess_case(case, recipe.data, tmp_path / "cache"), preprocess_case(whole, labels.data)
+    for name in BRATS:
+        np.testing.assert_array_equal(patient.masks[name], expected.masks[name])
+    row = survey_case(case, recipe.data, deep=True)
+    assert (row.problems, row.tumour_ml) == ((), patient.tumour_ml)
+    with pytest.raises(CaseError, match="must be a file for each of the structures whole, core, enhancing"):
+        preprocess_case(whole, recipe.data)
+    (tmp_path / "bob" / "core_mask.nii.gz").unlink()
+    with pytest.raises(CaseError, match=r"core_mask: is missing"):
+        read_case_folder(tmp_path / "bob", recipe.data)
+    able = recipe.replace({"data.allow_empty": True})
+    lacking = preprocess_case(read_case_folder(tmp_path / "bob", able.data), able.data)
+    assert not lacking.masks["core"].any()
+    assert "mask: without core" in lacking.notes
+    # Drawn on several sequences.
+    for name in BRATS:
+        for modality in ("t1", "t2"):
+            write(tmp_path / "eve" / f"{name}_mask_{modality}.nii.gz", grid, (shells(grid) > 0).astype(np.uint8))
+    make_case(tmp_path / "eve")
+    drawn = read_case_folder(tmp_path / "eve", recipe.data).mask
+    assert {modality: list(files.files) for modality, files in drawn.items()} == {"t1": [*BRATS], "t2": [*BRATS]}

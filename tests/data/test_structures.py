@@ -353,3 +353,26 @@ def test_a_patient_with_structures_as_the_mask(tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert read_case_folder(folder, recipe).mask == folder / "mask.nii.gz"
     assert "not used as masks: 1 RT Structure Set Storage (rs.dcm)" in caplog.text
+
+
+def test_structures_that_overlap_are_read_each_by_itself(series, tmp_path):
+    folder = tmp_path / "ann"
+    write_series(folder / "T1", GRID, description="T1", array=np.indices(GRID.shape).sum(0) % 4)
+    (t1,) = find_series(folder, "ann")
+    contours = {
+        "GTVp": [circle(6.3, z) for z in (2, 3)],
+        "CTV high": [circle(9.3, z) for z in (2, 3)],
+        "GTVn": [circle(3.3, z, (30, 8)) for z in (2, 3)],
+    }
+    write_structures(folder / "rs.dcm", t1, **contours)
+    recipe = DataRecipe(
+        modalities=("t1",), spacing=None, normalised_scale=1.0, structures={"gtv": "GTV.*", "ctv": "CTV.*"}
+    )
+    case = read_case_folder(folder, recipe)
+    patient = preprocess_case(case, recipe, tmp_path / "cache")
+    found = read_masks(case, recipe, patient)
+    np.testing.assert_array_equal(found["ctv"] > 0, disk(9.3, (2, 3)))
+    np.testing.assert_array_equal(found["gtv"] > 0, disk(6.3, (2, 3)) | disk(3.3, (2, 3), (30, 8)))
+    missing = recipe.model_copy(update={"structures": {"gtv": "GTV.*", "ptv": "PTV.*"}})
+    with pytest.raises(CaseError, match=r"a structure whose name matches 'PTV\.\*'"):
+        read_case_folder(folder, missing)

@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
     networks = {
         "mmfnet": MMFNet(names, **size, reduction=2),
         "single": SingleEncoderUNet3D(names, **size),
-        "unet2d": UNet2D("t1", (8, 8), (2, 3)),
+        "unet2d": UNet2D("t1", (8, 8), (2, 3), structures=("gtv", "node")),
         "patch_cnn": SliceWise3D(SiamesePatchCNN(names, (6, 6), (2, 3)), (4, 8, 8)),
     }
     inputs, outputs = {}, {}

@@ -107,3 +107,36 @@ def test_nothing_waits_for_a_gpu(monkeypatch, training):
     outputs.sum().backward()
     monkeypatch.undo()
     assert all(weight.value.grad is not None for weight in model.trainable_weights)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_the_head_has_a_channel_for_each_structure(exclusive, tmp_path):
+    names = ("gtv", "node", "ring")
+    model = MMFNet(("t1", "t2"), (4, 8, 8), filters=(2, 3), structures=names, exclusive=exclusive)
+    fill(model)
+    images = {name: random_volume(2, 4, 8, 8, 1, seed=seed) for seed, name in enumerate(model.modalities)}
+    head = model.get_layer("probability")
+    logits = keras.Model(model.input, head.input)(images)
+    kernel, bias = (to_numpy(weight) for weight in head.weights)
+    logits = to_numpy(logits) @ kernel[0, 0, 0] + bias
+    expected = 1 / (1 + np.exp(-logits))
+    if exclusive:  # a softmax with a fourth class whose logit is 0
+        classes = np.exp(np.concatenate([np.zeros_like(logits[..., :1]), logits], axis=-1))
+        expected = (classes / classes.sum(axis=-1, keepdims=True))[..., 1:]
+    found = to_numpy(model(images))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert (loaded.structures, loaded.exclusive) == (names, exclusive)
+    np.testing.assert_array_equal(to_numpy(loaded(images)), found)
+    with pytest.raises(ValueError, match=r"`structures` must be distinct names, at least one. Received: \('a', 'a'\)"):
+        UNet2D("t1", (8, 8), (2, 3), structures=("a", "a"))
+
+
+def test_the_head_of_a_new_network_says_one_half():
+    model, images = small()
+    head = model.get_layer("probability")
+    assert not to_numpy(MMFNet(("t1", "t2"), (4, 8, 8), filters=(2, 3)).get_layer("probability").bias).any()
+    head.kernel.assign(0 * head.kernel)
+    head.bias.assign(0 * head.bias)
+    np.testing.assert_array_equal(to_numpy(model(images)), 0.5)
