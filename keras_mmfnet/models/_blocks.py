@@ -70,8 +70,7 @@ class Blocks:
 
     def head(self, x):
         """The probability of each voxel, from its features."""
-        # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1. The initial probability is
-        # 5% (logit -3) because tumour is rare.
+        # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1.
         return self.layer(
             "probability",
             self._kind("Conv{}"),
@@ -79,7 +78,6 @@ class Blocks:
             1,
             padding="same",
             activation="sigmoid",
-            bias_initializer=keras.initializers.Constant(-3.0),
             data_format=self.data_format,
             dtype="float32",
         )(x)
