@@ -44,14 +44,14 @@ def _basic_unet(channels):
 
 
 class Probability(torch.nn.Module):
-    """Converts logits to probabilities. The initial probability is 5%, as in the networks of this package."""
+    """Converts logits to probabilities."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, x):
-        return torch.sigmoid(self.network(x) - 3.0)
+        return torch.sigmoid(self.network(x))
 
 
 def stacked(images):

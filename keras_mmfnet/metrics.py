@@ -4,9 +4,15 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mmfnet.losses import with_background
 
-def _as_float(y_true, y_pred, sample_weight):
+
+def _as_float(y_true, y_pred, sample_weight, structures):
     """Casts to float32, and expands the weights to the rank of the prediction."""
+    for name, values in {"y_true": y_true, "y_pred": y_pred}.items():
+        if values.shape[-1] != structures:
+            expected = f"must have the shape (batch, ..., structures), here of {structures} structures"
+            raise ValueError(f"`{name}` {expected}. Received: {tuple(values.shape)}")
     y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
     if sample_weight is None:
         return y_true, y_pred, ops.ones([1] * len(y_pred.shape), "float32")
@@ -18,13 +24,16 @@ def _as_float(y_true, y_pred, sample_weight):
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
 class DiceScore(keras.metrics.Metric):
-    """Dice similarity coefficient of the thresholded probabilities, over all batches of an epoch (eq. 14).
+    """Dice similarity coefficient of the predicted masks, over all batches of an epoch (eq. 14).
 
-    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together; 1 if both are empty. Always computed in
-    float32.
+    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together; 1 if both are empty. The mean over the
+    structures. Always computed in float32.
 
     Args:
-        threshold: Lowest probability that counts as tumour.
+        threshold: Lowest probability that counts, of one structure or of overlapping ones.
+        structures: Number of structures.
+        exclusive: Whether no voxel belongs to two structures. Of several, a voxel then counts for the most probable
+            one, unless the background, `1 - sum(p)`, is more probable.
         name: Name of the metric.
         **kwargs: `dtype`, as for every Keras metric.
 
@@ -35,25 +44,40 @@ class DiceScore(keras.metrics.Metric):
     ```
     """
 
-    def __init__(self, threshold: float = 0.5, name: str = "dice_score", **kwargs: Any):
+    def __init__(
+        self,
+        threshold: float = 0.5,
+        structures: int = 1,
+        exclusive: bool = True,
+        name: str = "dice_score",
+        **kwargs: Any,
+    ):
         super().__init__(name=name, **kwargs)
-        self.threshold = threshold
-        self.intersection = self.add_variable((), initializer="zeros", dtype="float32", name="intersection")
-        self.total = self.add_variable((), initializer="zeros", dtype="float32", name="total")
+        self.threshold, self.structures, self.exclusive = threshold, structures, exclusive
+        shape = (structures,)
+        self.intersection = self.add_variable(shape, initializer="zeros", dtype="float32", name="intersection")
+        self.total = self.add_variable(shape, initializer="zeros", dtype="float32", name="total")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Adds a batch: masks of 0 and 1, and probabilities of the same shape."""
-        y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight)
-        predicted = ops.cast(y_pred >= self.threshold, "float32")
-        self.intersection.assign_add(ops.sum(y_true * predicted * weights))
-        self.total.assign_add(ops.sum(y_true * weights) + ops.sum(predicted * weights))
+        """Adds a batch: masks of 0 and 1, and probabilities of the same shape `(batch, ..., structures)`."""
+        y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight, self.structures)
+        if self.exclusive and self.structures > 1:
+            best = ops.argmax(with_background(y_pred), axis=-1, keepdims=True)
+            predicted = best == ops.arange(self.structures, dtype="int32")
+        else:
+            predicted = y_pred >= self.threshold
+        predicted = ops.cast(predicted, "float32")
+        axes = tuple(range(len(y_pred.shape) - 1))
+        self.intersection.assign_add(ops.sum(y_true * predicted * weights, axis=axes))
+        self.total.assign_add(ops.sum(y_true * weights, axis=axes) + ops.sum(predicted * weights, axis=axes))
 
     def result(self) -> Any:
         """The coefficient, a float32 scalar in [0, 1]."""
-        return ops.where(self.total > 0, 2 * self.intersection / ops.maximum(self.total, 1e-12), 1.0)
+        return ops.mean(ops.where(self.total > 0, 2 * self.intersection / ops.maximum(self.total, 1e-12), 1.0))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "threshold": self.threshold}
+        own = {"threshold": self.threshold, "structures": self.structures, "exclusive": self.exclusive}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -62,10 +86,12 @@ class AveragePrecision(keras.metrics.Metric):
 
     `sum_n (R_n - R_(n-1)) P_n` over thresholds from 1 down to 0, as in scikit-learn's `average_precision_score`. The
     probabilities are rounded down to `bins` levels, so that two histograms represent an epoch. The value is 0 if there
-    is no tumour voxel. Always computed in float32. See `keras_mmfnet.evaluation` for exact values per patient.
+    is no voxel of the structure. The mean over the structures. Always computed in float32. See
+    `keras_mmfnet.evaluation` for exact values per patient.
 
     Args:
         bins: Number of levels of the probabilities.
+        structures: Number of structures.
         name: Name of the metric.
         **kwargs: `dtype`, as for every Keras metric.
 
@@ -79,31 +105,33 @@ class AveragePrecision(keras.metrics.Metric):
     ```
     """
 
-    def __init__(self, bins: int = 200, name: str = "average_precision", **kwargs: Any):
+    def __init__(self, bins: int = 200, structures: int = 1, name: str = "average_precision", **kwargs: Any):
         super().__init__(name=name, **kwargs)
         if not isinstance(bins, int) or bins < 2:
             raise ValueError(f"`bins` must be an integer of 2 or more. Received: {bins!r}")
-        self.bins = bins
-        self.positives = self.add_variable((bins,), initializer="zeros", dtype="float32", name="positives")
-        self.negatives = self.add_variable((bins,), initializer="zeros", dtype="float32", name="negatives")
+        self.bins, self.structures = bins, structures
+        shape = (structures, bins)
+        self.positives = self.add_variable(shape, initializer="zeros", dtype="float32", name="positives")
+        self.negatives = self.add_variable(shape, initializer="zeros", dtype="float32", name="negatives")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Adds a batch: masks of 0 and 1, and probabilities of the same shape."""
-        y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight)
+        """Adds a batch: masks of 0 and 1, and probabilities of the same shape `(batch, ..., structures)`."""
+        y_true, y_pred, weights = _as_float(y_true, y_pred, sample_weight, self.structures)
         level = ops.clip(ops.cast(ops.floor(y_pred * self.bins), "int32"), 0, self.bins - 1)
+        # Each structure has levels of its own.
+        level = ops.reshape(level + self.bins * ops.arange(self.structures, dtype="int32"), (-1,))
         for histogram, counts in ((self.positives, y_true * weights), (self.negatives, (1 - y_true) * weights)):
             # The sums are float32: the counts of one batch are exact up to 2 ** 24.
-            histogram.assign_add(
-                ops.segment_sum(ops.reshape(counts, (-1,)), ops.reshape(level, (-1,)), num_segments=self.bins)
-            )
+            sums = ops.segment_sum(ops.reshape(counts, (-1,)), level, num_segments=self.structures * self.bins)
+            histogram.assign_add(ops.reshape(sums, histogram.shape))
 
     def result(self) -> Any:
         """The average precision, a float32 scalar in [0, 1]."""
-        true_positives = ops.cumsum(ops.flip(self.positives))
-        predicted = ops.cumsum(ops.flip(self.positives + self.negatives))
-        precision = true_positives / ops.maximum(predicted, 1e-12)
-        gained = ops.flip(self.positives) / ops.maximum(true_positives[-1], 1e-12)
-        return ops.sum(gained * precision)
+        positives, negatives = ops.flip(self.positives, axis=1), ops.flip(self.negatives, axis=1)
+        true_positives = ops.cumsum(positives, axis=1)
+        precision = true_positives / ops.maximum(ops.cumsum(positives + negatives, axis=1), 1e-12)
+        gained = positives / ops.maximum(true_positives[:, -1:], 1e-12)
+        return ops.mean(ops.sum(gained * precision, axis=1))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "bins": self.bins}
+        return {**super().get_config(), "bins": self.bins, "structures": self.structures}

@@ -36,8 +36,8 @@ def value(metric):
 @pytest.mark.parametrize("case", TABLE)
 def test_by_hand(case, dtype):
     truth, probability, *expected = TABLE[case]
-    truth = np.array(truth, "uint8").reshape(2, 2)
-    probability = ops.cast(ops.convert_to_tensor(np.array(probability, "float32").reshape(2, 2)), dtype)
+    truth = np.array(truth, "uint8").reshape(2, 2, 1)
+    probability = ops.cast(ops.convert_to_tensor(np.array(probability, "float32").reshape(2, 2, 1)), dtype)
     for metric_class, wanted in zip(METRICS.values(), expected, strict=True):
         metric = metric_class()
         metric.update_state(truth, probability)
@@ -46,7 +46,7 @@ def test_by_hand(case, dtype):
 
 def test_threshold():
     metric = DiceScore(threshold=0.25)
-    metric.update_state(np.array([1, 1, 0, 0]), np.array([0.3, 0.25, 0.3, 0.2]))
+    metric.update_state(np.array([[1], [1], [0], [0]]), np.array([[0.3], [0.25], [0.3], [0.2]]))
     assert value(metric) == pytest.approx(2 * 2 / 5, abs=1e-6)
 
 
@@ -64,11 +64,53 @@ def test_average_precision_is_scikit_learns_on_its_levels(bins):
 def test_levels_are_rounded_down():
     # Of 4 levels the second holds 0.25 to 0.49, so that these two are told apart, and those two not.
     metric = AveragePrecision(bins=4)
-    metric.update_state(np.array([1, 0]), np.array([0.25, 0.24]))
+    metric.update_state(np.array([[1], [0]]), np.array([[0.25], [0.24]]))
     assert value(metric) == pytest.approx(1, abs=1e-6)
     metric.reset_state()
-    metric.update_state(np.array([1, 0]), np.array([0.49, 0.26]))
+    metric.update_state(np.array([[1], [0]]), np.array([[0.49], [0.26]]))
     assert value(metric) == pytest.approx(1 / 2, abs=1e-6)
+
+
+# Two structures in five voxels.
+TRUTH = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [0, 0]], "uint8")
+PROBABILITY = np.array([[0.75, 0.25], [0.375, 0.25], [0.375, 0.375], [0.25, 0.625], [0.5, 0]], "float32")
+SEVERAL = {
+    # The second voxel's tie is the structure's, the third's the first structure's, the fifth's the structure's.
+    "exclusive": (DiceScore(structures=2), (2 * 2 / 6 + 0) / 2),
+    "overlapping": (DiceScore(structures=2, exclusive=False), (2 * 1 / 4 + 2 * 0 / 2) / 2),
+    "threshold": (DiceScore(0.3125, structures=2, exclusive=False), (2 * 2 / 6 + 2 * 1 / 3) / 2),
+    # At 0.75 one of one, at 0.5 one of two, at 0.375 two of four; at 0.625 none of one, at 0.375 one of two.
+    "average precision": (AveragePrecision(structures=2), (1 / 2 * 1 + 1 / 2 * 2 / 4 + 1 / 2) / 2),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_structures_by_hand(case):
+    metric, expected = SEVERAL[case]
+    metric.reset_state()
+    metric.update_state(TRUTH, PROBABILITY)
+    assert value(metric) == pytest.approx(expected, abs=1e-6)
+    # A structure that there is not and that is not found.
+    metric.reset_state()
+    metric.update_state(TRUTH * [1, 0], TRUTH * np.array([1, 0], "float32"))
+    assert value(metric) == pytest.approx(1 if isinstance(metric, DiceScore) else 1 / 2, abs=1e-6)
+    with pytest.raises(ValueError, match=r"`y_true` must have .* of 2 structures. Received: \(5, 1\)$"):
+        metric.update_state(TRUTH[:, :1], PROBABILITY)
+
+
+@pytest.mark.parametrize("metric_class", METRICS.values())
+def test_several_structures_are_the_mean_of_each(metric_class):
+    rng = np.random.default_rng(2)
+    truth, probability = (rng.random((3, 7, 5, 4)) < 0.3).astype("uint8"), rng.random((3, 7, 5, 4), "float32")
+    options = {"exclusive": False} if metric_class is DiceScore else {}
+    together, alone = metric_class(structures=4, **options), []
+    together.update_state(truth, probability, sample_weight=np.array([1.0, 2.0, 0.5]))
+    for k in range(4):
+        metric = metric_class()
+        metric.update_state(truth[..., k : k + 1], probability[..., k : k + 1], np.array([1.0, 2.0, 0.5]))
+        alone.append(value(metric))
+    assert len(set(alone)) == 4
+    assert value(together) == pytest.approx(np.mean(alone), abs=1e-6)
 
 
 @pytest.fixture
@@ -114,7 +156,9 @@ def test_sample_weight(metric_class, batches):
 
 
 @pytest.mark.parametrize(
-    "metric", [DiceScore(threshold=0.3, name="dsc"), AveragePrecision(bins=50, name="ap")], ids=METRICS
+    "metric",
+    [DiceScore(threshold=0.3, structures=2, exclusive=False, name="dsc"), AveragePrecision(50, 2, name="ap")],
+    ids=METRICS,
 )
 def test_config(metric):
     text = json.dumps(keras.saving.serialize_keras_object(metric))
@@ -122,6 +166,7 @@ def test_config(metric):
     assert type(again) is type(metric)
     assert again.get_config() == metric.get_config()
     assert {0.3, 50} & set(again.get_config().values())
+    assert (again.structures, getattr(again, "exclusive", False)) == (2, False)
 
 
 @pytest.mark.parametrize("bins", [1, 0, 10.0, "many"])
@@ -152,7 +197,7 @@ def test_in_fit_and_evaluate(batches):
 def test_large_batches_stay_exact():
     """A batch of the paper's size: its sums are far above the largest float16 number, and its voxels half of them."""
     rng = np.random.default_rng(0)
-    shape = (8, 16, 256, 256)
+    shape = (8, 16, 256, 256, 1)
     truth = (rng.random(shape, dtype="float32") < 0.05).astype("uint8")
     # Middles of 200 levels, which float16 does not carry into the next.
     level = (rng.random(shape, dtype="float32") ** 2 * 200).astype("uint8")
