@@ -131,7 +131,8 @@ class MMFNet(EncoderDecoder):
                 if name == "fusion_bottom" and bottleneck == "concat":
                     fused.append(blocks.join(level, "join_bottom"))
                 else:
-                    block = blocks.layer(name, FusionBlock3D, count, **attention, data_format=blocks.data_format)
+                    options = {"data_format": blocks.data_format, "normalization": blocks.normalization}
+                    block = blocks.layer(name, FusionBlock3D, count, **attention, **options)
                     fused.append(block(level))
             return fused
 
