@@ -164,16 +164,19 @@ class MMFNet(EncoderDecoder):
         """Creates an MMFNet from the encoders of single-modality networks: self-transfer (section III-C).
 
         Args:
-            encoders: `{modality: network or path}`. Each network has an encoder of its modality, such as a `UNet3D`; a
-                path is that of a `.keras` file.
-            **kwargs: Arguments of the constructor. The defaults of `modalities`, `patch_shape` and `filters` are those
-                of the encoders.
+            encoders: `{modality: network or path}`. Each network has an encoder of its modality, such as a `UNet3D` or
+                an `MMFNet` of any modalities; a path is that of a `.keras` file. `None`: the modality's encoder starts
+                from random weights.
+            **kwargs: Arguments of the constructor. The default of `modalities` is those of `encoders`; the defaults of
+                `patch_shape` and of what the encoders are made of (`filters`, `strides`, `kernel_sizes`,
+                `normalization`, `residual`) are those of the encoders.
 
         Returns:
             The network. The encoders' weights are copied; all layers are trainable.
 
         Raises:
-            ValueError: A modality has no encoder, or the encoders do not match each other or the arguments.
+            ValueError: A modality is not in `encoders` or the other way round, all of them are `None`, or they do not
+                match each other or the arguments.
 
         Example:
 
@@ -184,23 +187,24 @@ class MMFNet(EncoderDecoder):
         ```
         """
         modalities = tuple(kwargs.pop("modalities", encoders))
-        if set(modalities) != set(encoders) or not encoders:
+        if set(modalities) != set(encoders):
             raise ValueError(
-                f"`encoders` must have one network for each of the modalities {modalities}. Received: {tuple(encoders)}"
+                "`encoders` must have a network, or None for random weights, for each of the modalities "
+                f"{modalities}. Received: {tuple(encoders)}"
             )
-        donors = {modality: _load_encoder(modality, encoders[modality]) for modality in modalities}
+        donors = {name: _load_encoder(name, encoders[name]) for name in modalities if encoders[name] is not None}
+        if not donors:
+            raise ValueError(f"`encoders` must have at least one network. Received: {dict(encoders)}")
         first, (model, _) = next(iter(donors.items()))
-        kwargs = {"patch_shape": model.patch_shape, "filters": model.filters, **kwargs}
-        for modality, (model, _) in donors.items():
-            if len(model.patch_shape) != 3:
-                raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
-            if model.filters != tuple(kwargs["filters"]):
-                raise ValueError(
-                    f"the encoder for {modality!r} must have the filters {tuple(kwargs['filters'])}, as the "
-                    f"encoder for {first!r}. Received: {model.filters}"
-                )
-        network = cls(modalities, **kwargs)
-        for modality, (_, encoder) in donors.items():
+        parts = ("filters", "strides", "kernel_sizes", "normalization", "residual")
+        network = cls(modalities, **{name: getattr(model, name) for name in ("patch_shape", *parts)} | kwargs)
+        for modality, (model, encoder) in donors.items():
+            for name in parts:
+                if getattr(model, name) != getattr(network, name):
+                    raise ValueError(
+                        f"the encoder for {modality!r} must have the {name} {getattr(network, name)}, as the "
+                        f"encoder for {first!r}. Received: {getattr(model, name)}"
+                    )
             network.encoder(modality).set_weights(encoder.get_weights())
         return network
 
@@ -210,6 +214,8 @@ def _load_encoder(modality, source):
     model = load_network(source) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(model, EncoderDecoder):
         raise ValueError(f"the network for {modality!r} must be a UNet3D, or the path of one. Received: {source!r}")
+    if len(model.patch_shape) != 3:
+        raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
     try:
         return model, model.encoder(modality)
     except ValueError as error:
