@@ -35,13 +35,15 @@ class Network(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not isinstance(y_pred, list):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        total, weights = 0.0, [0.5**level for level in range(len(y_pred))]
-        y = ops.cast(y, "float32")
+        total, weights, mask = 0.0, [0.5**level for level in range(len(y_pred))], ops.cast(y, "float32")
         for level, probability in enumerate(y_pred):
             if level:
+                # The maximum, for the nearest voxel would lose structures that are smaller than a coarse voxel.
                 stride = self.strides[level - 1]
-                y = kernels.max_pool(y, stride, stride, "valid", "channels_last")
-            loss = super().compute_loss(x, y, probability, sample_weight, training)
+                mask = kernels.max_pool(mask, stride, stride, "valid", "channels_last")
+            # Structures that exclude each other share the coarse voxels in which they meet.
+            shared = mask / ops.maximum(ops.sum(mask, axis=-1, keepdims=True), 1.0) if self.exclusive else mask
+            loss = super().compute_loss(x, shared, probability, sample_weight, training)
             total += weights[level] / sum(weights) * loss
         return total
 

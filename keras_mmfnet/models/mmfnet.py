@@ -28,10 +28,10 @@ class MultiEncoderUNet3D(EncoderDecoder):
 
     Args:
         modalities: Names of the modalities.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of each encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -62,7 +62,7 @@ class MMFNet(EncoderDecoder):
 
     Args:
         modalities: Names of the modalities.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of each encoder's blocks, and of the fusion blocks and the decoder.
         reduction: Ratio `r` of the channel attention's hidden layer.
         channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
@@ -73,7 +73,7 @@ class MMFNet(EncoderDecoder):
         modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
             image. At least one modality is kept.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -160,7 +160,9 @@ class MMFNet(EncoderDecoder):
         }
 
     @classmethod
-    def from_pretrained_encoders(cls, encoders: Mapping[str, keras.Model | str | os.PathLike], **kwargs: Any) -> Self:
+    def from_pretrained_encoders(
+        cls, encoders: Mapping[str, keras.Model | str | os.PathLike | None], **kwargs: Any
+    ) -> Self:
         """Creates an MMFNet from the encoders of single-modality networks: self-transfer (section III-C).
 
         Args:
