@@ -241,7 +241,7 @@ def gradient_maps(
     if method == "saliency":
         found = Saliency(listed)(score, seeds, gradient_modifier=abs, normalize_map=False)
     else:
-        layers = layers or {name: f"{name}_block{len(model.filters)}_2_norm" for name in images}
+        layers = layers or {name: model.block_output(name, len(model.filters)) for name in images}
         cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
         found = [
             cam(

@@ -142,7 +142,7 @@ def find_method(name: str) -> Method:
 
 
 def build_mmfnet(
-    recipe: Recipe, dtype: str, encoders: Mapping[str, keras.Model | str | PathLike] | None = None
+    recipe: Recipe, dtype: str, encoders: Mapping[str, keras.Model | str | PathLike | None] | None = None
 ) -> MMFNet:
     """Builds the MMFNet of a recipe.
 
@@ -168,23 +168,30 @@ def _outputs(recipe, dtype):
     return {"structures": recipe.data.structure_names, "exclusive": recipe.data.exclusive, "dtype": dtype}
 
 
+def _levels(recipe, dtype):
+    """The arguments that every encoder-decoder network has."""
+    fields = {"filters", "strides", "kernel_sizes", "normalization", "residual", "deep_supervision"}
+    return recipe.network.model_dump(include=fields) | _outputs(recipe, dtype)
+
+
 def _over_all(network):
     """A `build` function for a class of networks over all modalities."""
 
     def build(recipe, dtype, encoders=None):
-        return network(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, **_outputs(recipe, dtype))
+        return network(recipe.data.modalities, recipe.patches.shape, **_levels(recipe, dtype))
 
     return build
 
 
 def _unet3d(recipe, dtype, encoders=None):
-    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, recipe.network.filters, **_outputs(recipe, dtype))
+    return UNet3D(recipe.data.modalities[0], recipe.patches.shape, **_levels(recipe, dtype))
 
 
 def _unet2d(recipe, dtype, encoders=None):
-    network = UNet2D(
-        recipe.data.modalities[0], recipe.patches.shape[1:], recipe.network.filters, **_outputs(recipe, dtype)
-    )
+    arguments = _levels(recipe, dtype)
+    for name in ("strides", "kernel_sizes"):
+        arguments[name] = arguments[name] and [level[1:] for level in arguments[name]]
+    network = UNet2D(recipe.data.modalities[0], recipe.patches.shape[1:], **arguments)
     return SliceWise3D(network, recipe.patches.shape)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -87,6 +88,7 @@ _Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
 _Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct)]
 # The paper's.
 _CLIP = {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
+_Stride, _KernelSize = Literal[1, 2], Literal[1, 3]
 _Statistics = Annotated[tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct)]
 
 
@@ -224,7 +226,7 @@ class PatchRecipe(_Part):
     Lengths in voxels are `(depth, height, width)`.
 
     Args:
-        shape: Voxels of one patch, each a multiple of `2 ** len(network.filters)`.
+        shape: Voxels of one patch, each a multiple of the product of the network's strides along its axis.
         stride: Step between windows in voxels; `None` for one window about the body's centre.
         offset_fraction: Largest random shift of a training patch, as a fraction of `shape`. The paper's
             `(4, 32, 32)` voxels.
@@ -245,7 +247,7 @@ class PatchRecipe(_Part):
 
 
 class NetworkRecipe(_Part):
-    """The arguments of `MMFNet` (section III); other methods use what they have of it.
+    """The arguments of `MMFNet` (section III); other methods use what they have of it, the patch CNNs nothing.
 
     Args:
         filters: Filters of the encoder's blocks, from the finest level; the decoder mirrors them.
@@ -255,6 +257,12 @@ class NetworkRecipe(_Part):
         shared_mlp: One MLP for all statistics (CBAM) instead of one each.
         bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
         modality_dropout: Probability with which each modality of a training patch is set to zero, except one.
+        strides: By how much each level is pooled, `(z, y, x)`, each 1 or 2; `None` for 2 everywhere. Slices thicker
+            than the pixels should not be pooled before the pixels have their size.
+        kernel_sizes: Kernel of each level's convolutions, `(z, y, x)`, each 1 or 3; `None` for 3 everywhere.
+        normalization: `"batch"`, or `"instance"`: of each patch by itself.
+        residual: Whether the input of an encoder's block is added to its output.
+        deep_supervision: Whether the coarser levels of the decoder are trained to segment, too.
     """
 
     filters: _Counts = (8, 16, 32, 64)
@@ -264,6 +272,30 @@ class NetworkRecipe(_Part):
     shared_mlp: bool = False
     bottleneck: Literal["fusion", "concat"] = "fusion"
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    strides: tuple[tuple[_Stride, _Stride, _Stride], ...] | None = None
+    kernel_sizes: tuple[tuple[_KernelSize, _KernelSize, _KernelSize], ...] | None = None
+    normalization: Literal["batch", "instance"] = "batch"
+    residual: bool = False
+    deep_supervision: bool = False
+
+    @property
+    def reduction_zyx(self) -> tuple[int, int, int]:
+        """By how much the network reduces a patch along each axis: the product of its strides."""
+        strides = self.strides or ((2, 2, 2),) * len(self.filters)
+        return tuple(math.prod(sizes) for sizes in zip(*strides, strict=True))
+
+    @pydantic.model_validator(mode="after")
+    def _check_levels(self):
+        problems, count = {}, len(self.filters)
+        for field in ("strides", "kernel_sizes"):
+            values = getattr(self, field)
+            if values is not None and len(values) != count:
+                problems[field] = f"must have (z, y, x) for each of the {count} `network.filters`. Received: {values}"
+        if self.deep_supervision and count < 3:
+            problems["deep_supervision"] = f"must go with three or more `network.filters`. Received: {self.filters}"
+        if problems:
+            raise RecipeError(problems)
+        return self
 
 
 class TrainingRecipe(_Part):
@@ -338,11 +370,12 @@ class Recipe(_Part):
     @pydantic.model_validator(mode="after")
     def _check(self):
         problems = {}
-        factor = 2 ** len(self.network.filters)
-        if any(size % factor for size in self.patches.shape):
+        sizes = zip(("depth", "height", "width"), self.patches.shape, self.network.reduction_zyx, strict=True)
+        if wrong := [(axis, factor) for axis, size, factor in sizes if size % factor]:
+            multiples = " and ".join(f"the {axis} a multiple of {factor}" for axis, factor in wrong)
             problems["patches.shape"] = (
-                f"must be (depth, height, width), each a positive multiple of {factor}: the network halves it "
-                f"{len(self.network.filters)} times. Received: {self.patches.shape}"
+                f"must be (depth, height, width), {multiples}, by which the network reduces it. "
+                f"Received: {self.patches.shape}"
             )
         if self.data.allow_missing and not self.network.modality_dropout:
             problems["data.allow_missing"] = (

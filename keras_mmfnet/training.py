@@ -58,7 +58,7 @@ def train_mmfnet(
     validation: Sequence[PreprocessedCase],
     recipe: Recipe,
     directory: str | os.PathLike,
-    encoders: Mapping[str, keras.Model | str | os.PathLike] | None = None,
+    encoders: Mapping[str, keras.Model | str | os.PathLike | None] | None = None,
 ) -> keras.Model:
     """Trains MMFNet. Pretrained encoders are first frozen for the warm-up epochs; then the whole network is trained.
 
@@ -81,7 +81,7 @@ def train_method(
     validation: Sequence[PreprocessedCase],
     recipe: Recipe,
     directory: str | os.PathLike,
-    encoders: Mapping[str, keras.Model | str | os.PathLike] | None = None,
+    encoders: Mapping[str, keras.Model | str | os.PathLike | None] | None = None,
 ) -> keras.Model:
     """Trains the network of a method, after the networks whose encoders it copies.
 
@@ -92,7 +92,8 @@ def train_method(
         recipe: The `Recipe`, to which the method's changes are applied.
         directory: Folder for `<method>.keras` and `<method>_history.csv`, shared by all methods of a fold. A network
             that exists is only loaded. An interrupted training resumes after its last complete epoch.
-        encoders: `{modality: network or path}` of pretrained encoders. `None` trains those that the method names.
+        encoders: `{modality: network or path}` of pretrained encoders, as for `MMFNet.from_pretrained_encoders`. `None`
+            trains those that the method names.
 
     Returns:
         The network with the weights of its best epoch.
@@ -129,8 +130,8 @@ def train_method(
 
     model = build()
     if encoders and settings.warmup_epochs:
-        for modality in encoders:
-            model.encoder(modality).trainable = False
+        for modality, donor in encoders.items():
+            model.encoder(modality).trainable = donor is None
         epochs = min(settings.warmup_epochs, settings.epochs)
         trainer.fit(model, name="encoders frozen", learning_rate=settings.warmup_learning_rate, epochs=epochs)
         # A new model: `fit` starts at the epoch at which it last resumed the same model.

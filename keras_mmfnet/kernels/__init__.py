@@ -140,7 +140,13 @@ def weighted_reduction(
 
 
 def batch_norm_relu(
-    x: Any, gamma: Any, beta: Any, epsilon: float, axis: int, moments: tuple[Any, Any] | None = None
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    epsilon: float,
+    axis: int,
+    moments: tuple[Any, Any] | None = None,
+    relu: bool = True,
 ) -> tuple[Any, Any, Any]:
     """Batch normalization and ReLU.
 
@@ -151,12 +157,31 @@ def batch_norm_relu(
         epsilon: Added to the variance.
         axis: Axis of the channels.
         moments: `(mean, variance)` of each channel; `None` computes them from `x`.
+        relu: `False` leaves ReLU out; only `reference` implements this.
 
     Returns:
         `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the moments used (population variance),
         in float32 and without a gradient.
     """
+    if not relu:
+        return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu)
     return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)
+
+
+def instance_norm(x: Any, gamma: Any, beta: Any, epsilon: float, axis: int) -> Any:
+    """Instance normalization: each channel of each sample by its own mean and population variance.
+
+    Args:
+        x: A tensor of any number of axes, the first of which is the batch.
+        gamma: Scale of each channel, float32.
+        beta: Offset of each channel, float32.
+        epsilon: Added to the variance.
+        axis: Axis of the channels.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+    """
+    return _implementation("instance_norm")(x, gamma, beta, epsilon, axis)
 
 
 def conv(

@@ -48,14 +48,26 @@ def weighted_reduction(features, channel_weights, spatial_weights, kernel, axis)
     return ops.einsum("bdhwc,cf->bdhwf" if axis == -1 else "bcdhw,cf->bfdhw", x, kernel)
 
 
-def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None):
+def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None, relu=True):
     dtype, x = x.dtype, ops.cast(x, "float32")
     if moments is None:
         axes = [number for number in range(len(x.shape)) if number != axis % len(x.shape)]
         mean = ops.mean(x, axis=axes, keepdims=True)
         moments = ops.squeeze(mean, axes), ops.mean(ops.square(x - mean), axis=axes)
     y = ops.batch_normalization(x, *moments, axis, offset=beta, scale=gamma, epsilon=epsilon)
-    return ops.cast(ops.relu(y), dtype), *map(ops.stop_gradient, moments)
+    return ops.cast(ops.relu(y) if relu else y, dtype), *map(ops.stop_gradient, moments)
+
+
+def instance_norm(x, gamma, beta, epsilon, axis):
+    dtype, x, rank = x.dtype, ops.cast(x, "float32"), len(x.shape)
+    axes = [number for number in range(1, rank) if number != axis % rank]
+    # Reduce the last axis first, and compute the variance from differences: see `_statistics`.
+    x = x - ops.mean(ops.mean(x, axis=axes[-1], keepdims=True), axis=axes, keepdims=True)
+    variance = ops.mean(ops.mean(ops.square(x), axis=axes[-1], keepdims=True), axis=axes, keepdims=True)
+    gamma, beta = (
+        ops.reshape(each, [-1 if number == axis % rank else 1 for number in range(rank)]) for each in (gamma, beta)
+    )
+    return ops.cast(x * (ops.rsqrt(variance + epsilon) * gamma) + beta, dtype)
 
 
 def conv(x, kernel, strides, padding, data_format, dilation_rate):

@@ -15,6 +15,7 @@ class BatchNormReLU(keras.layers.Layer):
         axis: Axis of the channels.
         momentum: Share of the old value in each update of a moving average.
         epsilon: Added to the variance.
+        relu: Whether ReLU follows the normalization.
         **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
@@ -28,11 +29,12 @@ class BatchNormReLU(keras.layers.Layer):
         ValueError: The number of channels is unknown.
     """
 
-    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any):
+    def __init__(self, axis: int = -1, momentum: float = 0.9, epsilon: float = 1e-5, relu: bool = True, **kwargs: Any):
         super().__init__(**kwargs)
         self.axis = axis
         self.momentum = momentum
         self.epsilon = epsilon
+        self.relu = relu
 
     def build(self, input_shape):
         channels = input_shape[self.axis]
@@ -51,7 +53,7 @@ class BatchNormReLU(keras.layers.Layer):
         of_batch = training and self.trainable
         moments = None if of_batch else (self.moving_mean.value, self.moving_variance.value)
         outputs, mean, variance = kernels.batch_norm_relu(
-            inputs, self.gamma.value, self.beta.value, self.epsilon, self.axis, moments
+            inputs, self.gamma.value, self.beta.value, self.epsilon, self.axis, moments, self.relu
         )
         if of_batch:
             for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -62,4 +64,5 @@ class BatchNormReLU(keras.layers.Layer):
         return tuple(input_shape)
 
     def get_config(self):
-        return {**super().get_config(), "axis": self.axis, "momentum": self.momentum, "epsilon": self.epsilon}
+        config = {"axis": self.axis, "momentum": self.momentum, "epsilon": self.epsilon, "relu": self.relu}
+        return {**super().get_config(), **config}

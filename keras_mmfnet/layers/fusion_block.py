@@ -24,6 +24,7 @@ class FusionBlock3D(keras.layers.Layer):
         spatial_statistics: Statistics of the spatial attention.
         shared_mlp: Whether the statistics of the channel attention share one MLP, as in CBAM.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        normalization: `"batch"` or `"instance"`, that of the residual fusion.
         **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
@@ -55,6 +56,7 @@ class FusionBlock3D(keras.layers.Layer):
         spatial_statistics: Sequence[str] = ("avg", "max", "std"),
         shared_mlp: bool = False,
         data_format: str | None = None,
+        normalization: str = "batch",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -66,12 +68,13 @@ class FusionBlock3D(keras.layers.Layer):
         self.spatial_attention = SpatialStdAttention3D(
             statistics=spatial_statistics, name="spatial_attention", **common
         )
-        self.residual_fusion = ResidualFusion3D(filters, name="residual_fusion", **common)
+        self.residual_fusion = ResidualFusion3D(filters, normalization=normalization, name="residual_fusion", **common)
         self.filters = filters
         self.reduction = reduction
         self.channel_statistics = self.channel_attention.statistics
         self.spatial_statistics = self.spatial_attention.statistics
         self.shared_mlp = shared_mlp
+        self.normalization = normalization
 
     def build(self, input_shape):
         merged = self._merged_shape(input_shape)
@@ -128,4 +131,5 @@ class FusionBlock3D(keras.layers.Layer):
             "spatial_statistics": self.spatial_statistics,
             "shared_mlp": self.shared_mlp,
             "data_format": self.data_format,
+            "normalization": self.normalization,
         }

@@ -4,7 +4,7 @@ from typing import Any
 import keras
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers.batch_norm_relu import BatchNormReLU
+from keras_mmfnet.layers._norm import norm_relu
 from keras_mmfnet.layers.volumes import Conv3D
 
 
@@ -18,6 +18,7 @@ class ResidualFusion3D(keras.layers.Layer):
         filters: Channels of the output.
         kernel_size: Kernel of the two refining convolutions, an integer or three.
         data_format: `"channels_last"`, `"channels_first"`, or `None` for Keras' setting.
+        normalization: `"batch"`, or `"instance"` instead of the paper's batch normalization.
         **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Call arguments:
@@ -39,7 +40,12 @@ class ResidualFusion3D(keras.layers.Layer):
     """
 
     def __init__(
-        self, filters: int, kernel_size: int | Sequence[int] = (1, 3, 3), data_format: str | None = None, **kwargs: Any
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int] = (1, 3, 3),
+        data_format: str | None = None,
+        normalization: str = "batch",
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if not isinstance(filters, int) or filters < 1:
@@ -47,6 +53,7 @@ class ResidualFusion3D(keras.layers.Layer):
         self.filters = filters
         self.kernel_size = kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
         self.data_format = _axes.standardize(data_format)
+        self.normalization = normalization
         self.input_spec = keras.layers.InputSpec(ndim=5)
 
         common = {"data_format": self.data_format, "dtype": self.dtype_policy}
@@ -58,7 +65,7 @@ class ResidualFusion3D(keras.layers.Layer):
         self.reduce = conv(1, "reduce")
         self.refine1 = conv(kernel_size, "refine1", use_bias=False)
         axis = _axes.channel_axis(self.data_format)
-        self.norm = BatchNormReLU(axis, momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="norm")
+        self.norm = norm_relu(normalization, axis, dtype=self.dtype_policy, name="norm")
         self.refine2 = conv(kernel_size, "refine2")
 
     def build(self, input_shape):
@@ -80,5 +87,10 @@ class ResidualFusion3D(keras.layers.Layer):
         return _axes.with_channels(input_shape, self.filters, self.data_format)
 
     def get_config(self):
-        config = {"filters": self.filters, "kernel_size": self.kernel_size, "data_format": self.data_format}
-        return {**super().get_config(), **config}
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "data_format": self.data_format,
+            "normalization": self.normalization,
+        }

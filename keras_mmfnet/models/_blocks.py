@@ -1,10 +1,12 @@
 import dataclasses
+from collections.abc import Sequence
 
 import keras
 from keras import ops
 
 from keras_mmfnet import _axes
-from keras_mmfnet.layers import BatchNormReLU, volumes
+from keras_mmfnet.layers import volumes
+from keras_mmfnet.layers._norm import norm_relu
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -31,6 +33,10 @@ class Blocks:
     structures: int = 1
     exclusive: bool = True
     data_format: str = "channels_last"
+    strides: Sequence[Sequence[int]] = ()
+    kernel_sizes: Sequence[Sequence[int]] = ()
+    normalization: str = "batch"
+    residual: bool = False
     layers: dict = dataclasses.field(default_factory=dict)
 
     def layer(self, name, kind, *args, **options):
@@ -44,9 +50,9 @@ class Blocks:
         name = name.format(f"{self.rank}D")
         return getattr(volumes, name, None) or getattr(keras.layers, name)
 
-    def conv(self, x, filters, name, kernel_size=3, padding="same", dilation=1):
-        """Convolution, batch normalization and ReLU."""
-        # No bias: the batch normalization would subtract it.
+    def conv(self, x, filters, name, kernel_size=3, padding="same", dilation=1, relu=True):
+        """Convolution, normalization and ReLU."""
+        # No bias: the normalization would subtract it.
         x = self.layer(
             f"{name}_conv",
             self._kind("Conv{}"),
@@ -59,34 +65,55 @@ class Blocks:
             data_format=self.data_format,
         )(x)
         axis = _axes.channel_axis(self.data_format)
-        return self.layer(f"{name}_norm", BatchNormReLU, axis, momentum=0.9, epsilon=1e-5)(x)
+        return self.layer(f"{name}_norm", norm_relu, self.normalization, axis, relu=relu)(x)
+
+    def encoder_block(self, x, filters, name, kernel_size):
+        """Two convolutions; if `residual`, the block's input is added before the last ReLU."""
+        shortcut = x if self.residual else None
+        x = self.conv(x, filters, f"{name}_1", kernel_size)
+        x = self.conv(x, filters, f"{name}_2", kernel_size, relu=not self.residual)
+        if not self.residual:
+            return x
+        if shortcut.shape[_axes.channel_axis(self.data_format)] != filters:
+            shortcut = self.conv(shortcut, filters, f"{name}_shortcut", kernel_size=1, relu=False)
+        x = self.layer(f"{name}_add", keras.layers.Add)([x, shortcut])
+        return self.layer(f"{name}_relu", keras.layers.ReLU)(x)
 
     def encode(self, x, filters, name):
         """The encoder. Yields the features of each block before its pooling, then the bottom features."""
-        for level, count in enumerate(filters, start=1):
-            x = self.conv(x, count, f"{name}_block{level}_1")
-            x = self.conv(x, count, f"{name}_block{level}_2")
+        levels = zip(filters, self.strides, self.kernel_sizes, strict=True)
+        for level, (count, stride, kernel_size) in enumerate(levels, start=1):
+            x = self.encoder_block(x, count, f"{name}_block{level}", kernel_size)
             yield x
             pool = self._kind("MaxPooling{}")
-            x = self.layer(f"{name}_block{level}_pool", pool, 2, data_format=self.data_format)(x)
-        yield self.conv(x, filters[-1], f"{name}_bottom")
+            x = self.layer(f"{name}_block{level}_pool", pool, stride, data_format=self.data_format)(x)
+        yield self.conv(x, filters[-1], f"{name}_bottom", self.kernel_sizes[-1])
 
-    def decode(self, features, filters):
-        """The decoder and the head: float32 probabilities from the features of each level, finest first."""
+    def decode(self, features, filters, outputs=1):
+        """The decoder: the float32 probabilities of its `outputs` finest levels, finest first.
+
+        Args:
+            features: The features of each level, finest first.
+            filters: Filters of each level.
+            outputs: Number of levels that have a head.
+        """
         *skips, x = features
         del features  # so that each tensor is released after its last use
+        probabilities = []
         for level in range(len(filters), 0, -1):
-            count, name = filters[level - 1], f"decoder_block{level}"
+            count, stride, name = filters[level - 1], self.strides[level - 1], f"decoder_block{level}"
             up = self._kind("Conv{}Transpose")
-            x = self.layer(f"{name}_up", up, count, 2, strides=2, data_format=self.data_format)(x)
-            x = self.conv(self.join([x, skips.pop()], f"{name}_join"), count, name)
-        return self.head(x)
+            x = self.layer(f"{name}_up", up, count, stride, strides=stride, data_format=self.data_format)(x)
+            x = self.conv(self.join([x, skips.pop()], f"{name}_join"), count, name, self.kernel_sizes[level - 1])
+            if level <= outputs:
+                probabilities.append(self.head(x, "probability" if level == 1 else f"probability{level}"))
+        return probabilities[::-1]
 
-    def head(self, x):
+    def head(self, x, name="probability"):
         """The probability of each structure in each voxel, from its features."""
         # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1.
         return self.layer(
-            "probability",
+            name,
             self._kind("Conv{}"),
             self.structures,
             1,

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_mmfnet.models._network import Network, make_blocks, make_inputs
+from keras_mmfnet.models._network import Network, check_levels, check_names, make_blocks, make_inputs
 
 
 class EncoderDecoder(Network):
@@ -23,6 +23,12 @@ class EncoderDecoder(Network):
         structures: Names of the structures, one channel of probabilities each.
         exclusive: Whether no voxel can belong to two structures: a softmax with the background instead of a sigmoid
             for each structure.
+        strides: By how much each level is pooled, along each axis 1 or 2; `None` for 2 everywhere.
+        kernel_sizes: Kernel of the convolutions of each level, along each axis 1 or 3; `None` for 3 everywhere.
+        normalization: `"batch"` or `"instance"`.
+        residual: Whether the input of an encoder's block is added to its output.
+        deep_supervision: Whether the coarser levels of the decoder, except the coarsest, have heads for training. It is
+            not part of the config: a network that is saved and loaded has only the finest head.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
     """
 
@@ -37,29 +43,56 @@ class EncoderDecoder(Network):
         rank=3,
         structures=("tumour",),
         exclusive=True,
+        strides=None,
+        kernel_sizes=None,
+        normalization="batch",
+        residual=False,
+        deep_supervision=False,
         **kwargs,
     ):
         patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
-        blocks = make_blocks(dtype, structures, exclusive, rank)
-        inputs = make_inputs(modalities, patch_shape, filters, rank)
+        check_names(modalities, filters)
+        if deep_supervision and len(filters) < 3:
+            raise ValueError(f"`deep_supervision` must go with three or more levels. Received: filters={filters}")
+        options = {
+            "strides": check_levels("strides", strides, filters, rank, 2),
+            "kernel_sizes": check_levels("kernel_sizes", kernel_sizes, filters, rank, 3),
+            "normalization": normalization,
+            "residual": residual,
+        }
+        blocks = make_blocks(dtype, structures, exclusive, rank, **options)
+        inputs = make_inputs(modalities, patch_shape, options["strides"])
 
-        def compute(inputs):
-            return blocks.decode(compute_features(blocks, inputs, filters), filters)
+        def compute(inputs, outputs=1):
+            return blocks.decode(compute_features(blocks, inputs, filters), filters, outputs)
 
-        settings = {**settings, "patch_shape": patch_shape, "filters": filters}
+        levels = len(filters) - 1 if deep_supervision else 1
+        probability, *_ = compute(inputs, levels)
+        settings = {**settings, "patch_shape": patch_shape, "filters": filters, **options}
         settings |= {"structures": structures, "exclusive": exclusive}
-        super().__init__(inputs, compute(inputs), blocks.dtype, settings, **kwargs)
+        super().__init__(inputs, probability, blocks.dtype, settings, **kwargs)
         self._compute = compute
+        self.deep_supervision = deep_supervision
+        # Keras tracks the weights of the layers in a list.
+        self.auxiliary_heads = [blocks.layers[f"probability{level}"] for level in range(2, levels + 1)]
 
     def call(self, inputs, training=None, mask=None):
-        """On PyTorch, calls the layers in the order of the code instead of Keras' order by depth, which saves memory.
+        """In training with deep supervision, returns a list of the probabilities of each level, finest first.
 
+        On PyTorch, calls the layers in the order of the code instead of Keras' order by depth, which saves memory:
         Features are released after their last use, and a level is fused before the next one is encoded. The backward
         pass has the opposite order: it reaches the largest features after it has released those of the other levels.
         """
-        if keras.backend.backend() != "torch":  # compilers choose their own order
+        supervised = bool(training and self.auxiliary_heads)
+        if keras.backend.backend() != "torch" and not supervised:  # compilers choose their own order
             return super().call(inputs, training=training, mask=mask)
-        return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
+        inputs = {name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()}
+        outputs = self._compute(inputs, 1 + len(self.auxiliary_heads) if supervised else 1)
+        return outputs if supervised else outputs[0]
+
+    def block_output(self, modality: str, level: int) -> str:
+        """The name of the layer that gives the features of a level of a modality's encoder before their pooling."""
+        return f"{modality}_block{level}_{'relu' if self.residual else '2_norm'}"
 
     def encoder(self, modality: str) -> keras.Model:
         """Returns one modality's encoder as a model that shares the layers of this network.
@@ -77,7 +110,7 @@ class EncoderDecoder(Network):
         Raises:
             ValueError: The network has no encoder for this modality alone.
         """
-        names = [f"{modality}_block{level}_2_norm" for level in range(1, len(self.filters) + 1)]
+        names = [self.block_output(modality, level) for level in range(1, len(self.filters) + 1)]
         outputs = {layer.name: layer.output for layer in self.layers}
         if modality not in self.input or not set(names) <= set(outputs):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")

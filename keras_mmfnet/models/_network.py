@@ -1,8 +1,11 @@
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import keras
+from keras import ops
 
+from keras_mmfnet import kernels
 from keras_mmfnet.models._blocks import Blocks
 
 if TYPE_CHECKING:
@@ -26,6 +29,27 @@ class Network(keras.Model):
         self._setting_names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
+
+    # Only deep supervision gives several outputs, in training: the probabilities of each level, finest first.
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not isinstance(y_pred, list):
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        total, weights, mask = 0.0, [0.5**level for level in range(len(y_pred))], ops.cast(y, "float32")
+        for level, probability in enumerate(y_pred):
+            if level:
+                # The maximum, for the nearest voxel would lose structures that are smaller than a coarse voxel.
+                stride = self.strides[level - 1]
+                mask = kernels.max_pool(mask, stride, stride, "valid", "channels_last")
+            # Structures that exclude each other share the coarse voxels in which they meet.
+            shared = mask / ops.maximum(ops.sum(mask, axis=-1, keepdims=True), 1.0) if self.exclusive else mask
+            loss = super().compute_loss(x, shared, probability, sample_weight, training)
+            total += weights[level] / sum(weights) * loss
+        return total
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        y_pred = y_pred[0] if isinstance(y_pred, list) else y_pred
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def export(self, filepath: str | os.PathLike, **kwargs: Any) -> None:
         """Exports the network for inference without Keras, as `keras.Model.export`.
@@ -93,20 +117,40 @@ def _matches(recipe, model):
     )
 
 
-def make_inputs(modalities, patch_shape, filters, rank=3):
-    """Creates a symbolic input of one channel per modality, and checks the arguments that all networks share.
+def make_inputs(modalities, patch_shape, strides):
+    """Creates a symbolic input of one channel per modality; checks that the strides of all levels divide its sizes.
 
     Raises:
-        ValueError: `modalities`, `patch_shape` or `filters` is invalid.
+        ValueError: `patch_shape` is invalid.
     """
-    factor = 2 ** len(filters)
-    check_names(modalities, filters)
-    if len(patch_shape) != rank or any(size is not None and (size < 1 or size % factor) for size in patch_shape):
-        raise ValueError(
-            f"`patch_shape` must have {rank} sizes, each None or a positive multiple of {factor}, since the network "
-            f"halves them {len(filters)} times. Received: {patch_shape!r}"
-        )
+    factors = [math.prod(sizes) for sizes in zip(*strides, strict=True)]
+    axes = ("depth", "height", "width")[-len(factors) :]
+    sizes = patch_shape if len(patch_shape) == len(factors) else [0] * len(factors)
+    for axis, size, factor in zip(axes, sizes, factors, strict=True):
+        if size is not None and (size < 1 or size % factor):
+            raise ValueError(
+                f"`patch_shape` must have {len(factors)} sizes, each None or positive, the {axis} a multiple of "
+                f"{factor}, since the network halves it {factor.bit_length() - 1} times. Received: {patch_shape!r}"
+            )
     return {name: keras.Input((*patch_shape, 1), name=name) for name in modalities}
+
+
+def check_levels(name, values, filters, rank, largest):
+    """`rank` numbers for each level, as tuples. `None` stands for `largest` everywhere.
+
+    Raises:
+        ValueError: A number is neither 1 nor `largest`, or there are too few or too many.
+    """
+    values = [[largest] * rank] * len(filters) if values is None else values
+    several = (list, tuple)
+    if len(values) != len(filters) or not all(
+        isinstance(level, several) and len(level) == rank and set(level) <= {1, largest} for level in values
+    ):
+        raise ValueError(
+            f"`{name}` must have {rank} numbers, each 1 or {largest}, for each of the {len(filters)} levels. "
+            f"Received: {values!r}"
+        )
+    return tuple(map(tuple, values))
 
 
 def check_names(modalities, filters):
@@ -117,7 +161,7 @@ def check_names(modalities, filters):
         raise ValueError(f"`filters` must be one or more positive integers. Received: {filters!r}")
 
 
-def make_blocks(dtype, structures, exclusive, rank=3):
+def make_blocks(dtype, structures, exclusive, rank=3, **options):
     """`Blocks` of a dtype policy; `None` is Keras' global policy.
 
     Raises:
@@ -126,4 +170,4 @@ def make_blocks(dtype, structures, exclusive, rank=3):
     if not structures or isinstance(structures, str) or len(set(structures)) != len(structures):
         raise ValueError(f"`structures` must be distinct names, at least one. Received: {structures!r}")
     policy = keras.dtype_policies.get(dtype if dtype is not None else keras.config.dtype_policy())
-    return Blocks(policy, rank, len(structures), exclusive)
+    return Blocks(policy, rank, len(structures), exclusive, **options)

@@ -28,10 +28,10 @@ class MultiEncoderUNet3D(EncoderDecoder):
 
     Args:
         modalities: Names of the modalities.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of each encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -62,7 +62,7 @@ class MMFNet(EncoderDecoder):
 
     Args:
         modalities: Names of the modalities.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of each encoder's blocks, and of the fusion blocks and the decoder.
         reduction: Ratio `r` of the channel attention's hidden layer.
         channel_statistics: Statistics of the channel attention, of `"avg"`, `"max"` and `"std"`.
@@ -73,7 +73,7 @@ class MMFNet(EncoderDecoder):
         modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
             image. At least one modality is kept.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -131,7 +131,8 @@ class MMFNet(EncoderDecoder):
                 if name == "fusion_bottom" and bottleneck == "concat":
                     fused.append(blocks.join(level, "join_bottom"))
                 else:
-                    block = blocks.layer(name, FusionBlock3D, count, **attention, data_format=blocks.data_format)
+                    options = {"data_format": blocks.data_format, "normalization": blocks.normalization}
+                    block = blocks.layer(name, FusionBlock3D, count, **attention, **options)
                     fused.append(block(level))
             return fused
 
@@ -159,20 +160,25 @@ class MMFNet(EncoderDecoder):
         }
 
     @classmethod
-    def from_pretrained_encoders(cls, encoders: Mapping[str, keras.Model | str | os.PathLike], **kwargs: Any) -> Self:
+    def from_pretrained_encoders(
+        cls, encoders: Mapping[str, keras.Model | str | os.PathLike | None], **kwargs: Any
+    ) -> Self:
         """Creates an MMFNet from the encoders of single-modality networks: self-transfer (section III-C).
 
         Args:
-            encoders: `{modality: network or path}`. Each network has an encoder of its modality, such as a `UNet3D`; a
-                path is that of a `.keras` file.
-            **kwargs: Arguments of the constructor. The defaults of `modalities`, `patch_shape` and `filters` are those
-                of the encoders.
+            encoders: `{modality: network or path}`. Each network has an encoder of its modality, such as a `UNet3D` or
+                an `MMFNet` of any modalities; a path is that of a `.keras` file. `None`: the modality's encoder starts
+                from random weights.
+            **kwargs: Arguments of the constructor. The default of `modalities` is those of `encoders`; the defaults of
+                `patch_shape` and of what the encoders are made of (`filters`, `strides`, `kernel_sizes`,
+                `normalization`, `residual`) are those of the encoders.
 
         Returns:
             The network. The encoders' weights are copied; all layers are trainable.
 
         Raises:
-            ValueError: A modality has no encoder, or the encoders do not match each other or the arguments.
+            ValueError: A modality is not in `encoders` or the other way round, all of them are `None`, or they do not
+                match each other or the arguments.
 
         Example:
 
@@ -183,23 +189,24 @@ class MMFNet(EncoderDecoder):
         ```
         """
         modalities = tuple(kwargs.pop("modalities", encoders))
-        if set(modalities) != set(encoders) or not encoders:
+        if set(modalities) != set(encoders):
             raise ValueError(
-                f"`encoders` must have one network for each of the modalities {modalities}. Received: {tuple(encoders)}"
+                "`encoders` must have a network, or None for random weights, for each of the modalities "
+                f"{modalities}. Received: {tuple(encoders)}"
             )
-        donors = {modality: _load_encoder(modality, encoders[modality]) for modality in modalities}
+        donors = {name: _load_encoder(name, encoders[name]) for name in modalities if encoders[name] is not None}
+        if not donors:
+            raise ValueError(f"`encoders` must have at least one network. Received: {dict(encoders)}")
         first, (model, _) = next(iter(donors.items()))
-        kwargs = {"patch_shape": model.patch_shape, "filters": model.filters, **kwargs}
-        for modality, (model, _) in donors.items():
-            if len(model.patch_shape) != 3:
-                raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
-            if model.filters != tuple(kwargs["filters"]):
-                raise ValueError(
-                    f"the encoder for {modality!r} must have the filters {tuple(kwargs['filters'])}, as the "
-                    f"encoder for {first!r}. Received: {model.filters}"
-                )
-        network = cls(modalities, **kwargs)
-        for modality, (_, encoder) in donors.items():
+        parts = ("filters", "strides", "kernel_sizes", "normalization", "residual")
+        network = cls(modalities, **{name: getattr(model, name) for name in ("patch_shape", *parts)} | kwargs)
+        for modality, (model, encoder) in donors.items():
+            for name in parts:
+                if getattr(model, name) != getattr(network, name):
+                    raise ValueError(
+                        f"the encoder for {modality!r} must have the {name} {getattr(network, name)}, as the "
+                        f"encoder for {first!r}. Received: {getattr(model, name)}"
+                    )
             network.encoder(modality).set_weights(encoder.get_weights())
         return network
 
@@ -209,6 +216,8 @@ def _load_encoder(modality, source):
     model = load_network(source) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(model, EncoderDecoder):
         raise ValueError(f"the network for {modality!r} must be a UNet3D, or the path of one. Received: {source!r}")
+    if len(model.patch_shape) != 3:
+        raise ValueError(f"the network for {modality!r} must be 3D. Received: patch_shape={model.patch_shape}")
     try:
         return model, model.encoder(modality)
     except ValueError as error:

@@ -45,18 +45,30 @@ class SliceWise3D(Network):
             raise ValueError(f"`patch_shape` must have three known sizes. Received: {patch_shape!r}")
         _, height, width = patch_shape
         taken = network.patch_shape
-        *given, structures = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:]
+        given = network.compute_output_shape({name: (None, *taken, 1) for name in network.input})[1:3]
         # The centre of a patch is its pixel `size // 2`.
         pads = [((n - m + 1) // 2, (n - m) // 2) for n, m in zip(taken, given, strict=True)]
         inputs = {name: keras.Input((*patch_shape, 1), name=name) for name in network.input}
-        slices = {}
-        for name, x in inputs.items():
-            x = ops.reshape(x, (-1, height, width, 1))
-            slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if tuple(given) != tuple(taken) else x
-        outputs = ops.reshape(network(slices), (-1, *patch_shape, structures))
-        policy = network.dtype_policy
-        super().__init__(inputs, outputs, policy, {"network": network, "patch_shape": patch_shape}, **kwargs)
-        self.structures = network.structures
+
+        def compute(inputs, training=None):
+            slices = {}
+            for name, x in inputs.items():
+                x = ops.reshape(x, (-1, height, width, 1))
+                slices[name] = ops.pad(x, ((0, 0), *pads, (0, 0))) if tuple(given) != tuple(taken) else x
+            outputs = network(slices, training=training)
+            volumes = [ops.reshape(y, (-1, patch_shape[0], *y.shape[1:])) for y in keras.tree.flatten(outputs)]
+            return volumes if isinstance(outputs, list) else volumes[0]
+
+        settings = {"network": network, "patch_shape": patch_shape}
+        super().__init__(inputs, compute(inputs), network.dtype_policy, settings, **kwargs)
+        self._compute = compute
+        self.structures, self.exclusive = network.structures, network.exclusive
+        self.strides = [(1, *stride) for stride in getattr(network, "strides", ())]
+
+    def call(self, inputs, training=None, mask=None):
+        if training and getattr(self.network, "deep_supervision", False):
+            return self._compute(inputs, training)
+        return super().call(inputs, training=training, mask=mask)
 
     def get_config(self):
         return {**super().get_config(), "network": keras.saving.serialize_keras_object(self.network)}

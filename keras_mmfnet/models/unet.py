@@ -12,10 +12,10 @@ class UNet3D(EncoderDecoder):
 
     Args:
         modality: Name of the modality.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, depth, height, width, 1)`.
@@ -51,10 +51,10 @@ class UNet2D(EncoderDecoder):
 
     Args:
         modality: Name of the modality.
-        patch_shape: `(height, width)` in pixels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(height, width)` in pixels, each a multiple of the product of its strides or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`.
@@ -93,10 +93,10 @@ class SingleEncoderUNet3D(EncoderDecoder):
 
     Args:
         modalities: Names of the modalities.
-        patch_shape: `(depth, height, width)` in voxels, each a multiple of `2 ** len(filters)` or `None`.
+        patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of the decoder's blocks, finest level first.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: `structures` and `exclusive`, see `EncoderDecoder`; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
