@@ -178,8 +178,9 @@ def match_lesions(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequenc
     """
     from scipy import ndimage
 
-    box, volumes = _box(predicted, truth), []
-    for mask, other in ((truth[box] > 0, predicted[box] > 0), (predicted[box] > 0, truth[box] > 0)):
+    predicted, truth = np.asarray(predicted) > 0, np.asarray(truth) > 0
+    box, volumes = mask_box(predicted | truth), []
+    for mask, other in ((truth[box], predicted[box]), (predicted[box], truth[box])):
         parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
         ml = np.bincount(parts[mask], minlength=count + 1)[1:] * (np.prod(spacing_zyx) / 1000)
         touched = np.bincount(parts[mask & other], minlength=count + 1)[1:] > 0
@@ -187,11 +188,11 @@ def match_lesions(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequenc
     return dict(zip(("found", "missed", "false"), (volumes[0], volumes[1], volumes[3]), strict=True))
 
 
-def _box(one, other):
-    """The smallest box about both masks; an empty one if they are empty."""
+def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box about a bool mask of three dimensions; one without voxels if the mask is empty."""
     from scipy import ndimage
 
-    found = ndimage.find_objects(((one > 0) | (other > 0)).astype(np.uint8))
+    found = ndimage.find_objects(mask.astype(np.uint8))
     return found[0] if found else (slice(0),) * 3
 
 
@@ -227,7 +228,7 @@ def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[
         diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing_zyx)))
         return {"hd95": diagonal, "assd": diagonal}
     # Crop to both masks and one voxel around them.
-    box, maps, surfaces = _box(one, other), [], []
+    box, maps, surfaces = mask_box(one | other), [], []
     for mask in (one, other):
         image = sitk.GetImageFromArray(np.pad(mask[box], 1).astype(np.uint8))
         image.SetSpacing([float(size) for size in spacing_zyx[::-1]])
@@ -270,11 +271,11 @@ def surface_dice(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[float
     one, other = np.asarray(one) > 0, np.asarray(other) > 0
     if not (one.any() and other.any()):
         return float(one.any() == other.any())
-    box, spacing = _box(one, other), np.asarray(spacing_zyx, float)
+    box, spacing = mask_box(one | other), np.asarray(spacing_zyx, float)
     areas = np.linalg.norm(_triangles() * (spacing.prod() / spacing), axis=-1).sum(axis=-1)
     areas = [areas[_corner_codes(mask[box])] for mask in (one, other)]
     # What lies within the tolerance of both surfaces' boxes is all that can be near the other one.
-    boxes, reach = [_box(area, area) for area in areas], np.ceil(tolerance_mm / spacing).astype(int)
+    boxes, reach = [mask_box(area > 0) for area in areas], np.ceil(tolerance_mm / spacing).astype(int)
     low = np.max([[side.start for side in some] for some in boxes], axis=0) - reach
     high = np.min([[side.stop for side in some] for some in boxes], axis=0) + reach
     both = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(low, high, strict=True))
