@@ -7,7 +7,8 @@ The modules, which are imported on first use:
     recipe                           all settings of a run
     data                             finds patients, preprocesses them, makes patches
     methods, training, run           train networks, cross-validate, compare methods
-    inference, evaluation, export    segment, compare with the expert, write files
+    inference, postprocess, export   segment, clean the masks, write files
+    evaluation                       compare with the expert
     explain, plots, report           attention and gradient maps, figures, the HTML report
 
 Example:

@@ -1,6 +1,7 @@
 """Metrics of a patient, their summary over patients, and tests between methods."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -51,12 +52,25 @@ METRICS: dict[str, Metric] = {
         2,
     ),
     "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
+    "nsd": Metric(
+        "NSD", "", "Share of both surfaces within 2 mm (or another tolerance that was given) of the other.", "higher", 4
+    ),
     "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),
     "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
     "volume_ml": Metric("Expert volume", "ml", "Volume of the expert's mask.", "", 2),
     "predicted_ml": Metric("Predicted volume", "ml", "Volume of the predicted mask.", "", 2),
+    "volume_error_ml": Metric(
+        "Volume error", "ml", "Predicted less expert volume: above 0 is too large, nearest to 0 is best.", "", 2
+    ),
+    "relative_volume_error": Metric(
+        "Relative volume error", "", "Volume error as a share of the expert's volume; nearest to 0 is best.", "", 4
+    ),
     "false_positive_ml": Metric("False volume", "ml", "Volume of the prediction outside the tumour.", "lower", 2),
     "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 2),
+    "lesions_found": Metric("Lesions found", "", "Connected parts of the tumour that the prediction touches.", "", 2),
+    "lesions_missed": Metric("Lesions missed", "", "Connected parts of the tumour that it does not touch.", "lower", 2),
+    "missed_lesions_ml": Metric("Missed lesions", "ml", "Volume of the lesions that were missed.", "lower", 2),
+    "lesion_f1": Metric("Lesion F1", "", "F1 score of lesions found, lesions missed and false islands.", "higher", 4),
     "detection_sensitivity": Metric(
         "Detected", "", "1 if any of the tumour was found, else 0; of patients with tumour.", "higher", 2
     ),
@@ -73,8 +87,9 @@ def evaluate_case(
     spacing_zyx: Sequence[float],
     threshold: float = 0.5,
     predicted: np.ndarray | None = None,
+    tolerance_mm: float = 2.0,
 ) -> dict[str, float]:
-    """Computes the metrics of one patient over all voxels of the volume (section IV-B).
+    """Computes the metrics of one patient and one structure over all voxels of the volume (section IV-B).
 
     | metric | definition | truth empty | prediction empty | both empty |
     |---|---|---|---|---|
@@ -82,11 +97,17 @@ def evaluate_case(
     | `ap` | average precision, eq. 15-17, by scikit-learn | NaN | that of the probabilities | NaN |
     | `dice_loss` | 1 - (2 I + 1) / (P + G + 1) of the probabilities, eq. 1 | NaN | as defined | NaN |
     | `hd95`, `assd` | mm, see `surface_distances` | NaN | volume's diagonal | NaN |
+    | `nsd` | see `surface_dice` | NaN | 0 | NaN |
     | `sensitivity` | TP / G | NaN | 0 | NaN |
     | `precision` | TP / P | 0 | NaN | NaN |
     | `volume_ml`, `predicted_ml` | G and P in ml | 0, P | G, 0 | 0, 0 |
+    | `volume_error_ml` | P - G in ml | P | -G | 0 |
+    | `relative_volume_error` | (P - G) / G | NaN | -1 | NaN |
     | `false_positive_ml` | P - TP in ml | P | 0 | 0 |
-    | `false_islands` | components of the prediction (26 neighbours) without a voxel of truth | all | 0 | 0 |
+    | `false_islands` | false lesions, see `match_lesions` | all | 0 | 0 |
+    | `lesions_found`, `lesions_missed` | lesions, see `match_lesions` | 0, 0 | 0, all | 0, 0 |
+    | `missed_lesions_ml` | volume of the lesions missed | 0 | G | 0 |
+    | `lesion_f1` | 2 found / (2 found + missed + false) | NaN | 0 | NaN |
     | `detection_sensitivity` | 1 if TP > 0, else 0 | NaN | 0 | NaN |
     | `detection_specificity` | 1 if P = 0, else 0; without tumour only | 0 | NaN | 1 |
 
@@ -95,7 +116,9 @@ def evaluate_case(
         truth: The expert's mask of 0 and 1, of the same shape.
         spacing_zyx: Size of a voxel in mm.
         threshold: Lowest probability that counts as tumour.
-        predicted: The predicted mask of 0 and 1, where it is not made by the threshold.
+        predicted: The predicted mask of 0 and 1, of the same shape, such as one of `PostProcessing`; `None` for
+            `probability >= threshold`.
+        tolerance_mm: Tolerance of `nsd`.
 
     Returns:
         The metrics by the keys of `METRICS`, except `seconds`.
@@ -103,33 +126,74 @@ def evaluate_case(
     Raises:
         ValueError: The shapes differ.
     """
-    from scipy import ndimage
     from sklearn.metrics import average_precision_score
 
     probability, truth = np.asarray(probability), np.asarray(truth) > 0
-    _check_shapes(probability, truth)
     predicted = probability >= threshold if predicted is None else np.asarray(predicted) > 0
+    _check_shapes(probability, truth)
     _check_shapes(predicted, truth)
     both, found, volume = (float(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth))
     soft, voxel_ml = probability.sum(dtype=np.float64), float(np.prod(spacing_zyx)) / 1000
     # How well a tumour is segmented is not defined without one.
     distances = surface_distances(predicted, truth, spacing_zyx) if volume else {"hd95": math.nan, "assd": math.nan}
     loss = float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1))
-    islands, count = ndimage.label(predicted, np.ones((3, 3, 3)))
+    hits, misses, islands = match_lesions(predicted, truth, spacing_zyx).values()
     return {
         "dsc": 2 * both / (found + volume) if volume else math.nan,
         "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
         "dice_loss": loss if volume else math.nan,
         **distances,
+        "nsd": surface_dice(predicted, truth, spacing_zyx, tolerance_mm) if volume else math.nan,
         "sensitivity": both / volume if volume else math.nan,
         "precision": both / found if found else math.nan,
         "volume_ml": volume * voxel_ml,
         "predicted_ml": found * voxel_ml,
+        "volume_error_ml": (found - volume) * voxel_ml,
+        "relative_volume_error": (found - volume) / volume if volume else math.nan,
         "false_positive_ml": (found - both) * voxel_ml,
-        "false_islands": int(count - np.count_nonzero(np.unique(islands[truth]))),
+        "false_islands": len(islands),
+        "lesions_found": len(hits),
+        "lesions_missed": len(misses),
+        "missed_lesions_ml": float(sum(misses)),
+        "lesion_f1": 2 * len(hits) / (2 * len(hits) + len(misses) + len(islands)) if volume else math.nan,
         "detection_sensitivity": float(both > 0) if volume else math.nan,
         "detection_specificity": math.nan if volume else float(not found),
     }
+
+
+def match_lesions(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequence[float]) -> dict[str, list[float]]:
+    """Finds which lesions were found, by the rule of the ISLES 2022 challenge.
+
+    A lesion is a connected part of the truth (26 neighbours). It is found if the prediction has one of its voxels or
+    more. A connected part of the prediction without a voxel of truth is a false lesion.
+
+    Args:
+        predicted: The predicted mask `(depth, height, width)`.
+        truth: The expert's mask of the same shape.
+        spacing_zyx: Size of a voxel in mm.
+
+    Returns:
+        `{"found": ..., "missed": ..., "false": ...}`, the volumes in ml of the lesions of each kind; those of the
+        false ones are of the prediction.
+    """
+    from scipy import ndimage
+
+    predicted, truth = np.asarray(predicted) > 0, np.asarray(truth) > 0
+    box, volumes = mask_box(predicted | truth), []
+    for mask, other in ((truth[box], predicted[box]), (predicted[box], truth[box])):
+        parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
+        ml = np.bincount(parts[mask], minlength=count + 1)[1:] * (np.prod(spacing_zyx) / 1000)
+        touched = np.bincount(parts[mask & other], minlength=count + 1)[1:] > 0
+        volumes += [ml[touched].tolist(), ml[~touched].tolist()]
+    return dict(zip(("found", "missed", "false"), (volumes[0], volumes[1], volumes[3]), strict=True))
+
+
+def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box about a bool mask of three dimensions; one without voxels if the mask is empty."""
+    from scipy import ndimage
+
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    return found[0] if found else (slice(0),) * 3
 
 
 def _check_shapes(probability, truth):
@@ -158,27 +222,114 @@ def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[
     import SimpleITK as sitk
 
     one, other = np.asarray(one) > 0, np.asarray(other) > 0
-    found = np.nonzero(one | other)
-    if not len(found[0]):
+    if not (one.any() or other.any()):
         return {"hd95": 0.0, "assd": 0.0}
     if not (one.any() and other.any()):
         diagonal = float(np.linalg.norm(np.multiply(one.shape, spacing_zyx)))
         return {"hd95": diagonal, "assd": diagonal}
     # Crop to both masks and one voxel around them.
-    box = tuple(slice(index.min(), index.max() + 1) for index in found)
-    maps, surfaces = [], []
+    box, maps, surfaces = mask_box(one | other), [], []
     for mask in (one, other):
         image = sitk.GetImageFromArray(np.pad(mask[box], 1).astype(np.uint8))
         image.SetSpacing([float(size) for size in spacing_zyx[::-1]])
         surface = sitk.BinaryContour(image, fullyConnected=False)
-        distance = sitk.SignedMaurerDistanceMap(surface, squaredDistance=False, useImageSpacing=True)
         surfaces.append(sitk.GetArrayFromImage(surface) > 0)
-        maps.append(np.abs(sitk.GetArrayFromImage(distance)))
+        maps.append(np.abs(_distance_map(surface)))
     there, back = maps[1][surfaces[0]], maps[0][surfaces[1]]
     return {
         "hd95": float(max(np.percentile(there, 95), np.percentile(back, 95))),
         "assd": float((there.sum(dtype=float) + back.sum(dtype=float)) / (there.size + back.size)),
     }
+
+
+def _distance_map(surface):
+    """The distance of every voxel to the nearest of an image's voxels of 1, in mm; 0 or less at those themselves."""
+    import SimpleITK as sitk
+
+    distance = sitk.SignedMaurerDistanceMap(surface, squaredDistance=False, useImageSpacing=True)
+    return sitk.GetArrayFromImage(distance)
+
+
+def surface_dice(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[float], tolerance_mm: float = 2.0) -> float:
+    """Normalised surface Dice: the share of the area of both surfaces that lies within a tolerance of the other one.
+
+    As defined by Nikolov et al. (2018) and computed by their package `surface-distance`: the surface runs through the
+    corners where 2x2x2 voxels meet that are not all alike, and has at each the area of the marching cubes' triangles
+    in mm2. Thick slices thus count by their true area, not by their number of voxels.
+
+    Args:
+        one: Mask `(depth, height, width)`.
+        other: Mask of the same shape.
+        spacing_zyx: Size of a voxel in mm.
+        tolerance_mm: Largest distance of surfaces that count as equal.
+
+    Returns:
+        The share in [0, 1]; 1 if both masks are empty, 0 if one is.
+    """
+    import SimpleITK as sitk
+
+    one, other = np.asarray(one) > 0, np.asarray(other) > 0
+    if not (one.any() and other.any()):
+        return float(one.any() == other.any())
+    box, spacing = mask_box(one | other), np.asarray(spacing_zyx, float)
+    areas = np.linalg.norm(_triangles() * (spacing.prod() / spacing), axis=-1).sum(axis=-1)
+    areas = [areas[_corner_codes(mask[box])] for mask in (one, other)]
+    # What lies within the tolerance of both surfaces' boxes is all that can be near the other one.
+    boxes, reach = [mask_box(area > 0) for area in areas], np.ceil(tolerance_mm / spacing).astype(int)
+    low = np.max([[side.start for side in some] for some in boxes], axis=0) - reach
+    high = np.min([[side.stop for side in some] for some in boxes], axis=0) + reach
+    both = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(low, high, strict=True))
+    near = 0.0
+    for own, opposite in (areas, areas[::-1]):
+        if own[both].any() and opposite[both].any():
+            surface = sitk.GetImageFromArray((opposite[both] > 0).astype(np.uint8))
+            surface.SetSpacing(spacing[::-1].tolist())
+            # A distance is rounded to float32.
+            near += own[both][_distance_map(surface) <= tolerance_mm + 1e-4].sum()
+    return float(near / sum(area.sum() for area in areas))
+
+
+def _corner_codes(mask):
+    """Which of the 2x2x2 voxels that meet in each corner are in the mask, as a number of 8 bits."""
+    padded, shape = np.pad(mask, 1).astype(np.uint8), np.add(mask.shape, 1)
+    codes = np.zeros(shape, np.uint8)
+    for bit, corner in enumerate(np.ndindex(2, 2, 2)):
+        codes |= padded[tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))] << bit
+    return codes
+
+
+@functools.cache
+def _triangles():
+    """The marching cubes: for each set of a cube's corners, the triangles' normals `(256, 4, 3)`, as long as the areas.
+
+    On each face, the middle of an edge where a run of corners of the set begins is joined to that where it ends. These
+    lines make closed loops over the faces, each of which is divided into the fan of triangles with the largest area.
+    """
+    corners = np.array(list(np.ndindex(2, 2, 2)))
+    rings = []
+    for axis, side in np.ndindex(3, 2):
+        ring = [int(np.insert(corner, axis, side) @ (4, 2, 1)) for corner in ((0, 0), (0, 1), (1, 1), (1, 0))]
+        rings.append(ring if (axis + side) % 2 else ring[::-1])
+    normals = np.zeros((256, 4, 3))
+    for code in range(1, 255):
+        chosen = [code >> bit & 1 for bit in range(8)]
+        # A set and its complement have the same surface.
+        chosen = [1 - bit for bit in chosen] if sum(chosen) > 4 else chosen
+        follow, triangles = {}, []
+        for ring in rings:
+            for start in (n for n in range(4) if chosen[ring[n]] and not chosen[ring[n - 1]]):
+                end = next(n for n in range(start, start + 4) if not chosen[ring[(n + 1) % 4]])
+                follow[frozenset((ring[start - 1], ring[start]))] = frozenset((ring[end % 4], ring[(end + 1) % 4]))
+        while follow:
+            loop = [next(iter(follow))]
+            while loop[-1] in follow:
+                loop.append(follow.pop(loop[-1]))
+            points = np.array([corners[list(edge)].mean(axis=0) for edge in loop[1:]])
+            spokes = [np.roll(points, -n, axis=0)[1:] - points[n] for n in range(len(points))]
+            fans = [np.cross(some[:-1], some[1:]) / 2 for some in spokes]
+            triangles.extend(max(fans, key=lambda fan: np.linalg.norm(fan, axis=-1).sum()))
+        normals[code, : len(triangles)] = triangles
+    return normals
 
 
 def calibration(

@@ -21,8 +21,8 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-# Files and geometry, in which no backend takes part.
-_ONCE = {Path(__file__).parent / "data", Path(__file__).parent / "export"}
+# Files, geometry and masks, in which no backend takes part.
+_ONCE = {Path(__file__).parent / name for name in ("data", "export", "test_evaluation.py", "test_postprocess.py")}
 _ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py"}
 
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
     """Tests what no backend takes part in with TensorFlow alone."""
     if keras.backend.backend() != "tensorflow":
         for item in items:
-            if item.path.parent in _ONCE and item.path.name not in _ON_EVERY_BACKEND:
+            if _ONCE & {item.path, item.path.parent} and item.path.name not in _ON_EVERY_BACKEND:
                 item.add_marker(pytest.mark.skip(reason="no backend takes part"))
 
 

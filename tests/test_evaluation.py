@@ -2,10 +2,11 @@ import csv
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.distance import cdist
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
@@ -14,10 +15,12 @@ from keras_mmfnet.evaluation import (
     METRICS,
     calibration,
     evaluate_case,
+    match_lesions,
     mean_interval,
     metrics_json,
     paired_difference,
     summarise,
+    surface_dice,
     surface_distances,
 )
 
@@ -44,32 +47,60 @@ HALF = np.array([1, 1, 0, 0, 1, 1, 0, 0]).reshape(2, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("probability", "truth", "dsc", "ap", "dice_loss", "sensitivity", "precision", "volumes", "false", "detection"),
+    (
+        "probability",
+        "truth",
+        "dsc",
+        "ap",
+        "dice_loss",
+        "sensitivity",
+        "precision",
+        "volumes",
+        "false",
+        "detection",
+        "lesions",
+    ),
     [
-        (TRUTH, TRUTH, 1, 1, 0, 1, 1, (4, 4), (0, 0), (1, nan)),
-        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9, 0, 0, (4, 4), (4, 1), (0, nan)),
-        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5, 0, nan, (4, 0), (0, 0), (0, nan)),
-        (NOTHING, NOTHING, nan, nan, nan, nan, nan, (0, 0), (0, 0), (nan, 1)),
-        (TRUTH, NOTHING, nan, nan, nan, nan, 0, (0, 4), (4, 1), (nan, 0)),
+        (TRUTH, TRUTH, 1, 1, 0, 1, 1, (4, 4), (0, 0), (1, nan), (1, 0, 1)),
+        (1 - TRUTH, TRUTH, 0, 0.5, 1 - 1 / 9, 0, 0, (4, 4), (4, 1), (0, nan), (0, 1, 0)),
+        (NOTHING, TRUTH, 0, 0.5, 1 - 1 / 5, 0, nan, (4, 0), (0, 0), (0, nan), (0, 1, 0)),
+        (NOTHING, NOTHING, nan, nan, nan, nan, nan, (0, 0), (0, 0), (nan, 1), (0, 0, nan)),
+        (TRUTH, NOTHING, nan, nan, nan, nan, 0, (0, 4), (4, 1), (nan, 0), (0, 0, nan)),
         # Half of the truth, and as much beside it: I = 2, P = G = 4.
-        (HALF, TRUTH, 0.5, 0.5, 1 - 5 / 9, 0.5, 0.5, (4, 4), (2, 0), (1, nan)),
+        (HALF, TRUTH, 0.5, 0.5, 1 - 5 / 9, 0.5, 0.5, (4, 4), (2, 0), (1, nan), (1, 0, 1)),
         # One half counts as tumour.
-        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7, 1, 1, (4, 4), (0, 0), (1, nan)),
+        (0.5 * TRUTH, TRUTH, 1, 1, 1 - 5 / 7, 1, 1, (4, 4), (0, 0), (1, nan), (1, 0, 1)),
     ],
 )
-def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision, volumes, false, detection):
-    numbers = evaluate_case(probability.astype(np.float32), truth, (4.0, 1.0, 1.0))
-    distances = surface_distances(probability >= 0.5, truth, (4.0, 1.0, 1.0))
+def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision, volumes, false, detection, lesions):
+    spacing = (4.0, 1.0, 1.0)
+    numbers = evaluate_case(probability.astype(np.float32), truth, spacing)
     assert list(numbers) == [key for key in METRICS if key != "seconds"]
     assert json.loads(json.dumps(numbers)) == pytest.approx(numbers, nan_ok=True)
-    distances = distances if truth.any() else {"hd95": nan, "assd": nan}
-    assert {name: numbers.pop(name) for name in ("hd95", "assd")} == pytest.approx(distances, nan_ok=True)
+    distances = surface_distances(probability >= 0.5, truth, spacing)
+    distances["nsd"] = surface_dice(probability >= 0.5, truth, spacing)
+    distances = distances if truth.any() else dict.fromkeys(distances, nan)
+    assert {name: numbers.pop(name) for name in distances} == pytest.approx(distances, nan_ok=True)
     expected = {"dsc": dsc, "ap": ap, "dice_loss": dice_loss, "sensitivity": sensitivity, "precision": precision}
     # Voxels of 4 cubic mm.
     expected |= dict(zip(("volume_ml", "predicted_ml"), np.multiply(volumes, 0.004), strict=True))
+    expected |= {"volume_error_ml": (volumes[1] - volumes[0]) * 0.004}
+    expected |= {"relative_volume_error": volumes[1] / volumes[0] - 1 if volumes[0] else nan}
     expected |= {"false_positive_ml": false[0] * 0.004, "false_islands": false[1]}
+    expected |= dict(zip(("lesions_found", "lesions_missed", "lesion_f1"), lesions, strict=True))
+    expected |= {"missed_lesions_ml": lesions[1] * 0.016}
     expected |= dict(zip(("detection_sensitivity", "detection_specificity"), detection, strict=True))
     assert numbers == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_given_mask_counts_instead_of_the_threshold():
+    probability = (0.4 * TRUTH).astype(np.float32)
+    found = evaluate_case(probability, TRUTH, (1, 1, 1), predicted=HALF)
+    of_mask, of_probability = (evaluate_case(x.astype(np.float32), TRUTH, (1, 1, 1)) for x in (HALF, probability))
+    soft = {name: of_probability[name] for name in ("ap", "dice_loss")}
+    assert found == pytest.approx(of_mask | soft, nan_ok=True)
+    with pytest.raises(ValueError, match=r"Received: \(2, 2\) and \(2, 2, 2\)"):
+        evaluate_case(probability, TRUTH, (1, 1, 1), predicted=HALF[0])
 
 
 def test_against_independent_formulas():
@@ -94,6 +125,22 @@ def test_false_islands_are_parts_without_tumour():
     predicted[4, 15, 15] = predicted[2, 15, 15] = True
     predicted[1, 1, 1] = True  # beside the tumour, not in it
     assert evaluate_case(predicted, truth, (1, 1, 1))["false_islands"] == 4
+
+
+def test_lesions_are_found_by_one_voxel():
+    truth, predicted = np.zeros((2, 6, 20, 20), bool)
+    truth[1, 1:5, 1:5] = truth[2, 5, 5] = True  # one lesion of 17 voxels, joined at a corner
+    truth[4, 10:14, 10] = True
+    truth[4, 18, 18] = True
+    predicted[2, 5, 5:9] = True
+    predicted[4, 18, 17:19] = True
+    predicted[0, 15, 1:4] = True
+    lesions = match_lesions(predicted, truth, (5, 2, 1))
+    assert lesions == {"found": pytest.approx([0.17, 0.01]), "missed": [0.04], "false": [0.03]}
+    found = evaluate_case(predicted, truth, (5, 2, 1))
+    assert [found[f"lesions_{name}"] for name in ("found", "missed")] == [2, 1]
+    assert found["missed_lesions_ml"] == pytest.approx(0.04)
+    assert found["lesion_f1"] == pytest.approx(2 / (2 + (1 + 1) / 2))
 
 
 def test_average_precision_is_scikit_learns():
@@ -244,6 +291,44 @@ def test_empty_masks():
     assert surface_distances(mask, 0 * mask, (2, 0.5, 0.5)) == pytest.approx(expected)
     assert surface_distances(0 * mask, mask, (2, 0.5, 0.5)) == pytest.approx(expected)
     assert surface_distances(0 * mask, 0 * mask, (2, 0.5, 0.5)) == {"hd95": 0, "assd": 0}
+
+
+def test_distances_and_surface_dice_are_monais():
+    monai = pytest.importorskip("monai.metrics")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    for spacing in ((1.0, 1.0, 1.0), (5.0, 0.7, 0.7), (3.0, 1.0, 0.8)):
+        # From noise, in which every set of corners occurs, to smooth surfaces; they end at the volume's border.
+        for smooth in (0, 1, 2):
+            masks = [gaussian_filter(rng.normal(size=(12, 20, 24)), smooth) > 0 for _ in range(2)]
+            tensors = [torch.tensor(mask)[None, None].float() for mask in masks]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                distance = monai.compute_hausdorff_distance(*tensors, True, percentile=95, spacing=spacing)
+                shares = [
+                    monai.compute_surface_dice(*tensors, [tolerance], True, spacing=spacing, use_subvoxels=True)
+                    for tolerance in (0.0, 1.0, 2.0)
+                ]
+            found = [surface_dice(*masks, spacing, tolerance) for tolerance in (0.0, 1.0, 2.0)]
+            assert surface_distances(*masks, spacing)["hd95"] == pytest.approx(float(distance), rel=1e-5)
+            assert found == pytest.approx([float(share) for share in shares], rel=1e-5)
+
+
+def test_surface_dice_by_hand():
+    # Plates of one slice of 2.5 mm. The upper side of one and the lower side of the other are 2.5 mm apart; these are
+    # half of each surface.
+    one, other = np.zeros((2, 9, 50, 50), bool)
+    one[3], other[5] = True, True
+    spacing = (2.5, 1.0, 1.0)
+    assert surface_dice(one, other, spacing, 2.4) == 0
+    assert surface_dice(one, other, spacing, 2.5) == pytest.approx(0.5)
+    assert surface_dice(one, other, spacing, 5.0) == 1
+    assert surface_dice(one, one, spacing, 0) == surface_dice(0 * one, 0 * one, spacing) == 1
+    assert surface_dice(one, 0 * one, spacing) == surface_dice(0 * one, one, spacing) == 0
+    # A false voxel of 1 x 2 x 3 mm far away, whose surface is eight triangles, counts by its area.
+    one[:], other[:] = False, False
+    one[1, 1, 1] = other[1, 1, 1] = other[7, 40, 40] = True
+    assert surface_dice(one, other, (1.0, 2.0, 3.0), 0) == pytest.approx(2 / 3)
 
 
 def test_paired_difference():
