@@ -423,6 +423,22 @@ def mean_over_structures(rows: Sequence[Mapping]) -> list[dict]:
     return means
 
 
+def rows_by_structure(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """Divides rows by structure.
+
+    Args:
+        rows: A dict per patient and structure.
+
+    Returns:
+        `{structure: its rows}`, in the order given; rows without `structure`, as of earlier versions, have the name
+        `"tumour"`.
+    """
+    found = {}
+    for row in rows:
+        found.setdefault(row.get("structure", "tumour"), []).append(row)
+    return found
+
+
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     """Compares two methods on the same patients.
 
@@ -459,6 +475,13 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def metrics_json(rows: Sequence[Mapping]) -> str:
-    """The metrics of each patient and their summary as JSON text. An undefined metric is `null`."""
+    """The metrics of each patient and their summary as JSON text. An undefined metric is `null`.
+
+    Of several structures, `summary` is by structure, and `mean_over_structures` that of `mean_over_structures`.
+    """
     patients = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    return json.dumps({"patients": patients, "summary": summarise(rows)}, indent=2, allow_nan=False) + "\n"
+    numbers, structures = {"patients": patients, "summary": summarise(rows)}, rows_by_structure(rows)
+    if len(structures) > 1:
+        numbers["summary"] = {name: summarise(some) for name, some in structures.items()}
+        numbers["mean_over_structures"] = summarise(mean_over_structures(rows))
+    return json.dumps(numbers, indent=2, allow_nan=False) + "\n"

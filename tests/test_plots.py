@@ -16,7 +16,7 @@ from keras_mmfnet.plots import (
     plot_training,
     slice_strips,
 )
-from keras_mmfnet.plots._masks import ERROR_COLOURS
+from keras_mmfnet.plots._masks import ERROR_COLOURS, STRUCTURE_COLOURS
 from keras_mmfnet.plots.surfaces import voxel_faces
 
 
@@ -74,6 +74,32 @@ def test_other_shapes_are_refused():
     images, prediction, _ = patient()
     with pytest.raises(ValueError, match=r"the same shape\. Received: "):
         plot_segmentation(images, prediction[1:])
+
+
+def test_several_structures_have_a_colour_each():
+    images, prediction, truth = patient()
+    inner = {"whole": prediction, "core": prediction * (np.arange(30) > 14)}
+    expert = {"whole": truth, "core": 0 * truth}
+    figure = plot_segmentation(images, inner, expert)
+    assert figure.get_suptitle() == "slice 4 of 6, DSC whole 0.500, core -"
+    drawn = figure.axes[0].collections
+    first, second = map(colors.to_rgba, STRUCTURE_COLOURS[:2])
+    assert [tuple(line.get_edgecolor()[0]) for line in drawn] == [first, first, second]
+    # The expert's is dotted; Matplotlib's dashes of a solid line are None.
+    assert [line.get_linestyle()[0][1] is None for line in drawn] == [False, True, True]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["whole", "core", "expert", "prediction"]
+    alone = plot_segmentation(images, {"whole": prediction}, {"whole": truth})
+    assert alone.get_suptitle() == "slice 4 of 6, DSC 0.500"
+    assert len(plot_montage(images["t1"], inner, expert).axes[3].collections) == 3
+    _, marks, _ = slice_strips(images, inner, expert)
+    shown = {tuple(color) for color in marks[marks[..., 3] > 0]}
+    assert shown == {tuple(np.round(255 * np.array(color)).astype(int)) for color in (first, second)}
+    _, both, _ = slice_strips(images, inner, inner)
+    _, solid, _ = slice_strips(images, inner, dict.fromkeys(inner, 0 * truth))
+    np.testing.assert_array_equal(both, solid)  # equal contours lie on each other
+    with pytest.raises(ValueError, match=r"the same structures are expected\. Received: whole; whole, core"):
+        plot_segmentation(images, inner, {"whole": truth})
 
 
 def test_methods_beside_the_paper():

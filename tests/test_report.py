@@ -11,10 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from keras_mmfnet._files import csv_text
 from keras_mmfnet.data import preprocess_case
-from keras_mmfnet.evaluation import METRICS, evaluate_case, summarise
+from keras_mmfnet.data.labels import split_labels
+from keras_mmfnet.evaluation import (
+    METRICS,
+    evaluate_case,
+    mean_over_structures,
+    metrics_json,
+    rows_by_structure,
+    summarise,
+)
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import analysis, write_comparison, write_report, write_tables
 from keras_mmfnet.report.analysis import compare_results, transfer_curves
@@ -71,6 +80,31 @@ def run(tiny_cohort, tmp_path_factory):
     run.cohort["skipped"]["someone"] = "has no <mask>"
     run.cohort_file.write_text(json.dumps(run.cohort))
     run.log_file.write_text("10:00 Command: mmfnet train <data> --out run\n10:01 Computing in float32\n")
+    write_results(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def regions(tiny_cohort, tmp_path_factory):
+    """Such a run of three regions that overlap; half of the patients have no enhancing tumour."""
+    parent = tmp_path_factory.mktemp("regions")
+    data = shutil.copytree(tiny_cohort, parent / "data")
+    for number, folder in enumerate(sorted(data.iterdir())):
+        image = sitk.ReadImage(str(folder / "mask.nii.gz"))
+        whole = sitk.GetArrayFromImage(image)
+        core, inner = (ndimage.binary_erosion(whole, iterations=n) for n in (1, 2))
+        labels = sitk.GetImageFromArray(
+            np.select([inner * (number % 2) > 0, core, whole > 0], [4, 1, 2]).astype(np.uint8)
+        )
+        labels.CopyInformation(image)
+        sitk.WriteImage(labels, str(folder / "mask.nii.gz"))
+    structures = {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}
+    run = Run.start(parent / "run", data, RECIPE.replace({"data.structures": structures}))
+    write_results(run)
+    return run
+
+
+def write_results(run):
     rates = {"learning_rate": 1e-3, "seconds": 2000.0}
     for fold in (0, 1):
         rows, history = [], []
@@ -84,8 +118,10 @@ def run(tiny_cohort, tmp_path_factory):
             written = sitk.GetImageFromArray(predicted)
             written.CopyInformation(image)
             sitk.WriteImage(written, str(path))
-            numbers = evaluate_case(predicted.astype(np.float32), truth, image.GetSpacing()[::-1])
-            rows.append({"patient": patient.name, **numbers, "seconds": 1.0})
+            found, wanted = (split_labels(labels, run.recipe.data.structures) for labels in (predicted, truth))
+            for name in found:
+                numbers = evaluate_case(found[name].astype(np.float32), wanted[name], image.GetSpacing()[::-1])
+                rows.append({"patient": patient.name, "structure": name, **numbers, "seconds": 1.0})
         rows[0]["ap"] = float("nan")
         for epoch in range(3):
             losses = {"loss": 0.5, "val_loss": 0.6, "dice_score": 0.4, "val_dice_score": 0.3}
@@ -96,7 +132,6 @@ def run(tiny_cohort, tmp_path_factory):
         result = {"method": "mmfnet", "title": "MMFNet", "paper": {}, "fold": fold, "parameters": 10, "updates": 15}
         result |= {"training_seconds": 6000.0, "machine": {"processor": "a <processor>"}, "history": history}
         run.result(fold, "mmfnet").write_text(json.dumps({**result, "patients": rows, "shares": shares}))
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +286,72 @@ def test_results_of_earlier_versions_have_fewer_numbers(run, tmp_path):
     assert page.after("Mean DSC", 2) == [f"{row['dsc']:.3f}", "of one patient"]
     assert not [text for text in page.texts if "95% " in text]
     assert len(page.pictures("jpeg")) == 1
+
+
+def test_several_structures(regions):
+    page = Page(write_report(regions))
+    every = [row for result in regions.results()["mmfnet"] for row in result["patients"]]
+    means, structures = mean_over_structures(every), rows_by_structure(every)
+    assert list(structures) == ["whole", "core", "enhancing"]
+    # The headline is the mean over the structures, and says so.
+    dsc = summarise(means)["dsc"]
+    value, about = page.after("Mean DSC", 2)
+    assert value == f"{dsc['mean']:.3f}"
+    assert about.startswith("mean over the structures whole, core, enhancing; 95% interval ")
+    # A line for each structure, and a table of the patients for each, with the same patients.
+    assert [page.texts.index(f"Patients: {name}") for name in ("mean over the structures", *structures)]
+    titles = page.after("Structure", 4)
+    assert titles == ["DSC", "95% from", "to", "HD95 mm"]
+    for name, rows in {**structures, "mean over the structures": means}.items():
+        own = summarise(rows)
+        assert page.after(name, 4) == [f"{own['dsc'][key]:.4f}" for key in ("mean", "low", "high")] + [
+            f"{own['hd95']['mean']:.2f}"
+        ]
+    # Each patient's slices have the numbers of each structure beside them, and the legend has their colours.
+    assert page.source.count("<p><span><b>core</b></span>") == len(page.pictures("jpeg")) == 4
+    legend = [text for text in page.texts[page.texts.index("Patients, worst first") :]][2:7]
+    assert legend == ["whole", "core", "enhancing", "expert's contour", "predicted contour"]
+    assert "missed tumour" not in page.texts
+    assert "4 segmentations took 4 s." in page.source
+    # In how many patients with enhancing tumour it was found; all have the others.
+    without = sum(not row["volume_ml"] for row in structures["enhancing"])
+    assert 0 < without < 4
+    assert page.after("Share with nothing found", 4)[1:4] == ["MMFNet", "enhancing", str(4 - without)]
+    volumes = [patient.structures_ml["core"] for patient in regions.patients(regions.cohort["patients"])]
+    assert page.after("core, ml", 3) == [f"{number:.2f}" for number in (np.median(volumes), min(volumes), max(volumes))]
+    assert "tumour, ml" not in page.texts
+    numbers = json.loads(metrics_json(every))
+    assert {name: one["dsc"]["patients"] for name, one in numbers["summary"].items()} == {
+        "whole": 4,
+        "core": 4,
+        "enhancing": 4 - without,
+    }
+    assert numbers["mean_over_structures"]["dsc"]["mean"] == dsc["mean"]
+
+
+def test_methods_and_structures(regions, tmp_path):
+    compared = Run(shutil.copytree(regions.folder, tmp_path / "compared"))
+    for fold in (0, 1):
+        result = json.loads(compared.result(fold, "mmfnet").read_text(encoding="utf-8"))
+        for row in result["patients"]:
+            row["dsc"] = row["dsc"] / 2
+        compared.result(fold, "half").write_text(json.dumps({**result, "method": "half", "title": "Half"}))
+    page = Page(write_comparison(compared, baseline="half"))
+    rows = {row["method"]: row for row in compare_results(compared.results(), "half")}
+    assert rows["half"]["dsc_core"] == pytest.approx(rows["mmfnet"]["dsc_core"] / 2)
+    # The paired test is of the means over the structures.
+    assert rows["mmfnet"]["difference_mean"] == pytest.approx(rows["mmfnet"]["dsc"] / 2)
+    assert rows["mmfnet"]["difference_patients"] == 4
+    means, each = (compared.folder / "table.md").read_text(encoding="utf-8").split("\n\nDSC of each structure:\n\n")
+    assert means.startswith("Means over the structures whole, core, enhancing:\n\n| Method | DSC paper |")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in each.splitlines()]
+    assert lines[0] == ["Method", "whole", "core", "enhancing", "Mean"]
+    assert [line[0] for line in lines[2:]] == ["**Half**", "MMFNet"]
+    assert lines[3][2] == f"{rows['mmfnet']['dsc_core']:.4f} ± {rows['mmfnet']['dsc_core_std']:.4f}"
+    assert page.after("DSC of each structure", 5) == lines[0]
+    assert page.after("Highest mean DSC", 2)[1] == "MMFNet; mean over the structures"
+    with open(compared.folder / "table.csv", newline="") as file:
+        assert {"dsc", "dsc_whole", "dsc_enhancing_std"} < set(next(csv.DictReader(file)))
 
 
 def test_a_run_without_results_is_refused(run, tmp_path):

@@ -160,6 +160,12 @@ class PreprocessedCase:
         """Volume of all structures together in ml."""
         return float(np.count_nonzero(self.mask) * np.prod(self.spacing) / 1000)
 
+    @property
+    def structures_ml(self) -> dict[str, float]:
+        """Volume of each structure in ml, by name."""
+        voxel = float(np.prod(self.spacing)) / 1000
+        return {name: np.count_nonzero(mask) * voxel for name, mask in (self.masks or {}).items()}
+
     def images_of(self, modalities: Iterable[str]) -> dict[str, np.ndarray]:
         """The images of these modalities by name. A missing one is zeros, as in modality dropout."""
         return {name: self.images.get(name, np.zeros(self.shape, np.float32)) for name in modalities}

@@ -5,41 +5,42 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.colors import to_rgba, to_rgba_array
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from keras_mmfnet.data.body import bounding_box, otsu_threshold
-from keras_mmfnet.plots._masks import ERROR_COLOURS, expert_and_prediction, union
+from keras_mmfnet.plots._masks import ERROR_COLOURS, Masks, expert_and_prediction, structure_colours, union
 
 
 def plot_segmentation(
     images: Mapping[str, np.ndarray],
-    prediction: np.ndarray,
-    truth: np.ndarray | None = None,
+    prediction: Masks,
+    truth: Masks | None = None,
     spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     depth: int | None = None,
     margin: float | None = None,
 ) -> Figure:
     """Draws one slice of each modality with the contours of the prediction and the expert (Figure 7 of the paper).
 
-    The patient's right is on the left.
+    The patient's right is on the left. Several structures have a colour each, in which the expert's contours are
+    dotted.
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
-        prediction: Mask of 0 and 1, of the images' shape.
-        truth: The expert's mask, of the same shape, or `None`.
+        prediction: Mask of 0 and 1, of the images' shape, or `{structure: mask}`.
+        truth: That of the expert, of the same structures, or `None`.
         spacing_zyx: Voxel size in mm.
         depth: Number of the slice; `None` for the one with the largest contour.
         margin: Crop the slice to this distance in mm from the contours; `None` shows the whole slice.
 
     Returns:
         A Matplotlib figure, one panel per modality. The title has the slice and, if there is a truth, its Dice
-        similarity coefficient.
+        similarity coefficient by structure.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes or the structures differ.
     """
     masks = expert_and_prediction(truth, prediction)
     either = union(images, masks)
@@ -53,9 +54,11 @@ def plot_segmentation(
         axes.set_title(name, color="white")
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
-        title += f", DSC {_dice(*(mask[depth] for mask, _ in masks.values()))}"
+        slices = [mask[depth] for mask, *_ in masks.values()]
+        pairs = zip(_structures(masks), slices[: len(slices) // 2], slices[len(slices) // 2 :], strict=True)
+        title += ", DSC " + ", ".join(f"{name} {_dice(*pair)}".strip() for name, *pair in pairs)
     figure.suptitle(title, color="white")
-    _legend(figure, {name: colour for name, (_, colour) in masks.items()})
+    _legend_of_masks(figure, masks)
     return figure
 
 
@@ -88,7 +91,7 @@ def plot_errors(
     """
     if not predictions:
         raise ValueError(f"`predictions` must hold at least one method. Received: {predictions}")
-    masks = {name: (np.asarray(mask) > 0, None) for name, mask in {**predictions, "the expert": truth}.items()}
+    masks = {name: (np.asarray(mask) > 0,) for name, mask in {**predictions, "the expert": truth}.items()}
     either, truth = union(images, masks), masks.pop("the expert")[0]
     depth = _largest(truth) if depth is None else depth
     view = _view(either[depth], spacing_zyx, margin)
@@ -96,7 +99,7 @@ def plot_errors(
     figure = _dark_figure(2.6 * len(masks) + 0.2, 2.6 * len(images) + 0.9)
     panels = figure.subplots(len(images), len(masks), squeeze=False)
     for row, (modality, image) in zip(panels, images.items(), strict=True):
-        for axes, (method, (mask, _)) in zip(row, masks.items(), strict=True):
+        for axes, (method, (mask,)) in zip(row, masks.items(), strict=True):
             _show(axes, image[depth], view, spacing_zyx)
             kinds = (mask & truth, mask & ~truth, truth & ~mask)
             for kind, colour in zip(kinds, ERROR_COLOURS.values(), strict=True):
@@ -112,8 +115,8 @@ def plot_errors(
 
 def plot_montage(
     image: np.ndarray,
-    prediction: np.ndarray,
-    truth: np.ndarray | None = None,
+    prediction: Masks,
+    truth: Masks | None = None,
     spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     margin: float | None = None,
 ) -> Figure:
@@ -123,8 +126,8 @@ def plot_montage(
 
     Args:
         image: Image `(depth, height, width)`, on axes of (superior, posterior, left).
-        prediction: Mask of 0 and 1, of the image's shape.
-        truth: The expert's mask, of the same shape, or `None`.
+        prediction: Mask of 0 and 1, of the image's shape, or `{structure: mask}`; see `plot_segmentation`.
+        truth: That of the expert, of the same structures, or `None`.
         spacing_zyx: Voxel size in mm.
         margin: Crop the slices to this distance in mm from the contours; `None` shows whole slices.
 
@@ -150,7 +153,7 @@ def plot_montage(
         _write(axes, 0.02, 0.98, depth + 1, ha="left", va="top")
     for axes in panels[len(either) :]:
         axes.remove()
-    _legend(figure, {name: colour for name, (_, colour) in masks.items()})
+    _legend_of_masks(figure, masks)
     return figure
 
 
@@ -202,16 +205,16 @@ def plot_heat(
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
     where = f"slice {depth + 1} of {len(total)}"
     figure.suptitle(f"{title}\n{where}" if title else where, color="white", fontsize=11)
-    drawn = {name: colour for name, (mask, colour) in masks.items() if mask[depth].any()}
+    drawn = {name: about for name, about in masks.items() if about[0][depth].any()}
     if drawn:
-        _legend(figure, drawn)
+        _legend_of_masks(figure, drawn)
     return figure
 
 
 def slice_strips(
     images: Mapping[str, np.ndarray],
-    prediction: np.ndarray,
-    truth: np.ndarray,
+    prediction: Masks,
+    truth: Masks,
     spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
     side: int = 160,
     margin: float = 30.0,
@@ -223,20 +226,20 @@ def slice_strips(
 
     Args:
         images: `{modality: (depth, height, width)}`, on axes of (superior, posterior, left).
-        prediction: Mask of 0 and 1, of the images' shape.
-        truth: The expert's mask, of the same shape.
+        prediction: Mask of 0 and 1, of the images' shape, or `{structure: mask}`; see `plot_segmentation`.
+        truth: That of the expert, of the same structures.
         spacing_zyx: Voxel size in mm.
         side: Largest height and width of a slice of one modality in pixels.
         margin: Margin around the masks in plane in mm; along z it is two slices.
         most: Largest number of slices; if there are more, only every second, third, ... is shown.
 
     Returns:
-        `(strip, marks, numbers)`: the images, uint8 `(slices * height, modalities * width, 3)`; the contours of both
-        masks and, translucent, the false positives and false negatives, uint8 RGBA
+        `(strip, marks, numbers)`: the images, uint8 `(slices * height, modalities * width, 3)`; the contours of all
+        masks and, translucent and of one structure only, the false positives and false negatives, uint8 RGBA
         `(slices * 2 * height, 2 * width, 4)`; and the slice numbers, from 0.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes or the structures differ.
     """
     from scipy import ndimage
 
@@ -261,14 +264,19 @@ def slice_strips(
         low, high = _grey_limits(image[part])
         grey = scaled(np.clip((image[part] - low) / (high - low), 0, 1), 1)
         strips.append(np.round(255 * grey).astype(np.uint8).reshape(-1, grey.shape[2]))
-    expert, predicted = (scaled(mask[part], 2) >= 0.5 for mask, _ in masks.values())
-    lines = [mask & ~ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2) for mask in (expert, predicted)]
-    marks = np.zeros((*expert.shape, 4))
-    shown = (predicted & ~expert, expert & ~predicted, *lines)
-    colours = to_rgba_array([*list(ERROR_COLOURS.values())[1:], *(colour for _, colour in masks.values())])
-    for where, colour, alpha in zip(shown, colours, (0.45, 0.45, 1, 1), strict=True):
-        marks[where] = (*colour[:3], alpha)
-    marks = np.round(255 * marks).astype(np.uint8).reshape(-1, expert.shape[2], 4)
+    inside = [scaled(mask[part], 2) >= 0.5 for mask, *_ in masks.values()]
+    marks = np.zeros((*inside[0].shape, 4))
+    shown = []
+    if len(inside) == 2:
+        (expert, predicted), (_, false, missed) = inside, ERROR_COLOURS.values()
+        shown = [(predicted & ~expert, false, 0.45), (expert & ~predicted, missed, 0.45)]
+    dots = np.add.outer(*(np.arange(size) // 3 for size in marks.shape[1:3])) % 2 == 0
+    for mask, (_, colour, style) in zip(inside, masks.values(), strict=True):
+        line = mask & ~ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2)
+        shown.append((line & dots if style == "dotted" else line, colour, 1))
+    for where, colour, alpha in shown:
+        marks[where] = to_rgba(colour, alpha)
+    marks = np.round(255 * marks).astype(np.uint8).reshape(-1, marks.shape[2], 4)
     strip = np.repeat(np.concatenate(strips, axis=1)[..., None], 3, axis=-1)
     return strip, marks, numbers.tolist()
 
@@ -339,15 +347,30 @@ def _write(axes, x, y, text, **alignment):
 
 def _outline(axes, masks, depth, spacing_zyx):
     """Draws the contours of the masks on a slice."""
-    for mask, colour in masks.values():
+    for mask, colour, style in masks.values():
         if mask[depth].any():
             x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing_zyx[:0:-1], strict=True))
-            axes.contour(x, y, mask[depth], levels=[0.5], colors=[colour], linewidths=1.6)
+            axes.contour(x, y, mask[depth], levels=[0.5], colors=[colour], linewidths=1.6, linestyles=[style])
 
 
-def _legend(figure, colours, filled=False):
-    """Adds a legend below all panels."""
+def _structures(masks):
+    """The names of the structures of masks, as from `expert_and_prediction`; one without a name."""
+    return list(dict.fromkeys(name.partition(" ")[2] for name in masks))
+
+
+def _legend_of_masks(figure, masks):
+    """Adds a legend of contours: a colour for the expert and for the prediction, or for each of several structures."""
+    names = _structures(masks)
+    if len(names) == 1:
+        return _legend(figure, {name: colour for name, (_, colour, _) in masks.items()})
+    styles = {name.partition(" ")[0]: style for name, (*_, style) in masks.items()}
+    return _legend(figure, structure_colours(names), styles=styles)
+
+
+def _legend(figure, colours, filled=False, styles=()):
+    """Adds a legend below all panels, of colours and of styles of lines."""
     kind = Patch if filled else functools.partial(Line2D, [], [])
     handles = [kind(color=colour, label=name) for name, colour in colours.items()]
+    handles += [Line2D([], [], color="white", label=name, linestyle=styles[name]) for name in styles]
     style = {"frameon": False, "labelcolor": "white", "fontsize": 9}
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **style)

@@ -14,7 +14,7 @@ from matplotlib.image import imsave
 
 from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._machine import machine
-from keras_mmfnet.evaluation import METRICS, mean_over_structures, paired_difference, summarise
+from keras_mmfnet.evaluation import METRICS, mean_over_structures, paired_difference, rows_by_structure, summarise
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.plots import (
     ERROR_COLOURS,
@@ -27,6 +27,7 @@ from keras_mmfnet.plots import (
     plot_training,
     slice_strips,
 )
+from keras_mmfnet.plots._masks import structure_colours
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run
 
@@ -43,7 +44,8 @@ _COLUMNS = (
 )
 # The metrics beside a patient's slices.
 _SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml", "false_positive_ml")
-_BOXES = "DSC of the test patients: quartiles, and a dot for each patient; in brackets how many they are."
+_BOXES = "DSC of the test patients{of}: quartiles, and a dot for each patient; in brackets how many they are."
+_MEAN = "mean over the structures"
 
 
 def write_report(run: Run) -> Path:
@@ -64,11 +66,14 @@ def write_report(run: Run) -> Path:
     results = run.results().get(method.name)
     if not results:
         raise ValueError(f"{run}: must hold a finished fold of {method.title}. Received: a run without results of it")
-    rows = [{"fold": result["fold"], **row} for result in results for row in mean_over_structures(result["patients"])]
+    every = [{"fold": result["fold"], **row} for result in results for row in result["patients"]]
+    rows, structures = mean_over_structures(every), run.recipe.data.structure_names
     # Those without tumour come last.
     rows.sort(key=lambda row: (0, row["dsc"]) if np.isfinite(row["dsc"]) else (1, -row["false_positive_ml"]))
     dsc = summarise(rows)["dsc"]
     interval = "of one patient" if dsc["low"] is None else f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"
+    if len(structures) > 1:
+        interval = f"{_MEAN} {', '.join(structures)}; {interval}"
     without = len(rows) - dsc["patients"]
     facts = [
         ("Mean DSC", f"{dsc['mean']:.3f}", interval)
@@ -81,13 +86,20 @@ def write_report(run: Run) -> Path:
     ]
     sections = [
         ("Run", [_origin(run, results)]),
-        ("Results", [*_results(rows), *_subsets(run, {method.title: results}), *_detection({method.title: results})]),
-        ("Patients, worst first", _patients(run, method.name, rows)),
+        (
+            "Results",
+            [
+                *_results(rows, every),
+                *_subsets(run, {method.title: results}),
+                *_detection({method.title: results}),
+            ],
+        ),
+        ("Patients, worst first", _patients(run, method.name, rows, every)),
         ("Which modality is listened to", _attention({method.title: results})),
         ("Training", _training(run, method)),
         *_setting(run, results),
     ]
-    return _write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections)
+    return _write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections, structures)
 
 
 def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
@@ -106,23 +118,32 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     results = run.results()
     rows, charts = write_tables(results, run.folder, baseline)
     best = max(rows, key=lambda row: row["dsc"] or 0)
-    titled = {folds[0]["title"]: folds for folds in results.values()}
+    titled, structures = {folds[0]["title"]: folds for folds in results.values()}, _structures(results)
     facts = [
-        ("Highest mean DSC", "-" if best["dsc"] is None else f"{best['dsc']:.3f}", best["title"]),
+        (
+            "Highest mean DSC",
+            "-" if best["dsc"] is None else f"{best['dsc']:.3f}",
+            best["title"] + (f"; {_MEAN}" if len(structures) > 1 else ""),
+        ),
         ("Methods", str(len(results)), f"compared with {METHODS[baseline].title if baseline in METHODS else baseline}"),
         ("Patients tested", str(max(row["patients"] for row in rows)), f"of {len(run.cohort['patients'])}"),
         ("Folds", f"{max(row['folds'] for row in rows)} of {len(run.folds)}", "of the cross-validation"),
     ]
     every = [result for folds in results.values() for result in folds]
-    boxes = _boxes({title: _by_patient(folds).values() for title, folds in titled.items()})
+    parts = [_heading(text) for text in _headings(structures)]
+    of = f", {_MEAN}" if parts else ""
+    boxes = _boxes({title: _by_patient(folds).values() for title, folds in titled.items()}, of)
     attention = _attention(titled)
     sections = [
         ("Run", [_origin(run, every)]),
         (
             "Results",
             [
+                *parts[:1],
                 _table(_COLUMNS, _cells(rows, baseline)),
                 _explained(_OF_PAPER + _DISTANCES),
+                *parts[1:],
+                *([_table(*_dsc_of_each(rows, structures))] if parts else []),
                 *_subsets(run, titled),
                 *_detection(titled),
             ],
@@ -134,7 +155,7 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
     return _write_page(run.report_file, f"Comparison: {run.folder.resolve().name}", facts, sections)
 
 
-def _write_page(path, title, facts, sections):
+def _write_page(path, title, facts, sections, structures=()):
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -144,9 +165,12 @@ def _write_page(path, title, facts, sections):
         "missed tumour": ("area", ERROR_COLOURS["false negative"]),
         "false tumour": ("area", ERROR_COLOURS["false positive"]),
     }
+    if len(structures) > 1:
+        colours = {name: ("line", colour) for name, colour in structure_colours(structures).items()}
+        legend = {**colours, "expert's contour": ("dots", "#fff"), "predicted contour": ("line", "#fff")}
     sections = [(heading, blocks) for heading, blocks in sections if blocks]
     page = environment.get_template("page.html.j2")
-    write(path, page.render(title=title, facts=facts, sections=sections, legend=legend))
+    write(path, page.render(title=title, facts=facts, sections=sections, legend=legend, structures=structures))
     return path
 
 
@@ -164,6 +188,10 @@ def _table(header, rows, left=1, foot=()):
         for some in (rows, foot)
     )
     return {"kind": "table", "header": header, "rows": rows, "left": left, "foot": foot}
+
+
+def _heading(text):
+    return {"kind": "heading", "text": text}
 
 
 def _figure(figure, caption):
@@ -191,7 +219,7 @@ def _origin(run, results):
     commands = dict.fromkeys(line.partition("Command: ")[2] for line in log.splitlines() if "Command: " in line)
     folds = sorted({result["fold"] for result in results})
     trained = sum(row["seconds"] for fold in folds for epochs in run.histories(fold).values() for row in epochs)
-    times = [row["seconds"] for result in results for row in result["patients"]]
+    times = [row["seconds"] for result in results for row in mean_over_structures(result["patients"])]
     return _texts(
         *(f"Command: {command}" for command in commands),
         f"Training the networks of {len(folds)} fold{'s' * (len(folds) > 1)} took {_duration(trained)}, "
@@ -205,18 +233,59 @@ def _duration(seconds):
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _results(rows):
+def _results(rows, every):
+    """The numbers of each patient and their means; of several structures, those of each and the mean over them."""
+    metrics = _defined(rows)
+    folds = sorted({row["fold"] for row in rows})
+    structures = rows_by_structure(every)
+    of = f", {_MEAN}" if len(structures) > 1 else ""
+    boxes = _boxes({f"fold {fold}": [row for row in rows if row["fold"] == fold] for fold in folds}, of)
+    if len(structures) < 2:
+        return [_of_patients(rows, metrics), _explained(metrics), *boxes]
+    order, tables = [row["patient"] for row in rows], []
+    for name, some in structures.items():
+        some = sorted(some, key=lambda row: order.index(row["patient"]))
+        tables += [_heading(f"Patients: {name}"), _of_patients(some, _defined(some))]
+    return [
+        _heading("Each structure"),
+        _means(structures, rows),
+        *_boxes({**structures, _MEAN: rows}),
+        _explained(metrics),
+        _heading(f"Patients: {_MEAN}"),
+        _of_patients(rows, metrics),
+        *boxes,
+        *tables,
+    ]
+
+
+def _defined(rows):
+    """The metrics that some of the rows have."""
     summary = summarise(rows)
-    metrics = {key: metric for key, metric in METRICS.items() if summary.get(key, {}).get("patients")}
+    return {key: metric for key, metric in METRICS.items() if summary.get(key, {}).get("patients")}
+
+
+def _of_patients(rows, metrics):
+    """A line for each patient, and their mean."""
+    summary = summarise(rows)
     lines = [[row["patient"], row["fold"], *(m.text(row.get(key)) for key, m in metrics.items())] for row in rows]
     labels = {"mean": "mean", "low": "mean, 95% from", "high": "mean, 95% to", "std": "standard deviation"}
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
     foot.append(["patients", "", *(str(summary[key]["patients"]) for key in metrics)])
-    foot = foot if len(rows) > 1 else []
-    folds = sorted({row["fold"] for row in rows})
-    boxes = _boxes({f"fold {fold}": [row for row in rows if row["fold"] == fold] for fold in folds})
     titles = [metric.title for metric in metrics.values()]
-    return [_table(["Patient", "Fold", *titles], lines, foot=foot), _explained(metrics), *boxes]
+    return _table(["Patient", "Fold", *titles], lines, foot=foot if len(rows) > 1 else [])
+
+
+def _means(structures, rows):
+    """A line for each structure: its mean DSC with the interval, and the other means."""
+    keys = [key for key in ("dsc", *_SHOWN[1:]) if key in _defined(rows)]
+    lines = []
+    for name, some in {**structures, _MEAN: rows}.items():
+        summary = summarise(some)
+        interval = [METRICS["dsc"].text(summary["dsc"][end]) for end in ("low", "high")]
+        dsc, *others = [METRICS[key].text(summary[key]["mean"]) for key in keys]
+        lines.append([name, dsc, *interval, *others, summary["dsc"]["patients"]])
+    first, *titles = [METRICS[key].title for key in keys]
+    return _table(["Structure", first, "95% from", "to", *titles, "Patients with it"], lines[:-1], foot=lines[-1:])
 
 
 def _scores(rows):
@@ -225,9 +294,9 @@ def _scores(rows):
     return {title: some for title, some in scores.items() if some}
 
 
-def _boxes(rows):
+def _boxes(rows, of=""):
     scores = _scores(rows)
-    return [_figure(plot_boxes(scores), _BOXES)] if scores else []
+    return [_figure(plot_boxes(scores), _BOXES.format(of=of))] if scores else []
 
 
 def _subsets(run, results):
@@ -249,26 +318,22 @@ def _subsets(run, results):
 
 
 def _detection(results):
-    """In how many patients with a tumour it was found, and in how many without nothing was, where there are some."""
-    lines = []
+    """In how many patients with a structure it was found, and in how many without nothing was, where there are some."""
+    lines, structures = [], {row.get("structure") for folds in results.values() for row in folds[0]["patients"]}
     for title, folds in results.items():
-        rows = list(_by_patient(folds).values())
-        if without := [row for row in rows if np.isfinite(row.get("detection_specificity", np.nan))]:
-            found, nothing = (summarise(rows)[f"detection_{name}"] for name in ("sensitivity", "specificity"))
-            false = summarise(without)["false_positive_ml"]["mean"]
-            lines.append([title, found["patients"], found["mean"], len(without), nothing["mean"], false])
-    header = [
-        "Method",
-        "With tumour",
-        "Share detected",
-        "Without",
-        "Share with nothing found",
-        "False ml, mean of these",
-    ]
-    return [_table(header, lines)] if lines else []
+        for name, rows in rows_by_structure([row for result in folds for row in result["patients"]]).items():
+            if without := [row for row in rows if np.isfinite(row.get("detection_specificity", np.nan))]:
+                found, nothing = (summarise(rows)[f"detection_{kind}"] for kind in ("sensitivity", "specificity"))
+                false = summarise(without)["false_positive_ml"]["mean"]
+                which = [name] if len(structures) > 1 else []
+                numbers = [found["patients"], found["mean"], len(without), nothing["mean"], false]
+                lines.append([title, *which, *numbers])
+    columns = ["With tumour", "Share detected", "Without", "Share with nothing found", "False ml, mean of these"]
+    header = ["Method", "Structure", "With it", *columns[1:]] if len(structures) > 1 else ["Method", *columns]
+    return [_table(header, lines, left=len(header) - 5)] if lines else []
 
 
-def _patients(run, method, rows):
+def _patients(run, method, rows, every):
     """A block for each test patient, with the slices about the tumour."""
     paths = {row["patient"]: run.masks(row["fold"], method, row["patient"]).values() for row in rows}
     gone = [name for name, files in paths.items() if not all(path.exists() for path in files)]
@@ -277,26 +342,26 @@ def _patients(run, method, rows):
         if row["patient"] in gone:
             continue
         (patient,) = run.patients([row["patient"]])
-        masks = run.read_masks(row["fold"], method, patient.name).values()
-        predicted = np.any([patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5 for mask in masks], axis=0)
+        predicted = {
+            name: patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
+            for name, mask in run.read_masks(row["fold"], method, patient.name).items()
+        }
         for side in (200, 160, 128, 96, 72):
-            strip, marks, numbers = slice_strips(patient.images, predicted, patient.mask, patient.spacing, side)
+            strip, marks, numbers = slice_strips(patient.images, predicted, patient.masks, patient.spacing, side)
             jpeg, png = io.BytesIO(), io.BytesIO()
             imsave(jpeg, strip, format="jpeg", pil_kwargs={"quality": 65})
             imsave(png, marks, format="png", pil_kwargs={"optimize": True})
             if len(jpeg.getvalue()) + len(png.getvalue()) <= _STRIP_BYTES / len(rows):
                 break
-        largest = np.count_nonzero((predicted | (patient.mask > 0))[numbers], axis=(1, 2)).argmax()
-        texts = {key: f"{METRICS[key].text(row.get(key))} {METRICS[key].unit}".strip() for key in METRICS}
-        islands = {None: "", 0: ", no false island", 1: ", 1 false island"}
-        found = row.get("false_islands")
-        texts["hd95"] += islands.get(found, f", {found} false islands")
+        anything = np.any([*predicted.values(), patient.mask > 0], axis=0)
+        largest = np.count_nonzero(anything[numbers], axis=(1, 2)).argmax()
+        own = rows_by_structure([one for one in every if one["patient"] == patient.name])
         blocks.append(
             {
                 "kind": "patient",
                 "name": patient.name,
                 "fold": row["fold"],
-                "numbers": [(METRICS[key].label, texts[key]) for key in _SHOWN if row.get(key) is not None],
+                "numbers": {name: _numbers(one) for name, (one,) in own.items()},
                 "modalities": list(patient.images),
                 "strip": _uri(jpeg, "jpeg"),
                 "marks": _uri(png, "png"),
@@ -308,6 +373,15 @@ def _patients(run, method, rows):
             }
         )
     return blocks
+
+
+def _numbers(row):
+    """The metrics beside a patient's slices, each with its label."""
+    texts = {key: f"{METRICS[key].text(row.get(key))} {METRICS[key].unit}".strip() for key in METRICS}
+    islands = {None: "", 0: ", no false island", 1: ", 1 false island"}
+    found = row.get("false_islands")
+    texts["hd95"] += islands.get(found, f", {found} false islands")
+    return [(METRICS[key].label, texts[key]) for key in _SHOWN if row.get(key) is not None]
 
 
 def _attention(results):
@@ -374,9 +448,13 @@ def _cohort(run):
         "rows of a slice": [patient.source.size[1] for patient in patients],
         "columns of a slice": [patient.source.size[0] for patient in patients],
         "size of a pixel, mm": [patient.source.spacing[0] for patient in patients],
-        "tumour, ml": [patient.tumour_ml for patient in patients],
     }
-    without = values["tumour, ml"].count(0)
+    volumes, names = [patient.tumour_ml for patient in patients], run.recipe.data.structure_names
+    if len(names) > 1:
+        values |= {f"{name}, ml": [patient.structures_ml[name] for patient in patients] for name in names}
+    else:
+        values["tumour, ml"] = volumes
+    without = volumes.count(0)
     lines = [[name, float(np.median(some)), min(some), max(some)] for name, some in values.items()]
     folds = [[number, len(fold.train), len(fold.validation), len(fold.test)] for number, fold in enumerate(run.folds)]
     blocks = [
@@ -416,6 +494,8 @@ def write_tables(
 ) -> tuple[list[dict], dict[str, tuple]]:
     """Writes `table.md`, `table.csv`, `methods.png` and, with results of both kinds, `self_transfer.png`.
 
+    Of several structures there is a second table in `table.md`, with the DSC of each.
+
     Args:
         results: As `Run.results` returns them.
         folder: Folder for the tables and the charts.
@@ -430,16 +510,40 @@ def write_tables(
     if not results:
         raise ValueError(f"a run with the results of a method is expected. Received: {folder}")
     rows = compare_results(results, baseline)
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
-    for row, (title, *cells) in zip(rows, _cells(rows, baseline), strict=True):
-        title = f"**{title}**" if row["method"] == baseline else title
-        lines.append(f"| {' | '.join([title, *cells])} |")
-    write(folder / "table.md", "\n".join(lines) + "\n")
+    structures, tables = _structures(results), [(_COLUMNS, _cells(rows, baseline))]
+    headings = [f"{text}:\n\n" for text in _headings(structures)]
+    tables += [_dsc_of_each(rows, structures)] if headings else []
+    texts = [_markdown(*table, [row["method"] == baseline for row in rows]) for table in tables]
+    write(folder / "table.md", "\n".join(h + t for h, t in zip(headings or [""], texts, strict=True)))
     write(folder / "table.csv", csv_text(rows))
     charts = _charts(results)
     for name, (figure, _) in charts.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
     return rows, charts
+
+
+def _markdown(header, lines, bold):
+    text = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    for (title, *cells), is_bold in zip(lines, bold, strict=True):
+        text.append(f"| {' | '.join([f'**{title}**' if is_bold else title, *cells])} |")
+    return "\n".join(text) + "\n"
+
+
+def _structures(results):
+    """The names of the structures that methods were tested on."""
+    return list(rows_by_structure([row for folds in results.values() for one in folds for row in one["patients"]]))
+
+
+def _headings(structures):
+    """Those of both tables of a comparison, of several structures."""
+    return [f"Means over the structures {', '.join(structures)}", "DSC of each structure"] * (len(structures) > 1)
+
+
+def _dsc_of_each(rows, structures):
+    """The header and the lines of a table of methods and structures."""
+    text, keys = METRICS["dsc"].text, [*(f"dsc_{name}" for name in structures), "dsc"]
+    lines = [[f"{text(row[key])} ± {text(row[f'{key}_std'])}" for key in keys] for row in rows]
+    return ["Method", *structures, "Mean"], [[row["title"], *line] for row, line in zip(rows, lines, strict=True)]
 
 
 def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> list[dict]:
@@ -451,7 +555,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
 
     Returns:
         Dicts of `method`, `title`, `folds`, `patients`, means and standard deviations of the metrics, the paper's,
-        the numbers of `paired_difference` in DSC, `parameters` and times in seconds.
+        the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several structures the metrics
+        are each patient's means over them, and there is the DSC of each, such as `dsc_core`.
     """
     reference, rows = _by_patient(results.get(baseline, [])), []
     for name, folds in results.items():
@@ -468,6 +573,10 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         if len(common) == 1:  # of which there is no interval
             difference |= {"low": None, "high": None}
         row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
+        structures = rows_by_structure([one for result in folds for one in result["patients"]])
+        for structure, some in structures.items() if len(structures) > 1 else ():
+            dsc = summarise(some)["dsc"]
+            row |= {f"dsc_{structure}": dsc["mean"], f"dsc_{structure}_std": dsc["std"]}
         row["parameters"] = folds[0]["parameters"]
         row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
         row["patient_seconds"] = summary["seconds"]["mean"] if patients else None
@@ -508,7 +617,9 @@ def _charts(results):
     paper = {folds[0]["title"]: folds[0]["paper"].get("dsc") for folds in results.values()}
     scores = _scores({folds[0]["title"]: _by_patient(folds).values() for folds in results.values()})
     methods = {title: (some, paper[title]) for title, some in scores.items()}
-    charts = {"methods": (plot_methods(methods), "Each method's mean DSC, beside the paper's.")} if methods else {}
+    of = f", {_MEAN}" if len(_structures(results)) > 1 else ""
+    caption = f"Each method's mean DSC{of}, beside the paper's."
+    charts = {"methods": (plot_methods(methods), caption)} if methods else {}
     losses = transfer_curves(results)
     if losses:
         charts["self_transfer"] = plot_learning_curves(losses), "Without and with self-transfer; mean of the folds."
