@@ -351,6 +351,7 @@ class Recipe(_Part):
         patches: The patches and their augmentation.
         network: The network.
         training: The training and the cross-validation.
+        reasons: Why fields have the values they have, one sentence by the path of a planned field.
 
     Raises:
         RecipeError: A value is outside its range, or two do not fit together; a `ValueError`.
@@ -366,6 +367,7 @@ class Recipe(_Part):
     patches: PatchRecipe = PatchRecipe()
     network: NetworkRecipe = NetworkRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    reasons: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")
     def _check(self):
@@ -396,7 +398,7 @@ class Recipe(_Part):
         )
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
-        """A recipe that differs in some fields.
+        """A recipe that differs in some fields, of which it has no reasons.
 
         Modalities that it drops take with them what `data.series` and `data.clip` say of them.
 
@@ -411,6 +413,8 @@ class Recipe(_Part):
             RecipeError: There is no such field, or a value is outside its range.
         """
         values = self.model_dump()
+        fields = [".".join(path.split(".")[:2]) for path in changes]
+        values["reasons"] = {path: reason for path, reason in self.reasons.items() if path not in fields}
         kept = changes.get("data.modalities", self.data.modalities)
         for name in set(self.data.modalities).difference(kept if isinstance(kept, tuple | list) else [kept]):
             values["data"]["series"].pop(name, None)
@@ -423,7 +427,7 @@ class Recipe(_Part):
                 inner = inner.get(name) if isinstance(inner, dict) else None
             # Only the fields that hold values by modality take new names.
             if not (above and isinstance(inner, dict) and (len(above) > 1 or last in inner)):
-                known = [f"{part}.{field}" for part, fields in self.model_dump().items() for field in fields]
+                known = [f"{part}.{field}" for part in ("data", "patches", "network", "training") for field in values[part]]
                 raise RecipeError({path: _unknown(path, known)})
             if path.startswith("data.structures.") and inner == {"tumour": None}:
                 inner.clear()  # the default's only structure, which stands for all labels
@@ -432,7 +436,8 @@ class Recipe(_Part):
 
     def to_json(self) -> str:
         """The recipe as JSON text, with the version of the format."""
-        return json.dumps({"format": _FORMAT, **self.model_dump(mode="json")}, indent=2) + "\n"
+        values = self.model_dump(mode="json", exclude=None if self.reasons else {"reasons"})
+        return json.dumps({"format": _FORMAT, **values}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:

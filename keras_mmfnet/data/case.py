@@ -63,6 +63,14 @@ class CaseError(ValueError):
         return cls("\n".join([f"{count} patients cannot be used; --skip-bad leaves them out:", *listed]))
 
 
+class ZScoreError(CaseError):
+    """A patient's images are z-scores already, times `scale`, where the recipe expects raw intensities."""
+
+    def __init__(self, message: str, scale: float):
+        super().__init__(message)
+        self.scale = scale
+
+
 @dataclasses.dataclass(frozen=True)
 class StructureFiles:
     """A mask that is a file for each structure.

@@ -1,4 +1,4 @@
-"""Surveys the images of a cohort: their geometry, and what preprocessing would change or refuse."""
+"""Surveys a cohort: its geometry, what preprocessing would change or refuse, and what a plan is made from."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._log import progress
-from keras_mmfnet.data.case import Case, CaseError, files_of
+from keras_mmfnet.data.body import body_mask, bounding_box
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, files_of
 from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.data.preprocess import (
@@ -20,6 +21,7 @@ from keras_mmfnet.data.preprocess import (
     recipe_of,
     reference_notes,
 )
+from keras_mmfnet.data.registration import register_rigid
 from keras_mmfnet.data.structures import Structures
 from keras_mmfnet.recipe import DataRecipe
 
@@ -152,3 +154,95 @@ def _labels(sources, patient):
     """The non-zero values of masks; at most ten of each, as an interpolated mask can have any number."""
     values = [np.unique(sitk.GetArrayFromImage(read_image(source, patient)))[:10] for source in sources]
     return tuple(np.unique([value for found in values for value in found if value]).tolist())
+
+
+# --- what a plan is made from
+
+# Smallest extent in mm of images that can be registered, and what no patient moves between two sequences.
+_FIELD_OF_VIEW = 60.0
+_MOST_MM, _MOST_DEGREES = 20.0, 15.0
+# Quantiles that stand for the values of one image.
+_QUANTILES = (np.arange(200) + 0.5) / 200
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseFingerprint:
+    """The geometry of a preprocessed patient; all positions are voxels `(z, y, x)` of its grid.
+
+    Args:
+        name: The patient's name.
+        modalities: The sequences that the patient has.
+        shape: Voxels `(depth, height, width)`.
+        spacing: Voxel size in mm `(z, y, x)`.
+        centre: The centre of the body's bounding box.
+        volumes: `{structure: ml}`.
+        box: First voxel and last, the latter excluded, of the box about all structures; `None` if there is none.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    centre: tuple[int, ...]
+    volumes: Mapping[str, float]
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+def fingerprint_case(patient: PreprocessedCase) -> CaseFingerprint:
+    """The geometry of a patient and its structures."""
+    voxel = float(np.prod(patient.spacing)) / 1000
+    volumes = {name: np.count_nonzero(mask) * voxel for name, mask in patient.masks.items()}
+    boxes = [np.array(bounding_box(mask, share=0)).T for mask in patient.masks.values() if mask.any()]
+    box = boxes and (np.min([low for low, _ in boxes], axis=0), np.max([high for _, high in boxes], axis=0))
+    return CaseFingerprint(
+        patient.name,
+        tuple(patient.images),
+        patient.shape,
+        patient.spacing,
+        patient.centre,
+        volumes,
+        tuple(tuple(edge.tolist()) for edge in box) if box else None,
+    )
+
+
+def intensities(patient: PreprocessedCase) -> dict[str, np.ndarray]:
+    """Quantiles of a patient's values by modality, 200 each of the body's and of the structures' voxels, `(2, 200)`.
+
+    The body is read from every second row and column.
+    """
+    values = {}
+    for name, image in patient.images.items():
+        coarse = image[:, ::2, ::2]
+        body = coarse[body_mask(coarse, pixel=[2 * size for size in patient.spacing[1:]])]
+        inside = image[patient.mask > 0] if patient.mask is not None and patient.mask.any() else body
+        values[name] = np.stack([np.quantile(some, _QUANTILES) for some in (body, inside)])
+    return values
+
+
+def misalignment(case: Case, recipe: DataRecipe) -> dict[str, tuple[float, float]]:
+    """How far each sequence lies from the reference modality, by rigid registration.
+
+    Args:
+        case: A `Case`.
+        recipe: A `DataRecipe`.
+
+    Returns:
+        `{modality: (mm, degrees)}`, the displacement of the centre and the rotation. Images smaller than 60 mm along an
+        axis are not registered, and transforms beyond 20 mm or 15 degrees are left out, as failed.
+
+    Raises:
+        CaseError: An image is missing or damaged.
+    """
+    first, *others = recipe_of(case, recipe).modalities
+    fixed, found = read_image(case.images[first], case.name, sitk.sitkFloat32), {}
+    for modality in others:
+        moving = read_image(case.images[modality], case.name, sitk.sitkFloat32)
+        if min(np.multiply(image.GetSize(), image.GetSpacing()).min() for image in (fixed, moving)) < _FIELD_OF_VIEW:
+            continue
+        try:
+            transform, _ = register_rigid(fixed, moving, name=f"{case.name}: {modality}")
+        except RuntimeError:  # they do not overlap
+            continue
+        if transform.shift <= _MOST_MM and transform.rotation <= _MOST_DEGREES:
+            found[modality] = transform.shift, transform.rotation
+    return found

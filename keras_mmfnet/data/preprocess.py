@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data._errors import reason
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, files_of
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, ZScoreError, files_of
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_image
@@ -260,9 +260,10 @@ def _normalised_notes(case, recipe, intensities):
         and abs(exponent - round(exponent)) < math.log10(2.5)
     ):
         listed = "; ".join(f"{modality} with {one}" for modality, one in below.items())
-        raise CaseError(
+        raise ZScoreError(
             f"{case.name}: {case.images[next(iter(below))]}: must be raw intensities; for z-scores, the network "
-            f"must be trained with `--set data.normalised_scale={scale}`. Received: {listed}"
+            f"must be trained with `--set data.normalised_scale={scale}`. Received: {listed}",
+            float(scale),
         )
     return [
         f"{modality}: has {one}; if all images are z-scores, set data.normalised_scale={scale}"

@@ -476,13 +476,18 @@ def _recipe(recipe):
     """The fields that differ from the paper's, by path, and then the others."""
     paper, ours = (
         {f"{part}.{name}": json.dumps(value) for part, fields in parts.items() for name, value in fields.items()}
-        for parts in (one.model_dump(mode="json") for one in (Recipe(), recipe))
+        for parts in (one.model_dump(mode="json", exclude={"reasons"}) for one in (Recipe(), recipe))
     )
-    differing = [[path, value, paper[path]] for path, value in ours.items() if value != paper[path]]
+    why = recipe.reasons
+    differing = [
+        [path, value, paper[path], *([why.get(path, "")] if why else [])]
+        for path, value in ours.items()
+        if value != paper[path]
+    ]
     same = [[path, value] for path, value in ours.items() if value == paper[path]]
     blocks = [_texts(f"{len(differing)} of {len(ours)} values differ from the paper's.")]
     if differing:
-        blocks.append(_table(["Differs", "This run", "Paper"], differing, left=3))
+        blocks.append(_table(["Differs", "This run", "Paper", *(["Why"] if why else [])], differing, left=4))
     return [*blocks, _table(["As in the paper", "Value"], same, left=2)]
 
 
