@@ -427,7 +427,8 @@ class Recipe(_Part):
                 inner = inner.get(name) if isinstance(inner, dict) else None
             # Only the fields that hold values by modality take new names.
             if not (above and isinstance(inner, dict) and (len(above) > 1 or last in inner)):
-                known = [f"{part}.{field}" for part in ("data", "patches", "network", "training") for field in values[part]]
+                parts = ("data", "patches", "network", "training")
+                known = [f"{part}.{field}" for part in parts for field in values[part]]
                 raise RecipeError({path: _unknown(path, known)})
             if path.startswith("data.structures.") and inner == {"tumour": None}:
                 inner.clear()  # the default's only structure, which stands for all labels
