@@ -77,6 +77,11 @@ def _kinds(structures: Mapping[str, tuple[int, ...] | str | None]) -> Mapping[st
     return structures
 
 
+def _leaves(value: Any) -> list:
+    """What tuples and lists hold, or the value itself if it is neither."""
+    return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, tuple | list) else [value]
+
+
 # One value stands for a tuple of it.
 _SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
 _Positive = Annotated[int, Field(ge=1)]
@@ -125,8 +130,8 @@ class _Part(pydantic.BaseModel):
     def _refuse_bool(cls, value, info):
         by_name = info.field_name in ("clip", "structures") and isinstance(value, dict)
         several = value.values() if by_name else [value]
-        numbers = [one for some in several for one in (some if isinstance(some, tuple | list) else [some])]
-        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(one, bool) for one in numbers):
+        several = [] if cls.model_fields[info.field_name].annotation is bool else several
+        if any(isinstance(one, bool) for some in several for one in _leaves(some)):
             raise ValueError("must not be true or false")
         return value
 

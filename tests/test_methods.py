@@ -59,6 +59,25 @@ def test_every_method_predicts_volumes(name):
     assert 0 <= probability.min() <= probability.sum(axis=-1).max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("name", ["unet2d_t1", "unet3d_t1", "single_encoder", "multi_encoder", "mmfnet_base"])
+def test_every_encoder_decoder_takes_the_options_of_the_recipe(name):
+    options = {
+        "strides": ((1, 2, 2), (2, 2, 2), (1, 2, 2)),
+        "kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        "normalization": "instance",
+        "residual": True,
+        "deep_supervision": True,
+    }
+    recipe = RECIPE.replace(
+        {"network.filters": (2, 2, 2), **{f"network.{field}": value for field, value in options.items()}}
+    )
+    network = METHODS[name].build(METHODS[name].adapt(recipe), "float32")
+    if name == "unet2d_t1":
+        network = network.network
+        options |= {field: tuple(level[1:] for level in options[field]) for field in ("strides", "kernel_sizes")}
+    assert {field: getattr(network, field) for field in options} == options
+
+
 def test_modalities():
     single = [name for name in METHODS if name.startswith(("patch_cnn", "unet"))]
     for name in single:

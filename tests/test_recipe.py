@@ -48,12 +48,25 @@ def test_the_small_recipe_has_the_papers_field_of_view():
             }
         ),
         Recipe().replace({"data.series": {"t1": "t1.*ax"}, "data.mask_from": "union", "data.align": "rigid"}),
+        Recipe().replace({"network.strides": [[1, 2, 2]] * 4, "network.kernel_sizes": [[1, 3, 3]] * 4}),
     ],
 )
 def test_json_and_back(recipe, tmp_path):
     assert Recipe.from_json(recipe.to_json()) == recipe
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert Recipe.load(tmp_path / "recipe.json") == recipe
+
+
+def test_the_strides_decide_about_the_patch():
+    recipe = Recipe().replace(
+        {"network.strides": [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 1, 2)], "patches.shape": (4, 24, 16)}
+    )
+    assert recipe.network.reduction_zyx == (4, 8, 16)
+    assert Recipe().network.reduction_zyx == (16, 16, 16)
+    with pytest.raises(RecipeError, match=r"the depth a multiple of 4 and the width a multiple of 16, .*: \(6, 8, 8\)"):
+        recipe.replace({"patches.shape": (6, 8, 8)})
+    with pytest.raises(RecipeError, match=r"`network.deep_supervision` must go with three or more `network.filters`"):
+        Recipe().replace({"network.filters": (8, 16), "network.deep_supervision": True})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +96,12 @@ def test_json_and_back(recipe, tmp_path):
         ("network.spatial_statistics", ()),
         ("network.bottleneck", "none"),
         ("network.modality_dropout", 1.0),
+        ("network.strides", ((1, 2, 2),)),
+        ("network.strides", ((1, 2, 3), *[(2, 2, 2)] * 3)),
+        ("network.strides", ((True, 2, 2), *[(2, 2, 2)] * 3)),
+        ("network.kernel_sizes", ((1, 2, 3), *[(3, 3, 3)] * 3)),
+        ("network.normalization", "layer"),
+        ("network.residual", 1.5),
         ("training.batch_size", 0),
         ("training.steps_per_epoch", 2.5),
         ("training.epochs", 0),

@@ -13,7 +13,7 @@ from keras_mmfnet import training
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS
-from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D
+from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D, load_network
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import pretrain_encoders, train_mmfnet
 
@@ -297,6 +297,32 @@ def test_a_patch_classifier_learns(patients, tmp_path):
     case = patients[1][0]
     probability = segment_case(method.over_volumes(network, recipe), case, recipe).probabilities["tumour"]
     assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["ap"] > 0.8
+
+
+def test_deep_supervision_is_resumed_and_leaves_no_trace(three, tmp_path, monkeypatch):
+    changes = {"network.filters": (2, 2, 2), "network.deep_supervision": True, "training.epochs": 2}
+    keep, heads = training._SaveState.on_epoch_end, []
+
+    def interrupted(self, epoch, logs=None):
+        keep(self, epoch, logs)
+        heads.append(np.array(self.model.auxiliary_heads[0].get_weights()[0]))
+        if epoch == 0:
+            raise KeyboardInterrupt
+
+    def watch(self, epoch, logs=None):
+        heads.append(np.array(self.model.auxiliary_heads[0].get_weights()[0]))
+
+    monkeypatch.setattr(training._SaveState, "on_epoch_end", interrupted)
+    monkeypatch.setattr(training._SaveState, "on_epoch_begin", watch, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        training.train_method(METHODS["multi_encoder"], *three, THREE.replace(changes), tmp_path)
+    network = training.train_method(METHODS["multi_encoder"], *three, THREE.replace(changes), tmp_path)
+    start, stopped, resumed, end = heads
+    np.testing.assert_array_equal(resumed, stopped)
+    assert (start != stopped).all()
+    assert (stopped != end).all()
+    assert not network.auxiliary_heads
+    assert len(network.weights) == len(load_network(tmp_path / "multi_encoder.keras", THREE.replace(changes)).weights)
 
 
 @pytest.mark.slow

@@ -32,6 +32,15 @@ def test_same_as_keras(shape, axis, training):
         np.testing.assert_allclose(weight, expected, rtol=1e-5)
 
 
+def test_without_relu():
+    theirs, ours = pair((2, 3, 4, 5, 6))
+    ours.relu = False
+    x = random_volume(2, 3, 4, 5, 6)
+    expected = to_numpy(theirs(x, training=True))
+    assert expected.min() < 0
+    np.testing.assert_allclose(to_numpy(ours(x, training=True)), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("filters", [6, 16])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("trainable", [True, False])
@@ -95,10 +104,10 @@ def test_sizes_that_are_not_known():
 
 
 def test_config_and_wrong_arguments():
-    layer = BatchNormReLU(axis=1, momentum=0.8, epsilon=1e-3, name="norm", dtype="mixed_bfloat16", trainable=False)
+    layer = BatchNormReLU(axis=1, momentum=0.8, epsilon=1e-3, relu=False, dtype="mixed_bfloat16", trainable=False)
     again = BatchNormReLU.from_config(layer.get_config())
     assert again.get_config() == layer.get_config()
-    assert (again.axis, again.momentum, again.epsilon, again.trainable) == (1, 0.8, 1e-3, False)
+    assert (again.axis, again.momentum, again.epsilon, again.relu, again.trainable) == (1, 0.8, 1e-3, False, False)
     assert layer(keras.Input((3, 4, 5))).shape == (None, 3, 4, 5)
     assert [weight.name for weight in layer.weights] == ["gamma", "beta", "moving_mean", "moving_variance"]
     with pytest.raises(ValueError, match=r"number of channels must be known. Received: .*\(None, 4, None\)$"):

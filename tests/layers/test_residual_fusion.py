@@ -20,6 +20,16 @@ def test_layer(arguments, kernel, tmp_path):
     check_layer(ResidualFusion3D, arguments, SHAPE, residual_fusion, (trainable, 2 * filters), tmp_path)
 
 
+def test_instance_normalization():
+    layer = ResidualFusion3D(3, normalization="instance")
+    x = random_volume(*SHAPE)
+    outputs = to_numpy(layer(x, training=True))
+    assert ResidualFusion3D.from_config(layer.get_config()).normalization == "instance"
+    np.testing.assert_allclose(to_numpy(layer(x[1:])), outputs[1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`normalization` must be 'batch' or 'instance'. Received: 'group'$"):
+        ResidualFusion3D(3, normalization="group")
+
+
 def test_paper_kernels():
     layer = ResidualFusion3D(4)
     layer.build((None, None, None, None, 12))

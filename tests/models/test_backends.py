@@ -37,6 +37,8 @@ def saved(tmp_path_factory):
         "unet2d": UNet2D("t1", (8, 8), (2, 3), structures=("gtv", "node")),
         "patch_cnn": SliceWise3D(SiamesePatchCNN(names, (6, 6), (2, 3)), (4, 8, 8)),
     }
+    levels = {"strides": ((1, 2, 2), (2, 2, 2)), "kernel_sizes": ((1, 3, 3), (3, 3, 3))}
+    networks["levels"] = MMFNet(names, **size, **levels, normalization="instance", residual=True, reduction=2)
     inputs, outputs = {}, {}
     for name, network in networks.items():
         fill(network)

@@ -195,9 +195,31 @@ def test_self_transfer_from_a_network_of_several(donors):
     assert all((one == other).all() for one, other in pairs)
 
 
+def test_self_transfer_of_other_settings_and_sequences():
+    """From an MMFNet of two sequences, one of which is taken, and with a sequence that nobody has seen."""
+    levels = {"strides": ((1, 2, 2), (2, 2, 2)), "kernel_sizes": ((1, 3, 3), (3, 3, 3))}
+    donor = MMFNet(("t1", "t2"), PATCH, FILTERS, **levels, normalization="instance", residual=True)
+    fill(donor)
+    model = MMFNet.from_pretrained_encoders({"flair": None, "t2": donor})
+    assert model.modalities == ("flair", "t2")
+    assert (model.strides, model.kernel_sizes) == (donor.strides, donor.kernel_sizes)
+    assert (model.normalization, model.residual) == ("instance", True)
+    x = random_volume(1, *PATCH, 1)
+    for one, other in zip(model.encoder("t2")(x), donor.encoder("t2")(x), strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+    assert (model.encoder("flair").get_weights()[0] != donor.encoder("t2").get_weights()[0]).any()
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
+        ({"t1": lambda: None, "t2": lambda: None}, {}, "must have at least one network. Received: {'t1': None, .*"),
+        ({}, {"residual": True}, "for 't1' must have the residual True, as the encoder for 't1'. Received: False"),
+        (
+            {"t2": lambda: UNet3D("t2", PATCH, FILTERS, strides=((1, 2, 2), (2, 2, 2)))},
+            {},
+            "for 't2' must have the strides ((2, 2, 2), (2, 2, 2)), .* Received: ((1, 2, 2), (2, 2, 2))",
+        ),
         (
             {},
             {"modalities": ("t1", "t2", "cet1")},
