@@ -319,6 +319,8 @@ class TrainingRecipe(_Part):
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
             person and stay in the same fold. `None`: no groups.
         balance: `"volume"`: every part of a fold covers the range of the tumours' volumes. `None`: by chance alone.
+        postprocess: Whether a fold's thresholds, smallest components and holes are those that raise the DSC of its
+            validation patients; otherwise 0.5 and nothing else, as in the paper.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
     """
@@ -337,6 +339,7 @@ class TrainingRecipe(_Part):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     group: Annotated[str, AfterValidator(_pattern)] | None = None
     balance: Literal["volume"] | None = None
+    postprocess: bool = False
     mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -427,7 +430,9 @@ class Recipe(_Part):
                 inner = inner.get(name) if isinstance(inner, dict) else None
             # Only the fields that hold values by modality take new names.
             if not (above and isinstance(inner, dict) and (len(above) > 1 or last in inner)):
-                known = [f"{part}.{field}" for part in ("data", "patches", "network", "training") for field in values[part]]
+                known = [
+                    f"{part}.{field}" for part in ("data", "patches", "network", "training") for field in values[part]
+                ]
                 raise RecipeError({path: _unknown(path, known)})
             if path.startswith("data.structures.") and inner == {"tumour": None}:
                 inner.clear()  # the default's only structure, which stands for all labels
