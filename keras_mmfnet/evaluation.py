@@ -189,11 +189,11 @@ def match_lesions(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequenc
 
 
 def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box about a bool mask of three dimensions; one without voxels if the mask is empty."""
+    """The smallest box about a bool mask; one without voxels if the mask is empty."""
     from scipy import ndimage
 
     found = ndimage.find_objects(mask.astype(np.uint8))
-    return found[0] if found else (slice(0),) * 3
+    return found[0] if found else (slice(0),) * mask.ndim
 
 
 def _check_shapes(probability, truth):

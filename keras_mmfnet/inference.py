@@ -8,6 +8,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
+from keras_mmfnet.postprocess import PostProcessing
 from keras_mmfnet.recipe import DataRecipe, Recipe
 
 # A Keras model or any other callable from `{modality: (batch, depth, height, width, 1)}` to probabilities
@@ -113,7 +114,7 @@ def segment_case(
     predict: Predictor,
     case: PreprocessedCase,
     recipe: Recipe,
-    threshold: float = 0.5,
+    postprocess: PostProcessing | None = None,
     mirror: bool = False,
     gaussian: bool = False,
 ) -> Segmentation:
@@ -123,7 +124,7 @@ def segment_case(
         predict: A Keras model, or a callable as for `predict_volume`.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
-        threshold: Lowest probability that counts as a structure; see `masks_of`.
+        postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
         mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
         gaussian: Weight the centre of each window more than its edges.
 
@@ -133,14 +134,14 @@ def segment_case(
     Raises:
         ValueError: `mirror` is set but the recipe has no `flip_axis`.
     """
-    return segment_ensemble([predict], case, recipe, threshold, mirror, gaussian)
+    return segment_ensemble([predict], case, recipe, postprocess, mirror, gaussian)
 
 
 def segment_ensemble(
     predicts: Iterable[Predictor],
     case: PreprocessedCase,
     recipe: Recipe,
-    threshold: float = 0.5,
+    postprocess: PostProcessing | None = None,
     mirror: bool = False,
     gaussian: bool = False,
 ) -> Segmentation:
@@ -150,7 +151,7 @@ def segment_ensemble(
         predicts: Keras models or callables as for `predict_volume`, at least one.
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
-        threshold: Lowest mean probability that counts as a structure; see `masks_of`.
+        postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
         mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
         gaussian: Weight the centre of each window more than its edges.
 
@@ -184,7 +185,7 @@ def segment_ensemble(
 
     probabilities, image = to_source(average), case.source.image
     arrays = {name: sitk.GetArrayViewFromImage(one) for name, one in probabilities.items()}
-    masks, labels = masks_of(arrays, recipe.data, threshold)
+    masks, labels = masks_of(arrays, recipe.data, postprocess, case.source.spacing[::-1])
     return Segmentation(
         {name: image(mask.astype(np.uint8)) for name, mask in masks.items()},
         probabilities,
@@ -194,28 +195,26 @@ def segment_ensemble(
 
 
 def masks_of(
-    probabilities: Mapping[str, np.ndarray], recipe: DataRecipe, threshold: float = 0.5
+    probabilities: Mapping[str, np.ndarray],
+    recipe: DataRecipe,
+    postprocess: PostProcessing | None = None,
+    spacing_zyx: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """The masks of the structures, from their probabilities.
 
-    Each structure is where its probability reaches the threshold. Of structures that exclude each other, the most
-    probable one is where its share of its own and the background's probability reaches it: at 0.5, where none of the
-    others and of the background is more probable. Regions given by label values are then made to fit together as the
-    labels do; see `labels.join_masks`.
+    Regions given by label values are made to fit together as the labels do; see `labels.join_masks`.
 
     Args:
-        probabilities: `{structure: array}` in [0, 1], of the same shape.
+        probabilities: `{structure: array}` in [0, 1], of the same shape `(depth, height, width)`.
         recipe: The `DataRecipe`.
-        threshold: In (0, 1).
+        postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
+        spacing_zyx: Size of a voxel in mm.
 
     Returns:
         `{structure: bool array}`, and their label image or `None`.
     """
-    masks = {name: probability >= threshold for name, probability in probabilities.items()}
-    if recipe.exclusive and len(masks) > 1:
-        stacked = np.stack(list(probabilities.values()))
-        largest, background = stacked.argmax(axis=0), np.maximum(1 - stacked.sum(axis=0), 0)
-        inside = stacked.max(axis=0) * (1 - threshold) >= background * threshold
-        masks = {name: inside & (largest == number) for number, name in enumerate(masks)}
+    postprocess = postprocess or PostProcessing.default(recipe.structure_names, recipe.exclusive)
+    found = postprocess.apply(np.stack([probabilities[name] for name in recipe.structures], axis=-1), spacing_zyx)
+    masks = {name: found[..., number] for number, name in enumerate(recipe.structures)}
     labels = join_masks(masks, recipe.structures)
     return (masks if labels is None else split_labels(labels, recipe.structures)), labels

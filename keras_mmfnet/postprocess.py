@@ -154,8 +154,15 @@ def choose(
     return PostProcessing(structures=rules, exclusive=exclusive), gains
 
 
+def level_half(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """A float32 probability stretched so that the threshold lies at 0.5, the level that contours follow."""
+    below, above = 0.5 / threshold, 0.5 / (1 - threshold)
+    values = np.where(probability >= threshold, 1 - (1 - probability) * above, probability * below)
+    return values.astype(np.float32) if threshold != 0.5 else probability
+
+
 def _check_channels(array, structures):
-    if array.ndim != 4 or array.shape[-1] != len(structures):
+    if array.shape[-1] != len(structures):
         expected = f"(depth, height, width, {len(structures)})"
         raise ValueError(f"an array of {expected} is expected, for {', '.join(structures)}. Received: {array.shape}")
 

@@ -324,6 +324,8 @@ class TrainingRecipe(_Part):
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
             person and stay in the same fold. `None`: no groups.
         balance: `"volume"`: every part of a fold covers the range of the tumours' volumes. `None`: by chance alone.
+        postprocess: Whether a fold's thresholds, smallest components and holes are those that raise the DSC of its
+            validation patients; otherwise 0.5 and nothing else, as in the paper.
         mixed_precision: `"auto"`, `"off"`, `"float16"` or `"bfloat16"`.
         seed: Seed of the folds, the initial weights and the patches.
     """
@@ -342,6 +344,7 @@ class TrainingRecipe(_Part):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     group: Annotated[str, AfterValidator(_pattern)] | None = None
     balance: Literal["volume"] | None = None
+    postprocess: bool = False
     mixed_precision: Literal["auto", "off", "float16", "bfloat16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

@@ -33,6 +33,7 @@ from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
 from keras_mmfnet.models import MMFNet
+from keras_mmfnet.postprocess import PostProcessing, choose
 from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.training import read_history, train_method
 
@@ -109,6 +110,26 @@ the groups and folds that were given |
         labels, structures = sitk.GetArrayFromImage(images[None]), self.recipe.data.structures
         image = Grid.from_image(images[None]).image
         return {one: image(mask.astype(np.uint8)) for one, mask in split_labels(labels, structures).items()}
+
+    def postprocessing(self, folds: Sequence[int], name: str = "mmfnet") -> PostProcessing:
+        """How masks are made of the mean probability of the networks of some folds.
+
+        Raises:
+            ValueError: The recipe wants it chosen, and a fold has no result yet, which holds it.
+        """
+        data = self.recipe.data
+        if not self.recipe.training.postprocess:
+            return PostProcessing.default(data.structure_names, data.exclusive)
+        chosen = []
+        for fold in folds:
+            path = self.result(fold, name)
+            if not path.exists():
+                raise ValueError(
+                    f"{path}: a finished fold is expected, whose result holds its post-processing; --resume finishes "
+                    "it. Received: no such file"
+                )
+            chosen.append(PostProcessing(**read_json(path)["postprocess"]["rules"]))
+        return PostProcessing.of_ensemble(chosen)
 
     def histories(self, fold: int) -> dict[str, list[dict]]:
         """The epochs of every network that was trained in a fold, by its name; see `training.read_history`."""
@@ -351,7 +372,8 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     Returns:
         The result as it stands in `run.result(fold, method.name)`: `method`, `title`, `paper`, `fold`, `parameters`,
         `updates`, `training_seconds`, `machine`, `history`, `patients` (a dict of `patient`, `structure`, the
-        numbers of `evaluate_case` and `seconds` for each structure of each patient) and `shares` of the fusion blocks.
+        numbers of `evaluate_case` and `seconds` for each structure of each patient), `shares` of the fusion blocks
+        and, with `training.postprocess`, `postprocess`: the `rules` of a `PostProcessing` and the `gains` of `choose`.
 
     Raises:
         RunLocked: Another process computes the same.
@@ -392,9 +414,16 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
             history = read_history(run.history(fold, method.name))
             if isinstance(network, MMFNet) and test:
                 shares = cohort_shares(network, test)
-        rows = []
+        rows, rules, chosen = [], None, {}
+        if recipe.training.postprocess:
+            data = recipe.data
+            rules, gains = choose(_examples(predict, validation, run, recipe), data.structure_names, data.exclusive)
+            chosen = {"postprocess": {"rules": rules.model_dump(mode="json"), "gains": gains}}
+            for name, rule in rules.structures.items():
+                before, after = (METRICS["dsc"].text(gains[name][key]) for key in ("before", "after"))
+                _log.info("Post-processing, %s: %s; DSC of validation patients %s to %s", name, rule, before, after)
         for number, patient in enumerate(test, start=1):
-            rows += _test(predict, patient, run, recipe, run.masks(fold, method.name, patient.name))
+            rows += _test(predict, patient, run, recipe, rules, run.masks(fold, method.name, patient.name))
             about = ", ".join(map(_about, rows[-len(recipe.data.structures) :]))
             _log.info("Segmented patient %d of %d: %s", number, len(test), about)
             progress("segmenting", number, len(test))
@@ -410,16 +439,27 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
             "history": history,
             "patients": rows,
             "shares": {block: {name: x.tolist() for name, x in share.items()} for block, share in shares.items()},
+            **chosen,
         }
         write(path, json.dumps(result) + "\n")
     keras.utils.clear_session()
     return result
 
 
-def _test(predict, patient, run, recipe, paths):
+def _examples(predict, patients, run, recipe):
+    """The probabilities, the expert's masks and the spacing of patients, one at a time, for `choose`."""
+    for number, patient in enumerate(patients, start=1):
+        images = segment_case(predict, patient, recipe).probabilities
+        truth = read_masks(run.cases[patient.name], run.recipe.data, patient)
+        probability = np.stack([sitk.GetArrayViewFromImage(image) for image in images.values()], axis=-1)
+        yield probability, np.stack([truth[name] for name in images], axis=-1), patient.source.spacing[::-1]
+        progress("choosing the post-processing", number, len(patients))
+
+
+def _test(predict, patient, run, recipe, rules, paths):
     """Segments one patient, writes the masks and compares them with the expert's: a row for each structure."""
     start = time.perf_counter()
-    found = segment_case(predict, patient, recipe)
+    found = segment_case(predict, patient, recipe, rules)
     for structure, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(found.label_image if structure is None else found.masks[structure], path)

@@ -9,6 +9,7 @@ from keras_mmfnet.data import CaseError, Grid, preprocess_case, read_case_folder
 from keras_mmfnet.data.windows import gaussian_weights
 from keras_mmfnet.inference import masks_of, predict_volume, segment_case, segment_ensemble
 from keras_mmfnet.models import MMFNet
+from keras_mmfnet.postprocess import MaskRule, PostProcessing
 from keras_mmfnet.recipe import DataRecipe, Recipe
 
 
@@ -213,9 +214,11 @@ def test_masks_of_exclusive_structures_are_where_they_are_most_probable():
     np.testing.assert_array_equal(labels, np.array([0, 2, 5])[drawn.argmax(axis=1)])
     np.testing.assert_array_equal(masks["gtv"], labels == 2)
     # Of one structure with the same threshold it is the probability that reaches it.
-    alone, _ = masks_of({"gtv": drawn[:, 1]}, DataRecipe(structures={"gtv": 2}), 0.3)
+    low = PostProcessing(structures={"gtv": MaskRule(threshold=0.3)})
+    alone, _ = masks_of({"gtv": drawn[:, 1]}, DataRecipe(structures={"gtv": 2}), low)
     np.testing.assert_array_equal(alone["gtv"], drawn[:, 1] >= 0.3)
-    strict, _ = masks_of({"gtv": drawn[:, 1], "node": drawn[:, 2]}, recipe, 0.9)
+    high = PostProcessing(structures=dict.fromkeys(recipe.structures, MaskRule(threshold=0.9)))
+    strict, _ = masks_of({"gtv": drawn[:, 1], "node": drawn[:, 2]}, recipe, high)
     assert 0 < strict["gtv"].sum() < masks["gtv"].sum()
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from keras_mmfnet.evaluation import evaluate_case
-from keras_mmfnet.postprocess import MaskRule, PostProcessing, choose
+from keras_mmfnet.postprocess import MaskRule, PostProcessing, choose, level_half
 
 # 10 cubic mm.
 SPACING = (2.5, 2.0, 2.0)
@@ -105,6 +105,15 @@ def test_an_ensemble_has_the_medians_and_the_majority():
     assert PostProcessing.of_ensemble(several).structures == {"tumour": MaskRule(threshold=0.4, largest_only=True)}
     two = PostProcessing.of_ensemble(several[1:]).structures["tumour"]
     assert (two.threshold, two.smallest_ml, two.largest_only) == (pytest.approx(0.55), 1.0, False)
+
+
+def test_contours_follow_the_threshold():
+    probability = np.linspace(0, 1, 11, dtype=np.float32)
+    level = level_half(probability, 0.4)
+    assert level.dtype == np.float32
+    np.testing.assert_array_equal(level >= 0.5, probability >= 0.4)
+    np.testing.assert_allclose(level[[0, 2, 4, 7, 10]], [0, 0.25, 0.5, 0.75, 1], atol=1e-6)
+    assert level_half(probability, 0.5) is probability
 
 
 def test_channels_must_be_the_structures():

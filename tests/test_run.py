@@ -17,6 +17,7 @@ from keras_mmfnet.evaluation import metrics_json
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.methods import METHODS, Method, method_of
 from keras_mmfnet.models import MMFNet
+from keras_mmfnet.postprocess import PostProcessing
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import write_comparison, write_report
 from keras_mmfnet.report.analysis import compare_results
@@ -431,6 +432,36 @@ def test_a_network_of_another_library(run, tmp_path):
     assert keras.backend.backend() not in result["machine"]
     assert (result["parameters"], result["updates"], result["training_seconds"]) == (7, 2, 1.0)
     assert all(row["dsc"] > 0 for row in result["patients"])
+
+
+def test_post_processing_is_chosen_on_validation_patients(tiny_cohort, tmp_path):
+    def faint(images):
+        # The tumour's probability never reaches 0.5.
+        return 0.05 + 0.4 * (images["t1"] > 0.9)
+
+    recipe = COARSE.replace({"training.postprocess": True})
+    method = Method("mmfnet", "Faint", train=lambda *_: (faint, 0, [{"seconds": 1.0}]))
+    run, paper = Run.start(tmp_path / "run", tiny_cohort, recipe), Run.start(tmp_path / "paper", tiny_cohort, COARSE)
+    result, plain = run_fold(run, method, 0), run_fold(paper, method, 0)
+    assert all(row["dsc"] == 0 for row in plain["patients"])
+    assert "postprocess" not in plain
+    gain = result["postprocess"]["gains"]["tumour"]
+    assert (gain["patients"], gain["before"]) == (len(run.folds[0].validation), 0)
+    assert gain["after"] > 0.3
+    rules = run.postprocessing([0])
+    assert rules == PostProcessing(**result["postprocess"]["rules"])
+    assert rules.structures["tumour"].threshold < 0.45
+    # It is applied to the test patients, whose probabilities stay what they are.
+    for row, before in zip(result["patients"], plain["patients"], strict=True):
+        assert row["dsc"] > 0.2
+        assert (row["ap"], row["dice_loss"]) == (before["ap"], before["dice_loss"])
+        (patient,) = run.patients([row["patient"]])
+        found = segment_case(faint, patient, recipe, rules)
+        written = run.read_masks(0, "mmfnet", patient.name)["tumour"]
+        np.testing.assert_array_equal(*map(sitk.GetArrayViewFromImage, (written, found.masks["tumour"])))
+    with pytest.raises(ValueError, match=r"fold_1.mmfnet.json: a finished fold is expected"):
+        run.postprocessing([0, 1])
+    assert f"<td>{rules.structures['tumour']}</td>" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_methods_of_other_modalities_need_no_image_that_none_of_them_uses():

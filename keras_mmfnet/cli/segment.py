@@ -77,11 +77,13 @@ def segment(
 
         opened = Run(run)
         folds = fold or opened.trained_folds()
+        rules = opened.postprocessing(folds)
+        chosen = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
         files = [opened.network(number, "mmfnet") for number in folds]
         hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
         todo = []
         for case in cases:
-            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian}
+            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **chosen}
             try:
                 record["source"] = _source(case, recipe.data, hashes)
                 _require_same(out, case, record, ends)
@@ -96,7 +98,10 @@ def segment(
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
         if todo:
             out.mkdir(parents=True, exist_ok=True)
-        predict = functools.partial(segment_ensemble, networks, recipe=recipe, mirror=mirror, gaussian=gaussian)
+        for name, rule in rules.structures.items() if todo and chosen else ():
+            _log.info("Post-processing, %s: %s", name, rule)
+        options_of_networks = {"postprocess": rules, "mirror": mirror, "gaussian": gaussian}
+        predict = functools.partial(segment_ensemble, networks, recipe=recipe, **options_of_networks)
         write_dicom = {
             "rtstruct": functools.partial(write_rtstruct, tolerance=tolerance, max_points=max_points),
             "seg": write_segmentation,
@@ -104,7 +109,7 @@ def segment(
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
                 write(out / f"{case.name}.json", json.dumps(record, indent=2) + "\n")
-                line = _segment(case, predict, recipe, missing, names, write_dicom)
+                line = _segment(case, predict, recipe, rules, missing, names, write_dicom)
                 seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
@@ -189,7 +194,7 @@ def _missing(out, case, wanted, ends):
     return missing
 
 
-def _segment(case, predict, recipe, files, names, write_dicom):
+def _segment(case, predict, recipe, rules, files, names, write_dicom):
     """Segments a patient, writes the files, the mask last, and says what was found."""
     import SimpleITK as sitk
 
@@ -198,22 +203,28 @@ def _segment(case, predict, recipe, files, names, write_dicom):
     from keras_mmfnet.data.preprocess import read_masks
     from keras_mmfnet.evaluation import evaluate_case
     from keras_mmfnet.export import Structure
+    from keras_mmfnet.inference import masks_of
+    from keras_mmfnet.postprocess import level_half
 
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
     found = predict(patient)
     arrays = {name: sitk.GetArrayViewFromImage(mask) for name, mask in found.masks.items()}
     about, anything = [case.name, *patient.notes], any(array.any() for array in arrays.values())
+    probabilities = {name: sitk.GetArrayViewFromImage(image) for name, image in found.probabilities.items()}
+    voxel_ml = math.prod(patient.source.spacing) / 1000
     for name, array in arrays.items():
-        millilitres = array.sum() * math.prod(found.masks[name].GetSpacing()) / 1000
-        about.append(f"{array.sum()} voxels of {name}, {millilitres:.1f} ml")
+        about.append(f"{array.sum()} voxels of {name}, {array.sum() * voxel_ml:.1f} ml")
     if not anything:
         without = ", no DICOM file was written" if {what for what, _ in files} & set(_DICOM) else ""
         about[-len(arrays) :] = [f"no {' and no '.join(arrays)} was found, the mask is empty{without}"]
+    for name, plain in masks_of(probabilities, recipe.data)[0].items() if recipe.training.postprocess else ():
+        if change := int(arrays[name].sum()) - int(plain.sum()):
+            about.append(f"{change * voxel_ml:+.2f} ml of {name} by post-processing")
     if case.mask is not None:
         try:
             for name, truth in read_masks(case, recipe.data, patient).items():
-                probability = sitk.GetArrayViewFromImage(found.probabilities[name])
-                numbers = evaluate_case(probability, truth, patient.source.spacing[::-1], predicted=arrays[name])
+                spacing = patient.source.spacing[::-1]
+                numbers = evaluate_case(probabilities[name], truth, spacing, predicted=arrays[name])
                 which = f"{name} " * (len(arrays) > 1)
                 if numbers["volume_ml"]:
                     about.append(f"{which}DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
@@ -225,7 +236,11 @@ def _segment(case, predict, recipe, files, names, write_dicom):
             about.append(f"not compared with the expert's mask: {error}")
     images = {"probability": found.probabilities, "disagreement": found.disagreements, "mask": found.masks}
     structures = [
-        Structure(name, found.masks[one], found.probabilities[one])
+        Structure(
+            name,
+            found.masks[one],
+            patient.source.image(level_half(probabilities[one], rules.structures[one].threshold)),
+        )
         for name, (one, array) in zip(names, arrays.items(), strict=True)
         if array.any()
     ]

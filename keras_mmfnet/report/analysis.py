@@ -28,6 +28,7 @@ from keras_mmfnet.plots import (
     slice_strips,
 )
 from keras_mmfnet.plots._masks import structure_colours
+from keras_mmfnet.postprocess import MaskRule
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run
 
@@ -97,6 +98,7 @@ def write_report(run: Run) -> Path:
         ("Patients, worst first", _patients(run, method.name, rows, every)),
         ("Which modality is listened to", _attention({method.title: results})),
         ("Training", _training(run, method)),
+        ("Post-processing", _postprocessing(results)),
         *_setting(run, results),
     ]
     return _write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections, structures)
@@ -331,6 +333,20 @@ def _detection(results):
     columns = ["With tumour", "Share detected", "Without", "Share with nothing found", "False ml, mean of these"]
     header = ["Method", "Structure", "With it", *columns[1:]] if len(structures) > 1 else ["Method", *columns]
     return [_table(header, lines, left=len(header) - 5)] if lines else []
+
+
+def _postprocessing(results):
+    """What each fold chose on its validation patients, and what that raised."""
+    lines = []
+    for result in results:
+        chosen = result.get("postprocess", {"rules": {"structures": {}}})
+        for name, rule in chosen["rules"]["structures"].items():
+            gain = chosen["gains"][name]
+            dsc = [METRICS["dsc"].text(gain[key]) for key in ("before", "after")]
+            lines.append([name, str(MaskRule(**rule)), result["fold"], gain["patients"], *dsc])
+    header = ["Structure", "Mask", "Fold", "Validation patients", "Their DSC without", "With"]
+    about = "Chosen on the validation patients of each fold, by their mean DSC alone, and applied to its test patients."
+    return [_texts(about), _table(header, lines, left=2)] if lines else []
 
 
 def _patients(run, method, rows, every):

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 
@@ -125,6 +126,33 @@ def test_a_patient_without_tumour(mmfnet, trained, tmp_path):
     assert not read(out / "Ann.nii.gz").any()
     again = mmfnet("segment", trained, patient, "--out", out, "--rtstruct")
     assert "Segmented already: 1 of 1 patient" in again.stderr
+
+
+def test_the_post_processing_of_the_run_is_applied(mmfnet, trained, tmp_path):
+    patient, out = tmp_path / "Ann", tmp_path / "out"
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(patient, GRID, name, prefix=name, seed=seed)
+    recipe = Recipe.load(trained / "recipe.json").replace({"training.postprocess": True})
+    (trained / "recipe.json").write_text(recipe.to_json())
+    arguments = ("segment", trained, patient, "--out", out, "--fold", 0)
+    assert "a finished fold is expected" in mmfnet(*arguments, code=1).stderr
+
+    def choose(**rule):
+        rules = {"rules": {"structures": {"tumour": rule}, "exclusive": True}}
+        (trained / "fold_0" / "mmfnet.json").write_text(json.dumps({"postprocess": rules}))
+
+    choose(threshold=0.9)
+    done = mmfnet(*arguments, "--rtstruct", "--probability")
+    assert "Post-processing, tumour: from a probability of 0.9" in done.stderr
+    assert re.search(r"; [+-]\d+\.\d\d ml of tumour by post-processing", done.stderr)
+    mask, probability = read(out / "Ann.nii.gz") > 0, read(out / "Ann_probability.nii.gz")
+    np.testing.assert_array_equal(mask, probability >= 0.9)
+    assert (mask != (probability >= 0.5)).any()
+    assert "Segmented already: 1 of 1 patient" in mmfnet(*arguments).stderr
+    choose(smallest_ml=1e6)
+    assert "made from the same images, networks and options" in mmfnet(*arguments, code=1).stderr
+    done = mmfnet("segment", trained, patient, "--out", tmp_path / "nothing", "--fold", 0)
+    assert re.search(r"no tumour was found, the mask is empty; -\d+\.\d\d ml of tumour", done.stderr)
 
 
 def test_every_layout_that_trains_is_segmented(mmfnet, trained, tiny_cohort, tmp_path):
