@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich.box
@@ -107,11 +107,11 @@ class Terminal(logging.Handler):
         if always or not self.quiet:
             print(text)
 
-    def table(self, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-        """Prints a table in place of the bar, the first column to the left; not if quiet."""
+    def table(self, header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
+        """Prints a table in place of the bar, the first columns to the left; not if quiet."""
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
+            table.add_column(name, justify="left" if number < left else "right", overflow="fold", no_wrap=not number)
         for row in rows:
             table.add_row(*map(rich.markup.escape, row))
         self.bar.stop()
@@ -120,21 +120,37 @@ class Terminal(logging.Handler):
             console.width = console.width if console.is_terminal else 200
             console.print(table)
 
-    def metrics(self, rows: Iterable[Mapping]) -> None:
-        """Prints the numbers of each patient, their mean and its 95% interval; not if quiet."""
-        from keras_mmfnet.evaluation import METRICS, summarise
+    def metrics(self, rows: Sequence[Mapping]) -> None:
+        """Prints the numbers of each patient, their mean and its 95% interval; not if quiet.
 
-        summary = summarise(rows)
-        without = summary.get("detection_specificity", {}).get("patients")
+        Of several structures there is a line for each structure of a patient, and means for each and for all.
+        """
+        from keras_mmfnet.evaluation import METRICS, mean_over_structures, rows_by_structure, summarise
+
+        structures = rows_by_structure(rows)
+        several = len(structures) > 1
+        without = any(row.get("detection_specificity") in (0, 1) for row in rows)
         shown = {key: METRICS[key] for key in (*_SHOWN, *(_DETECTION if without else ()))}
-        lines = [[row["patient"], *(metric.text(row.get(key)) for key, metric in shown.items())] for row in rows]
-        # One patient has no interval.
-        names = (("mean", f"mean of {len(lines)}"), ("low", "95% from"), ("high", "to"))[: 3 if len(lines) > 1 else 0]
-        for name, label in names:
-            lines.append([label, *(metric.text(summary[key][name]) for key, metric in shown.items())])
-        if without:
-            lines.append(["patients", *(str(summary[key]["patients"]) for key in shown)])
-        self.table(["patient", *(metric.title for metric in shown.values())], lines)
+
+        def line(label, structure, texts):
+            return [label, *([structure] if several else []), *texts]
+
+        lines = [
+            line(row["patient"], row.get("structure"), (metric.text(row.get(key)) for key, metric in shown.items()))
+            for row in rows
+        ]
+        structures |= {"all": mean_over_structures(rows)} if several else {}
+        for structure, some in structures.items():
+            summary = summarise(some)
+            # One patient has no interval.
+            names = (("mean", f"mean of {len(some)}"), ("low", "95% from"), ("high", "to"))
+            for name, label in names if len(some) > 1 else ():
+                texts = (metric.text(summary[key][name]) for key, metric in shown.items())
+                lines.append(line(label, structure, texts))
+            if without:
+                lines.append(line("patients", structure, (str(summary[key]["patients"]) for key in shown)))
+        header = ["patient", *["structure"] * several, *(metric.title for metric in shown.values())]
+        self.table(header, lines, 1 + several)
 
     def stop(self, number: int, frame: object = None) -> None:
         """Takes a signal: ends the work here or, if Python swallows that in a callback, at the next message."""

@@ -329,8 +329,8 @@ def structure_voxels(values: np.ndarray, labels: Sequence[int] | None = None, al
     found = np.unique(values[values != 0])
     if labels is None and len(found) > 1:
         raise ValueError(
-            "must have one label besides 0, unless `data.structures` says which ones belong to which structure. "
-            f"Received: the labels {_listed(found)}"
+            "must have one label besides 0, unless --structure (`data.structures`) says which ones belong to which "
+            f"structure. Received: the labels {_listed(found)}"
         )
     inside = values != 0 if labels is None else np.isin(values, labels)
     if not (inside.any() or allow_empty):
@@ -411,7 +411,7 @@ def _masks_on(case, recipe, grid, transforms):
     """
     sources, grids, found = mask_sources(case, recipe), [], {name: [] for name in recipe.structures}
     for modality, source in sources.items():
-        for name, (image, inside) in _structures_in(case, source, recipe).items():
+        for name, (image, inside) in structures_in(source, recipe, case.name).items():
             image = apply_transform(image, transforms[modality]) if modality in transforms else image
             grids.append(Grid.from_image(image))
             found[name].append(_one_on(f"{case.name}: {source}", name, inside, grids[-1], recipe, grid))
@@ -433,18 +433,29 @@ def _masks_on(case, recipe, grid, transforms):
     return {name: inside.astype(np.uint8) for name, inside in masks.items()}, [upright_grid(g) for g in grids], volumes
 
 
-def _structures_in(case, source, recipe):
-    """Of each structure of a mask an image on its grid, and which of its voxels belong to the structure.
+def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str, tuple[sitk.Image, np.ndarray]]:
+    """Reads the structures of a mask, on its own grid.
 
     One structure alone may be empty only if the recipe allows it; of several, not all of them.
+
+    Args:
+        source: The source of a mask, as in a `Case`.
+        recipe: The `DataRecipe`, whose `structures` say what is in it.
+        patient: The patient's name, for messages.
+
+    Returns:
+        `{structure: (the image it was read from, bool array)}`; a structure whose file is missing is empty.
+
+    Raises:
+        CaseError: A file is damaged, or has no voxel of the structures or several labels of which none was chosen.
     """
-    where, named = f"{case.name}: {source}", any(isinstance(value, str) for value in recipe.structures.values())
+    where, named = f"{patient}: {source}", any(isinstance(value, str) for value in recipe.structures.values())
     try:
         if not isinstance(source, StructureFiles):
             if named and not isinstance(source, Structures):
                 listed = ", ".join(recipe.structures)
                 raise ValueError(f"must be a file for each of the structures {listed}. Received: one file")
-            image = read_image(source, case.name)
+            image = read_image(source, patient)
             values = sitk.GetArrayViewFromImage(image)
             several = len(recipe.structures) > 1
             if several:
@@ -454,7 +465,7 @@ def _structures_in(case, source, recipe):
                 name: (image, structure_voxels(values, labels, several or recipe.allow_empty))
                 for name, labels in recipe.structures.items()
             }
-        images = {name: read_image(file, case.name) for name, file in source.files.items()}
+        images = {name: read_image(file, patient) for name, file in source.files.items()}
         found = {
             name: (
                 image,

@@ -169,7 +169,7 @@ def _write_page(path, title, facts, sections, structures=()):
     }
     if len(structures) > 1:
         colours = {name: ("line", colour) for name, colour in structure_colours(structures).items()}
-        legend = {**colours, "expert's contour": ("dots", "#fff"), "predicted contour": ("line", "#fff")}
+        legend = {**colours, "expert's contour": ("dots", "#999"), "predicted contour": ("line", "#999")}
     sections = [(heading, blocks) for heading, blocks in sections if blocks]
     page = environment.get_template("page.html.j2")
     write(path, page.render(title=title, facts=facts, sections=sections, legend=legend, structures=structures))

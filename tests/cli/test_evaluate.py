@@ -114,9 +114,90 @@ def test_several_labels(mmfnet, folders):
     array[1] = array[1] * 0 + 4 * (array[1] > 0)
     sitk.WriteImage(GRID.image(array), str(folders / "expert" / "bob.nii.gz"))
     done = mmfnet("evaluate", folders / "predicted", folders / "expert", code=1)
-    assert "--labels says which ones count" in done.stderr
-    done = mmfnet("evaluate", folders / "predicted", folders / "expert", "--labels", "1,3,4")
+    assert "--structure (`data.structures`) says which ones belong" in done.stderr
+    done = mmfnet("evaluate", folders / "predicted", folders / "expert", "--structure", "1,3,4")
     assert "0.6667" in done.stdout
+    assert "structure" not in done.stdout
+    assert "a regular expression" in mmfnet("evaluate", folders, folders, "--structure", "a=(", code=1).stderr
+
+
+def regions(path, columns, inner):
+    """A label image of 2 with so many columns of 4 in it."""
+    mask = np.zeros(GRID.shape, np.uint8)
+    mask[1:4, 2:10, 2 : 2 + columns] = 2
+    mask[1:4, 2:10, 2 : 2 + inner] = 4
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(GRID.image(mask), str(path))
+
+
+def test_several_structures_by_labels(mmfnet, tmp_path):
+    for name, predicted, expert in (("ann", (8, 4), (8, 4)), ("bob", (4, 2), (8, 4)), ("eve", (6, 2), (6, 0))):
+        regions(tmp_path / "predicted" / f"{name}.nii.gz", *predicted)
+        regions(tmp_path / "expert" / f"{name}.nii.gz", *expert)
+        (tmp_path / "predicted" / f"{name}_probability_inner.nii.gz").touch()
+    folders = tmp_path / "predicted", tmp_path / "expert"
+    files = "--csv", tmp_path / "numbers.csv", "--json", tmp_path / "numbers.json"
+    done = mmfnet("evaluate", *folders, "--structure", "whole=2,4", "--structure", "inner=4", *files)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:3] for line in lines if line[:1] in (["ann"], ["bob"], ["eve"])] == [
+        ["ann", "whole", "1.0000"],
+        ["ann", "inner", "1.0000"],
+        ["bob", "whole", "0.6667"],
+        ["bob", "inner", "0.6667"],
+        ["eve", "whole", "1.0000"],
+        ["eve", "inner", "-"],
+    ]
+    means = {tuple(line[:4]): line[4] for line in lines if line[:2] == ["mean", "of"]}
+    assert means[("mean", "of", "3", "whole")] == "0.8889"
+    assert means[("mean", "of", "3", "inner")] == "0.8333"
+    assert means[("mean", "of", "3", "all")] == "0.8889"  # of each patient's mean: 1, 2/3, 1
+    with open(tmp_path / "numbers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["patient"], row["structure"]) for row in rows[:2]] == [("ann", "whole"), ("ann", "inner")]
+    found = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert found["summary"]["inner"]["dsc"]["patients"] == 2
+    quiet = mmfnet("evaluate", *folders, "--structure", "whole=2,4", "--structure", "inner=4", "--quiet").stdout
+    assert float(quiet) == pytest.approx(found["mean_over_structures"]["dsc"]["mean"])
+    # Labels that nobody predicts are likely others.
+    done = mmfnet("evaluate", *folders, "--structure", "whole=2,4", "--structure", "inner=3")
+    assert "warning" not in done.stderr
+    regions(tmp_path / "predicted" / "ann.nii.gz", 8, 0)
+    regions(tmp_path / "predicted" / "bob.nii.gz", 8, 0)
+    regions(tmp_path / "predicted" / "eve.nii.gz", 8, 0)
+    done = mmfnet("evaluate", *folders, "--structure", "inner=4")
+    assert "no voxel of inner (label 4) in any mask of the prediction" in done.stderr
+
+
+def test_masks_of_a_network_of_one_structure_are_of_0_and_1(mmfnet, tmp_path):
+    regions(tmp_path / "expert" / "ann.nii.gz", 8, 4)
+    write(tmp_path / "predicted" / "ann.nii.gz", 4)
+    done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "expert", "--structure", "inner=4")
+    assert ["ann", "1.0000"] in [line.split()[:2] for line in done.stdout.splitlines()]
+    assert "The predictions are of 0 and 1: 1 is taken for inner" in done.stderr
+
+
+def test_structures_with_a_file_each(mmfnet, tmp_path):
+    for folder, patient, name, columns in (
+        ("predicted", "ann", "gtv", 4),
+        ("predicted", "ann", "ctv", 8),
+        ("predicted", "bob", "gtv", 4),
+        ("predicted", "bob", "ctv", 4),
+        ("expert", "ann", "gtv", 4),
+        ("expert", "ann", "ctv", 4),
+        ("expert", "bob", "ctv", 4),
+    ):
+        write(tmp_path / folder / f"{patient}_{name}.nii.gz", columns)
+        write(tmp_path / "patients" / patient / f"{name.upper()}1.nii.gz", columns) if folder == "expert" else None
+    options = "--structure", "gtv=GTV.*", "--structure", "ctv=ctv."
+    for truth in (tmp_path / "expert", tmp_path / "patients"):
+        done = mmfnet("evaluate", tmp_path / "predicted", truth, *options)
+        lines = [line.split()[:3] for line in done.stdout.splitlines()]
+        assert [line for line in lines if line[:1] in (["ann"], ["bob"])] == [
+            ["ann", "gtv", "1.0000"],
+            ["ann", "ctv", "0.6667"],
+            ["bob", "ctv", "1.0000"],
+        ]
+        assert "bob: no mask of the expert of gtv, which is not compared" in done.stderr
 
 
 def test_the_experts_masks_may_be_structures(mmfnet, tmp_path):
@@ -134,4 +215,11 @@ def test_the_experts_masks_may_be_structures(mmfnet, tmp_path):
             assert ["ann", dsc] in [line.split()[:2] for line in done.stdout.splitlines()]
         done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "patients", code=1)
         assert "a file of one structure" in done.stderr
+        for name in ("GTV", "CTV"):
+            shutil.copy(tmp_path / f"{name}.nii.gz", tmp_path / f"ann_{name.lower()}.nii.gz")
+        both = "--structure", "gtv=GTV", "--structure", "ctv=CTV"
+        done = mmfnet("evaluate", tmp_path, tmp_path / "patients", *both)
+        lines = [line.split()[:3] for line in done.stdout.splitlines()]
+        assert ["ann", "gtv", "1.0000"] in lines
+        assert ["ann", "ctv", "1.0000"] in lines
         path.unlink()
