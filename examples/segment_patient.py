@@ -23,9 +23,10 @@ from keras_mmfnet.run import Run
 
 def main(folder, patient, out):
     run = Run(folder)
-    networks = [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in run.trained_folds()]
+    folds = run.trained_folds()
+    networks = [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds]
     case = preprocess_case(read_case_folder(patient, run.recipe.data, require_mask=False), run.recipe.data)
-    mask = segment_ensemble(networks, case, run.recipe).label_image
+    mask = segment_ensemble(networks, case, run.recipe, run.postprocessing(folds)).label_image
     write_image(mask, out)
     voxels = sitk.GetArrayViewFromImage(mask).sum()
     print(f"{out}: {voxels} voxels of tumour, {voxels * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
