@@ -13,6 +13,7 @@ from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.windows import crop, window_starts
 from keras_mmfnet.inference import masks_of, predict_volume
 from keras_mmfnet.layers import FusionBlock3D
+from keras_mmfnet.models._blocks import block_output
 from keras_mmfnet.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ def gradient_maps(
     if method == "saliency":
         found = Saliency(listed)(score, seeds, gradient_modifier=abs, normalize_map=False)
     else:
-        layers = layers or {name: model.block_output(name, len(model.filters)) for name in images}
+        last = len(model.filters), getattr(model, "residual", False)
+        layers = layers or {name: block_output(name, *last) for name in images}
         cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
         found = [
             cam(

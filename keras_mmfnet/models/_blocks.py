@@ -20,6 +20,11 @@ def exclusive_softmax(logits):
     return ops.softmax(ops.concatenate([background, logits], axis=-1), axis=-1)[..., 1:]
 
 
+def block_output(modality, level, residual=False):
+    """The name of the layer that gives the features of a level of a modality's encoder before their pooling."""
+    return f"{modality}_block{level}_{'relu' if residual else '2_norm'}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """The building blocks of a network (section III-A) in 2D or 3D.

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_mmfnet.models._blocks import block_output
 from keras_mmfnet.models._network import Network, check_levels, check_names, make_blocks, make_inputs
 
 
@@ -90,10 +91,6 @@ class EncoderDecoder(Network):
         outputs = self._compute(inputs, 1 + len(self.auxiliary_heads) if supervised else 1)
         return outputs if supervised else outputs[0]
 
-    def block_output(self, modality: str, level: int) -> str:
-        """The name of the layer that gives the features of a level of a modality's encoder before their pooling."""
-        return f"{modality}_block{level}_{'relu' if self.residual else '2_norm'}"
-
     def encoder(self, modality: str) -> keras.Model:
         """Returns one modality's encoder as a model that shares the layers of this network.
 
@@ -110,7 +107,7 @@ class EncoderDecoder(Network):
         Raises:
             ValueError: The network has no encoder for this modality alone.
         """
-        names = [self.block_output(modality, level) for level in range(1, len(self.filters) + 1)]
+        names = [block_output(modality, level, self.residual) for level in range(1, len(self.filters) + 1)]
         outputs = {layer.name: layer.output for layer in self.layers}
         if modality not in self.input or not set(names) <= set(outputs):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")

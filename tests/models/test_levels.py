@@ -11,6 +11,7 @@ from keras_mmfnet import kernels
 from keras_mmfnet.losses import DiceLoss
 from keras_mmfnet.metrics import DiceScore
 from keras_mmfnet.models import MMFNet, SliceWise3D, UNet2D, UNet3D, load_network
+from keras_mmfnet.models._blocks import block_output
 
 # Slices that are thick: pooled and seen across by the second level only.
 THICK = {"strides": ((1, 2, 2), (2, 2, 2)), "kernel_sizes": ((1, 3, 3), (3, 3, 3))}
@@ -89,7 +90,7 @@ def test_encoders_and_their_names():
     features = model.encoder("t2")(random_volume(1, 4, 8, 8, 1))
     assert [tuple(x.shape) for x in features] == [(1, 4, 8, 8, 2), (1, 4, 4, 4, 3), (1, 2, 2, 2, 3)]
     np.testing.assert_array_equal(to_numpy(features[0]) >= 0, True)
-    assert model.get_layer(model.block_output("t2", 2)).output is model.encoder("t2").outputs[1]
+    assert model.get_layer(block_output("t2", 2, residual=True)).output is model.encoder("t2").outputs[1]
 
 
 @pytest.mark.parametrize(
