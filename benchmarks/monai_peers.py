@@ -8,23 +8,25 @@ import math
 import os
 import time
 
+import keras
 import numpy as np
 import torch
 from monai.networks.nets import BasicUNet, DynUNet, SegResNet
 
 from keras_mmfnet._log import progress
 from keras_mmfnet.data.patches import patch_dataset
+from keras_mmfnet.losses import make_loss
 from keras_mmfnet.methods import METHODS, Method, register_method
 
 _log = logging.getLogger("keras_mmfnet.monai_peers")
 
 
-def _dyn_unet(channels):
+def _dyn_unet(channels, structures):
     strides = [1, 2, 2, 2, 2]
     return DynUNet(
         3,
         channels,
-        1,
+        structures,
         [3] * 5,
         strides,
         strides[1:],
@@ -34,24 +36,28 @@ def _dyn_unet(channels):
     )
 
 
-def _seg_res_net(channels):
+def _seg_res_net(channels, structures):
     # The default of 8 groups does not divide 9 filters.
-    return SegResNet(3, init_filters=9, in_channels=channels, out_channels=1, norm=("GROUP", {"num_groups": 3}))
+    norm = ("GROUP", {"num_groups": 3})
+    return SegResNet(3, init_filters=9, in_channels=channels, out_channels=structures, norm=norm)
 
 
-def _basic_unet(channels):
-    return BasicUNet(3, channels, 1, features=(16, 16, 32, 64, 132, 16))
+def _basic_unet(channels, structures):
+    return BasicUNet(3, channels, structures, features=(16, 16, 32, 64, 132, 16))
 
 
 class Probability(torch.nn.Module):
-    """Converts logits to probabilities."""
+    """Converts logits to probabilities, as the heads of this package do; see `exclusive_softmax`."""
 
-    def __init__(self, network):
+    def __init__(self, network, exclusive):
         super().__init__()
-        self.network = network
+        self.network, self.exclusive = network, exclusive
 
     def forward(self, x):
-        return torch.sigmoid(self.network(x))
+        logits = self.network(x)
+        if not self.exclusive or logits.shape[1] == 1:
+            return torch.sigmoid(logits)
+        return torch.softmax(torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1), dim=1)[:, 1:]
 
 
 def stacked(images):
@@ -60,9 +66,24 @@ def stacked(images):
 
 
 def dice_loss(prediction, truth):
-    """The package's `DiceLoss` in torch."""
-    intersection = (prediction * truth).sum()
-    return 1 - (2 * intersection + 1) / (prediction.sum() + truth.sum() + 1)
+    """The package's `DiceLoss` in torch, of `(batch, structures, depth, height, width)`."""
+    axes = (0, *range(2, prediction.ndim))
+    intersection = (prediction * truth).sum(axes)
+    return (1 - (2 * intersection + 1) / (prediction.sum(axes) + truth.sum(axes) + 1)).mean()
+
+
+def loss_of(recipe):
+    """The recipe's loss; other losses than Dice are Keras', which takes torch's tensors on its backend only."""
+    name = getattr(recipe.training, "loss", "dice")
+    if name == "dice":
+        return dice_loss
+    if keras.backend.backend() != "torch":
+        raise ValueError(
+            f"MONAI's networks are trained with another `training.loss` than dice on KERAS_BACKEND=torch only. "
+            f"Received: {name} on {keras.backend.backend()}"
+        )
+    loss = make_loss(name, recipe.data.exclusive)
+    return lambda prediction, truth: loss(truth.movedim(1, -1), prediction.movedim(1, -1))
 
 
 def train_peer(method, training, validation, recipe, directory):
@@ -74,7 +95,8 @@ def train_peer(method, training, validation, recipe, directory):
     """
     path = directory / f"{method.name}.pt"
     torch.manual_seed(recipe.training.seed)
-    model = Probability(method.build(len(recipe.data.modalities)))
+    network = method.build(len(recipe.data.modalities), len(recipe.data.structures))
+    model, loss_between = Probability(network, recipe.data.exclusive), loss_of(recipe)
     optimiser = torch.optim.Adam(model.parameters(), recipe.training.pretrain_learning_rate, eps=1e-7)
     state = torch.load(path) if path.exists() else {"history": [], "best": None}
     if state["history"]:
@@ -104,7 +126,7 @@ def train_peer(method, training, validation, recipe, directory):
                 )
             images, truth = next(batches)
             optimiser.zero_grad()
-            loss = dice_loss(model(stacked(images)), stacked({"mask": truth}).float())
+            loss = loss_between(model(stacked(images)), stacked({"mask": truth}).float())
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
@@ -112,7 +134,9 @@ def train_peer(method, training, validation, recipe, directory):
         model.eval()
         with torch.no_grad():
             # Batches are weighted by their number of patches, as in Keras.
-            pairs = [(len(t), dice_loss(model(stacked(x)), stacked({"mask": t}).float()).item()) for x, t in held_back]
+            pairs = [
+                (len(t), loss_between(model(stacked(x)), stacked({"mask": t}).float()).item()) for x, t in held_back
+            ]
         val_loss = sum(n * value for n, value in pairs) / sum(n for n, _ in pairs)
         row = {"epoch": epoch, "loss": float(np.mean(losses)), "val_loss": val_loss}
         history.append({**row, "seconds": time.perf_counter() - start})

@@ -25,8 +25,8 @@ def main(folder, patient, out):
     network = load_network(run.network(run.trained_folds()[0], "mmfnet"), recipe)
     case = preprocess_case(read_case_folder(patient, recipe.data, require_mask=False), recipe.data)
     images = case.images_of(recipe.data.modalities)
-    probability = predict_volume(network, images, recipe.patches.shape, recipe.patches.stride, case.centre)[..., 0]
-    batch, _ = tumour_window(images, probability >= 0.5, recipe.patches.shape, case.centre)
+    probability = predict_volume(network, images, recipe.patches.shape, recipe.patches.stride, case.centre)
+    batch, _ = tumour_window(images, probability.max(axis=-1) >= 0.5, recipe.patches.shape, case.centre)
     _, _, share = fusion_attention(network, batch)
     plot_attention(share).savefig(out, dpi=110)
     for block, shares in share.items():

@@ -2,7 +2,8 @@
 
     python examples/segment_patient.py RUN PATIENT mask.nii.gz
 
-The command `mmfnet segment` does the same for many patients, and also writes DICOM, probabilities and images.
+Several structures must be given by label values, so that one mask can hold them. The command `mmfnet segment` does the
+same for many patients and any structures, and also writes DICOM, probabilities and images.
 """
 
 import math
@@ -26,10 +27,11 @@ def main(folder, patient, out):
     folds = run.trained_folds()
     networks = [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds]
     case = preprocess_case(read_case_folder(patient, run.recipe.data, require_mask=False), run.recipe.data)
-    mask = segment_ensemble(networks, case, run.recipe, run.postprocessing(folds)).label_image
-    write_image(mask, out)
-    voxels = sitk.GetArrayViewFromImage(mask).sum()
-    print(f"{out}: {voxels} voxels of tumour, {voxels * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
+    found = segment_ensemble(networks, case, run.recipe, run.postprocessing(folds))
+    write_image(found.label_image, out)
+    for name, mask in found.masks.items():
+        voxels = sitk.GetArrayViewFromImage(mask).sum()
+        print(f"{out}: {voxels} voxels of {name}, {voxels * math.prod(mask.GetSpacing()) / 1000:.1f} ml")
 
 
 if __name__ == "__main__":

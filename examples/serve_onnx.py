@@ -23,17 +23,20 @@ from keras_mmfnet.recipe import Recipe
 
 
 def open_network(path, recipe):
-    """Opens a network over the recipe's modalities in onnxruntime."""
+    """Opens a network from the recipe's modalities to its structures in onnxruntime."""
     try:
         session = onnxruntime.InferenceSession(path)
     except Exception as error:  # the errors of onnxruntime have no common base class
         raise ValueError(f"{path}: an undamaged network as ONNX is expected. Received: {error}") from error
     found = {tensor.name: tensor.shape[1:] for tensor in session.get_inputs()}
-    if found != {name: [*recipe.patches.shape, 1] for name in recipe.data.modalities}:
-        expected = (
-            f"{path}: a network over patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} is expected"
+    [channels], structures = {tensor.shape[-1] for tensor in session.get_outputs()}, recipe.data.structure_names
+    wanted = {name: [*recipe.patches.shape, 1] for name in recipe.data.modalities}
+    if found != wanted or channels != len(structures):
+        expected = f"a network over patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} is expected"
+        received = f"{found} and {channels} channels"
+        raise ValueError(
+            f"{path}: {expected}, with a channel for each of {', '.join(structures)}. Received: {received}"
         )
-        raise ValueError(f"{expected}. Received: {found}")
     return session
 
 
@@ -52,11 +55,15 @@ def main():
         recipe = Recipe.load(parsed.recipe)
         session = open_network(parsed.network, recipe)
         case = preprocess_case(read_case_folder(parsed.patient, recipe.data, require_mask=False), recipe.data)
-        mask = segment_case(lambda batch: session.run(None, batch)[0], case, recipe).label_image
-        write_image(mask, parsed.out)
+        found = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)
+        if found.label_image is None:
+            names = ", ".join(recipe.data.structures)
+            raise ValueError(f"--recipe: structures given by label values are expected. Received: {names}, by name")
+        write_image(found.label_image, parsed.out)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(f"{parsed.out}: {sitk.GetArrayViewFromImage(mask).sum()} voxels of tumour")
+    voxels = {name: sitk.GetArrayViewFromImage(mask).sum() for name, mask in found.masks.items()}
+    print(f"{parsed.out}: {', '.join(f'{count} voxels of {name}' for name, count in voxels.items())}")
 
 
 if __name__ == "__main__":

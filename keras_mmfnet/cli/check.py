@@ -44,8 +44,10 @@ def check(
                 rows[index] = row if row.mask else dataclasses.replace(row, problems=problems)
         rows += [CaseSurvey(error.patient, {}, None, None, None, (str(error),), ()) for error in errors]
         rows.sort(key=lambda row: row.name)
-        header = ["patient", "sequence", "voxels", "mm", "axes", "resampled", "tumour ml", "usable"]
-        terminal.table(header, [line for row in rows for line in _lines(row)])
+        names = chosen.structure_names if len(chosen.structures) > 1 else ()
+        volumes = [f"{name} ml" for name in names or ("tumour",)]
+        header = ["patient", "sequence", "voxels", "mm", "axes", "resampled", *volumes, "usable"]
+        terminal.table(header, [line for row in rows for line in _lines(row, names)])
         for kind, field in (("unusable", "problems"), ("note", "notes")):
             texts = [(row.name, text.removeprefix(f"{row.name}: ")) for row in rows for text in getattr(row, field)]
             for line in group_messages(f"{name}: {text}" for name, text in texts):
@@ -53,7 +55,7 @@ def check(
         for names in find_duplicates(cases):
             terminal.say(f"the same images: {', '.join(names)}")
         if csv:
-            write(csv, csv_text([_columns(row, chosen.modalities) for row in rows]))
+            write(csv, csv_text([_columns(row, chosen.modalities, names) for row in rows]))
         if as_json:
             write(as_json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
         if not no_mask:
@@ -95,6 +97,9 @@ def _show_folds(terminal, cases, rows, recipe, groups, splits):
     modalities = recipe.data.modalities
     lacking = {f"lacking {m}": {n for n, row in usable.items() if m not in row.images} for m in modalities}
     lacking["without tumour"] = {name for name, row in usable.items() if row.tumour_ml == 0}
+    for structure in recipe.data.structures if len(recipe.data.structures) > 1 else ():
+        some = {name for name, row in usable.items() if row.structures_ml and not row.structures_ml[structure]}
+        lacking[f"without {structure}"] = some
     lacking = {what: names for what, names in lacking.items() if names}
     for what, names in lacking.items():
         listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
@@ -128,21 +133,24 @@ def _show_folds(terminal, cases, rows, recipe, groups, splits):
         terminal.say(f"note: {line}")
 
 
-def _lines(row):
+def _lines(row, structures):
     """The table's lines about a patient: one for all sequences on the same grid."""
     grids = {}
     for name, image in row.images.items():
         about = (_by(image.size), _by(image.spacing_xyz), image.orientation, "yes" if image.resampled else "no")
         grids.setdefault(about, []).append(name)
-    known = "-" if row.tumour_ml is None else f"{row.tumour_ml:.1f}", "no" if row.problems else "yes"
-    lines = [["", " ".join(names), *about, "", ""] for about, names in grids.items()] or [["", *["-"] * 5, "", ""]]
-    lines[0] = [row.name, *lines[0][1:-2], *known]
+    volumes = [(row.structures_ml or {}).get(name) for name in structures] or [row.tumour_ml]
+    known = [*("-" if volume is None else f"{volume:.1f}" for volume in volumes), "no" if row.problems else "yes"]
+    rest = [""] * len(known)
+    lines = [["", " ".join(names), *about, *rest] for about, names in grids.items()] or [["", *["-"] * 5, *rest]]
+    lines[0] = [row.name, *lines[0][1:6], *known]
     return lines
 
 
-def _columns(row, modalities):
+def _columns(row, modalities, structures):
     """A patient as a line of the CSV file."""
     columns = {"patient": row.name, "usable": not row.problems, "tumour_ml": row.tumour_ml}
+    columns |= {f"{name}_ml": (row.structures_ml or {}).get(name) for name in structures}
     for name in modalities:
         image = row.images.get(name)
         columns[f"{name}_voxels"] = image and _by(image.size)

@@ -24,6 +24,9 @@ def explain(
             "the extra vis]"
         ),
     ] = None,
+    structure: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Structure that is explained. [the recipe's first]")
+    ] = None,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
@@ -31,6 +34,9 @@ def explain(
     with session(quiet) as terminal:
         recipe = options.recipe_of_run(run)
         options.require_new(out, "--out")
+        if structure not in (None, *recipe.data.structures):
+            listed = ", ".join(recipe.data.structures)
+            raise ValueError(f"--structure: one of {listed} is expected. Received: {structure}")
         from keras_mmfnet.data import find_patients, preprocess_case
 
         cases = find_patients(patient, recipe.data)
@@ -52,7 +58,7 @@ def explain(
         if seen := opened.seen_in_training(cases[0], [fold]):
             _log.warning("%s: %s", cases[0].name, seen)
         case = preprocess_case(cases[0], recipe.data)
-        figures = explain_patient(network, case, recipe, chosen)
+        figures = explain_patient(network, case, recipe, chosen, structure)
         out.mkdir()
         for name, figure in figures.items():
             figure.savefig(path := out / f"{name}.png", dpi=110)

@@ -16,7 +16,10 @@ def export(
     fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is written.")] = 0,
     quiet: options.Quiet = False,
 ):
-    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel."""
+    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel.
+
+    Its output has a channel for each structure, in the order of the recipe.
+    """
     with session(quiet) as terminal:
         options.recipe_of_run(run)
         options.require_new(out, "--out")

@@ -23,13 +23,13 @@ def segment(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for PATIENT.nii.gz and the files chosen below.")],
     rtstruct: Annotated[bool, typer.Option("--rtstruct", help="DICOM structure set, PATIENT_rtstruct.dcm.")] = False,
     seg: Annotated[bool, typer.Option("--seg", help="DICOM segmentation, PATIENT_seg.dcm.")] = False,
-    probability: Annotated[bool, typer.Option("--probability", help="Probability of tumour, as NIfTI.")] = False,
+    probability: Annotated[bool, typer.Option("--probability", help="Probabilities of the structures, NIfTI.")] = False,
     disagreement: Annotated[
         bool, typer.Option("--disagreement", help="Standard deviation over the folds' networks, as NIfTI.")
     ] = False,
     picture: Annotated[bool, typer.Option("--picture", help="PNG of a slice with the contours.")] = False,
     structure: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the contour in DICOM. [the structure's]")
+        str | None, typer.Option(metavar="NAME", help="Name of the contour in DICOM, of one structure. [the recipe's]")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(metavar="MM", min=0, help="How far structure set contours may move to save points.")
@@ -261,14 +261,12 @@ def _draw(case, masks, recipe, path):
     """A slice with the contours, in pixels of the patient's own size."""
     import io
 
-    import numpy as np
-
     from keras_mmfnet._files import write
     from keras_mmfnet.data import preprocess_case
     from keras_mmfnet.plots import plot_segmentation
 
     fine = preprocess_case(case, recipe.replace({"data.spacing": None}).data)
-    predicted = np.any([fine.grid.resample(mask) > 0 for mask in masks.values()], axis=0)
-    figure = plot_segmentation(fine.images, predicted, fine.mask, fine.spacing, margin=40)
+    predicted = {name: fine.grid.resample(mask) > 0 for name, mask in masks.items()}
+    figure = plot_segmentation(fine.images, predicted, fine.masks, fine.spacing, margin=40)
     figure.savefig(png := io.BytesIO(), format="png", dpi=110)
     write(path, png.getvalue())

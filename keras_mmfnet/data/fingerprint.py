@@ -57,9 +57,10 @@ class CaseSurvey:
         images: `{modality: survey}` of the images that can be read.
         mask: The paths of the masks, or `None` if there is none.
         labels: The non-zero values in the masks; `None` if the voxels were not read.
-        tumour_ml: Volume of the tumour in ml; `None` if it was not read or is refused.
+        tumour_ml: Volume of all structures together in ml; `None` if it was not read or is refused.
         problems: Error messages of preprocessing, if it would refuse the patient.
         notes: Remarks on the preprocessing for the user, one sentence each.
+        structures_ml: Volume of each structure in ml; `None` as for `tumour_ml`.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CaseSurvey:
     tumour_ml: float | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    structures_ml: Mapping[str, float] | None = None
 
 
 def survey(cases: Sequence[Case], recipe: DataRecipe, deep: bool = False) -> list[CaseSurvey]:
@@ -102,7 +104,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
     Returns:
         A `CaseSurvey`. Errors are listed in its `problems`.
     """
-    problems, notes, images, labels, volume = [], [], {}, None, None
+    problems, notes, images, labels, volume, volumes = [], [], {}, None, None, None
 
     def attempt(function, *args):
         try:
@@ -140,14 +142,22 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         labels = attempt(_labels, files, case.name)
         preprocessed = attempt(preprocess_case, case, recipe)
         if preprocessed:
-            notes = preprocessed.notes
-            volume = None if preprocessed.mask is None else preprocessed.tumour_ml
+            notes = [*preprocessed.notes, *_unclaimed(labels, recipe)]
+            if preprocessed.mask is not None:
+                volume, volumes = preprocessed.tumour_ml, preprocessed.structures_ml
     drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]
     drawn = [file for source in drawn for file in files_of(source) if isinstance(file, Structures)]
     notes = [*(f"structures in {source}" for source in drawn), *notes]
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
-    return CaseSurvey(case.name, images, where, labels, volume, problems, notes)
+    return CaseSurvey(case.name, images, where, labels, volume, problems, notes, volumes)
+
+
+def _unclaimed(labels, recipe):
+    """A note on labels of a mask that belong to no structure, though structures are given by labels."""
+    claimed = {label for some in recipe.structures.values() if isinstance(some, tuple) for label in some}
+    others = [f"{label:g}" for label in labels or () if label not in claimed]
+    return [f"mask: has labels that belong to no structure: {', '.join(others)}"] if claimed and others else []
 
 
 def _labels(sources, patient):

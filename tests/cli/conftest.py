@@ -36,12 +36,28 @@ def mmfnet():
 @pytest.fixture
 def trained(tmp_path):
     """The folder of a run with two folds, as far as segmenting needs it."""
+    return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def regions(tmp_path):
+    """Such a folder of three regions that overlap."""
+    return write_run(tmp_path / "regions", {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)})
+
+
+def write_run(folder, structures=None):
     recipe = Recipe.small().replace(
-        {"patches.shape": (4, 16, 16), "network.filters": (2, 3), "network.reduction": 2, "data.spacing": None}
+        {
+            "patches.shape": (4, 16, 16),
+            "network.filters": (2, 3),
+            "network.reduction": 2,
+            "data.spacing": None,
+            "data.structures": structures or {"tumour": None},
+        }
     )
-    folder = tmp_path / "run"
+    outputs = {"structures": recipe.data.structure_names, "exclusive": recipe.data.exclusive}
     for fold in range(2):
-        model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, reduction=2)
+        model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, reduction=2, **outputs)
         fill(model, seed=fold)
         (folder / f"fold_{fold}").mkdir(parents=True)
         model.save(folder / f"fold_{fold}" / "mmfnet.keras")

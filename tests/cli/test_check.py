@@ -73,6 +73,32 @@ def test_what_a_training_would_divide(mmfnet, cohort, tmp_path):
     assert "must be those of every patient" in mmfnet("check", cohort, *able, *files[2:], code=1).stderr
 
 
+def test_several_structures(mmfnet, cohort, tmp_path):
+    for number, path in enumerate(sorted(cohort.glob("*/mask.nii.gz"))):
+        image = sitk.ReadImage(str(path))
+        mask = sitk.GetArrayFromImage(image)
+        mask[:, :, ::2] *= 3 if number else 2
+        labels = sitk.GetImageFromArray(mask)
+        labels.CopyInformation(image)
+        sitk.WriteImage(labels, str(path))
+    structures = "--structure", "whole=1,2", "--structure", "inner=2"
+    done = mmfnet("check", cohort, "--deep", *structures, "--csv", tmp_path / "c.csv", "--json", tmp_path / "c.json")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["patient", "sequence", "voxels", "mm", "axes", "resampled", "whole", "ml", "inner", "ml", "usable"] in lines
+    with open(tmp_path / "c.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["tumour_ml"]) == float(row["whole_ml"]) > float(row["inner_ml"]) > 0
+    line = next(line for line in lines if line[:1] == ["patient_00"])
+    assert line[-3:] == [f"{float(row['whole_ml']):.1f}", f"{float(row['inner_ml']):.1f}", "yes"]
+    assert json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))[1]["structures_ml"]["inner"] == 0
+    # What is left out by mistake is said, and who is without which structure.
+    note = "note: patient_01: mask: has labels that belong to no structure: 3 (likewise for 4 others"
+    assert note in done.stdout
+    assert "without inner: 5 patients: patient_01, " in done.stdout
+    assert "without tumour" not in done.stdout
+    assert "without whole" not in done.stdout
+
+
 def test_patients_that_cannot_be_used(mmfnet, cohort, monkeypatch):
     (cohort / "patient_02" / "t2.nii.gz").unlink()
     (cohort / "patient_03" / "t1.nii.gz").write_bytes(b"no image")

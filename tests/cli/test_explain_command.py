@@ -18,7 +18,9 @@ def test_a_patient_of_a_run_is_explained(mmfnet, trained, tmp_path):
     done = mmfnet(*arguments, "--fold", 3, code=1)
     assert re.search(r"that is trained \(0, 1\) is expected. Received: 3", done.stderr)
     assert "--methods: names of" in mmfnet(*arguments, "--methods", "gradcam,lime", code=1).stderr
-    done = mmfnet(*arguments)
+    refused = mmfnet(*arguments, "--structure", "core", code=1)
+    assert "--structure: one of tumour is expected. Received: core" in refused.stderr
+    done = mmfnet(*arguments, "--structure", "tumour")
     names = {"attention", "spatial_fusion1", "spatial_fusion2", "spatial_fusion_bottom"}
     assert {path.stem for path in out.iterdir()} == names | ({"gradcam"} if BACKEND == "tensorflow" else set())
     assert done.stdout.splitlines() == [str(out / line.rpartition("/")[2]) for line in done.stdout.splitlines()]

@@ -9,6 +9,9 @@ import SimpleITK as sitk
 from dicom_files import write_series
 
 from keras_mmfnet.data import Grid
+from keras_mmfnet.data.dicom import find_series
+from keras_mmfnet.data.labels import split_labels
+from keras_mmfnet.data.structures import Structures, read_structures
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
@@ -38,6 +41,61 @@ def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
     assert re.search(r"at most 3 points with a tolerance of 0.5 mm. Received: \d+ points in slice", refused.stderr)
     assert not any("Secret" in path.name for path in tmp_path.rglob("*"))
     assert "Secret" not in done.output
+
+
+def test_several_structures(mmfnet, regions, tmp_path):
+    patient, out, options = tmp_path / "ann", tmp_path / "out", ("--rtstruct", "--seg", "--probability", "--picture")
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(patient, GRID, name, prefix=name, seed=seed)
+    names, labels = ("whole", "core", "enhancing"), np.zeros(GRID.shape, np.uint8)
+    labels[2:4, 5:15, 5:15] = 2
+    labels[2:4, 8:12, 8:12] = 1
+    sitk.WriteImage(GRID.image(labels), str(patient / "mask.nii.gz"))
+    done = mmfnet("segment", regions, patient, "--out", out, *options)
+    ends = (".json", ".nii.gz", ".png", "_rtstruct.dcm", "_seg.dcm", *(f"_probability_{name}.nii.gz" for name in names))
+    assert sorted(path.name for path in out.iterdir()) == sorted(f"ann{end}" for end in ends)
+    # One label image holds all of them; a region within another has the inner one's label.
+    masks = split_labels(read(out / "ann.nii.gz"), Recipe.load(regions / "recipe.json").data.structures)
+    assert masks["enhancing"].any()
+    assert (masks["core"] >= masks["enhancing"]).all()
+    assert (masks["whole"] >= masks["core"]).all()
+    for name in names:
+        assert f"{masks[name].sum()} voxels of {name}, " in done.stderr
+        assert read(out / f"ann_probability_{name}.nii.gz")[masks[name]].max() >= 0.5
+    assert re.search(r"whole DSC \d\.\d{4}, HD95 \d.*core DSC .*the expert's mask of enhancing is empty", done.stderr)
+    structure_set, segments = (pydicom.dcmread(out / f"ann_{kind}.dcm") for kind in ("rtstruct", "seg"))
+    assert [one.ROIName for one in structure_set.StructureSetROISequence] == list(names)
+    assert [one.SegmentLabel for one in segments.SegmentSequence] == list(names)
+    colours = {tuple(one.ROIDisplayColor) for one in structure_set.ROIContourSequence}
+    assert len(colours) == 3
+    (series,) = [one for one in find_series(patient, "ann") if one.description == "T1"]
+    for path in (out / "ann_rtstruct.dcm", out / "ann_seg.dcm"):
+        for name in names:
+            written = read_structures(Structures(path, series, (name,)), "ann")
+            np.testing.assert_array_equal(sitk.GetArrayFromImage(written) > 0, masks[name])
+    assert "Segmented already: 1 of 1 patient" in mmfnet("segment", regions, patient, "--out", out, *options).stderr
+    (out / "ann_probability_core.nii.gz").unlink()
+    mmfnet("segment", regions, patient, "--out", out, *options)
+    assert (out / "ann_probability_core.nii.gz").exists()
+    renamed = mmfnet("segment", regions, patient, "--out", tmp_path / "b", "--structure", "GTV", code=1)
+    assert "for a network of one structure, are expected. Received: GTV for whole, core, enhancing" in renamed.stderr
+
+
+def test_structures_with_a_file_each(mmfnet, regions, tiny_cohort, tmp_path):
+    recipe = Recipe.load(regions / "recipe.json")
+    named = {"whole": "wt", "core": "tc", "enhancing": "et"}
+    (regions / "recipe.json").write_text(recipe.replace({"data.structures": named}).to_json())
+    arguments = "segment", regions, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--disagreement"
+    mmfnet(*arguments)
+    files = {f"patient_00{what}_{name}.nii.gz" for name in named for what in ("", "_disagreement")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"patient_00.json", *files}
+    whole = tmp_path / "out" / "patient_00_whole.nii.gz"
+    before = read(whole)
+    assert set(np.unique(before)) == {0, 1}
+    whole.unlink()
+    mmfnet(*arguments)
+    np.testing.assert_array_equal(read(whole), before)
+    assert "Segmented already: 1 of 1 patient" in mmfnet(*arguments).stderr
 
 
 def test_what_cannot_be_done_is_said_before_any_work(mmfnet, trained, tiny_cohort, tmp_path, monkeypatch):
