@@ -36,6 +36,12 @@ def _distinct(names: tuple) -> tuple:
     return names
 
 
+def _different(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) != len(axes):
+        raise ValueError("must be different axes")
+    return axes
+
+
 def _pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
@@ -87,6 +93,7 @@ _SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str | int
 _Positive = Annotated[int, Field(ge=1)]
 _Rate = Annotated[float, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
+_Strength = Annotated[float, Field(ge=0, le=10)]
 _Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
 # Names of files, of layers and of folders.
 _Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
@@ -228,22 +235,58 @@ class DataRecipe(_Part):
 class PatchRecipe(_Part):
     """The 3D patches that a network sees, and their augmentation (section IV-A).
 
-    Lengths in voxels are `(depth, height, width)`.
+    Lengths in voxels are `(depth, height, width)`. Everything after `flip_axes` goes beyond the paper and is off at 0.
+    Factors up to `1 + f` are as often below 1, down to `1 / (1 + f)`.
 
     Args:
         shape: Voxels of one patch, each a multiple of the product of the network's strides along its axis.
         stride: Step between windows in voxels; `None` for one window about the body's centre.
         offset_fraction: Largest random shift of a training patch, as a fraction of `shape`. The paper's
             `(4, 32, 32)` voxels.
-        max_rotation: Largest random in-plane rotation, in degrees.
-        flip_axis: Axis flipped with probability one half: 1 (vertical), 2 (left to right) or `None`.
+        max_rotation: Largest random rotation, in degrees.
+        flip_axes: Axes, each flipped with probability one half: 0 (head to feet), 1 (front to back, the paper's
+            vertical flip), 2 (left to right).
+        in_plane: Whether rotation, scaling, misalignment, blur and low resolution stay within the slices, as they
+            must where slices are thicker than pixels. Otherwise they are along and about all three axes.
+        max_scaling: Largest random scaling: a factor up to 1 + this.
+        misalignment: Largest random shift in mm and rotation in degrees of each sequence against the reference
+            modality and the mask.
+        blur: Largest standard deviation of a Gaussian blur, in voxels.
+        low_resolution: Largest loss of resolution: voxels up to 1 + this times as large.
+        bias_field: Largest natural logarithm of a smooth field that multiplies the image.
+        gamma: Largest change of the contrast curve: a power up to 1 + this.
+        contrast: Largest change of the contrast: a factor up to 1 + this.
+        brightness: Largest value added, in standard deviations of the image, as is the next.
+        noise: Largest standard deviation of Gaussian noise.
+        intensity_probability: Probability with which each of `blur` to `noise` is applied to a sequence of a patch.
+        foreground: Share of the training patches that are placed at a random voxel of a random structure of a random
+            patient; the others are at the windows.
     """
 
     shape: tuple[_Positive, _Positive, _Positive] = (16, 256, 256)
     stride: tuple[_Positive | None, _Positive | None, _Positive | None] = (4, None, None)
     offset_fraction: tuple[_Fraction, _Fraction, _Fraction] = (0.25, 0.125, 0.125)
     max_rotation: Annotated[float, Field(ge=0, le=180)] = 5.0
-    flip_axis: Literal[1, 2] | None = 1
+    flip_axes: Annotated[tuple[Literal[0, 1, 2], ...], _SEVERAL, AfterValidator(_different)] = (1,)
+    in_plane: bool = True
+    max_scaling: _Strength = 0.0
+    misalignment: tuple[_Strength, Annotated[float, Field(ge=0, le=45)]] = (0.0, 0.0)
+    blur: _Strength = 0.0
+    low_resolution: _Strength = 0.0
+    bias_field: _Strength = 0.0
+    gamma: _Strength = 0.0
+    contrast: _Strength = 0.0
+    brightness: _Strength = 0.0
+    noise: _Strength = 0.0
+    intensity_probability: _Fraction = 0.2
+    foreground: _Fraction = 0.0
+
+    @classmethod
+    def strong(cls, **values: Any) -> Self:
+        """Patches with an augmentation of about nnU-Net's strength, and these other values."""
+        strengths = {"max_rotation": 15.0, "max_scaling": 0.25, "blur": 1.0, "low_resolution": 1.0, "bias_field": 0.5}
+        strengths |= {"gamma": 0.5, "contrast": 0.25, "brightness": 0.25, "noise": 0.25, "foreground": 1 / 3}
+        return cls(**strengths | values)
 
     @property
     def max_offset(self) -> tuple[int, int, int]:
@@ -401,7 +444,7 @@ class Recipe(_Part):
         """A recipe for a computer without a GPU: the paper's field of view in patches of 16x64x64 voxels of 2 mm."""
         return cls(
             data=DataRecipe(spacing=2.0),
-            patches=PatchRecipe(shape=(16, 64, 64), flip_axis=2),
+            patches=PatchRecipe(shape=(16, 64, 64), flip_axes=(2,), foreground=1 / 3),
             training=TrainingRecipe(batch_size=4, steps_per_epoch=50, epochs=40, warmup_epochs=3, learning_rate=1e-3),
         )
 

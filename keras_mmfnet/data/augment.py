@@ -1,84 +1,356 @@
-"""Augmentation of training patches: draws random parameters, then applies them (section IV-A)."""
+"""Augmentation of training patches: draws random parameters, then applies them (section IV-A).
 
+All random parameters depend on the seed and the patch's number alone.
+"""
+
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from keras_mmfnet.recipe import PatchRecipe
 
+# The changes of the intensities in the order in which they are applied, each the name of its field.
+INTENSITIES = ("blur", "low_resolution", "bias_field", "gamma", "contrast", "brightness", "noise")
 
-def margin(recipe: PatchRecipe) -> np.ndarray:
-    """The margin in pixels `(y, x)` on each side that rotating a patch needs.
 
-    It is half the difference between the rotated patch's bounding box and the patch, plus one pixel for interpolation.
+def margin(recipe: PatchRecipe, pixel: float = 1.0) -> np.ndarray:
+    """The margin in pixels `(y, x)` on each side that moving a patch in plane needs.
+
+    It is half the difference between the moved patch's bounding box and the patch, plus one pixel for interpolation.
 
     Args:
         recipe: The `PatchRecipe`.
+        pixel: The smallest pixel size in mm, for the misalignment.
 
     Returns:
         Two integers.
     """
-    sine = math.sin(math.radians(min(recipe.max_rotation, 90)))
-    return np.ceil(sine / 2 * np.array(recipe.shape[:0:-1])).astype(int) + 1
+    shift, turn = recipe.misalignment
+    sine = math.sin(math.radians(min(recipe.max_rotation + turn, 90)))
+    half, scale = np.array(recipe.shape[1:]) / 2, 1 + recipe.max_scaling
+    return np.ceil(scale * sine * half[::-1] + (scale - 1) * half + shift / pixel).astype(int) + 1
 
 
-def draw(sample: tf.Tensor, windows: int, recipe: PatchRecipe, seed: int) -> tuple[tf.Tensor, ...]:
-    """Draws the random parameters of a training patch. They depend only on the seed and the patch's number.
+def draw_window(number: tf.Tensor, windows: int, seed: int) -> tf.Tensor:
+    """Draws the window of a training patch. Each pass over the windows has its own order.
+
+    Args:
+        number: Number of the patch among those that come from the windows, int64.
+        windows: Number of windows of all patients.
+        seed: The seed.
+
+    Returns:
+        The number of the window.
+    """
+    return tf.random.experimental.index_shuffle(number % windows, tf.stack([seed, number // windows]), windows - 1)
+
+
+def draw_voxel(sample: tf.Tensor, patients: tf.Tensor, structures: tf.Tensor, seed: int) -> tf.Tensor:
+    """Draws a patient, one of the patient's structures and one of its voxels.
 
     Args:
         sample: Number of the patch, int64.
-        windows: Number of windows of all patients.
+        patients: Int32 `(patients, 2)`, the first structure of each patient and their number.
+        structures: Int32 `(structures, 2)`, the first voxel of each structure and their number.
+        seed: The seed.
+
+    Returns:
+        The number of the voxel, int32.
+    """
+    patient, structure, voxel = tf.unstack(
+        tf.random.stateless_uniform([3], _stream(sample, seed, 1), 0, 2**31 - 1, tf.int32)
+    )
+    own = patients[patient % len(patients)]
+    own = structures[own[0] + structure % own[1]]
+    return own[0] + voxel % own[1]
+
+
+def draw_motion(sample: tf.Tensor, movable: tf.Tensor, recipe: PatchRecipe, seed: int) -> dict[str, tf.Tensor]:
+    """Draws how a training patch is moved.
+
+    Args:
+        sample: Number of the patch, int64.
+        movable: Float32 `(channels,)`, 1 for the sequences that a misalignment moves; 0 for the reference modality and
+            the structures.
         recipe: The `PatchRecipe`.
         seed: The seed.
 
     Returns:
-        `(window, offset, angle, flip)`: the number of the window; the offset `(z, y, x)` in voxels, int32; the in-plane
-        angle in radians, float32; and whether the patch is flipped.
+        `offset`, the shift of the window in voxels `(z, y, x)`, int32; `signs`, float32 `(z, y, x)`, -1 for a flipped
+        axis; `scale`, the factor of the sampled lengths; `angles`, float32 `(z, y, x)`, the rotations about these axes
+        in radians. With a misalignment also `shifts` in mm and `turns` in radians, float32 `(channels, 3)`.
     """
-    # Each pass over the windows has its own order.
-    order = tf.stack([seed, sample // windows])
-    window = tf.random.experimental.index_shuffle(sample % windows, order, windows - 1)
-    numbers = tf.random.stateless_uniform([5], tf.stack([seed, sample]), -1.0, 1.0)
-    offset = tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32)
-    return window, offset, numbers[3] * math.radians(recipe.max_rotation), numbers[4] > 0
+    numbers = tf.random.stateless_uniform([5], _stream(sample, seed, 0), -1.0, 1.0)
+    others = tf.random.stateless_uniform([5], _stream(sample, seed, 2), -1.0, 1.0)
+    flips = dict(zip(recipe.flip_axes, tf.unstack(tf.concat([numbers[4:], others[:2]], 0)), strict=False))
+    motion = {
+        "offset": tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32),
+        "signs": tf.stack([tf.where(flips[axis] > 0, -1.0, 1.0) if axis in flips else 1.0 for axis in range(3)]),
+        "scale": (1 + recipe.max_scaling) ** others[4],
+        "angles": tf.concat([numbers[3:4], others[2:4]], 0) * math.radians(recipe.max_rotation),
+    }
+    if any(recipe.misalignment):
+        shift, turn = recipe.misalignment
+        own = tf.random.stateless_uniform([2, len(movable), 3], _stream(sample, seed, 3), -1.0, 1.0)
+        own *= movable[:, None]
+        motion |= {"shifts": own[0] * shift, "turns": own[1] * math.radians(turn)}
+    return motion
 
 
-def rotate_and_flip(
-    box: tf.Tensor, angle: tf.Tensor, flip: tf.Tensor, margin: np.ndarray, recipe: PatchRecipe
+def draw_intensities(sample: tf.Tensor, sequences: int, recipe: PatchRecipe, seed: int) -> tf.Tensor:
+    """Draws how the intensities of each sequence of a training patch are changed.
+
+    Args:
+        sample: Number of the patch, int64.
+        sequences: Number of sequences.
+        recipe: The `PatchRecipe`.
+        seed: The seed.
+
+    Returns:
+        Float32 `(sequences, kinds, 6)` in [-1, 1], by the kinds of `INTENSITIES`: the strengths as multiples of the
+        recipe's largest one, or 0 for a kind that is not chosen. The bias field has six; the others use the first.
+    """
+    shape = [sequences, len(INTENSITIES), 7]
+    numbers = tf.random.stateless_uniform(shape, _stream(sample, seed, 4), -1.0, 1.0)
+    return tf.where(numbers[..., :1] < 2 * recipe.intensity_probability - 1, numbers[..., 1:], 0.0)
+
+
+def move_in_plane(
+    box: tf.Tensor, motion: dict[str, tf.Tensor], pixel: tf.Tensor, margin: np.ndarray, recipe: PatchRecipe
 ) -> tf.Tensor:
-    """Rotates a window about its centre, flips it and crops the margin, with one bilinear interpolation.
-
-    All slices and modalities of a pixel are contiguous, so the interpolation gathers one row per neighbour.
+    """Rotates, scales, flips and misaligns a window within its slices and crops the margin, with one interpolation.
 
     Args:
         box: Float32 `(height, width, depth, channels)`, the patch with the margin.
-        angle: In-plane angle in radians.
-        flip: Whether to flip along `recipe.flip_axis`.
+        motion: From `draw_motion`.
+        pixel: Pixel size in mm `(y, x)`.
         margin: Pixels `(y, x)` of the margin on each side.
         recipe: The `PatchRecipe`.
 
     Returns:
-        Float32 `(height, width, depth, channels)` without the margin.
+        Float32 `(channels, depth, height, width)` without the margin.
     """
-    _, height, width = recipe.shape
-    middle = np.array([(height - 1) / 2, (width - 1) / 2], np.float32)
-    y = np.arange(height, dtype=np.float32)[:, None] - middle[0]
-    x = np.arange(width, dtype=np.float32) - middle[1]
-    sign = tf.where(flip, -1.0, 1.0)
-    y, x = (axis * sign if recipe.flip_axis == number else axis for number, axis in ((1, y), (2, x)))
-    rows = tf.sin(angle) * x + tf.cos(angle) * y + (middle[0] + margin[0])
-    columns = tf.cos(angle) * x - tf.sin(angle) * y + (middle[1] + margin[1])
-    top, left = tf.floor(rows), tf.floor(columns)
-    down, right = (tf.reshape(part, (-1, 1, 1)) for part in (rows - top, columns - left))
-    first = tf.reshape(tf.cast(top, tf.int32) * box.shape[1] + tf.cast(left, tf.int32), [-1])
-    pixels = tf.reshape(box, (-1, *box.shape[2:]))
-    rotated = tf.add_n(
-        [
-            (1 - down) * (1 - right) * tf.gather(pixels, first),
-            (1 - down) * right * tf.gather(pixels, first + 1),
-            down * (1 - right) * tf.gather(pixels, first + box.shape[1]),
-            down * right * tf.gather(pixels, first + box.shape[1] + 1),
+    middle = [np.float32((n - 1) / 2 + m) for n, m in zip(recipe.shape[1:], margin, strict=True)]
+
+    # Compiled, it reads the patch once instead of a dozen times.
+    @tf.function(jit_compile=True)
+    def moved(box, motion, pixel):
+        if 0 in recipe.flip_axes:
+            box = tf.where(motion["signs"][0] < 0, box[:, :, ::-1], box)
+        _, y, x = _steps(motion, recipe)
+        if "turns" not in motion:
+            rows, columns = _rotate(y, x, motion["angles"][0])
+            # All slices and channels of a pixel are contiguous: each neighbour is one row of memory.
+            return _interpolate(box, [rows + middle[0], columns + middle[1]])
+        rows, columns = _rotate(y, x, motion["angles"][0] + motion["turns"][:, 0, None, None])
+        shifts = (motion["shifts"][:, 1:] / pixel)[..., None, None]
+        coordinates = [rows + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
+        return _interpolate(tf.transpose(box, (0, 1, 3, 2)), coordinates, each_channel=True)
+
+    return tf.transpose(moved(box, motion, pixel), (0, 3, 1, 2) if "turns" in motion else (3, 2, 0, 1))
+
+
+def move_in_space(
+    volume: tf.Tensor,
+    start: tf.Tensor,
+    slices: tf.Tensor,
+    motion: dict[str, tf.Tensor],
+    spacing: tf.Tensor,
+    recipe: PatchRecipe,
+) -> tf.Tensor:
+    """Rotates, scales, flips and misaligns a window in three dimensions, with one interpolation.
+
+    Args:
+        volume: `(slices, height, width, channels)`. Outside of it, the value of the nearest voxel is taken.
+        start: First voxel of the window `(z, y, x)`, int32.
+        slices: The first and the last slice of the patient, int32.
+        motion: From `draw_motion`.
+        spacing: Voxel size in mm `(z, y, x)`.
+        recipe: The `PatchRecipe`.
+
+    Returns:
+        Float32 `(channels, depth, height, width)`.
+    """
+    each_channel = "turns" in motion
+
+    @tf.function(jit_compile=True)
+    def moved(start, slices, motion, spacing):
+        z, y, x = (step * size for step, size in zip(_steps(motion, recipe), tf.unstack(spacing), strict=True))
+        angles, shifts = motion["angles"][None], tf.zeros((1, 3))
+        if each_channel:
+            angles, shifts = angles + motion["turns"], motion["shifts"]
+        about_z, about_y, about_x = tf.unstack(angles[..., None, None, None], axis=1)
+        y, x = _rotate(y, x, about_z)
+        z, x = _rotate(z, x, about_y)
+        z, y = _rotate(z, y, about_x)
+        middle = tf.cast(start, tf.float32) + (np.array(recipe.shape, np.float32) - 1) / 2
+        first, last = [slices[0], 0, 0], [slices[1], volume.shape[1] - 1, volume.shape[2] - 1]
+        coordinates = [
+            tf.clip_by_value(
+                (step + shifts[:, axis, None, None, None]) / spacing[axis] + middle[axis],
+                tf.cast(first[axis], tf.float32),
+                tf.cast(last[axis], tf.float32),
+            )
+            for axis, step in enumerate((z, y, x))
         ]
+        return _interpolate(volume, coordinates if each_channel else [c[0] for c in coordinates], last, each_channel)
+
+    moved = moved(start, slices, motion, spacing)
+    return moved if each_channel else tf.transpose(moved, (3, 0, 1, 2))
+
+
+def change_intensities(image: tf.Tensor, amounts: tf.Tensor, recipe: PatchRecipe) -> tf.Tensor:
+    """Changes the intensities of one sequence of a patch, except for the noise.
+
+    Args:
+        image: Float32 `(depth, height, width)`.
+        amounts: Float32 `(kinds, 6)`, the image's of `draw_intensities`.
+        recipe: The `PatchRecipe`.
+
+    Returns:
+        The changed image.
+    """
+    axes = (1, 2) if recipe.in_plane else (0, 1, 2)
+    changes = {
+        "blur": lambda x, a: blur(x, recipe.blur * tf.abs(a[0]), math.ceil(3 * recipe.blur), axes),
+        "low_resolution": lambda x, a: low_resolution(x, 1 + recipe.low_resolution * tf.abs(a[0]), axes),
+        "bias_field": lambda x, a: bias_field(x, recipe.bias_field * a),
+        "gamma": lambda x, a: gamma(x, (1 + recipe.gamma) ** a[0]),
+        "contrast": lambda x, a: contrast(x, (1 + recipe.contrast) ** a[0]),
+        "brightness": lambda x, a: x + recipe.brightness * a[0],
+    }
+    for name, change in changes.items():
+        if getattr(recipe, name):
+            amount = amounts[INTENSITIES.index(name)]
+            change = functools.partial(change, image, amount)
+            image = tf.cond(tf.reduce_any(amount != 0), change, functools.partial(tf.identity, image))
+    return image
+
+
+def noise(image: tf.Tensor, deviation: tf.Tensor, sample: tf.Tensor, sequence: int, seed: int) -> tf.Tensor:
+    """Adds Gaussian noise of a standard deviation, drawn from the seed and the numbers of patch and sequence."""
+    stream = _stream(sample, seed, 5 + sequence)
+    # Slow if compiled.
+    return tf.cond(
+        deviation > 0, lambda: image + deviation * tf.random.stateless_normal(image.shape, stream), lambda: image
     )
-    return tf.reshape(rotated, (height, width, *box.shape[2:]))
+
+
+def blur(image: tf.Tensor, deviation: tf.Tensor, radius: int, axes: Sequence[int]) -> tf.Tensor:
+    """Convolves with a Gaussian of a standard deviation in voxels along some axes; mirrored at the edges."""
+    weights = tf.exp(-(np.arange(-radius, radius + 1, dtype=np.float32) ** 2) / (2 * deviation**2))
+    weights = tf.unstack(weights / tf.reduce_sum(weights))
+    for axis in axes:
+        size = image.shape[axis]
+        padded = tf.gather(image, np.pad(np.arange(size), radius, "symmetric"), axis=axis)
+        shifted = (padded[(slice(None),) * axis + (slice(k, k + size),)] for k in range(len(weights)))
+        image = tf.add_n([weight * part for weight, part in zip(weights, shifted, strict=True)])
+    return image
+
+
+def low_resolution(image: tf.Tensor, factor: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Keeps the voxels nearest to a grid that is coarser by a factor, and interpolates linearly between them."""
+    sides = []  # of each axis: the index and the weight of the voxel on either side
+    for axis in axes:
+        size = image.shape[axis]
+        position = (np.arange(size, dtype=np.float32) - size // 2) / factor
+        lower = tf.floor(position)
+        upper = tf.reshape(position - lower, [-1 if other == axis else 1 for other in range(3)])
+        near, far = (
+            tf.clip_by_value(tf.cast(tf.round(step * factor), tf.int32) + size // 2, 0, size - 1)
+            for step in (lower, lower + 1)
+        )
+        sides.append([(axis, near, 1 - upper), (axis, far, upper)])
+    total = []
+    for corner in itertools.product(*sides):
+        part = image
+        for axis, index, _ in corner:
+            part = tf.gather(part, index, axis=axis)
+        total.append(math.prod(weight for _, _, weight in corner) * part)
+    return tf.add_n(total)
+
+
+def bias_field(image: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
+    """Multiplies what is above the lowest value by a smooth field, as the coils of a scanner do.
+
+    The field's logarithm is the mean, over the axes, of a line and a parabola over [-1, 1], which have one coefficient
+    each.
+    """
+    field = 1.0
+    for axis, size in enumerate(image.shape):
+        t = np.linspace(-1, 1, size, dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        field *= tf.exp((coefficients[axis] * t + coefficients[3 + axis] * (1.5 * t**2 - 0.5)) / 6)
+    lowest = tf.reduce_min(image)
+    return lowest + (image - lowest) * field
+
+
+def gamma(image: tf.Tensor, exponent: tf.Tensor) -> tf.Tensor:
+    """Raises the values, as fractions of their range, to a power."""
+    lowest = tf.reduce_min(image)
+    span = tf.reduce_max(image) - lowest
+    fraction = (image - lowest) / tf.maximum(span, 1e-6)
+    # Faster than `tf.pow`.
+    return lowest + span * tf.exp(exponent * tf.math.log(tf.maximum(fraction, 1e-12)))
+
+
+def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """Multiplies the distances from the mean value by a factor."""
+    mean = tf.reduce_mean(image)
+    return mean + factor * (image - mean)
+
+
+def _stream(sample, seed, number):
+    """A seed for the random numbers of one purpose. The project's seeds are below 2**32."""
+    return tf.stack([seed + number * 2**32, sample])
+
+
+def _steps(motion, recipe):
+    """The positions along each axis about the patch's centre, flipped and scaled, in voxels."""
+    scales = [1.0 if recipe.in_plane else motion["scale"], motion["scale"], motion["scale"]]
+    for axis, (size, scale) in enumerate(zip(recipe.shape, scales, strict=True)):
+        step = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)).reshape((-1, *[1] * (2 - axis)))
+        yield step * (motion["signs"][axis] * scale)
+
+
+def _rotate(u, v, angle):
+    return tf.sin(angle) * v + tf.cos(angle) * u, tf.cos(angle) * v - tf.sin(angle) * u
+
+
+def _interpolate(values, coordinates, last=None, each_channel=False):
+    """Interpolates linearly along the first axes of an array.
+
+    Args:
+        values: Array, its channels behind these axes.
+        coordinates: Float32 indices along each of these axes.
+        last: Their largest values; `None` if all neighbours lie inside.
+        each_channel: Whether the first axis of the coordinates is that of the channels, which then comes first.
+
+    Returns:
+        Float32 array.
+    """
+    lower = [tf.floor(coordinate) for coordinate in coordinates]
+    trailing = (1,) * (len(values.shape) - len(coordinates) - each_channel)
+    parts = [
+        tf.reshape(coordinate - low, (*coordinate.shape, *trailing))
+        for coordinate, low in zip(coordinates, lower, strict=True)
+    ]
+    near = [tf.cast(low, tf.int32) for low in lower]
+    far = [index + 1 for index in near]
+    if last is not None:
+        far = [tf.minimum(index, most) for index, most in zip(far, last, strict=True)]
+    channel = []
+    if each_channel:
+        count = coordinates[0].shape[0]
+        channel = [
+            tf.broadcast_to(tf.reshape(tf.range(count), (count, *[1] * (len(lower[0].shape) - 1))), lower[0].shape)
+        ]
+    total = []
+    for corner in itertools.product((False, True), repeat=len(coordinates)):
+        index = [b if up else a for a, b, up in zip(near, far, corner, strict=True)]
+        weight = math.prod(part if up else 1 - part for part, up in zip(parts, corner, strict=True))
+        total.append(weight * tf.cast(tf.gather_nd(values, tf.stack(index + channel, axis=-1)), tf.float32))
+    return tf.add_n(total)

@@ -75,24 +75,41 @@ def patch_dataset(
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
-    volume, windows = _pack(cases, recipe, modalities, training)
-    # As tensors: the pipeline captures them by reference and does not copy them into its graph.
-    volume, windows = tf.constant(volume), tf.constant(windows, tf.int32)
-    margin = augment.margin(recipe)
+    tables = _load(cases, recipe, modalities, training)
+    # The pipeline captures tensors by reference and does not copy them into its graph.
+    volume, margin = tables["volume"], augment.margin(recipe, tables["spacing"].numpy()[:, 1:].min())
 
-    # Compiled, it reads the patch once instead of a dozen times.
+    # Compiled once for all sequences.
     @tf.function(jit_compile=True)
-    def transform(box, angle, flip):
-        return augment.rotate_and_flip(box, angle, flip, margin, recipe)
+    def change(image, amounts):
+        return augment.change_intensities(image, amounts, recipe)
 
     def random_patch(sample):
-        window, offset, angle, flip = augment.draw(sample, len(windows), recipe, seed)
-        return _split(transform(_crop(volume, windows[window], offset, margin, recipe), angle, flip), modalities)
+        patient, start, lowest, highest = _place(sample, tables, recipe, seed)
+        motion = augment.draw_motion(sample, tables["movable"][patient], recipe, seed)
+        start = tf.clip_by_value(start + motion.pop("offset"), lowest, highest)
+        spacing = tables["spacing"][patient]
+        if recipe.in_plane:
+            moved = augment.move_in_plane(_crop(volume, start, margin, recipe), motion, spacing[1:], margin, recipe)
+        else:
+            slices = tables["bounds"][patient, :, 0] + [0, recipe.shape[0] - 1]
+            moved = augment.move_in_space(volume, start, slices, motion, spacing, recipe)
+        images, masks = _split(moved, modalities)
+        if any(getattr(recipe, name) for name in augment.INTENSITIES):
+            amounts = augment.draw_intensities(sample, len(modalities), recipe, seed)
+            for number, (name, image) in enumerate(images.items()):
+                # The image of a sequence that the patient lacks stays zero.
+                amount = tf.where(tf.reduce_any(image != 0), amounts[number], 0.0)
+                changed = change(image[..., 0], amount)
+                deviation = recipe.noise * tf.abs(amount[-1, 0])
+                images[name] = augment.noise(changed, deviation, sample, number, seed)[..., None]
+        return images, masks
 
     def patch(sample):
-        return _split(_crop(volume, windows[sample], np.zeros(3, int), np.zeros(2, int), recipe), modalities)
+        box = _crop(volume, tables["windows"][sample, :3], np.zeros(2, int), recipe)
+        return _split(tf.transpose(box, (3, 2, 0, 1)), modalities)
 
-    last = np.iinfo(np.int64).max if training else len(windows)
+    last = np.iinfo(np.int64).max if training else len(tables["windows"])
     samples = tf.data.Dataset.range(first_batch * batch_size, last)
     patches = samples.map(random_patch if training else patch, num_parallel_calls=tf.data.AUTOTUNE)
     return patches.batch(batch_size).prefetch(tf.data.AUTOTUNE)
@@ -126,9 +143,8 @@ def centre_patches(
 
     def choose(number, batch):
         images, mask = batch
-        mask = mask[..., 0]
-        shape = tf.shape(mask)
-        tumour = tf.reshape(mask > 0, (shape[0], -1))
+        shape = tf.shape(mask)[:4]
+        tumour = tf.reshape(tf.reduce_any(mask > 0, axis=-1), (shape[0], -1))
         # The voxels with the largest random numbers, of the tumour and of the background.
         noise = tf.random.stateless_uniform(tf.shape(tumour), tf.stack([seed, number]))
         inside = tf.math.top_k(tf.where(tumour, noise, noise - 1), count // 2).indices
@@ -143,40 +159,122 @@ def centre_patches(
             name: tf.ensure_shape(tf.gather_nd(tf.pad(image[..., 0], pads), index), (None, height, width))[..., None]
             for name, image in images.items()
         }
-        return patches, tf.gather_nd(mask, centres)[:, None, None, None]
+        return patches, tf.gather_nd(mask, centres)[:, None, None]
 
     return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _pack(cases, recipe, modalities, training):
-    """Concatenates the voxels of all patients that a window can reach along the slices.
+def _masks(case):
+    """The masks of a patient's structures."""
+    return [case.mask]
+
+
+def _load(cases, recipe, modalities, training):
+    """Concatenates all voxels that a patch can reach, and lists where in them a patch can be.
 
     Returns:
-        The voxels, float16 `(height, width, slices, modalities + 1)` with the mask as the last channel; and the
-        windows, int32 `(windows, 5)`: first slice, row and column, and the lowest and highest first slice for which
-        the window lies inside the patient.
+        Tensors by name. `volume`: float16 `(height, width, slices, modalities + structures)`, the patients' slices one
+        after another; the slices are the first axis if patches are moved in space. `windows` and, if patches are placed
+        at structures, `voxels`: int32 `(n, 4)`, the index of the first voxel or of the voxel in the volume, and the
+        number of the patient. `patients` and `structures`: see `augment.draw_voxel`. By patient: `reach` and `bounds`,
+        int32 `(2, 3)`, the lowest and the highest first voxel of the windows and of any patch; `spacing` in mm
+        `(z, y, x)`, float32; and `movable`, see `augment.draw_motion`.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
     _warn(cases, starts, recipe.shape)
-
     depth, *plane = recipe.shape
-    margin = augment.margin(recipe) + recipe.max_offset[1:] if training else np.zeros(2, int)
-    reach = np.max([np.ptp(s[:, 1:], axis=0) for s in starts], axis=0) + plane + 2 * margin
-    slices = [max(case.shape[0], depth) for case in cases]
+    spacing = np.array([case.spacing for case in cases], np.float32)
+    in_space, placed = training and not recipe.in_plane, training and recipe.foreground
+    margin = augment.margin(recipe, spacing[:, 1:].min()) if training else np.zeros(2, int)
+    offset = recipe.max_offset if training else np.zeros(3, int)
+    voxels = [[_some_voxels(mask) for mask in _masks(case)] if placed else [] for case in cases]
 
-    volume = np.empty((*reach, sum(slices), len(modalities) + 1), np.float16)
-    windows = []
-    for case, first, count, top in zip(cases, starts, slices, np.cumsum([0, *slices]), strict=False):
-        corner = np.array([min(first[:, 0].min(), 0), *(first[:, 1:].min(axis=0) - margin)])
-        block = np.moveaxis(volume[:, :, top : top + count], 2, 0)
+    corners, ends = [], []
+    for case, first, own in zip(cases, starts, voxels, strict=True):
+        low, high = first.min(axis=0) - offset, first.max(axis=0) + offset
+        for lowest, highest in (_around(some, recipe.shape) for some in own if len(some)):
+            low, high = np.minimum(low, highest.min(axis=0)), np.maximum(high, lowest.max(axis=0))
+        # In space, the nearest voxel is taken outside of the slices: one pixel about them is enough.
+        corners.append((min(first[:, 0].min(), 0), *([-1, -1] if in_space else low[1:] - margin)))
+        ends.append(np.add(case.shape[1:], 1) if in_space else high[1:] + plane + margin)
+    reach = np.max(np.subtract(ends, np.array(corners)[:, 1:]), axis=0)
+    slices = np.array([max(case.shape[0], depth) for case in cases])
+    tops = np.cumsum([0, *slices])[:-1]
+
+    channels = len(modalities) + len(_masks(cases[0]))
+    volume = np.empty(
+        (tops[-1] + slices[-1], *reach, channels) if in_space else (*reach, tops[-1] + slices[-1], channels), "f2"
+    )
+    for case, corner, count, top in zip(cases, corners, slices, tops, strict=True):
+        block = volume[top : top + count] if in_space else np.moveaxis(volume[:, :, top : top + count], 2, 0)
         images = case.images_of(modalities)
-        for channel, name in enumerate(modalities):
-            image = images[name]
-            block[..., channel] = crop(image, corner, block.shape[:3], image.min())
-        block[..., -1] = crop(case.mask, corner, block.shape[:3], 0)
-        begins = np.array([[top, top + count - depth]] * len(first))
-        windows.append(np.concatenate([first - corner + (top, 0, 0), begins], axis=1))
-    return volume, np.concatenate(windows).astype(np.int32)
+        arrays = [(images[name], images[name].min()) for name in modalities] + [(mask, 0) for mask in _masks(case)]
+        for channel, (array, background) in enumerate(arrays):
+            block[..., channel] = crop(array, corner, block.shape[:3], background)
+
+    # From the index in a patient to that in the volume.
+    shifts = np.stack([tops, 0 * tops, 0 * tops], axis=1) - corners
+    starts = [first + shift for first, shift in zip(starts, shifts, strict=True)]
+    found = [np.insert(some + shifts[n], 3, n, axis=1) for n, own in enumerate(voxels) for some in own if len(some)]
+    far = np.full(len(cases), 2**30)
+    bounds = [[tops, -far, -far], [tops + slices - depth, far, far]]
+    movable = [
+        [name != next(iter(case.images)) for name in modalities] + [False] * (channels - len(modalities))
+        for case in cases
+    ]
+    tensors = {
+        "windows": np.concatenate([np.insert(first, 3, n, axis=1) for n, first in enumerate(starts)]),
+        "voxels": np.concatenate([np.zeros((0, 4)), *found]),
+        "structures": _spans([len(some) for some in found]),
+        "patients": _spans([count for own in voxels if (count := sum(len(some) > 0 for some in own))]),
+        "reach": [[first.min(axis=0), first.max(axis=0)] for first in starts],
+        "bounds": np.transpose(bounds, (2, 0, 1)),
+    }
+    tensors = {name: tf.constant(array, tf.int32) for name, array in tensors.items()}
+    return tensors | {
+        "volume": tf.constant(volume),
+        "spacing": tf.constant(spacing),
+        "movable": tf.constant(movable, tf.float32),
+    }
+
+
+def _spans(counts):
+    """The first number and the count of each of several runs of consecutive numbers."""
+    counts = np.array(counts, int)
+    return np.stack([np.cumsum(counts) - counts, counts], axis=1)
+
+
+def _some_voxels(mask, most=10_000):
+    """Indices of up to `most` voxels of a mask, `(voxels, 3)`."""
+    index = np.flatnonzero(mask)
+    return np.stack(np.unravel_index(index[:: 1 + len(index) // most], mask.shape), axis=1)
+
+
+def _around(voxel, shape):
+    """The lowest and the highest first voxel of patches that hold a voxel, not within an eighth of their edges."""
+    return voxel - np.array(shape) + 1 + np.array(shape) // 8, voxel - np.array(shape) // 8
+
+
+def _place(sample, tables, recipe, seed):
+    """Where a training patch is.
+
+    Returns:
+        The number of the patient, the first voxel of the patch, and the lowest and the highest that an offset leads to.
+    """
+    voxels, windows, shape = tables["voxels"], tables["windows"], np.array(recipe.shape, np.int32)
+    share = recipe.foreground if len(voxels) else 0.0
+    # The patches at structures are spread evenly over all patches; the others are numbered without them.
+    before, after = (tf.cast(tf.floor(tf.cast(sample + n, tf.float64) * share), tf.int64) for n in (0, 1))
+    window = windows[augment.draw_window(sample - before, len(windows), seed)]
+    if not share:
+        return window[3], window[:3], *tf.unstack(tables["bounds"][window[3]])
+    placed = after > before
+    voxel = voxels[augment.draw_voxel(sample, tables["patients"], tables["structures"], seed)]
+    patient = tf.where(placed, voxel[3], window[3])
+    reach, bounds = tables["reach"][patient], tables["bounds"][patient]
+    start = tf.where(placed, tf.clip_by_value(voxel[:3] - shape // 2, reach[0], reach[1]), window[:3])
+    around = tf.clip_by_value(tf.stack(_around(voxel[:3], shape)), bounds[0], bounds[1])
+    return patient, start, *tf.unstack(tf.where(placed, around, bounds))
 
 
 def _warn(cases, starts, patch_shape):
@@ -201,17 +299,16 @@ def _warn(cases, starts, patch_shape):
         )
 
 
-def _crop(volume, window, offset, margin, recipe):
-    """Crops a shifted window with a margin: float32 `(height, width, depth, modalities + 1)`."""
+def _crop(volume, start, margin, recipe):
+    """Crops a patch with a margin in plane: float32 `(height, width, depth, channels)`."""
     depth, height, width = recipe.shape
-    top = tf.clip_by_value(window[0] + offset[0], window[3], window[4])
-    row, column = tf.unstack(window[1:3] + offset[1:] - margin)
+    row, column = tf.unstack(start[1:] - margin)
     height, width = height + 2 * margin[0], width + 2 * margin[1]
-    box = volume[row : row + height, column : column + width, top : top + depth]
+    box = volume[row : row + height, column : column + width, start[0] : start[0] + depth]
     return tf.ensure_shape(tf.cast(box, tf.float32), (height, width, depth, volume.shape[-1]))
 
 
 def _split(patch, modalities):
-    """Splits the channels of a patch into the images and the mask."""
-    patch = tf.transpose(patch, (3, 2, 0, 1))[..., None]
-    return {name: patch[channel] for channel, name in enumerate(modalities)}, tf.cast(patch[-1] >= 0.5, tf.uint8)
+    """Splits a patch `(channels, depth, height, width)` into the images and the masks."""
+    masks = tf.transpose(patch[len(modalities) :], (1, 2, 3, 0))
+    return {name: patch[n][..., None] for n, name in enumerate(modalities)}, tf.cast(masks >= 0.5, tf.uint8)
