@@ -166,7 +166,7 @@ def centre_patches(
 
 def _masks(case):
     """The masks of a patient's structures."""
-    return [case.mask]
+    return list(case.masks.values())
 
 
 def _load(cases, recipe, modalities, training):
