@@ -468,3 +468,43 @@ def test_methods_of_other_modalities_need_no_image_that_none_of_them_uses():
     method = Method("flair", "FLAIR", METHODS["unet3d_t1"].build, {"data.modalities": ("flair",)})
     assert modalities_of([METHODS["unet3d_t2"], method], Recipe()) == ("t2", "flair")
     assert modalities_of([METHODS["unet3d_t2"]], Recipe()) == ("t1", "t2", "cet1")
+
+
+@pytest.mark.parametrize(
+    ("structures", "labels"),
+    [({"edge": 2, "middle": 1}, {0, 1, 2}), ({"whole": (1, 2), "middle": 1}, {0, 1, 2}), (None, None)],
+)
+def test_several_structures(structures, labels, tiny_cohort, tmp_path):
+    """Label values that exclude each other, regions that overlap, and a file for each structure."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_cohort, data)
+    for patient in data.iterdir():
+        mask = sitk.ReadImage(str(patient / "mask.nii.gz"))
+        middle = sitk.BinaryErode(mask, (2, 2, 1))
+        sitk.WriteImage(middle + 2 * (mask - middle), str(patient / "mask.nii.gz"))
+        if structures is None:
+            sitk.WriteImage(mask, str(patient / "gtv.nii.gz"))
+            sitk.WriteImage(middle, str(patient / "boost.nii.gz"))
+            (patient / "mask.nii.gz").unlink()
+    structures = structures or {"gtv": "gtv", "boost": "boost"}
+    recipe = COARSE.replace({"data.structures": structures, "training.self_transfer": False, "training.epochs": 1})
+    rows = cross(tmp_path / "run", data, recipe, folds=[0])
+    run = Run(tmp_path / "run")
+    assert [(row["patient"], row["structure"]) for row in rows] == [
+        (name, structure) for name in run.folds[0].test for structure in structures
+    ]
+    patient = run.folds[0].test[0]
+    files = run.masks(0, "mmfnet", patient)
+    assert list(files) == ([None] if labels else list(structures))
+    if labels:
+        assert set(np.unique(read_array(files[None]))) <= labels
+    (case,) = run.patients([patient])
+    for structure, image in run.read_masks(0, "mmfnet", patient).items():
+        (row,) = [row for row in rows if (row["patient"], row["structure"]) == (patient, structure)]
+        voxels = np.prod(image.GetSpacing()) / 1000
+        assert row["predicted_ml"] == pytest.approx(sitk.GetArrayFromImage(image).sum() * voxels)
+        assert row["volume_ml"] > 0
+        assert 0 <= row["ap"] <= 1
+    assert case.masks["middle" if labels else "boost"].sum() < case.mask.sum()
+    page = write_report(run).read_text(encoding="utf-8")
+    assert all(structure in page for structure in structures)

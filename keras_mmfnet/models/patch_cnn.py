@@ -20,9 +20,9 @@ class PatchCNN(Network):
         patch_shape: `(height, width)` of a patch in pixels; its centre is the pixel `(height // 2, width // 2)`. Each
             block subtracts 4 pixels and halves the rest, which must give whole numbers.
         filters: Filters of each block, then units of the fully connected layer.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         structures: Names of the structures.
         exclusive: Whether no voxel can belong to two structures.
-        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
@@ -41,9 +41,9 @@ class PatchCNN(Network):
         modality: str = "t1",
         patch_shape: Sequence[int] = (32, 32),
         filters: Sequence[int] = (16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
         structures: Sequence[str] = ("tumour",),
         exclusive: bool = True,
-        dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
         patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
@@ -63,9 +63,9 @@ class SiamesePatchCNN(Network):
         modalities: Names of the modalities.
         patch_shape: As for `PatchCNN`.
         filters: As for `PatchCNN`, for each branch.
+        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         structures: Names of the structures.
         exclusive: Whether no voxel can belong to two structures.
-        dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
@@ -83,9 +83,9 @@ class SiamesePatchCNN(Network):
         modalities: Sequence[str] = ("t1", "t2", "cet1"),
         patch_shape: Sequence[int] = (32, 32),
         filters: Sequence[int] = (16, 32, 64),
+        dtype: str | keras.DTypePolicy | None = None,
         structures: Sequence[str] = ("tumour",),
         exclusive: bool = True,
-        dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
         modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
