@@ -355,13 +355,20 @@ class TrainingRecipe(_Part):
         steps_per_epoch: Updates per epoch.
         epochs: Most epochs of each training.
         warmup_epochs: Epochs with frozen encoders after self-transfer.
-        pretrain_learning_rate: Adam's learning rate for the single-modality networks, and for a network trained
-            without self-transfer.
+        pretrain_learning_rate: The learning rate for the single-modality networks, and for a network trained without
+            self-transfer.
         warmup_learning_rate: The learning rate while the encoders are frozen.
         learning_rate: The learning rate afterwards.
-        schedule: The learning rate in the last stage of each training: `"constant"` as in the paper, or `"cosine"`,
-            which falls to 0 at the last epoch, for trainings of few epochs.
-        patience: Epochs without a better validation loss before a training ends.
+        schedule: The learning rate in the last stage of each training: `"constant"` as in the paper, or one that falls
+            to 0 at the last epoch, `"cosine"` or `"polynomial"` (power 0.9).
+        loss: `"dice"`, `"dice_per_patch"`, `"dice_ce"` (with cross-entropy), `"tversky"`, `"focal_tversky"`, or a name
+            from `register_loss`. Patch classifiers always learn by cross-entropy.
+        optimizer: `"adam"`, `"adamw"` or `"sgd"` (Nesterov momentum 0.99).
+        clip_norm: Largest norm of the gradients of all weights together; `None` for no limit.
+        weight_average: The mean of the weights of so many last epochs competes with the best epoch on the validation
+            patients; 0: it does not.
+        choose_by: What chooses the best epoch and counts for `patience`: the validation `"loss"` or mean `"dsc"`.
+        patience: Epochs without a better one before a training ends; `None`: it does not end early.
         folds: Folds of the cross-validation, by patient, unless a run is given folds of the user's own.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
@@ -381,8 +388,13 @@ class TrainingRecipe(_Part):
     pretrain_learning_rate: _Rate = 1e-3
     warmup_learning_rate: _Rate = 1e-3
     learning_rate: _Rate = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
-    patience: _Positive = 10
+    schedule: Literal["constant", "cosine", "polynomial"] = "constant"
+    loss: _Name = "dice"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    clip_norm: _Rate | None = None
+    weight_average: Annotated[int, Field(ge=0)] = 0
+    choose_by: Literal["loss", "dsc"] = "loss"
+    patience: _Positive | None = 10
     folds: Annotated[int, Field(ge=2)] = 5
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     group: Annotated[str, AfterValidator(_pattern)] | None = None

@@ -31,6 +31,7 @@ from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
+from keras_mmfnet.losses import make_loss
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.postprocess import PostProcessing, choose
@@ -240,7 +241,7 @@ the groups and folds that were given |
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
                 twice; the groups or folds do not fit the patients; a fold has nobody to train or to validate a network
-                on; or the backend cannot compute in the precision wanted.
+                on; no loss has the recipe's name; or the backend cannot compute in the precision wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if run.recipe_file.exists() and not resume:
@@ -248,6 +249,9 @@ the groups and folds that were given |
                 f"{run}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
                 f"{run.recipe_file.name}"
             )
+        methods = [method_of(recipe)] if methods is None else methods
+        for method in methods:
+            make_loss(method.adapt(recipe).training.loss)  # An unknown one is refused before the long work.
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
         bad = []
         try:
@@ -269,7 +273,7 @@ the groups and folds that were given |
         def divide(names, volumes=None):
             left_out = [error.patient for error in bad]
             division = divide_patients(names, recipe.training, grouped, splits, volumes, left_out)
-            _check_folds(division, cases, volumes, recipe, [method_of(recipe)] if methods is None else methods)
+            _check_folds(division, cases, volumes, recipe, methods)
             return division
 
         divide([case.name for case in cases])  # Too few patients are found before the long work.

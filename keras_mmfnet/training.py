@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._log import progress
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
-from keras_mmfnet.losses import DiceLoss
+from keras_mmfnet.losses import CrossEntropy, make_loss
 from keras_mmfnet.methods import Method, find_method, method_of
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
 from keras_mmfnet.models import load_network
@@ -99,14 +100,15 @@ def train_method(
         The network with the weights of its best epoch.
 
     Raises:
-        ValueError: A network in the directory is damaged or does not match the recipe, or no patient to train or to
-            validate on has the method's modalities.
+        ValueError: A network in the directory is damaged or does not match the recipe, no patient to train or to
+            validate on has the method's modalities, or no loss has the recipe's name.
         FloatingPointError: The training diverged.
         OSError: The disk is full.
     """
     recipe, path = method.adapt(recipe), Path(directory) / f"{method.name}.keras"
     if path.exists():
         return load_network(path, recipe if method.samples == "volumes" else None)
+    make_loss(recipe.training.loss)  # An unknown one is refused before the encoders are trained.
     if encoders is None:
         encoders = {
             modality: train_method(find_method(name), training, validation, recipe, directory)
@@ -140,10 +142,27 @@ def train_method(
     epochs = settings.epochs - len(trainer.history)
     if epochs > 0:
         rate = settings.learning_rate if encoders else settings.pretrain_learning_rate
+        updates, schedules = epochs * settings.steps_per_epoch, keras.optimizers.schedules
         if settings.schedule == "cosine":
-            rate = keras.optimizers.schedules.CosineDecay(rate, epochs * settings.steps_per_epoch)
+            rate = schedules.CosineDecay(rate, updates)
+        elif settings.schedule == "polynomial":
+            rate = schedules.PolynomialDecay(rate, updates, end_learning_rate=0.0, power=0.9)
         trainer.fit(model, name="all", learning_rate=rate, epochs=epochs)
     return trainer.finish(model)
+
+
+def _objective(recipe, samples, structures):
+    """The loss and the metrics of a network of so many structures."""
+    exclusive = True
+    loss = CrossEntropy(exclusive) if samples == "centres" else make_loss(recipe.training.loss, exclusive)
+    return loss, [DiceScore(structures=structures, exclusive=exclusive), AveragePrecision(structures=structures)]
+
+
+def _optimizer(settings, rate):
+    options = {"learning_rate": rate, "global_clipnorm": settings.clip_norm}
+    if settings.optimizer == "sgd":
+        return keras.optimizers.SGD(momentum=0.99, nesterov=True, **options)
+    return {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[settings.optimizer](**options)
 
 
 @dataclasses.dataclass
@@ -165,6 +184,26 @@ class _Trainer:
     def _folder(self, stage):
         return self.path.with_name(f".{self.path.stem}") / stage.replace(" ", "_")
 
+    def _cost(self, row):
+        """What the best epoch has the least of."""
+        return row["val_loss"] if self.recipe.training.choose_by == "loss" else -row["val_dice_score"]
+
+    def _patches(self, model, training, first_batch=0):
+        """The batches to train or to validate a model on."""
+        settings = self.recipe.training
+        dataset = patch_dataset(
+            self.training if training else self.validation,
+            self.recipe.patches,
+            modalities=list(model.input),
+            batch_size=settings.batch_size,
+            training=training,
+            seed=settings.seed,
+            first_batch=first_batch,
+        )
+        if self.samples == "centres":
+            return centre_patches(dataset, model.patch_shape, seed=settings.seed, first_batch=first_batch)
+        return dataset
+
     def fit(self, model, name, learning_rate, epochs):
         """Trains one stage, or what remains of it, and adds its epochs to `history`.
 
@@ -178,8 +217,8 @@ class _Trainer:
         live.mkdir(parents=True, exist_ok=True)
 
         rows = read_history(live / "history.csv")
-        losses = [row["val_loss"] for row in rows]
-        stopped = losses and len(losses) - 1 - losses.index(min(losses)) >= settings.patience
+        costs = [self._cost(row) for row in rows]
+        stopped = costs and settings.patience and len(costs) - 1 - costs.index(min(costs)) >= settings.patience
         if len(rows) >= epochs or stopped:
             model.load_weights(live / "backup" / "latest.weights.h5")
         else:
@@ -202,35 +241,33 @@ class _Trainer:
         steps = settings.steps_per_epoch
         if rows:
             _log.info("%s: resumed after epoch %d of %d", network, past + len(rows), settings.epochs)
-        loss = keras.losses.BinaryCrossentropy() if self.samples == "centres" else DiceLoss()
-        model.compile(keras.optimizers.Adam(learning_rate), loss=loss, metrics=[DiceScore(), AveragePrecision()])
+        loss, metrics = _objective(self.recipe, self.samples, model.output_shape[-1])
+        model.compile(_optimizer(settings, learning_rate), loss=loss, metrics=metrics)
         # If `fit` creates the optimizer's variables, TensorFlow traces the training step twice.
         model.optimizer.build(model.trainable_variables)
         logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
+        by_loss = settings.choose_by == "loss"
+        chosen = {"monitor": "val_loss" if by_loss else "val_dice_score", "mode": "min" if by_loss else "max"}
         callbacks = [
             keras.callbacks.TerminateOnNaN(),
             _Progress(network, past, steps, settings.epochs),
-            _RoomOnDisk(live.parent),
+            _RoomOnDisk(live.parent, settings.weight_average),
             logger,
             keras.callbacks.ModelCheckpoint(
                 str(live / "best.weights.h5"),
-                monitor="val_loss",
-                mode="min",
+                **chosen,
                 save_best_only=True,
                 save_weights_only=True,
-                initial_value_threshold=min((row["val_loss"] for row in rows), default=None),
+                initial_value_threshold=min(rows, key=self._cost)[chosen["monitor"]] if rows else None,
             ),
-            _EarlyStopping(rows, monitor="val_loss", mode="min", patience=settings.patience),
             keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
+            _LastWeights(live, settings.weight_average),
             _SaveState(live),
         ]
-        options = {"modalities": list(model.input), "batch_size": settings.batch_size, "seed": settings.seed}
-        first = len(rows) * steps
-        training = patch_dataset(self.training, self.recipe.patches, first_batch=first, **options)
-        validation = patch_dataset(self.validation, self.recipe.patches, training=False, **options)
-        if self.samples == "centres":
-            training = centre_patches(training, model.patch_shape, seed=settings.seed, first_batch=first)
-            validation = centre_patches(validation, model.patch_shape, seed=settings.seed)
+        if settings.patience:
+            callbacks.append(_EarlyStopping(rows, **chosen, patience=settings.patience))
+        training = self._patches(model, training=True, first_batch=len(rows) * steps)
+        validation = self._patches(model, training=False)
         try:
             model.fit(
                 training,
@@ -246,17 +283,36 @@ class _Trainer:
             logger.on_train_end()
 
     def finish(self, model):
-        """Saves the network with the weights of its best epoch, and its history; returns that network."""
-        best = min(self.history, key=lambda row: row["val_loss"])["stage"]
+        """Saves the network with the weights of its best epoch, or their mean; returns it. Saves its history."""
+        best = min(self.history, key=self._cost)
         # A new model, without the optimizer and without frozen layers.
         model = type(model).from_config(model.get_config() | {"trainable": True})
-        model.load_weights(self._folder(best) / "live" / "best.weights.h5")
+        model.load_weights(self._folder(best["stage"]) / "live" / "best.weights.h5")
+        last = self._folder(self.history[-1]["stage"]) / "live"
+        if paths := sorted(last.glob("weights-*.npz")):
+            self._average(model, [np.load(path) for path in paths], best)
         write(self.path.with_name(f"{self.path.stem}_history.csv"), csv_text(self.history))
         partial = self.path.with_name(f".{self.path.name}")
         model.save(partial)
         os.replace(partial, self.path)
-        shutil.rmtree(self._folder(best).parent)
+        shutil.rmtree(last.parent.parent)
         return model
+
+    def _average(self, model, epochs, best):
+        """Gives the model the mean weights of some epochs if it is better on the validation patients than the best one.
+
+        The statistics of the batch normalization are averaged, too: in the last epochs the weights hardly move.
+        """
+        average = type(model).from_config(model.get_config())
+        average.set_weights([np.mean([weights[name] for weights in epochs], axis=0) for name in epochs[0].files])
+        loss, metrics = _objective(self.recipe, self.samples, model.output_shape[-1])
+        average.compile(loss=loss, metrics=metrics)
+        found = average.evaluate(self._patches(average, training=False), return_dict=True, verbose=0)
+        better = self._cost({f"val_{name}": value for name, value in found.items()}) < self._cost(best)
+        if better:
+            model.set_weights(average.get_weights())
+        line = "The mean of the last %d epochs is %s than the best one: validation loss %.4f and DSC %.4f"
+        _log.info(line, len(epochs), "better" if better else "not better", found["loss"], found["dice_score"])
 
 
 class _Progress(keras.callbacks.Callback):
@@ -282,13 +338,15 @@ class _Progress(keras.callbacks.Callback):
 class _RoomOnDisk(keras.callbacks.Callback):
     """Stops the training if the next state would not fit on the disk: HDF5 may crash on a full disk."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, averaged):
         super().__init__()
-        self.folder = folder
+        self.folder, self.averaged = folder, averaged
 
     def on_epoch_end(self, epoch, logs=None):
-        # The best weights, the weights and Adam's moments; their copy; and the states of the two previous epochs.
-        needed, free = 80 * self.model.count_params(), shutil.disk_usage(self.folder).free
+        # The best weights, the weights and Adam's moments, and the weights that are averaged; their copy; and the
+        # states of the two previous epochs.
+        needed = (80 + 16 * self.averaged) * self.model.count_params()
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
                 f"{self.folder}: {needed / 1e6:.3g} MB must be free on the disk for the state of the training. "
@@ -307,6 +365,20 @@ class _EarlyStopping(keras.callbacks.EarlyStopping):
         super().on_train_begin(logs)
         for row in self.past:
             self.on_epoch_end(row["epoch"], row)
+
+
+class _LastWeights(keras.callbacks.Callback):
+    """Keeps the weights of the last `count` epochs."""
+
+    def __init__(self, live, count):
+        super().__init__()
+        self.live, self.count = live, count
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.count:
+            np.savez(self.live / f"weights-{epoch:05d}.npz", *self.model.get_weights())
+            for path in sorted(self.live.glob("weights-*.npz"))[: -self.count]:
+                path.unlink()
 
 
 class _SaveState(keras.callbacks.Callback):

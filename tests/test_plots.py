@@ -229,11 +229,13 @@ def test_the_curves_of_a_training():
     stages = [("encoders frozen", "0.001"), ("all", "0.0001"), ("all", "0.0001")]
     rows = [row | {"stage": s, "learning_rate": r} for row, (s, r) in zip(history, stages, strict=True)]
     loss, dice, rate = plot_training(rows).axes
-    assert [axes.get_title() for axes in (loss, dice, rate)] == ["Dice loss", "DSC", "learning rate"]
+    assert [axes.get_title() for axes in (loss, dice, rate)] == ["loss", "DSC", "learning rate"]
     training, validation, best, end = loss.lines
     np.testing.assert_array_equal(training.get_xydata(), [(1, 0.9), (2, 0.5), (3, 0.4)])
     np.testing.assert_array_equal(validation.get_ydata(), [0.8, 0.4, 0.5])
     assert (best.get_xdata(), best.get_ydata()) == ([2], [0.4])
+    by_dsc = [row | {"val_dice_score": value} for row, value in zip(rows, ["0.2", "0.6", "0.7"], strict=True)]
+    assert plot_training(by_dsc, "dsc").axes[0].lines[2].get_xdata() == [3]
     assert list(end.get_xdata()) == [1.5, 1.5]
     np.testing.assert_array_equal(dice.lines[1].get_ydata(), [0.2, 0.6, 0.5])
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), [1e-3, 1e-4, 1e-4])

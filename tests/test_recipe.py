@@ -24,6 +24,8 @@ def test_the_defaults_are_the_papers():
         recipe.training.warmup_learning_rate,
         recipe.training.learning_rate,
     ) == (1e-3, 1e-3, 1e-4)
+    assert (recipe.training.loss, recipe.training.optimizer, recipe.training.schedule) == ("dice", "adam", "constant")
+    assert (recipe.training.clip_norm, recipe.training.weight_average, recipe.training.choose_by) == (None, 0, "loss")
     assert (recipe.training.warmup_epochs, recipe.training.folds, recipe.training.validation_fraction) == (5, 5, 0.25)
 
 
@@ -110,6 +112,11 @@ def test_the_strides_decide_about_the_patch():
         ("training.warmup_learning_rate", 0),
         ("training.learning_rate", -1e-4),
         ("training.schedule", "linear"),
+        ("training.loss", "dice loss"),
+        ("training.optimizer", "rmsprop"),
+        ("training.clip_norm", 0),
+        ("training.weight_average", -1),
+        ("training.choose_by", "ap"),
         ("training.patience", 0),
         ("training.folds", 1),
         ("training.validation_fraction", 1.0),

@@ -48,6 +48,12 @@ def no_training(monkeypatch):
     monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
 
 
+def test_an_unknown_loss_is_refused_before_the_patients_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"`training.loss`, must be one of dice, .*Received: 'hinge'$"):
+        Run.start(tmp_path / "run", tmp_path / "nowhere", COARSE.replace({"training.loss": "hinge"}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_keeps_the_groups_and_the_folds_it_was_given(tiny_cohort, tmp_path):
     names = sorted(path.name for path in tiny_cohort.iterdir())
     groups = {**dict.fromkeys(names, "others"), names[0]: "a", names[5]: "b", "somebody else": "c"}

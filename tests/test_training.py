@@ -3,6 +3,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -12,9 +13,10 @@ import SimpleITK as sitk
 from keras_mmfnet import training
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
+from keras_mmfnet.losses import LOSSES, CrossEntropy, DiceLoss
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D, load_network
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import Recipe, TrainingRecipe
 from keras_mmfnet.training import pretrain_encoders, train_mmfnet
 
 TINY = Recipe().replace(
@@ -107,7 +109,7 @@ def test_encoders_learn_after_the_decoder_and_at_a_rate_of_their_own(trained):
 
 def test_the_best_epoch_is_kept(trained):
     folder, (_, validation), model = trained
-    model.compile(loss=training.DiceLoss())
+    model.compile(loss=DiceLoss())
     loss = model.evaluate(
         training.patch_dataset(
             validation, TINY.patches, training=False, batch_size=TINY.training.batch_size, seed=TINY.training.seed
@@ -146,7 +148,7 @@ elif keras.backend.backend() == "torch":
     torch.use_deterministic_algorithms(True)
 
 from keras_mmfnet.data import find_cases, preprocess_case
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import Recipe, TrainingRecipe
 from keras_mmfnet.training import train_mmfnet
 
 recipe = Recipe.load(sys.argv[2])
@@ -216,6 +218,106 @@ def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     written = [float(row["learning_rate"]) for row in rows(tmp_path / "mmfnet_history.csv")]
     np.testing.assert_allclose(written, expected, rtol=1e-5)
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """The weights at the end of each epoch; gives epochs the validation numbers in `epochs.numbers`."""
+    found = types.SimpleNamespace(weights=[], numbers={}, stop=None)
+    progress, save = training._Progress.on_epoch_end, training._SaveState.on_epoch_end
+
+    def pretend(self, epoch, logs=None):
+        progress(self, epoch, logs)
+        logs.update({name: values[epoch] for name, values in found.numbers.items()})
+
+    def keep(self, epoch, logs=None):
+        save(self, epoch, logs)
+        found.weights.append(weights(self.model))
+        if len(found.weights) == found.stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Progress, "on_epoch_end", pretend)
+    monkeypatch.setattr(training._SaveState, "on_epoch_end", keep)
+    return found
+
+
+def test_the_epoch_of_the_best_dsc(patients, tmp_path, epochs):
+    # The second epoch is the best, though the loss falls to the end.
+    epochs.numbers = {"val_dice_score": [0.1, 0.9, 0.5, 0.6, 0.7, 0.8], "val_loss": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]}
+    recipe = ONE.replace({"training.choose_by": "dsc", "training.patience": 2, "training.epochs": 6})
+    [path] = pretrain_encoders(*patients, recipe, tmp_path).values()
+    assert len(rows(tmp_path / "unet3d_t1_history.csv")) == len(epochs.weights) == 4
+    for one, other in zip(weights(keras.models.load_model(path)), epochs.weights[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# A loss that rises from the first epoch on ends no training.
+LAST = ONE.replace(
+    {
+        "training.patience": None,
+        "training.weight_average": 2,
+        "training.schedule": "polynomial",
+        "training.optimizer": "sgd",
+        "training.clip_norm": 1.0,
+        "training.loss": "dice_ce",
+    }
+)
+
+
+def test_the_mean_of_the_last_epochs_after_an_interruption(patients, tmp_path, epochs, monkeypatch):
+    # As if the mean were better than every epoch.
+    monkeypatch.setattr(training._Trainer, "_cost", lambda self, row: row.get("epoch", -1))
+    epochs.stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_encoders(*patients, LAST, tmp_path)
+    [path] = pretrain_encoders(*patients, LAST, tmp_path).values()
+    *_, third, fourth = epochs.weights
+    for one, a, b in zip(weights(keras.models.load_model(path)), third, fourth, strict=True):
+        np.testing.assert_array_equal(one, np.mean([a, b], axis=0))
+    history = training.read_history(tmp_path / "unet3d_t1_history.csv")
+    rate = ONE.training.pretrain_learning_rate
+    expected = [rate * (1 - epoch / 4) ** 0.9 for epoch in range(4)]
+    assert [row["learning_rate"] for row in history] == pytest.approx(expected, rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["unet3d_t1.keras", "unet3d_t1_history.csv"]
+
+
+@pytest.mark.parametrize(("best", "kept"), [(-1, False), (99, True)])
+def test_the_mean_is_kept_if_it_is_better(patients, tmp_path, best, kept):
+    model = donors()["t1"]
+    before = weights(model)
+    for number in (1, 3):
+        np.savez(tmp_path / f"{number}.npz", *[number * one for one in before])
+    trainer = training._Trainer(tmp_path / "unet3d_t1.keras", ONE, "volumes", *patients)
+    trainer._average(model, [np.load(path) for path in tmp_path.glob("*.npz")], {"val_loss": best})
+    for one, other in zip(weights(model), before, strict=True):
+        np.testing.assert_allclose(one, 2 * other if kept else other, rtol=1e-6)
+
+
+def test_the_optimizer():
+    def made(**changes):
+        return training._optimizer(TrainingRecipe(**changes), 0.1)
+
+    assert made().get_config() | {"name": "adam"} == keras.optimizers.Adam(0.1).get_config() | {"name": "adam"}
+    assert type(made(optimizer="adamw")) is type(keras.optimizers.AdamW())
+    momentum = made(optimizer="sgd", clip_norm=3)
+    assert type(momentum) is type(keras.optimizers.SGD())
+    assert (momentum.momentum, momentum.nesterov, momentum.global_clipnorm) == (0.99, True, 3)
+
+
+def test_the_objective():
+    recipe = Recipe().replace({"training.loss": "dice_per_patch"})
+    loss, metrics = training._objective(recipe, "volumes", 3)
+    assert (type(loss), loss.per_patch) == (DiceLoss, True)
+    assert [metric.structures for metric in metrics] == [3, 3]
+    assert type(training._objective(recipe, "centres", 1)[0]) is CrossEntropy
+
+
+def test_a_loss_that_nobody_registered(three, tmp_path, no_training):
+    recipe = THREE.replace({"training.loss": "hinge"})
+    with pytest.raises(ValueError, match=r"`training.loss`, must be one of dice, .*Received: 'hinge'$"):
+        training.train_method(METHODS["mmfnet_mlp_std_transfer"], *three, recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "hinge" not in LOSSES
 
 
 THREE = TINY.replace({"data.modalities": ("t1", "t2", "cet1")})

@@ -67,21 +67,22 @@ def plot_learning_curves(charts: Mapping[str, Mapping[str, tuple[Sequence[float]
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("updates")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation Dice loss")
+    figure.axes[0].set_ylabel("validation loss")
     lines = [figure.axes[0].plot([], [], "o-", color=_colour(i))[0] for i in range(len(labels))]
     figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
-def plot_training(history: Sequence[Mapping]) -> Figure:
+def plot_training(history: Sequence[Mapping], choose_by: str = "loss") -> Figure:
     """Plots losses, Dice scores and learning rate of a training by epoch.
 
     Args:
         history: Rows of a `<network>_history.csv` as dicts by column; values are numbers or strings.
+        choose_by: The recipe's `training.choose_by`.
 
     Returns:
-        A Matplotlib figure of three panels, which mark the end of the warm-up and the epoch of the lowest validation
-        loss.
+        A Matplotlib figure of three panels, which mark the end of the warm-up and the best epoch, that of the lowest
+        validation loss or, by `"dsc"`, the highest DSC.
 
     Raises:
         ValueError: There is no epoch.
@@ -90,8 +91,9 @@ def plot_training(history: Sequence[Mapping]) -> Figure:
         raise ValueError(f"`history` must hold at least one epoch. Received: {history}")
     stages = [row["stage"] for row in history]
     epochs = np.array([int(row["epoch"]) for row in history]) + 1
-    best = int(np.argmin([float(row["val_loss"]) for row in history]))
-    panels = {"Dice loss": "loss", "DSC": "dice_score", "learning rate": "learning_rate"}
+    costs = [float(row["val_loss"]) if choose_by == "loss" else -float(row["val_dice_score"]) for row in history]
+    best = int(np.argmin(costs))
+    panels = {"loss": "loss", "DSC": "dice_score", "learning rate": "learning_rate"}
     figure = Figure(figsize=(10.5, 3.0), layout="constrained")
     for axes, (title, name) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         columns = {

@@ -431,7 +431,8 @@ def _training(run, method):
     for fold in range(len(run.folds)):
         histories = run.histories(fold)
         if method.name in histories:
-            blocks.append(_figure(plot_training(histories[method.name]), f"{method.title}, fold {fold}."))
+            figure = plot_training(histories[method.name], method.adapt(run.recipe).training.choose_by)
+            blocks.append(_figure(figure, f"{method.title}, fold {fold}."))
         for modality, name in method.encoders.items():
             if name in histories:
                 updates = [(row["epoch"] + 1) * run.recipe.training.steps_per_epoch for row in histories[name]]

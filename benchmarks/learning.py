@@ -1,0 +1,191 @@
+"""Compares how MMFNet starts and learns: the head's bias, the learning rate, its schedule, Dice by batch or by patch.
+
+    python benchmarks/learning.py --data CUBES --out OUT --updates 640
+    python benchmarks/learning.py --data LGG --out OUT --updates 640 --only reference,cosine --seeds 0
+
+One factor at a time about the reference (bias 0, rate 0.001, constant, Dice by batch), on the same folds and patients;
+a seed changes the initial weights and the patches. It may be stopped at any moment, and a second call resumes. Two
+processes with the same --out share the work. Each training leaves a JSON file; the table is made of those there are.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+from pathlib import Path
+
+# Off by default on some processors; a training step is three times faster with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
+import numpy as np
+from scipy.stats import bootstrap
+
+from keras_mmfnet._files import read_json, write
+from keras_mmfnet.methods import Method, build_mmfnet
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run, RunLocked, run_fold
+
+RESULTS = Path(__file__).parent / "results" / "learning"
+# What the recipe needs for a data set, by the name of its folder.
+DATA = {
+    "tumour_core_cubes": {
+        "data.normalised_scale": 1000.0,
+        "data.spacing": None,
+        "patches.shape": (32, 32, 32),
+        "training.batch_size": 8,
+    },
+    "lgg_patients": {
+        "data.modalities": ("flair", "t1", "cet1"),
+        "data.spacing": None,
+        "patches.shape": (16, 96, 96),
+        "patches.stride": (8, None, None),
+        "training.batch_size": 4,
+    },
+}
+# By name: the head's bias, and what differs in the recipe from the reference.
+TRAININGS = {
+    "reference": (0.0, {}),
+    "bias_-3": (-3.0, {}),
+    "rate_0.01": (0.0, {"training.pretrain_learning_rate": 1e-2}),
+    "cosine": (0.0, {"training.schedule": "cosine"}),
+    "polynomial": (0.0, {"training.schedule": "polynomial"}),
+    "per_patch": (0.0, {"training.loss": "dice_per_patch"}),
+    "bias_-3_rate_0.01": (-3.0, {"training.pretrain_learning_rate": 1e-2}),
+}
+
+
+def build(recipe, dtype, encoders=None, bias=0.0):
+    """MMFNet whose head starts from this bias."""
+    model = build_mmfnet(recipe, dtype)
+    head = model.get_layer("probability")
+    head.bias.assign(keras.ops.full_like(head.bias, bias))
+    return model
+
+
+def method_of(name, seed):
+    """A training as a method without self-transfer."""
+    bias, changes = TRAININGS[name]
+    changes = {**changes, "training.seed": seed}
+    return Method(f"{name}_seed{seed}", f"{name}, seed {seed}", functools.partial(build, bias=bias), changes)
+
+
+def recipe_of(data, updates):
+    """The reference's recipe, in epochs of 40 updates."""
+    steps = min(updates, 40)
+    length = {"training.steps_per_epoch": steps, "training.epochs": updates // steps, "training.patience": None}
+    single = {"training.self_transfer": False, "training.pretrain_learning_rate": 1e-3}
+    return Recipe.small().replace({**DATA[data], **length, **single})
+
+
+def train(run, name, fold, seed, path):
+    """Trains and tests, and writes the JSON file, unless another process is at it."""
+    method = method_of(name, seed)
+    with contextlib.suppress(RunLocked):
+        result = run_fold(run, method, fold)
+        found = {
+            "training": name,
+            "bias": TRAININGS[name][0],
+            "recipe": json.loads(method.adapt(run.recipe).to_json()),
+            **{key: result[key] for key in ("fold", "updates", "training_seconds", "machine")},
+            "val_loss": [row["val_loss"] for row in result["history"]],
+            "dsc": {row["patient"]: row["dsc"] for row in result["patients"]},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(found, indent=1) + "\n")
+        print(f"{path.stem}: mean DSC {np.nanmean(list(found['dsc'].values())):.3f}", flush=True)
+
+
+def table(folder):
+    """Mean and median DSC of each training, and what they are above the reference's, as Markdown.
+
+    A patient's DSC is the mean over the seeds that a training shares with the reference. The intervals are 95%
+    percentile bootstrap intervals over the patients, who are the same in both.
+    """
+    scores = {}
+    for path in sorted(folder.glob("*.json")):
+        one = read_json(path)
+        seed = one["recipe"]["training"]["seed"]
+        for patient, dsc in one["dsc"].items():
+            if dsc is not None and np.isfinite(dsc):
+                scores.setdefault(one["training"], {})[seed, patient] = dsc
+    lines = [
+        "| training | mean DSC | by seed | median DSC | mean less reference's [95%] | median less reference's [95%] | "
+        "patients |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for name in (name for name in TRAININGS if name in scores):
+        shared = scores[name].keys() & scores.get("reference", scores[name]).keys()
+        own = _by_patient(scores[name], shared)
+        baseline = _by_patient(scores.get("reference", {}), shared)
+        seeds = sorted({seed for seed, _ in scores[name]})
+        means = [np.mean([dsc for (seed, _), dsc in scores[name].items() if seed == one]) for one in seeds]
+        compared = name != "reference" and len(baseline) > 1
+        cells = [
+            name,
+            f"{np.mean(own):.3f}",
+            " ".join(f"{mean:.3f}" for mean in means),
+            f"{np.median(own):.3f}",
+            *(difference(own, baseline, of) if compared else "" for of in (np.mean, np.median)),
+            str(len(own)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_patient(scores, keys):
+    """The mean over the seeds of each patient, in the order of their names."""
+    names = sorted({patient for _, patient in keys})
+    return [np.mean([scores[key] for key in keys if key[1] == name]) for name in names] if scores else []
+
+
+def difference(values, baseline, statistic):
+    """The difference of a statistic between two trainings on the same patients, with its interval."""
+
+    def less(a, b, axis=-1):
+        return statistic(a, axis=axis) - statistic(b, axis=axis)
+
+    values, baseline = np.asarray(values), np.asarray(baseline)
+    rng = np.random.default_rng(0)
+    found = bootstrap((values, baseline), less, paired=True, vectorized=True, method="percentile", rng=rng)
+    low, high = found.confidence_interval
+    return f"{less(values, baseline):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the run, which may be deleted afterwards")
+    parser.add_argument("--updates", type=int, default=640, metavar="N", help="updates of each training (640)")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,..", help="seeds (0,1,2)")
+    parser.add_argument("--folds", default="0", metavar="N,..", help="folds (0)")
+    parser.add_argument("--only", default=",".join(TRAININGS), metavar="NAMES", help="some of: %(default)s")
+    parsed = parser.parse_args()
+    names, seeds, folds = (text.split(",") for text in (parsed.only, parsed.seeds, parsed.folds))
+    if unknown := [name for name in names if name not in TRAININGS]:
+        parser.error(f"--only: names of {', '.join(TRAININGS)} are expected. Received: {', '.join(unknown)}")
+    if parsed.data.name not in DATA:
+        parser.error(f"--data: a folder named {' or '.join(DATA)} is expected. Received: {parsed.data}")
+    folder = RESULTS / f"{parsed.data.name}_{parsed.updates}"
+    # Each seed of all trainings before the next one.
+    tasks = {
+        folder / f"{name}_fold{fold}_seed{seed}.json": (name, int(fold), int(seed))
+        for seed in seeds
+        for fold in folds
+        for name in names
+    }
+    open_tasks = {path: task for path, task in tasks.items() if not path.exists()}
+    if open_tasks:
+        methods = [method_of(name, seed) for name, _, seed in open_tasks.values()]
+        recipe = recipe_of(parsed.data.name, parsed.updates)
+        run = Run.start(parsed.out, parsed.data, recipe, resume=True, methods=methods)
+        for path, (name, fold, seed) in open_tasks.items():
+            train(run, name, fold, seed, path)
+    text = table(folder)
+    write(folder / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
