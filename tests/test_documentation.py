@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import keras_mmfnet
 from keras_mmfnet.cli import app, memory
-from keras_mmfnet.cli._options import parse_changes
+from keras_mmfnet.cli._options import parse_changes, parse_structures
 from keras_mmfnet.data import Grid
 from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.export import write_rtstruct
@@ -159,7 +159,9 @@ def test_mmfnet_takes_the_arguments_it_is_shown_with(page):
             name, *arguments = arguments
             # Another option than those it has is an error.
             options = COMMANDS[name].make_context(name, arguments).params
-            Recipe.small().replace(parse_changes(options.get("changes")))
+            structures = options.get("structure")
+            structures = parse_structures(structures) if isinstance(structures, list | tuple) else {}
+            Recipe.small().replace({**parse_changes(options.get("changes")), **structures})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
