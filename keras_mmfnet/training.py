@@ -151,9 +151,9 @@ def train_method(
     return trainer.finish(model)
 
 
-def _objective(recipe, samples, structures):
-    """The loss and the metrics of a network of so many structures."""
-    exclusive = True
+def _objective(recipe, samples):
+    """The loss and the metrics of a network."""
+    exclusive, structures = recipe.data.exclusive, len(recipe.data.structures)
     loss = CrossEntropy(exclusive) if samples == "centres" else make_loss(recipe.training.loss, exclusive)
     return loss, [DiceScore(structures=structures, exclusive=exclusive), AveragePrecision(structures=structures)]
 
@@ -241,7 +241,7 @@ class _Trainer:
         steps = settings.steps_per_epoch
         if rows:
             _log.info("%s: resumed after epoch %d of %d", network, past + len(rows), settings.epochs)
-        loss, metrics = _objective(self.recipe, self.samples, model.output_shape[-1])
+        loss, metrics = _objective(self.recipe, self.samples)
         model.compile(_optimizer(settings, learning_rate), loss=loss, metrics=metrics)
         # If `fit` creates the optimizer's variables, TensorFlow traces the training step twice.
         model.optimizer.build(model.trainable_variables)
@@ -305,7 +305,7 @@ class _Trainer:
         """
         average = type(model).from_config(model.get_config())
         average.set_weights([np.mean([weights[name] for weights in epochs], axis=0) for name in epochs[0].files])
-        loss, metrics = _objective(self.recipe, self.samples, model.output_shape[-1])
+        loss, metrics = _objective(self.recipe, self.samples)
         average.compile(loss=loss, metrics=metrics)
         found = average.evaluate(self._patches(average, training=False), return_dict=True, verbose=0)
         better = self._cost({f"val_{name}": value for name, value in found.items()}) < self._cost(best)
