@@ -24,7 +24,7 @@ def predict_volume(
     centre: Sequence[float] | None = None,
     batch_size: int = 2,
     weights: np.ndarray | None = None,
-    flip_axis: int | None = None,
+    flip_axes: Sequence[int] = (),
 ) -> np.ndarray:
     """Predicts the probabilities of a volume, averaged over overlapping windows (section IV-A).
 
@@ -38,8 +38,8 @@ def predict_volume(
         batch_size: Windows per batch. The last batch is padded to this size, so that a model is compiled once.
         weights: Weights of the voxels of a window in the average, such as `gaussian_weights(patch_shape)`; `None` for
             equal weights.
-        flip_axis: Axis of `(z, y, x)`, 0 to 2. The predictions of each window and of its flipped copy are averaged.
-            `None`: no flip.
+        flip_axes: Axes of `(z, y, x)`, 0 to 2. The predictions of each window and of its copies that are flipped along
+            some of them are averaged.
 
     Returns:
         Float32 probabilities `(depth, height, width, structures)`; 0 outside all windows.
@@ -53,7 +53,8 @@ def predict_volume(
     shape = next(iter(shapes.values()))
     centre = centre if centre is not None else [n / 2 for n in shape]
     call = getattr(predict, "predict_on_batch", predict)
-    call = call if flip_axis is None else _with_flip(call, flip_axis + 1)
+    for axis in flip_axes:
+        call = _with_flip(call, axis + 1)
     weights = np.ones(patch_shape, np.float32) if weights is None else weights
 
     starts = window_starts(shape, patch_shape, stride, centre)
@@ -125,14 +126,14 @@ def segment_case(
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
         postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
-        mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
+        mirror: Average the predictions of each window and of its copies flipped along the recipe's `flip_axes`.
         gaussian: Weight the centre of each window more than its edges.
 
     Returns:
         The `Segmentation`.
 
     Raises:
-        ValueError: `mirror` is set but the recipe has no `flip_axis`.
+        ValueError: `mirror` is set but the recipe has no `flip_axes`.
     """
     return segment_ensemble([predict], case, recipe, postprocess, mirror, gaussian)
 
@@ -152,24 +153,24 @@ def segment_ensemble(
         case: A `PreprocessedCase`.
         recipe: The `Recipe` of the training.
         postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
-        mirror: Average the predictions of each window and of its copy flipped along the recipe's `flip_axis`.
+        mirror: Average the predictions of each window and of its copies flipped along the recipe's `flip_axes`.
         gaussian: Weight the centre of each window more than its edges.
 
     Returns:
         The `Segmentation`.
 
     Raises:
-        ValueError: There is no network, or `mirror` is set but the recipe has no `flip_axis`.
+        ValueError: There is no network, or `mirror` is set but the recipe has no `flip_axes`.
     """
     predicts = list(predicts)
     if not predicts:
         raise ValueError("`predicts` must hold at least one network. Received: []")
-    if mirror and recipe.patches.flip_axis is None:
-        raise ValueError("`mirror` needs a network that was trained on flipped patches. Received: flip_axis=None")
+    if mirror and not recipe.patches.flip_axes:
+        raise ValueError("`mirror` needs a network that was trained on flipped patches. Received: flip_axes=()")
     images = case.images_of(recipe.data.modalities)
     options = {
         "weights": gaussian_weights(recipe.patches.shape) if gaussian else None,
-        "flip_axis": recipe.patches.flip_axis if mirror else None,
+        "flip_axes": recipe.patches.flip_axes if mirror else (),
     }
     # Running sums: the volumes of all networks may not fit in memory.
     total, squares = 0.0, 0.0

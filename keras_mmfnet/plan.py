@@ -437,7 +437,7 @@ def _plan_windows(plan, patients, shape, spacing):
     both = not boxes or 0.2 <= np.mean(left) <= 0.8 or len(boxes) < 5
     reason = f"structures lie left of the centre in {sum(left)} {_of(boxes)}"
     plan.set(
-        "patches.flip_axis", 2 if both else None, f"{reason}: {'left and right are alike' if both else 'sides differ'}"
+        "patches.flip_axes", (2,) if both else (), f"{reason}: {'left and right are alike' if both else 'sides differ'}"
     )
     return stride
 

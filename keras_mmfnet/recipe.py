@@ -36,6 +36,13 @@ def _distinct(names: tuple) -> tuple:
     return names
 
 
+def _rates(rates: Any) -> float | dict[str, float]:
+    by_name = rates if isinstance(rates, dict) else {"": rates}
+    if not all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in by_name.values()):
+        raise ValueError("must be in [0, 1), or such numbers by modality")
+    return {name: float(rate) for name, rate in by_name.items()} if by_name is rates else float(rates)
+
+
 def _different(axes: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(axes)) != len(axes):
         raise ValueError("must be different axes")
@@ -135,7 +142,7 @@ class _Part(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _refuse_bool(cls, value, info):
-        by_name = info.field_name in ("clip", "structures") and isinstance(value, dict)
+        by_name = info.field_name in ("clip", "structures", "modality_dropout") and isinstance(value, dict)
         several = value.values() if by_name else [value]
         several = [] if cls.model_fields[info.field_name].annotation is bool else several
         if any(isinstance(one, bool) for some in several for one in _leaves(some)):
@@ -304,7 +311,8 @@ class NetworkRecipe(_Part):
         spatial_statistics: Statistics of the spatial attention.
         shared_mlp: One MLP for all statistics (CBAM) instead of one each.
         bottleneck: How the encoders' last features are joined: `"fusion"` or `"concat"`.
-        modality_dropout: Probability with which each modality of a training patch is set to zero, except one.
+        modality_dropout: Probability with which each modality of a training patch is set to zero, except one; or the
+            probabilities by modality, 0 for those not named.
         strides: By how much each level is pooled, `(z, y, x)`, each 1 or 2; `None` for 2 everywhere. Slices thicker
             than the pixels should not be pooled before the pixels have their size.
         kernel_sizes: Kernel of each level's convolutions, `(z, y, x)`, each 1 or 3; `None` for 3 everywhere.
@@ -319,7 +327,7 @@ class NetworkRecipe(_Part):
     spatial_statistics: _Statistics = ("avg", "max", "std")
     shared_mlp: bool = False
     bottleneck: Literal["fusion", "concat"] = "fusion"
-    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    modality_dropout: Annotated[Any, AfterValidator(_rates)] = 0.0
     strides: tuple[tuple[_Stride, _Stride, _Stride], ...] | None = None
     kernel_sizes: tuple[tuple[_KernelSize, _KernelSize, _KernelSize], ...] | None = None
     normalization: Literal["batch", "instance"] = "batch"
@@ -442,10 +450,15 @@ class Recipe(_Part):
                 f"must be (depth, height, width), {multiples}, by which the network reduces it. "
                 f"Received: {self.patches.shape}"
             )
-        if self.data.allow_missing and not self.network.modality_dropout:
+        rates = self.network.modality_dropout
+        rates = rates if isinstance(rates, dict) else {self.data.modalities[0]: rates}
+        for name in set(rates).difference(self.data.modalities):
+            expected = f"must be of {' or '.join(self.data.modalities)}"
+            problems[f"network.modality_dropout.{name}"] = f"{expected}. Received: {name}"
+        if self.data.allow_missing and not any(rates.values()):
             problems["data.allow_missing"] = (
                 "must go with a `network.modality_dropout` above 0, which trains the network for missing sequences. "
-                "Received: network.modality_dropout=0"
+                "Received: network.modality_dropout={self.network.modality_dropout}"
             )
         if problems:
             raise RecipeError(problems)
@@ -463,7 +476,8 @@ class Recipe(_Part):
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """A recipe that differs in some fields, of which it has no reasons.
 
-        Modalities that it drops take with them what `data.series` and `data.clip` say of them.
+        Modalities that it drops take with them what `data.series`, `data.clip` and `network.modality_dropout` say of
+        them.
 
         Args:
             changes: The new values by the path of the field: `"training.epochs"`, or `"data.series.t1"` for one entry
@@ -483,6 +497,8 @@ class Recipe(_Part):
             values["data"]["series"].pop(name, None)
             if values["data"]["clip"].get(name) != _CLIP.get(name):
                 values["data"]["clip"].pop(name, None)
+            if isinstance(values["network"]["modality_dropout"], dict):
+                values["network"]["modality_dropout"].pop(name, None)
         for path, value in changes.items():
             *above, last = path.split(".")
             inner = values

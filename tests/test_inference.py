@@ -109,14 +109,14 @@ def test_mirrored_prediction(axis):
         return batch["a"] * half[None, ..., None]
 
     image = {"a": np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32)}
-    result = predict_volume(one_sided, image, (8, 8, 8), flip_axis=axis, batch_size=1)
+    result = predict_volume(one_sided, image, (8, 8, 8), flip_axes=(axis,), batch_size=1)
     np.testing.assert_allclose(result[..., 0], image["a"] / 2, rtol=1e-6)
 
 
 def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
     case, recipe = (
         make_case(),
-        Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (16, 16, 16), "patches.flip_axis": None}),
+        Recipe().replace({"data.modalities": ("t1", "t2"), "patches.shape": (16, 16, 16), "patches.flip_axes": ()}),
     )
 
     def constant(value):
@@ -132,7 +132,7 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
     np.testing.assert_array_equal(arrays[0], there)
     one = segment_ensemble([constant(0.9)], case, recipe)
     assert not sitk.GetArrayFromImage(one.disagreements["tumour"]).any()
-    with pytest.raises(ValueError, match=r"trained on flipped patches. Received: flip_axis=None"):
+    with pytest.raises(ValueError, match=r"trained on flipped patches. Received: flip_axes=\(\)"):
         segment_case(constant(0.2), case, recipe, mirror=True)
     with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
         segment_ensemble([], case, recipe)

@@ -54,8 +54,8 @@ def segment(
                 expected = "1 to 64 characters without a backslash, for a network of one structure,"
                 raise ValueError(f"--structure: {expected} are expected. Received: {structure} for {', '.join(names)}")
             names = [structure]
-        if mirror and recipe.patches.flip_axis is None:
-            raise ValueError("--mirror: networks trained with `patches.flip_axis` are expected. Received: none")
+        if mirror and not recipe.patches.flip_axes:
+            raise ValueError("--mirror: networks trained with `patches.flip_axes` are expected. Received: none")
         from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import find_patients

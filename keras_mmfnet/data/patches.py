@@ -177,65 +177,71 @@ def _load(cases, recipe, modalities, training):
         after another; the slices are the first axis if patches are moved in space. `windows` and, if patches are placed
         at structures, `voxels`: int32 `(n, 4)`, the index of the first voxel or of the voxel in the volume, and the
         number of the patient. `patients` and `structures`: see `augment.draw_voxel`. By patient: `reach` and `bounds`,
-        int32 `(2, 3)`, the lowest and the highest first voxel of the windows and of any patch; `spacing` in mm
-        `(z, y, x)`, float32; and `movable`, see `augment.draw_motion`.
+        int32 `(2, 3)`, the lowest and the highest first voxel of a patch before and after it is shifted; `spacing` in
+        mm `(z, y, x)`, float32; and `movable`, see `augment.draw_motion`.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
     _warn(cases, starts, recipe.shape)
     depth, *plane = recipe.shape
     spacing = np.array([case.spacing for case in cases], np.float32)
     in_space, placed = training and not recipe.in_plane, training and recipe.foreground
-    margin = augment.margin(recipe, spacing[:, 1:].min()) if training else np.zeros(2, int)
-    offset = recipe.max_offset if training else np.zeros(3, int)
-    voxels = [[_some_voxels(mask) for mask in _masks(case)] if placed else [] for case in cases]
+    margin = augment.margin(recipe, spacing[:, 1:].min()) + recipe.max_offset[1:] if training else np.zeros(2, int)
+    voxels = [[_some_voxels(mask) for mask in _masks(case) if mask.any()] if placed else [] for case in cases]
+    reach = [
+        _reach(case.shape, first, own, recipe.shape) for case, first, own in zip(cases, starts, voxels, strict=True)
+    ]
 
-    corners, ends = [], []
-    for case, first, own in zip(cases, starts, voxels, strict=True):
-        low, high = first.min(axis=0) - offset, first.max(axis=0) + offset
-        for lowest, highest in (_around(some, recipe.shape) for some in own if len(some)):
-            low, high = np.minimum(low, highest.min(axis=0)), np.maximum(high, lowest.max(axis=0))
-        # In space, the nearest voxel is taken outside of the slices: one pixel about them is enough.
-        corners.append((min(first[:, 0].min(), 0), *([-1, -1] if in_space else low[1:] - margin)))
-        ends.append(np.add(case.shape[1:], 1) if in_space else high[1:] + plane + margin)
-    reach = np.max(np.subtract(ends, np.array(corners)[:, 1:]), axis=0)
+    # In space, the nearest voxel is taken outside of the slices: one pixel about them is enough.
+    planes = [
+        ([-1, -1], np.add(case.shape[1:], 1)) if in_space else (low[1:] - margin, high[1:] + plane + margin)
+        for case, (low, high) in zip(cases, reach, strict=True)
+    ]
+    corners = [(min(low[0], 0), *corner) for (low, _), (corner, _) in zip(reach, planes, strict=True)]
+    size = np.max([np.subtract(end, corner) for corner, end in planes], axis=0)
     slices = np.array([max(case.shape[0], depth) for case in cases])
-    tops = np.cumsum([0, *slices])[:-1]
-
+    tops = np.cumsum(slices) - slices
     channels = len(modalities) + len(_masks(cases[0]))
-    volume = np.empty(
-        (tops[-1] + slices[-1], *reach, channels) if in_space else (*reach, tops[-1] + slices[-1], channels), "f2"
-    )
-    for case, corner, count, top in zip(cases, corners, slices, tops, strict=True):
+    shape = (slices.sum(), *size, channels) if in_space else (*size, slices.sum(), channels)
+    volume = np.empty(shape, np.float16)
+    for case, corner, top, count in zip(cases, corners, tops, slices, strict=True):
         block = volume[top : top + count] if in_space else np.moveaxis(volume[:, :, top : top + count], 2, 0)
         images = case.images_of(modalities)
         arrays = [(images[name], images[name].min()) for name in modalities] + [(mask, 0) for mask in _masks(case)]
         for channel, (array, background) in enumerate(arrays):
             block[..., channel] = crop(array, corner, block.shape[:3], background)
 
-    # From the index in a patient to that in the volume.
-    shifts = np.stack([tops, 0 * tops, 0 * tops], axis=1) - corners
-    starts = [first + shift for first, shift in zip(starts, shifts, strict=True)]
-    found = [np.insert(some + shifts[n], 3, n, axis=1) for n, own in enumerate(voxels) for some in own if len(some)]
+    # From the index in a patient to that in the volume, and behind it the number of the patient.
+    shifts = np.insert(-np.array(corners), 3, range(len(cases)), axis=1)
+    shifts[:, 0] += tops
+    windows, found = (
+        [np.insert(index, 3, 0, axis=1) + shift for own, shift in zip(several, shifts, strict=True) for index in own]
+        for several in ([[first] for first in starts], voxels)
+    )
     far = np.full(len(cases), 2**30)
     bounds = [[tops, -far, -far], [tops + slices - depth, far, far]]
-    movable = [
-        [name != next(iter(case.images)) for name in modalities] + [False] * (channels - len(modalities))
-        for case in cases
-    ]
-    tensors = {
-        "windows": np.concatenate([np.insert(first, 3, n, axis=1) for n, first in enumerate(starts)]),
+    fixed = [False] * len(_masks(cases[0]))
+    movable = [[name != next(iter(case.images)) for name in modalities] + fixed for case in cases]
+    tables = {
+        "windows": np.concatenate(windows),
         "voxels": np.concatenate([np.zeros((0, 4)), *found]),
-        "structures": _spans([len(some) for some in found]),
-        "patients": _spans([count for own in voxels if (count := sum(len(some) > 0 for some in own))]),
-        "reach": [[first.min(axis=0), first.max(axis=0)] for first in starts],
+        "structures": _spans([len(index) for index in found]),
+        "patients": _spans([len(own) for own in voxels if own]),
+        "reach": np.array(reach) + shifts[:, None, :3],
         "bounds": np.transpose(bounds, (2, 0, 1)),
     }
-    tensors = {name: tf.constant(array, tf.int32) for name, array in tensors.items()}
-    return tensors | {
-        "volume": tf.constant(volume),
-        "spacing": tf.constant(spacing),
-        "movable": tf.constant(movable, tf.float32),
-    }
+    tables = {name: tf.constant(table, tf.int32) for name, table in tables.items()}
+    others = {"spacing": tf.constant(spacing), "movable": tf.constant(movable, tf.float32)}
+    return {"volume": tf.constant(volume), **tables, **others}
+
+
+def _reach(size, starts, voxels, shape):
+    """The lowest and the highest first voxel of the windows, further out where a structure lies outside all of them."""
+    low, high, shape = starts.min(axis=0), starts.max(axis=0), np.array(shape)
+    for index in voxels:
+        first, last = index.min(axis=0), index.max(axis=0)
+        low = np.where(first < low, np.maximum(first - shape // 2, 0), low)
+        high = np.where(last >= high + shape, np.minimum(last - shape // 2, size - shape), high)
+    return low, high
 
 
 def _spans(counts):
@@ -248,11 +254,6 @@ def _some_voxels(mask, most=10_000):
     """Indices of up to `most` voxels of a mask, `(voxels, 3)`."""
     index = np.flatnonzero(mask)
     return np.stack(np.unravel_index(index[:: 1 + len(index) // most], mask.shape), axis=1)
-
-
-def _around(voxel, shape):
-    """The lowest and the highest first voxel of patches that hold a voxel, not within an eighth of their edges."""
-    return voxel - np.array(shape) + 1 + np.array(shape) // 8, voxel - np.array(shape) // 8
 
 
 def _place(sample, tables, recipe, seed):
@@ -273,7 +274,9 @@ def _place(sample, tables, recipe, seed):
     patient = tf.where(placed, voxel[3], window[3])
     reach, bounds = tables["reach"][patient], tables["bounds"][patient]
     start = tf.where(placed, tf.clip_by_value(voxel[:3] - shape // 2, reach[0], reach[1]), window[:3])
-    around = tf.clip_by_value(tf.stack(_around(voxel[:3], shape)), bounds[0], bounds[1])
+    # The shift brings the voxel no nearer to an edge than an eighth of the patch.
+    around = tf.stack([tf.minimum(start, voxel[:3] - shape * 7 // 8), tf.maximum(start, voxel[:3] - shape // 8)])
+    around = tf.clip_by_value(around, bounds[0], bounds[1])
     return patient, start, *tf.unstack(tf.where(placed, around, bounds))
 
 

@@ -71,7 +71,7 @@ class MMFNet(EncoderDecoder):
         bottleneck: How the bottom features of the encoders are joined, which the paper does not say: `"fusion"` for a
             fusion block, `"concat"` for concatenation.
         modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
-            image. At least one modality is kept.
+            image; or probabilities by modality, 0 for those not named. At least one modality is kept.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
         **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
 
@@ -105,15 +105,18 @@ class MMFNet(EncoderDecoder):
         spatial_statistics: Sequence[str] = ("avg", "max", "std"),
         shared_mlp: bool = False,
         bottleneck: Literal["fusion", "concat"] = "fusion",
-        modality_dropout: float = 0.0,
+        modality_dropout: float | Mapping[str, float] = 0.0,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
         if bottleneck not in ("fusion", "concat"):
             raise ValueError(f"`bottleneck` must be 'fusion' or 'concat'. Received: {bottleneck!r}")
-        if not 0 <= modality_dropout < 1:
-            raise ValueError(f"`modality_dropout` must be in [0, 1). Received: {modality_dropout!r}")
         modalities = tuple(modalities)
+        by_name = isinstance(modality_dropout, Mapping)
+        modality_dropout = dict(modality_dropout) if by_name else modality_dropout
+        rates = modality_dropout if by_name else dict.fromkeys(modalities, modality_dropout)
+        if not all(0 <= rate < 1 for rate in rates.values()) or not set(rates) <= set(modalities):
+            raise ValueError(f"`modality_dropout` must be in [0, 1), of {modalities}. Received: {modality_dropout!r}")
         attention = {
             "reduction": reduction,
             "channel_statistics": tuple(channel_statistics),
@@ -151,9 +154,12 @@ class MMFNet(EncoderDecoder):
         """Replaces random modalities of each patch by zeros."""
         # One that a patient lacks is zeros already.
         there = ops.stack([ops.max(ops.abs(inputs[name]), axis=(1, 2, 3, 4)) > 0 for name in self.modalities], axis=1)
-        numbers = ops.where(there, keras.random.uniform(ops.shape(there), seed=self.seed_generator), -1.0)
+        rates = self.modality_dropout
+        rates = [rates.get(name, 0.0) if isinstance(rates, dict) else rates for name in self.modalities]
+        numbers = keras.random.uniform(ops.shape(there), seed=self.seed_generator) - ops.array(rates, "float32")
+        numbers = ops.where(there, numbers, -2.0)
         # The modality with the largest number is always kept.
-        kept = ops.logical_or(numbers >= self.modality_dropout, numbers == ops.max(numbers, axis=1, keepdims=True))
+        kept = ops.logical_or(numbers >= 0, numbers == ops.max(numbers, axis=1, keepdims=True))
         return {
             name: ops.where(ops.reshape(kept[:, index], (-1, 1, 1, 1, 1)), inputs[name], 0)
             for index, name in enumerate(self.modalities)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import patch_dataset
+from keras_mmfnet.data import augment, patch_dataset
 from keras_mmfnet.data.patches import centre_patches
 from keras_mmfnet.data.windows import window_starts
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import PatchRecipe, Recipe
 
 RECIPE = Recipe().replace(
     {
@@ -131,7 +131,7 @@ def test_every_pass_has_each_window_once_in_an_order_of_its_own(make_case):
             "training.batch_size": 1,
             "patches.offset_fraction": (0, 0, 0),
             "patches.max_rotation": 0,
-            "patches.flip_axis": None,
+            "patches.flip_axes": (),
         }
     )
     cases = [make_case(seed=seed, shape=(28, 16, 16)) for seed in range(3)]
@@ -151,19 +151,109 @@ def test_every_pass_has_each_window_once_in_an_order_of_its_own(make_case):
     assert passes[0] != passes[1] != passes[2]
 
 
-def test_modalities_and_mask_are_moved_together(make_case):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_rotation": 20, "max_scaling": 0.3, "flip_axes": (0, 1, 2)},
+        {"max_rotation": 20, "max_scaling": 0.3, "flip_axes": (0, 1, 2), "in_plane": False},
+        {"max_rotation": 20, "max_scaling": 0.3, "misalignment": (0.0, 1e-4)},
+        {"max_rotation": 20, "max_scaling": 0.3, "misalignment": (0.0, 1e-4), "in_plane": False},
+    ],
+)
+def test_modalities_and_masks_are_moved_together(make_case, changes):
+    recipe = RECIPE.patches.model_copy(update=changes)
     case = make_case(shape=(24, 40, 40))
-    case.images.update(t1=case.mask.astype(np.float32), t2=-case.mask.astype(np.float32))
-    images, mask = joined(
-        patch_dataset([case], RECIPE.patches, batch_size=RECIPE.training.batch_size, seed=RECIPE.training.seed), 10
-    )
-    np.testing.assert_array_equal(images["t1"], -images["t2"])
-    np.testing.assert_array_equal(images["t1"] >= 0.5, mask == 1)
-    assert len({m.tobytes() for m in mask}) > 10  # they do move
+    masks = {"core": np.roll(case.mask, 3, axis=2), "edema": np.roll(case.mask, (-2, 2), axis=(0, 1))}
+    case = dataclasses.replace(case, masks=masks)
+    case.images.update(t1=masks["core"].astype(np.float32), t2=masks["edema"].astype(np.float32))
+    images, found = joined(patch_dataset([case], recipe, batch_size=3), 10)
+    assert found.shape == (30, 16, 16, 16, 2)
+    for channel, name in enumerate(("t1", "t2")):
+        # But for voxels within a rounding error of one half.
+        clear = np.abs(images[name][..., 0] - 0.5) > 1e-3
+        np.testing.assert_array_equal((images[name][..., 0] > 0.5)[clear], (found[..., channel] == 1)[clear])
+        assert clear.mean() > 0.95
+        assert len({m.tobytes() for m in found[..., channel]}) > 10  # they do move
+
+
+@pytest.mark.parametrize("in_plane", [True, False])
+def test_a_misalignment_moves_each_sequence_but_the_reference(make_case, in_plane):
+    recipe = RECIPE.patches.model_copy(update={"misalignment": (3.0, 0.0), "in_plane": in_plane})
+    case = make_case(shape=(24, 40, 40))
+    ramp = np.indices(case.shape).astype(np.float32)
+    case.images.update(t1=ramp[2], t2=ramp[2], cet1=ramp[2])
+    images, mask = joined(patch_dataset([case], recipe, batch_size=3), 15)
+    still = recipe.model_copy(update={"misalignment": (0.0, 0.0)})
+    expected, expected_mask = joined(patch_dataset([case], still, batch_size=3), 15)
+    np.testing.assert_array_equal(mask, expected_mask)
+    np.testing.assert_allclose(images["t1"], expected["t1"], atol=1e-4)
+    # Of a ramp of one a voxel of 1 mm, the difference is the shift, once for the whole patch.
+    shifts = {name: (images[name] - expected[name])[:, 4:12, 4:12, 4:12, 0].reshape(45, -1) for name in ("t2", "cet1")}
+    for shift in shifts.values():
+        # A rotated and flipped shift in plane, which the rotation by a few degrees changes little.
+        np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1], shift.shape), atol=2e-2)
+        assert 2.5 < np.abs(shift).max() < 3.3
+    assert abs(np.corrcoef(shifts["t2"][:, 0], shifts["cet1"][:, 0])[0, 1]) < 0.5
+
+
+def test_intensities_change_by_sequence_and_neither_masks_nor_missing_ones(make_case):
+    changes = {name: getattr(PatchRecipe.strong(), name) for name in augment.INTENSITIES}
+    strong = RECIPE.patches.model_copy(update=changes | {"intensity_probability": 0.5})
+    ann, bob = make_case("ann", seed=1), make_case("bob", seed=2)
+    bob = dataclasses.replace(bob, images={"t2": bob.images["t2"]})
+    images, mask = joined(patch_dataset([ann, bob], strong, batch_size=3), 8)
+    plain, plain_mask = joined(patch_dataset([ann, bob], RECIPE.patches, batch_size=3), 8)
+    np.testing.assert_array_equal(mask, plain_mask)
+    lacking = ~plain["t1"].any(axis=(1, 2, 3, 4))
+    assert 0 < lacking.mean() < 1
+    assert not images["t1"][lacking].any()
+    changed = {name: (images[name] != plain[name]).any(axis=(1, 2, 3, 4)) for name in images}
+    assert changed["t2"].mean() > 0.9  # one of seven kinds at least
+    assert all(np.isfinite(image).all() for image in images.values())
+
+
+@pytest.mark.parametrize("in_plane", [True, False])
+def test_a_share_of_the_patches_is_at_structures(make_case, in_plane):
+    """Even at those that all windows miss."""
+    changes = {"foreground": 1 / 3, "max_scaling": 0.1, "in_plane": in_plane}
+    placed = RECIPE.patches.model_copy(update=changes)
+    cases = [make_case("ann", (20, 60, 60), seed=1), make_case("bob", (20, 60, 60), seed=2), make_case("cid", seed=3)]
+    for corner, case in enumerate(cases):
+        masks = {"core": np.zeros_like(case.mask), "edema": np.zeros_like(case.mask)}
+        if corner < 2:  # in a corner of the first two; the third has no structure
+            masks["core"][2:5, 50 * corner :][:, 4:7, -7:-4] = 1
+            masks["edema"][15:18, 50 * corner :][:, 4:7, -7:-4] = 1
+        cases[corner] = dataclasses.replace(case, masks=masks)
+    with pytest.warns(UserWarning, match=r"ann \(100%\), bob \(100%\)"):
+        datasets = [patch_dataset(cases, placed, batch_size=4, first_batch=first) for first in (0, 13)]
+    images, masks = joined(datasets[0], 30)
+    rest, rest_masks = joined(datasets[1], 5)
+    at = np.arange(120) % 3 == 2
+    there = masks.any(axis=(1, 2, 3))
+    assert not there[~at].any()
+    assert there[at].any(axis=1).mean() > 0.9
+    assert there[at].mean(axis=0).min() > 0.25
+    np.testing.assert_array_equal(images["t1"][52:72], rest["t1"])
+    np.testing.assert_array_equal(masks[52:72], rest_masks)
+
+
+def test_a_patch_at_a_structure_stays_where_windows_are(make_case):
+    still = {"offset_fraction": (0, 0, 0), "max_rotation": 0, "flip_axes": (), "foreground": 1.0}
+    recipe = RECIPE.patches.model_copy(update=still | {"stride": (4, None, 12)})
+    case = make_case(shape=(40, 30, 60))
+    z, y, x = np.indices(case.shape).astype(np.float32)
+    mask = np.zeros(case.shape, np.uint8)
+    mask[10, 14, [3, 30]] = mask[39, 14, 59] = 1
+    case = dataclasses.replace(case, images={"t1": z, "t2": y, "cet1": x}, masks={"tumour": mask})
+    images, _ = joined(patch_dataset([case], recipe, batch_size=4), 20)
+    firsts = {tuple(int(images[name][n, 0, 0, 0, 0]) for name in ("t1", "t2", "cet1")) for n in range(80)}
+    # Centred on the voxel between the first and the last window.
+    assert firsts == {(2, 7, 0), (2, 7, 22), (24, 7, 44)}
 
 
 def test_offsets_reach_their_limits_and_no_further(make_case):
-    recipe = RECIPE.replace({"patches.max_rotation": 0, "patches.flip_axis": None})
+    recipe = RECIPE.replace({"patches.max_rotation": 0, "patches.flip_axes": ()})
     case = make_case(shape=(60, 40, 40), centre=(30, 20, 20))
     z, y, x = np.indices(case.shape).astype(np.float32)
     case.images.update(t1=y, t2=x)
@@ -196,7 +286,7 @@ def test_patches_stay_within_the_patients_slices(make_case):
 @pytest.mark.parametrize("axis", [1, 2])
 def test_mirroring_is_along_the_axis_of_the_recipe(make_case, axis):
     recipe = RECIPE.replace(
-        {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 0, "patches.flip_axis": axis}
+        {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 0, "patches.flip_axes": axis}
     )
     case = make_case(shape=(16, 16, 16))
     images, mask = joined(
@@ -212,9 +302,7 @@ def test_mirroring_is_along_the_axis_of_the_recipe(make_case, axis):
 
 
 def test_rotation_is_simpleitks(make_case):
-    recipe = RECIPE.replace(
-        {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 20, "patches.flip_axis": None}
-    )
+    recipe = RECIPE.replace({"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 20, "patches.flip_axes": ()})
     case = make_case(shape=(16, 48, 48))
     y, x = np.indices((48, 48)) / 6
     case.images.update(t1=np.broadcast_to(np.sin(x) + np.cos(1.3 * y), case.shape).astype(np.float32))
@@ -329,3 +417,17 @@ def test_centre_patches_without_a_tumour(make_case):
     (_, labels) = batches(centre_patches(volumes, (5, 5), 4), 1)[0]
     assert len(labels) >= 4
     assert not labels.any()
+
+
+def test_centres_of_any_structure_are_labelled_by_all(make_case):
+    case = make_case(seed=2)
+    wide = np.maximum(case.mask, np.roll(case.mask, 2, axis=2))
+    case = dataclasses.replace(case, masks={"core": case.mask, "whole": wide})
+    case.images.update(t1=case.masks["core"].astype(np.float32), t2=wide.astype(np.float32))
+    volumes = patch_dataset([case], RECIPE.patches, training=False, batch_size=2)
+    images, labels = batches(centre_patches(volumes, (5, 4), 20), 1)[0]
+    assert labels.shape == (40, 1, 1, 2)
+    assert labels[..., 1].sum() == 20  # half of them in a structure
+    assert 0 < labels[..., 0].sum() < 20
+    for channel, name in enumerate(("t1", "t2")):
+        np.testing.assert_array_equal(images[name][:, 2, 2, 0], labels[:, 0, 0, channel])

@@ -123,8 +123,14 @@ def test_modality_dropout():
     config = model.get_config()
     assert config["modality_dropout"] == 0.5
     assert MMFNet.from_config(config).modality_dropout == 0.5
-    with pytest.raises(ValueError, match=r"`modality_dropout` must be in \[0, 1\). Received: 1"):
-        MMFNet(**arguments, modality_dropout=1)
+    for wrong in (1, {"t1": 1.0}, {"cet1": 0.5}):
+        with pytest.raises(ValueError, match=r"`modality_dropout` must be in \[0, 1\).*Received: "):
+            MMFNet(**arguments, modality_dropout=wrong)
+
+    model = MMFNet.from_config(MMFNet(**arguments, modality_dropout={"t2": 0.75}).get_config())
+    stays = {name: to_numpy(x).any(axis=(1, 2, 3, 4)) for name, x in model._drop(inputs).items()}
+    assert stays["t1"].all()
+    assert stays["t2"].mean() == pytest.approx(0.25, abs=0.1)
 
 
 def test_frozen_encoder_stays_through_a_fit():
