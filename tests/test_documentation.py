@@ -20,6 +20,7 @@ import SimpleITK as sitk
 import typer.main
 from checks import fill
 from dicom_files import write_series
+from scipy import ndimage
 from typer.testing import CliRunner
 
 import keras_mmfnet
@@ -239,10 +240,10 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
         Path("brats", name).mkdir(parents=True)
         for source, target in (("t1", "t1"), ("t2", "t2"), ("cet1", "t1ce"), ("t2", "flair")):
             shutil.copy(folder / f"{source}.nii.gz", Path("brats", name, f"{name}_{target}.nii.gz"))
-        labels = sitk.GetArrayFromImage(images["mask"])
-        labels[:, :, ::2] *= 2
-        labels[:, ::2] *= 2
-        labels = Grid.from_image(images["mask"]).image(np.where(labels == 0, 0, labels).astype(np.uint8))
+        whole = sitk.GetArrayFromImage(images["mask"])
+        core, inner = (ndimage.binary_erosion(whole, iterations=n) for n in (1, 2))
+        labels = np.select([inner, core, whole > 0], [4, 1, 2]).astype(np.uint8)
+        labels = Grid.from_image(images["mask"]).image(labels)
         sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
     small = Recipe.small.__func__
     monkeypatch.setattr(Recipe, "small", classmethod(lambda cls: small(cls).replace(TINY)))

@@ -98,6 +98,9 @@ def test_several_structures_have_a_colour_each():
     _, both, _ = slice_strips(images, inner, inner)
     _, solid, _ = slice_strips(images, inner, dict.fromkeys(inner, 0 * truth))
     np.testing.assert_array_equal(both, solid)  # equal contours lie on each other
+    # Equal contours of two structures show both.
+    _, equal, _ = slice_strips(images, dict.fromkeys(inner, prediction), dict.fromkeys(inner, 0 * truth))
+    assert {tuple(color) for color in equal[equal[..., 3] > 0]} == shown
     with pytest.raises(ValueError, match=r"the same structures are expected\. Received: whole; whole, core"):
         plot_segmentation(images, inner, {"whole": truth})
 

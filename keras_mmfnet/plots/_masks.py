@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,13 +18,22 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 Masks = np.ndarray | Mapping[str, np.ndarray]
 
 
+class Outline(NamedTuple):
+    """A mask and how it is drawn; `rank` tells how much thicker than the thinnest, so that equal contours all show."""
+
+    mask: np.ndarray
+    colour: str | None = None
+    style: str = "solid"
+    rank: int = 0
+
+
 def structure_colours(names):
     """`{structure: colour}`, in their order."""
     return dict(zip(names, itertools.cycle(STRUCTURE_COLOURS), strict=False))
 
 
 def expert_and_prediction(truth, prediction):
-    """`{name: (mask, colour, style of its line)}` of the masks that are not `None`, those of the expert first.
+    """`{name: Outline}` of the masks that are not `None`, those of the expert first.
 
     Each may be one mask, or `{structure: mask}`. Of several structures a colour is that of the structure.
     """
@@ -35,17 +45,19 @@ def expert_and_prediction(truth, prediction):
     masks = {}
     for who, by_structure in given.items():
         colours = structure_colours(by_structure)
-        for name, mask in by_structure.items():
-            colour, style = colours[name], "dotted" if who == "expert" else "solid"
-            if len(by_structure) == 1:
-                name, colour, style = "", TRUTH_COLOUR if who == "expert" else PREDICTION_COLOUR, "solid"
-            masks[f"{who} {name}".strip()] = np.asarray(mask) > 0, colour, style
+        for number, (name, mask) in enumerate(by_structure.items(), start=1):
+            outline = Outline(np.asarray(mask) > 0, TRUTH_COLOUR if who == "expert" else PREDICTION_COLOUR)
+            if len(by_structure) > 1:
+                style, rank = "dotted" if who == "expert" else "solid", min(len(by_structure) - number, 2)
+                masks[f"{who} {name}"] = outline._replace(colour=colours[name], style=style, rank=rank)
+            else:
+                masks[who] = outline
     return masks
 
 
 def union(images, masks):
     """The union of the masks; raises `ValueError` if the shapes differ."""
-    shapes = {name: np.shape(array) for name, array in images.items()} | {n: m.shape for n, (m, *_) in masks.items()}
+    shapes = {name: np.shape(array) for name, array in images.items()} | {n: m.mask.shape for n, m in masks.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"images and masks must have the same shape. Received: {shapes}")
-    return np.any([mask for mask, *_ in masks.values()], axis=0)
+    return np.any([one.mask for one in masks.values()], axis=0)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from keras_mmfnet.data.body import bounding_box, otsu_threshold
-from keras_mmfnet.plots._masks import ERROR_COLOURS, Masks, expert_and_prediction, structure_colours, union
+from keras_mmfnet.plots._masks import ERROR_COLOURS, Masks, Outline, expert_and_prediction, structure_colours, union
 
 
 def plot_segmentation(
@@ -54,7 +54,7 @@ def plot_segmentation(
         axes.set_title(name, color="white")
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
-        slices = [mask[depth] for mask, *_ in masks.values()]
+        slices = [one.mask[depth] for one in masks.values()]
         pairs = zip(_structures(masks), slices[: len(slices) // 2], slices[len(slices) // 2 :], strict=True)
         title += ", DSC " + ", ".join(f"{name} {_dice(*pair)}".strip() for name, *pair in pairs)
     figure.suptitle(title, color="white")
@@ -91,15 +91,15 @@ def plot_errors(
     """
     if not predictions:
         raise ValueError(f"`predictions` must hold at least one method. Received: {predictions}")
-    masks = {name: (np.asarray(mask) > 0,) for name, mask in {**predictions, "the expert": truth}.items()}
-    either, truth = union(images, masks), masks.pop("the expert")[0]
+    masks = {name: Outline(np.asarray(mask) > 0) for name, mask in {**predictions, "the expert": truth}.items()}
+    either, truth = union(images, masks), masks.pop("the expert").mask
     depth = _largest(truth) if depth is None else depth
     view = _view(either[depth], spacing_zyx, margin)
 
     figure = _dark_figure(2.6 * len(masks) + 0.2, 2.6 * len(images) + 0.9)
     panels = figure.subplots(len(images), len(masks), squeeze=False)
     for row, (modality, image) in zip(panels, images.items(), strict=True):
-        for axes, (method, (mask,)) in zip(row, masks.items(), strict=True):
+        for axes, (method, (mask, *_)) in zip(row, masks.items(), strict=True):
             _show(axes, image[depth], view, spacing_zyx)
             kinds = (mask & truth, mask & ~truth, truth & ~mask)
             for kind, colour in zip(kinds, ERROR_COLOURS.values(), strict=True):
@@ -205,7 +205,7 @@ def plot_heat(
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(colors="white")
     where = f"slice {depth + 1} of {len(total)}"
     figure.suptitle(f"{title}\n{where}" if title else where, color="white", fontsize=11)
-    drawn = {name: about for name, about in masks.items() if about[0][depth].any()}
+    drawn = {name: one for name, one in masks.items() if one.mask[depth].any()}
     if drawn:
         _legend_of_masks(figure, drawn)
     return figure
@@ -264,16 +264,16 @@ def slice_strips(
         low, high = _grey_limits(image[part])
         grey = scaled(np.clip((image[part] - low) / (high - low), 0, 1), 1)
         strips.append(np.round(255 * grey).astype(np.uint8).reshape(-1, grey.shape[2]))
-    inside = [scaled(mask[part], 2) >= 0.5 for mask, *_ in masks.values()]
+    inside = [scaled(one.mask[part], 2) >= 0.5 for one in masks.values()]
     marks = np.zeros((*inside[0].shape, 4))
     shown = []
     if len(inside) == 2:
         (expert, predicted), (_, false, missed) = inside, ERROR_COLOURS.values()
         shown = [(predicted & ~expert, false, 0.45), (expert & ~predicted, missed, 0.45)]
     dots = np.add.outer(*(np.arange(size) // 3 for size in marks.shape[1:3])) % 2 == 0
-    for mask, (_, colour, style) in zip(inside, masks.values(), strict=True):
-        line = mask & ~ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2)
-        shown.append((line & dots if style == "dotted" else line, colour, 1))
+    for mask, one in zip(inside, masks.values(), strict=True):
+        line = mask & ~ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2 + one.rank)
+        shown.append((line & dots if one.style == "dotted" else line, one.colour, 1))
     for where, colour, alpha in shown:
         marks[where] = to_rgba(colour, alpha)
     marks = np.round(255 * marks).astype(np.uint8).reshape(-1, marks.shape[2], 4)
@@ -347,10 +347,11 @@ def _write(axes, x, y, text, **alignment):
 
 def _outline(axes, masks, depth, spacing_zyx):
     """Draws the contours of the masks on a slice."""
-    for mask, colour, style in masks.values():
+    for mask, colour, style, rank in masks.values():
         if mask[depth].any():
             x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing_zyx[:0:-1], strict=True))
-            axes.contour(x, y, mask[depth], levels=[0.5], colors=[colour], linewidths=1.6, linestyles=[style])
+            line = {"colors": [colour], "linewidths": 1.6 + 0.8 * rank, "linestyles": [style]}
+            axes.contour(x, y, mask[depth], levels=[0.5], **line)
 
 
 def _structures(masks):
@@ -362,8 +363,8 @@ def _legend_of_masks(figure, masks):
     """Adds a legend of contours: a colour for the expert and for the prediction, or for each of several structures."""
     names = _structures(masks)
     if len(names) == 1:
-        return _legend(figure, {name: colour for name, (_, colour, _) in masks.items()})
-    styles = {name.partition(" ")[0]: style for name, (*_, style) in masks.items()}
+        return _legend(figure, {name: one.colour for name, one in masks.items()})
+    styles = {name.partition(" ")[0]: one.style for name, one in masks.items()}
     return _legend(figure, structure_colours(names), styles=styles)
 
 

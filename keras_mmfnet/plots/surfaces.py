@@ -43,7 +43,7 @@ def plot_surfaces(
     low, high = (found.min(axis=0) - 0.5) * spacing_zyx, (found.max(axis=0) + 0.5) * spacing_zyx
 
     figure = Figure(figsize=(4.2 * len(masks), 4.0), layout="constrained")
-    for number, (name, (mask, colour, _)) in enumerate(masks.items(), start=1):
+    for number, (name, (mask, colour, *_)) in enumerate(masks.items(), start=1):
         axes = figure.add_subplot(1, len(masks), number, projection="3d")
         faces = voxel_faces(mask, spacing_zyx)
         if len(faces):
