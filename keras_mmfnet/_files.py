@@ -1,10 +1,14 @@
 """Reads and writes small files. A file is never left half-written."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import tempfile
 import uuid
+import zipfile
+from pathlib import Path
 
 
 def write(path, content, replace=True):
@@ -27,6 +31,31 @@ def write(path, content, replace=True):
             os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill, which appears as `path` when the block ends: complete, or not at all.
+
+    Args:
+        path: Path of the folder, or of a zip archive of its files if it ends with `.zip`.
+
+    Raises:
+        FileExistsError: There is something already.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path}: a new one is expected. Received: one that exists")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
+        folder = Path(hidden, "folder")
+        folder.mkdir()
+        yield folder
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(Path(hidden, "archive"), "w") as archive:
+                for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+                    archive.write(file, file.relative_to(folder))
+            os.link(Path(hidden, "archive"), path)
+        else:
+            os.rename(folder, path)
 
 
 def read_json(path):

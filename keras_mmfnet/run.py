@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
 from keras_mmfnet._precision import dtype_policy
+from keras_mmfnet.bundle import write_bundle
 from keras_mmfnet.data import find_cases, group_patients, preprocess_case
 from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
@@ -32,8 +34,8 @@ from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.losses import make_loss
-from keras_mmfnet.methods import METHODS, Method, find_method, method_of
-from keras_mmfnet.models import MMFNet
+from keras_mmfnet.methods import METHODS, Method, build_mmfnet, find_method, method_of
+from keras_mmfnet.models import MMFNet, load_network
 from keras_mmfnet.postprocess import PostProcessing, choose
 from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.training import read_history, train_method
@@ -41,6 +43,8 @@ from keras_mmfnet.training import read_history, train_method
 _log = logging.getLogger(__name__)
 # The parts of a fold that a network learns from.
 _LEARNING = ("train", "validation")
+# Of what `machine` tells, that which is no version of a package.
+_MACHINE = ("processor", "system", "allocator")
 
 
 class RunLocked(RuntimeError):
@@ -54,7 +58,8 @@ class Run:
     |---|---|
     | `recipe.json` | the `Recipe` |
     | `cohort.json` | the data's path, the patients with notes and a hash of their images, those left out, the folds; \
-the groups and folds that were given |
+the groups, folds and donor that were given |
+    | `donor.keras` | the network whose encoders the recipe's own method starts from, if one was given |
     | `cache/` | the preprocessed patients |
     | `fold_<n>/<method>.keras`, `<method>_history.csv` | a trained network and its epochs |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
@@ -71,6 +76,7 @@ the groups and folds that were given |
         self.folder = Path(folder)
         self.recipe_file = self.folder / RECIPE_FILE
         self.cohort_file = self.folder / "cohort.json"
+        self.donor_file = self.folder / "donor.keras"
         self.cache = self.folder / "cache"
         self.log_file = self.folder / "run.log"
         self.report_file = self.folder / "report.html"
@@ -152,6 +158,14 @@ the groups and folds that were given |
         names = sorted(found, key=lambda name: (list(METHODS).index(name) if name in METHODS else len(METHODS), name))
         return {name: sorted(found[name], key=lambda result: result["fold"]) for name in names}
 
+    def rows(self, name: str) -> list[dict]:
+        """A method's numbers so far, as `cross_validate` returns them."""
+        return [
+            {"patient": row["patient"], "structure": row["structure"], "fold": result["fold"], **row}
+            for result in self.results()[name]
+            for row in result["patients"]
+        ]
+
     # --- what the files hold
 
     @functools.cached_property
@@ -190,6 +204,14 @@ the groups and folds that were given |
         """Preprocessed patients by name, from the cache."""
         return [preprocess_case(self.cases[name], self.recipe.data, self.cache) for name in names]
 
+    def donated(self, method: Method) -> dict[str, Path]:
+        """The encoders that a method starts from: `{modality: self.donor_file}`, empty without a donor.
+
+        Only the recipe's own method does.
+        """
+        donor = self.cohort.get("donor", {"modalities": []})
+        return dict.fromkeys(donor["modalities"], self.donor_file) if method.name == "mmfnet" else {}
+
     def seen_in_training(self, case: Case, folds: Iterable[int]) -> str:
         """Says that networks of some folds were trained on a patient, or chosen by it; empty text if none was."""
         if not self.cohort_file.is_file():
@@ -201,6 +223,35 @@ the groups and folds that were given |
                 names, who = same, "this patient"
         seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
         return f"{who} was in the training set of fold {', '.join(seen)}" if seen else ""
+
+    def save_bundle(self, path: str | os.PathLike, about: str | None = None) -> None:
+        """Writes what the recipe's own method has learned, to be handed on: see `Bundle`.
+
+        It holds no image and no name of a patient, and no path of this machine.
+
+        Args:
+            path: A new folder, or a new file that ends with `.zip`.
+            about: What only you know, for the model card, in Markdown: whose images these were, of which scanners and
+                diagnoses, who drew the masks, and the terms on which the networks may be used.
+
+        Raises:
+            FileExistsError: There is something at the path.
+            ValueError: No fold is finished, or one has a trained network but no numbers yet.
+        """
+        results, folds = self.results().get("mmfnet", []), self.trained_folds()
+        finished = {result["fold"]: result for result in results if result["fold"] in folds}
+        if not finished or len(finished) < len(folds):
+            raise ValueError(
+                f"{self}: finished folds are expected; --resume finishes them. Received: trained "
+                f"{', '.join(map(str, folds)) or 'none'}, finished {', '.join(map(str, finished)) or 'none'}"
+            )
+        machines = {fold: result["machine"] for fold, result in finished.items()}
+        packages = {fold: {k: v for k, v in of.items() if k not in _MACHINE} for fold, of in machines.items()}
+        rules = {fold: self.postprocessing([fold]) for fold in finished}
+        text = about or "Whoever made this bundle has not said what the networks were trained on."
+        networks = {fold: self.network(fold, "mmfnet") for fold in finished}
+        rows = [row for row in self.rows("mmfnet") if row["fold"] in finished]
+        write_bundle(path, self.recipe, networks, rules, packages, rows, text)
 
     # --- starting, and sharing the work
 
@@ -215,6 +266,7 @@ the groups and folds that were given |
         groups: Mapping[str, str] | None = None,
         splits: Sequence[Fold] | None = None,
         methods: Sequence[Method] | None = None,
+        donor: str | os.PathLike | None = None,
     ) -> "Run":
         """A new run over a folder of patients, or the one that is there; preprocesses the patients.
 
@@ -233,6 +285,10 @@ the groups and folds that were given |
                 `None`, when a run is resumed, for those it was started with.
             methods: The methods to be run, for each network of which every fold must have patients with its sequences;
                 `None` for the recipe's own.
+            donor: The `.keras` file of an `MMFNet`, or of another network with such encoders, from whose encoders the
+                recipe's own method starts: those of the sequences that both have. They are frozen during the warm-up,
+                as in self-transfer, which remains for the other sequences. `None`, when a run is resumed, for the one
+                it was started with.
 
         Returns:
             The `Run`.
@@ -241,7 +297,8 @@ the groups and folds that were given |
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
                 twice; the groups or folds do not fit the patients; a fold has nobody to train or to validate a network
-                on; no loss has the recipe's name; or the backend cannot compute in the precision wanted.
+                on; no loss has the recipe's name; the donor has none of the sequences, or encoders of another kind; or
+                the backend cannot compute in the precision wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if run.recipe_file.exists() and not resume:
@@ -253,6 +310,7 @@ the groups and folds that were given |
         for method in methods:
             make_loss(method.adapt(recipe).training.loss)  # An unknown one is refused before the long work.
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
+        given = donor and _donor(Path(donor), recipe)
         bad = []
         try:
             cases = find_cases(data, recipe.data, on_error=bad.append)
@@ -301,12 +359,16 @@ the groups and folds that were given |
             "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if groups is None else {"groups": groups}),
             **({"splits": [dataclasses.asdict(fold) for fold in splits]} if splits else {}),
+            **({"donor": given} if (given := given or kept.get("donor")) else {}),
         }
         run.folder.mkdir(parents=True, exist_ok=True)
+        if donor and not kept:
+            write(run.donor_file, Path(donor).read_bytes())
         write_once(run.recipe_file, recipe.to_json(), "another recipe")
         text = json.dumps(cohort, indent=2) + "\n"
         # The folder of the patients may have moved, of which the errors tell too.
-        write_once(run.cohort_file, text, "other patients, groups or folds", free=("data", "skipped"))
+        other = "other patients, groups, folds or donor"
+        write_once(run.cohort_file, text, other, free=("data", "skipped"))
         run.cases = {case.name: case for case in cases if case.name in patients}
         return run
 
@@ -338,6 +400,24 @@ the groups and folds that were given |
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _donor(path, recipe):
+    """What `cohort.json` says of a donor: its hash and the modalities whose encoders it gives.
+
+    Raises:
+        ValueError: It has none of the recipe's modalities, or encoders that do not fit the recipe.
+    """
+    network = load_network(path)
+    inputs = network.input if isinstance(getattr(network, "input", None), dict) else {}
+    names = [name for name in recipe.data.modalities if name in inputs]
+    if not names:
+        raise ValueError(
+            f"{path}: must be a network with an encoder for one of {', '.join(recipe.data.modalities)}. "
+            f"Received: one for {', '.join(inputs) or 'no modality'}"
+        )
+    build_mmfnet(recipe, "float32", dict.fromkeys(recipe.data.modalities) | dict.fromkeys(names, network))
+    return {"modalities": names, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _check_folds(folds, cases, volumes, recipe, methods):
@@ -409,11 +489,14 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
         if method.train:
             predict, parameters, history = method.train(method, training, validation, recipe, folder)
         else:
-            finished = run.network(fold, method.name).exists()
-            for name in () if finished else method.encoders.values():
+            finished, donated = run.network(fold, method.name).exists(), run.donated(method)
+            own = {modality: name for modality, name in method.encoders.items() if modality not in donated}
+            for name in () if finished else own.values():
                 with run.claim(fold, name, wait=True):
                     train_method(find_method(name), training, validation, run.recipe, folder)
-            network = train_method(method, training, validation, run.recipe, folder)
+            encoders = dict.fromkeys(run.recipe.data.modalities) | donated if donated else None
+            encoders = encoders and encoders | {modality: run.network(fold, name) for modality, name in own.items()}
+            network = train_method(method, training, validation, run.recipe, folder, encoders)
             predict, parameters = method.over_volumes(network, recipe), network.count_params()
             history = read_history(run.history(fold, method.name))
             if isinstance(network, MMFNet) and test:
@@ -502,11 +585,7 @@ def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None)
     """
     for fold in range(len(run.folds)) if folds is None else folds:
         run_fold(run, method, fold)
-    rows = [
-        {"patient": row["patient"], "structure": row["structure"], "fold": result["fold"], **row}
-        for result in run.results()[method.name]
-        for row in result["patients"]
-    ]
+    rows = run.rows(method.name)
     write(run.folder / "metrics.json", metrics_json(rows))
     write(run.folder / "metrics.csv", csv_text(rows))
     return rows

@@ -13,6 +13,7 @@ _log = logging.getLogger(__name__)
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of mmfnet train.")]
+RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or a bundle: a folder or .zip.")]
 Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that trains.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe as JSON.")]
 Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe; the default is one for a CPU.")]
@@ -119,6 +120,13 @@ def recipe_of_run(folder: Path):
     return Recipe.load(folder / RECIPE_FILE)
 
 
+def find_bundle(path: Path):
+    """The `Bundle` at a path, `None` if it is no bundle's."""
+    from keras_mmfnet.bundle import Bundle, is_bundle
+
+    return Bundle(path) if is_bundle(path) else None
+
+
 def left_out(skip_bad: bool):
     """The argument `on_error` of `Run.start` for the option `--skip-bad`."""
     return functools.partial(_log.warning, "Left out: %s") if skip_bad else None
@@ -132,9 +140,14 @@ def require_folder(path: Path, what: str) -> None:
 
 
 def load_networks(run, folds: list[int] | None = None):
-    """The trained networks of a run's folds; of all that there are if `None`."""
+    """The trained networks of the folds of a run or bundle; of all that there are if `None`."""
     from keras_mmfnet.models import load_network
 
+    return [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in choose_trained(run, folds)]
+
+
+def choose_trained(run, folds: list[int] | None = None) -> list[int]:
+    """The folds of a run or bundle that are trained; refuses others."""
     trained = run.trained_folds()
     if not trained:
         raise ValueError(f"{run}: the folder of a run with trained folds is expected. Received: a run without one")
@@ -143,4 +156,4 @@ def load_networks(run, folds: list[int] | None = None):
             f"--fold: a fold of {run} that is trained ({', '.join(map(str, trained))}) is expected. "
             f"Received: {', '.join(map(str, lacking))}"
         )
-    return [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds or trained]
+    return folds or trained

@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def explain(
-    run: options.RunFolder,
+    run: options.RunOrBundle,
     patient: options.Patient,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the pictures.")],
     fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is asked.")] = 0,
@@ -30,9 +30,10 @@ def explain(
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Draws what a network of a run looks at in one patient."""
+    """Draws what a network of a run or a bundle looks at in one patient."""
     with session(quiet) as terminal:
-        recipe = options.recipe_of_run(run)
+        bundle = options.find_bundle(run)
+        recipe = bundle.recipe if bundle else options.recipe_of_run(run)
         options.require_new(out, "--out")
         if structure not in (None, *recipe.data.structures):
             listed = ", ".join(recipe.data.structures)
@@ -53,7 +54,7 @@ def explain(
         chosen = methods.split(",") if methods else []
         if not set(chosen) <= set(METHODS):
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")
-        opened = Run(run)
+        opened = bundle or Run(run)
         (network,) = options.load_networks(opened, [fold])
         if seen := opened.seen_in_training(cases[0], [fold]):
             _log.warning("%s: %s", cases[0].name, seen)

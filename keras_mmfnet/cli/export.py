@@ -12,24 +12,45 @@ _FORMATS = {".onnx": "onnx", ".xml": "openvino", "": "tf_saved_model"}
 
 def export(
     run: options.RunFolder,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="New file: .onnx, .xml (OpenVINO); a folder: SavedModel.")],
-    fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is written.")] = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH", help="New file: .onnx, .xml (OpenVINO); a folder: SavedModel. A bundle: a folder or .zip."
+        ),
+    ],
+    fold: Annotated[int | None, typer.Option(metavar="N", help="Fold whose network is written. [0]")] = None,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="A bundle: the networks of all folds and what segmenting needs.")
+    ] = False,
+    about: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Markdown on the data and the terms of use, for the bundle's model card."),
+    ] = None,
     quiet: options.Quiet = False,
 ):
-    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel.
+    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel, or a bundle to hand on.
 
-    Its output has a channel for each structure, in the order of the recipe.
+    The output of the network has a channel for each structure, in the order of the recipe.
     """
     with session(quiet) as terminal:
         options.recipe_of_run(run)
         options.require_new(out, "--out")
-        if out.suffix not in _FORMATS:
+        if bundle and (fold is not None or out.suffix not in (".zip", "")):
+            raise ValueError(f"--bundle: all folds, and a folder or .zip as --out, are expected. Received: {out}")
+        if about and not (bundle and about.is_file()):
+            raise ValueError(f"--about: a file that exists, with --bundle, is expected. Received: {about}")
+        if not bundle and out.suffix not in _FORMATS:
             raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")
         start_backend()
         from keras_mmfnet.run import Run
 
         opened = Run(run)
-        (network,) = options.load_networks(opened, [fold])
+        if bundle:
+            opened.save_bundle(out, about and about.read_text(encoding="utf-8"))
+            if not about:
+                terminal.say(f"Say in {out} what the data were, and the terms of use: README.md, Data and terms")
+            return terminal.say(out, always=True)
+        (network,) = options.load_networks(opened, [fold or 0])
         try:
             with silenced():
                 network.export(out, format=_FORMATS[out.suffix], verbose=False)

@@ -18,7 +18,7 @@ _DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
 
 
 def segment(
-    run: options.RunFolder,
+    run: options.RunOrBundle,
     patients: Annotated[Path, typer.Argument(metavar="INPUT", help="A patient or a folder of patients.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for PATIENT.nii.gz and the files chosen below.")],
     rtstruct: Annotated[bool, typer.Option("--rtstruct", help="DICOM structure set, PATIENT_rtstruct.dcm.")] = False,
@@ -43,11 +43,12 @@ def segment(
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Segments one patient or a folder of patients with the networks of a run."""
+    """Segments one patient or a folder of patients with the networks of a run or a bundle."""
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
     with session(quiet) as terminal:
-        recipe = options.recipe_of_run(run)
+        bundle = options.find_bundle(run)
+        recipe = bundle.recipe if bundle else options.recipe_of_run(run)
         names = list(recipe.data.structures)
         if structure is not None:
             if not 1 <= len(structure) <= 64 or "\\" in structure or len(names) > 1:
@@ -75,8 +76,8 @@ def segment(
         start_backend(device)
         from keras_mmfnet.run import Run
 
-        opened = Run(run)
-        folds = fold or opened.trained_folds()
+        opened = bundle or Run(run)
+        folds = options.choose_trained(opened, fold)
         rules = opened.postprocessing(folds)
         chosen = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
         files = [opened.network(number, "mmfnet") for number in folds]

@@ -23,6 +23,12 @@ def train(
     fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="BUNDLE", help="Bundle or run to start from: its recipe, and the encoders of a network."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; needs only --out.")] = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
@@ -34,26 +40,30 @@ def train(
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
-        chosen = options.choose_recipe(
-            recipe, paper, changes, structure, options.recipe_of_run(out) if resume else None
-        )
+        opened = options.find_bundle(source) if source else None
+        default = opened.recipe if opened else options.recipe_of_run(source) if source else None
+        default = options.recipe_of_run(out) if resume else default
+        chosen = options.choose_recipe(recipe, paper, changes, structure, default)
         division = options.read_division(groups, splits)
         if not resume:
             folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
         start_backend(device)
-        if resume:
-            from keras_mmfnet.run import Run
+        from keras_mmfnet.run import Run
 
+        opened = opened or (source and Run(source))
+        if resume:
             before = Run(out)
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
             # What was left out before is left out again.
             data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
-        run_training(terminal, out, data, chosen, folds, resume, skip_bad, **division)
+        run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
 
 
-def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, **division) -> None:
-    """Cross-validates a recipe, writes the report and prints the numbers."""
+def run_training(
+    terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, source=None, **division
+) -> None:
+    """Cross-validates a recipe, writes the report and prints the numbers; `source` is a run or bundle to start from."""
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.report import write_report
@@ -62,7 +72,15 @@ def run_training(terminal: Terminal, out: Path, data, recipe, folds, resume=Fals
     method = method_of(recipe)
     with log_to_file(Run(out).log_file):
         log_command()
-        run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **division)
+        first = options.choose_trained(source)[:1] if source else []
+        donor = source.network(first[0], "mmfnet") if source else None
+        run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), donor=donor, **division)
+        if source:
+            sequences = ", ".join(run.donated(method))
+            _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first[0])
+            if seen := [case.name for case in run.cases.values() if source.seen_in_training(case, first)]:
+                about = "That network was trained on %s: if they are test patients here, their numbers are too good"
+                _log.warning(about, ", ".join(seen))
         for number in folds:  # --resume goes on with the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
         plan = plan_of(run, [method], folds)
@@ -92,7 +110,9 @@ def plan_of(run, methods, folds) -> Plan:
     weights, done = {}, []
     for fold in folds:
         for method in methods:
-            for one in (*map(find_method, method.encoders.values()), method):
+            donated = run.donated(method)
+            own = [find_method(name) for modality, name in method.encoders.items() if modality not in donated]
+            for one in (*own, method):
                 path = run.fold_folder(fold) / one.name
                 weights[path] = len(one.adapt(run.recipe).data.modalities)
                 if run.network(fold, one.name).exists() or run.result(fold, one.name).exists():

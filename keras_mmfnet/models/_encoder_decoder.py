@@ -1,8 +1,18 @@
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
 import keras
 from keras import ops
 
+from keras_mmfnet._files import new_folder, read_json
 from keras_mmfnet.models._blocks import block_output
-from keras_mmfnet.models._network import Network, check_levels, check_names, make_blocks, make_inputs
+from keras_mmfnet.models._network import Network, check_levels, check_names, load_network, make_blocks, make_inputs
+from keras_mmfnet.version import __version__
+
+# The files of a preset that are read, named as in keras-hub.
+_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 
 
 class EncoderDecoder(Network):
@@ -113,3 +123,86 @@ class EncoderDecoder(Network):
             raise ValueError(f"{self.name} has no encoder for this modality alone. Received: {modality!r}")
         features = [outputs[name] for name in (*names, f"{modality}_bottom_norm")]
         return keras.Model(self.input[modality], features, name=f"{modality}_encoder")
+
+    def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
+        """Saves the network as a preset, with the files of keras-hub: a folder to hand on or to upload.
+
+        Args:
+            preset_dir: A new folder for `config.json`, `model.weights.h5` and `metadata.json`.
+
+        Raises:
+            FileExistsError: There is something at the path.
+        """
+        name = keras.saving.get_registered_name(type(self))
+        config = {"module": type(self).__module__, "class_name": type(self).__name__, "registered_name": name}
+        config["config"] = self.get_config()
+        metadata = {"keras_version": keras.version(), "keras_mmfnet_version": __version__}
+        with new_folder(Path(preset_dir)) as folder:
+            for file, values in (("config", config), ("metadata", metadata | {"parameter_count": self.count_params()})):
+                (folder / f"{file}.json").write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+            self.save_weights(folder / _WEIGHTS)
+
+    @classmethod
+    def from_preset(cls, preset: str | os.PathLike, fold: int | None = None, **kwargs: Any) -> Self:
+        """Loads a network from a preset or a bundle. No code in it is executed.
+
+        Args:
+            preset: A folder of `save_to_preset`, a folder or zip archive of `Run.save_bundle`, or `hf://user/name` for
+                either on the Hugging Face Hub (extra `hub`).
+            fold: The fold whose network of a bundle it is; `None` for the first.
+            **kwargs: Arguments of the constructor that differ, such as `patch_shape` or `dtype`; the weights must fit.
+
+        Returns:
+            The network, not compiled.
+
+        Raises:
+            ValueError: There is no such preset, bundle or fold; it is damaged; or it is of another class.
+            ImportError: `hf://` is given without the extra `hub`.
+
+        Example:
+
+        ```python
+        model.save_to_preset("preset")
+        larger = MMFNet.from_preset("preset", patch_shape=(16, 128, 128))
+        ```
+        """
+        from keras_mmfnet.bundle import Bundle, is_bundle, local_folder
+
+        path = local_folder(preset)
+        if not is_bundle(path):
+            return _load_preset(cls, path, kwargs)
+        bundle = Bundle(path)
+        folds = bundle.trained_folds()
+        if fold not in (None, *folds):
+            listed = ", ".join(map(str, folds))
+            raise ValueError(f"{preset}: `fold` must be one of the bundle's, {listed}. Received: {fold}")
+        network = load_network(bundle.network(folds[0] if fold is None else fold), bundle.recipe)
+        _check_class(cls, type(network), preset)
+        if kwargs:
+            network, before = type(network)(**network.get_config() | kwargs), network
+            network.set_weights(before.get_weights())
+        return network
+
+
+def _load_preset(cls, path, changes):
+    """The network in a folder of `save_to_preset`, of a class or one derived from it."""
+    file, weights = path / _CONFIG, path / _WEIGHTS
+    for part in (file, weights):
+        if not part.is_file():
+            raise ValueError(f"{part}: a preset with such a file, or a bundle, is expected. Received: a folder without")
+    values = read_json(file)
+    name = values.get("registered_name") if isinstance(values, dict) else None
+    found = keras.saving.get_registered_object(name) if isinstance(name, str) else None
+    _check_class(cls, found, file)
+    try:
+        network = found(**values["config"] | changes)  # and not `from_config`, which would make any layers
+        network.load_weights(weights)
+    except Exception as error:  # from HDF5, or the constructor of a layer
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: must be an undamaged preset that fits {changes}. Received: {reason[0]}") from error
+    return network
+
+
+def _check_class(cls, found, path):
+    if not (isinstance(found, type) and issubclass(found, cls)):
+        raise ValueError(f"{path}: must be of the class {cls.__name__}. Received: {getattr(found, '__name__', found)}")
