@@ -1,4 +1,4 @@
-"""Losses of probabilities `(batch, ..., structures)`, and the registry from which `training.loss` chooses one.
+"""Losses between masks and probabilities `(batch, ..., structures)`, and the registry that `training.loss` names.
 
 Keras' own `Dice` and `Tversky` do not smooth: for a structure that a batch lacks their value is 1 and their gradient 0,
 whatever is predicted. The cross-entropies are Keras' own.
@@ -102,13 +102,6 @@ class TverskyLoss(keras.losses.Loss):
         name: Name of the loss.
         **kwargs: `reduction` and `dtype`, as for every Keras loss.
 
-    Call arguments:
-        y_true: Masks of 0 and 1, `(batch, ..., structures)`.
-        y_pred: Probabilities, of the same shape.
-
-    Returns:
-        A float32 scalar.
-
     Raises:
         ValueError: An argument is not positive, or the shapes differ.
     """
@@ -151,13 +144,6 @@ class CrossEntropy(keras.losses.Loss):
         exclusive: Whether no voxel belongs to two structures.
         name: Name of the loss.
         **kwargs: `reduction` and `dtype`, as for every Keras loss.
-
-    Call arguments:
-        y_true: Masks of 0 and 1, `(batch, ..., structures)`.
-        y_pred: Probabilities, of the same shape; of exclusive structures their sum is at most 1.
-
-    Returns:
-        A float32 scalar.
     """
 
     def __init__(self, exclusive: bool = True, name: str = "cross_entropy", **kwargs: Any):
@@ -186,32 +172,14 @@ def with_background(values: Any) -> Any:
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
-class DiceCrossEntropy(keras.losses.Loss):
-    """`DiceLoss` plus `CrossEntropy`, the loss of nnU-Net.
-
-    Args:
-        exclusive: Whether no voxel belongs to two structures.
-        name: Name of the loss.
-        **kwargs: `reduction` and `dtype`, as for every Keras loss.
-
-    Call arguments:
-        y_true: Masks of 0 and 1, `(batch, ..., structures)`.
-        y_pred: Probabilities, of the same shape.
-
-    Returns:
-        A float32 scalar.
-    """
+class DiceCrossEntropy(CrossEntropy):
+    """`CrossEntropy` plus `DiceLoss`, the loss of nnU-Net; the arguments are those of `CrossEntropy`."""
 
     def __init__(self, exclusive: bool = True, name: str = "dice_cross_entropy", **kwargs: Any):
-        super().__init__(name=name, **kwargs)
-        self.exclusive = exclusive
-        self._dice, self._cross_entropy = DiceLoss(), CrossEntropy(exclusive)
+        super().__init__(exclusive, name, **kwargs)
 
     def call(self, y_true, y_pred):
-        return self._dice(y_true, y_pred) + self._cross_entropy(y_true, y_pred)
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "exclusive": self.exclusive}
+        return DiceLoss()(y_true, y_pred) + ops.mean(super().call(y_true, y_pred))
 
 
 def _check_positive(argument, value):
