@@ -41,11 +41,11 @@ def trained(tmp_path):
 
 @pytest.fixture
 def regions(tmp_path):
-    """Such a folder of three regions that overlap."""
-    return write_run(tmp_path / "regions", {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)})
+    """Such a folder of one fold, of three regions that overlap."""
+    return write_run(tmp_path / "regions", {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}, folds=1)
 
 
-def write_run(folder, structures=None):
+def write_run(folder, structures=None, folds=2):
     recipe = Recipe.small().replace(
         {
             "patches.shape": (4, 16, 16),
@@ -56,7 +56,7 @@ def write_run(folder, structures=None):
         }
     )
     outputs = {"structures": recipe.data.structure_names, "exclusive": recipe.data.exclusive}
-    for fold in range(2):
+    for fold in range(folds):
         model = MMFNet(recipe.data.modalities, recipe.patches.shape, recipe.network.filters, reduction=2, **outputs)
         fill(model, seed=fold)
         (folder / f"fold_{fold}").mkdir(parents=True)

@@ -74,9 +74,6 @@ def test_several_structures(mmfnet, regions, tmp_path):
             written = read_structures(Structures(path, series, (name,)), "ann")
             np.testing.assert_array_equal(sitk.GetArrayFromImage(written) > 0, masks[name])
     assert "Segmented already: 1 of 1 patient" in mmfnet("segment", regions, patient, "--out", out, *options).stderr
-    (out / "ann_probability_core.nii.gz").unlink()
-    mmfnet("segment", regions, patient, "--out", out, *options)
-    assert (out / "ann_probability_core.nii.gz").exists()
     renamed = mmfnet("segment", regions, patient, "--out", tmp_path / "b", "--structure", "GTV", code=1)
     assert "for a network of one structure, are expected. Received: GTV for whole, core, enhancing" in renamed.stderr
 
@@ -85,9 +82,9 @@ def test_structures_with_a_file_each(mmfnet, regions, tiny_cohort, tmp_path):
     recipe = Recipe.load(regions / "recipe.json")
     named = {"whole": "wt", "core": "tc", "enhancing": "et"}
     (regions / "recipe.json").write_text(recipe.replace({"data.structures": named}).to_json())
-    arguments = "segment", regions, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--disagreement"
+    arguments = "segment", regions, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--probability"
     mmfnet(*arguments)
-    files = {f"patient_00{what}_{name}.nii.gz" for name in named for what in ("", "_disagreement")}
+    files = {f"patient_00{what}_{name}.nii.gz" for name in named for what in ("", "_probability")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"patient_00.json", *files}
     whole = tmp_path / "out" / "patient_00_whole.nii.gz"
     before = read(whole)
