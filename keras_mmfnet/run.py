@@ -255,6 +255,14 @@ the groups, folds and donor that were given |
 
     # --- starting, and sharing the work
 
+    def require_none(self) -> None:
+        """Raises `ValueError` if the folder holds a run."""
+        if self.recipe_file.exists():
+            raise ValueError(
+                f"{self}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
+                f"{self.recipe_file.name}"
+            )
+
     @classmethod
     def start(
         cls,
@@ -301,11 +309,8 @@ the groups, folds and donor that were given |
                 the backend cannot compute in the precision wanted.
         """
         run, data = cls(folder), Path(data).absolute()
-        if run.recipe_file.exists() and not resume:
-            raise ValueError(
-                f"{run}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
-                f"{run.recipe_file.name}"
-            )
+        if not resume:
+            run.require_none()
         methods = [method_of(recipe)] if methods is None else methods
         for method in methods:
             make_loss(method.adapt(recipe).training.loss)  # An unknown one is refused before the long work.

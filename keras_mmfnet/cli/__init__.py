@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, report, segment, train
+from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, plan, report, segment, train
 from keras_mmfnet.version import __version__
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 _EXAMPLES = {
     demo.demo: "mmfnet demo",
     check.check: "mmfnet check PATIENTS --csv patients.csv",
+    plan.plan: "mmfnet plan PATIENTS --out recipe.json --memory 8GB --time 2h",
     train.train: "mmfnet train PATIENTS --out RUN --set training.epochs=20 --fold all",
     segment.segment: "mmfnet segment RUN PATIENTS --out CONTOURS --rtstruct --picture",
     evaluate.evaluate: "mmfnet evaluate CONTOURS EXPERT --csv dice.csv",

@@ -16,7 +16,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run 
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or a bundle: a folder or .zip.")]
 Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that trains.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe as JSON.")]
-Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe; the default is one for a CPU.")]
+Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe.")]
+Small = Annotated[bool, typer.Option("--small", help="A recipe for a CPU, made without a look at the patients.")]
+Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory that a training step may take, such as 500MB.")]
+Time = Annotated[str, typer.Option(metavar="TIME", help="What the training of a fold may take, such as 30min.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),
@@ -66,7 +69,12 @@ def choose_recipe(file: Path | None, paper: bool, changes: list[str] | None, str
     if file and paper:
         raise ValueError("--recipe, --paper: one of the two is expected. Received: both")
     recipe = Recipe.load(file) if file else Recipe() if paper else default or Recipe.small()
-    return recipe.replace({**parse_changes(changes), **parse_structures(structures)})
+    return recipe.replace(parse_given(changes, structures))
+
+
+def parse_given(changes: list[str] | None, structures: list[str] | None) -> dict:
+    """The changes of a recipe by the options `--set` and `--structure`."""
+    return {**parse_changes(changes), **parse_structures(structures)}
 
 
 def parse_structures(structures: list[str] | None) -> dict:
@@ -80,6 +88,15 @@ def parse_structures(structures: list[str] | None) -> dict:
             raise ValueError(f"--structure: NAME=WHAT with different names are expected. Received: {text}")
         values[name] = tuple(map(int, what.split(","))) if re.fullmatch(r"\d+(,\d+)*", what) else what
     return {"data.structures": values} if values else {}
+
+
+def parse_amount(text: str, option: str, units: dict[str, float]) -> float:
+    """From `"8GB"` to a number by the units that are known, `{"GB": 1e9}`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", text.strip(), re.IGNORECASE)
+    unit = found and {name.lower(): value for name, value in units.items()}.get(found[2].lower())
+    if not unit or not float(found[1]):
+        raise ValueError(f"{option}: a number with one of {', '.join(units)} is expected. Received: {text}")
+    return float(found[1]) * unit
 
 
 def read_division(groups: Path | None, splits: Path | None) -> dict:

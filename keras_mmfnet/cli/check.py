@@ -35,7 +35,7 @@ def check(
             options.require_new(path, "--csv, --json")
         whole = options.choose_recipe(recipe, paper, changes, structure)
         chosen, division = whole.data, options.read_division(groups, splits)
-        cases, errors = _find(data, chosen, no_mask)
+        cases, errors = find(data, chosen, no_mask)
         rows = survey(cases, chosen, deep)
         if not no_mask:
             lacking = "a mask is needed to train on this patient; --no-mask checks patients to be segmented"
@@ -69,7 +69,7 @@ def check(
         terminal.say(f"{counted(len(rows), 'patient')} can be used{seen}")
 
 
-def _find(data, recipe, no_mask):
+def find(data, recipe, no_mask=False):
     """The patients, and the errors of those that lack something."""
     from keras_mmfnet.data import find_cases, find_patients
 

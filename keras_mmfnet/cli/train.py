@@ -9,6 +9,7 @@ import typer
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import Plan, Terminal, session
+from keras_mmfnet.cli.plan import parse_budget, plan_patients
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +19,9 @@ def train(
     data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
+    small: options.Small = False,
+    memory: options.Memory = "8GB",
+    time: options.Time = "2h",
     changes: options.Changes = None,
     structure: options.Structure = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
@@ -34,25 +38,39 @@ def train(
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Trains MMFNet on a folder of patients, by cross-validation, and segments the patients held back."""
+    """Trains MMFNet on a folder of patients, by cross-validation, and segments the patients held back.
+
+    Without a recipe it plans one first, as mmfnet plan does.
+    """
     with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
         if data is None and not resume:
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
+        planned = not (recipe or paper or small or resume or source)
+        if small and (recipe or paper):
+            raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
         opened = options.find_bundle(source) if source else None
-        default = opened.recipe if opened else options.recipe_of_run(source) if source else None
-        default = options.recipe_of_run(out) if resume else default
-        chosen = options.choose_recipe(recipe, paper, changes, structure, default)
+        if planned:
+            from keras_mmfnet.plan import given_recipe
+
+            given, budget = options.parse_given(changes, structure), parse_budget(memory, time)
+            chosen = given_recipe(given)
+        else:
+            default = opened.recipe if opened else options.recipe_of_run(source) if source else None
+            default = options.recipe_of_run(out) if resume else default
+            chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
         if not resume:
             folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
         start_backend(device)
         from keras_mmfnet.run import Run
 
-        opened = opened or (source and Run(source))
+        before, opened = Run(out), opened or (source and Run(source))
+        if planned:
+            before.require_none()
+            chosen = plan_patients(terminal, data, given, budget, skip_bad, before.cache)
         if resume:
-            before = Run(out)
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
             # What was left out before is left out again.

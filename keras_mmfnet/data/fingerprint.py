@@ -170,7 +170,7 @@ def _labels(sources, patient):
 
 # Smallest extent in mm of images that can be registered, and what no patient moves between two sequences.
 _FIELD_OF_VIEW = 60.0
-_MOST_MM, _MOST_DEGREES = 20.0, 15.0
+_MOST_MM, _MOST_DEGREES = 10.0, 10.0
 # Quantiles that stand for the values of one image.
 _QUANTILES = (np.arange(200) + 0.5) / 200
 
@@ -238,7 +238,7 @@ def misalignment(case: Case, recipe: DataRecipe) -> dict[str, tuple[float, float
 
     Returns:
         `{modality: (mm, degrees)}`, the displacement of the centre and the rotation. Images smaller than 60 mm along an
-        axis are not registered, and transforms beyond 20 mm or 15 degrees are left out, as failed.
+        axis are not registered, and transforms beyond 10 mm or 10 degrees are left out, as failed.
 
     Raises:
         CaseError: An image is missing or damaged.
@@ -250,7 +250,7 @@ def misalignment(case: Case, recipe: DataRecipe) -> dict[str, tuple[float, float
         if min(np.multiply(image.GetSize(), image.GetSpacing()).min() for image in (fixed, moving)) < _FIELD_OF_VIEW:
             continue
         try:
-            transform, _ = register_rigid(fixed, moving, name=f"{case.name}: {modality}")
+            transform, _ = register_rigid(fixed, moving, name=f"{case.name}: {modality}", coarse=True)
         except RuntimeError:  # they do not overlap
             continue
         if transform.shift <= _MOST_MM and transform.rotation <= _MOST_DEGREES:

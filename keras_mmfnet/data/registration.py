@@ -10,6 +10,7 @@ import SimpleITK as sitk
 _LEVELS = (4.0, 2.0)
 _BINS = 32
 _SAMPLES = 60_000
+_FEW_SAMPLES = 10_000
 _ITERATIONS = 200
 _STEP = 0.01
 _RELAXATION = 0.9
@@ -50,7 +51,7 @@ class RigidTransform:
 
 
 def register_rigid(
-    fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration"
+    fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration", coarse: bool = False
 ) -> tuple[RigidTransform, float]:
     """Registers two images of a patient by a rigid transform.
 
@@ -62,6 +63,7 @@ def register_rigid(
         moving: 3D SimpleITK image of the same patient.
         seed: Seed of the sampled points, 0 or more.
         name: Name in the log.
+        coarse: Estimate the transform to within 1 mm in a tenth of the time, from 4 mm voxels and fewer points.
 
     Returns:
         `(transform, gain)`: the `RigidTransform` from positions in `fixed` to positions in `moving`, and the increase
@@ -74,9 +76,10 @@ def register_rigid(
     centre = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
     start = RigidTransform((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), centre)
     transform = start.to_sitk()
-    for number, size in enumerate(_LEVELS, start=1):
+    levels, samples = (_LEVELS[:1], _FEW_SAMPLES) if coarse else (_LEVELS, _SAMPLES)
+    for number, size in enumerate(levels, start=1):
         pair = [_coarse(image, size) for image in (fixed, moving)]
-        method = _method(pair[0], seed)
+        method = _method(pair[0], seed, samples)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=size / 2,
             minStep=_STEP,
@@ -87,31 +90,32 @@ def register_rigid(
         method.SetOptimizerScalesFromPhysicalShift()
         method.SetInitialTransform(transform, inPlace=True)
         method.Execute(*pair)
-        logging.getLogger(__name__).info(
-            "%s: alignment, level %d of %d, %d steps", name, number, len(_LEVELS), method.GetOptimizerIteration()
-        )
+        level = logging.DEBUG if coarse else logging.INFO
+        steps = method.GetOptimizerIteration()
+        about = "%s: alignment, level %d of %d, %d steps"
+        logging.getLogger(__name__).log(level, about, name, number, len(levels), steps)
     # Rounding removes the differences between runs that come from the order in which threads sum.
     numbers = tuple(round(number, 5) for number in transform.GetParameters())
     found = RigidTransform(numbers[:3], numbers[3:], centre)
-    gain = _information(*pair, found, seed) - _information(*pair, start, seed)
+    gain = _information(*pair, found, seed, samples) - _information(*pair, start, seed, samples)
     return (found, gain) if gain > 0 else (start, 0.0)
 
 
-def _method(fixed, seed):
+def _method(fixed, seed, samples):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
     # Random points: a regular grid aligns with the voxels of the other image, which biases the result.
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(
-        min(_SAMPLES / fixed.GetNumberOfPixels(), 1.0), seed + 1
+        min(samples / fixed.GetNumberOfPixels(), 1.0), seed + 1
     )  # a seed of 0 means the clock
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
 
-def _information(fixed, moving, transform, seed):
+def _information(fixed, moving, transform, seed, samples):
     """Mutual information of two images; higher is better."""
-    method = _method(fixed, seed)
+    method = _method(fixed, seed, samples)
     method.SetInitialTransform(transform.to_sitk())
     return -method.MetricEvaluate(fixed, moving)
 

@@ -3,7 +3,7 @@ import pytest
 import keras_mmfnet
 from keras_mmfnet.cli import app
 
-COMMANDS = ("demo", "check", "train", "segment", "evaluate", "compare", "explain", "report", "export")
+COMMANDS = ("demo", "check", "plan", "train", "segment", "evaluate", "compare", "explain", "report", "export")
 
 
 def test_the_commands(mmfnet):

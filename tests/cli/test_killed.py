@@ -161,7 +161,7 @@ def run(*arguments, code=0):
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="takes too long on a CPU with the other backends")
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     quick = "data.spacing=4 patches.shape=16,32,32 training.batch_size=1 training.steps_per_epoch=2 training.epochs=2"
-    changes = [part for change in [*quick.split(), "training.seed=3"] for part in ("--set", change)]
+    changes = [part for change in [*quick.split(), "training.seed=3"] for part in ("--set", change)] + ["--small"]
     undisturbed = run("train", cohort, "--out", tmp_path / "undisturbed", *changes)
     # Nothing but what the command says, from the backend's start to its end.
     assert not [line for line in undisturbed.stderr.splitlines() if "WARNING" in line or "0000 00:00" in line]

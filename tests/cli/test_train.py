@@ -12,23 +12,32 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
 
+from keras_mmfnet import plan, training
 from keras_mmfnet import run as runner
-from keras_mmfnet import training
 from keras_mmfnet.cli._options import choose_recipe
 from keras_mmfnet.data import Grid
 from keras_mmfnet.recipe import Recipe
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny):
+    """The same without a plan, which has a test of its own."""
+    return ["--small", *tiny]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "DATA: a folder is expected. Received: nowhere, which does not exist"),
-        (["{cohort}", "--set", "patches.shape=16,100,64"], "`patches.shape` must be (depth, height, width)"),
+        (["{cohort}", "--small", "--set", "patches.shape=16,100,64"], "`patches.shape` must be (depth, height, width)"),
         (["{cohort}", "--set", "training.epoch=3"], "did you mean `training.epochs`?"),
         (["{cohort}", "--set", "training.epochs"], "--set: FIELD=VALUE is expected"),
-        (["{cohort}", "--set", "training.folds=7"], "7 folds need at least 7 patients"),
+        (["{cohort}", "--small", "--set", "training.folds=7"], "7 folds need at least 7 patients"),
         (["{cohort}", "--fold", "5"], "--fold: numbers from 0 to 4, or all, are expected. Received: 5"),
         (["{cohort}", "--paper", "--recipe", "r.json"], "--recipe, --paper: one of the two"),
+        (["{cohort}", "--paper", "--small"], "--recipe, --paper, --small: one of them is expected"),
+        (["{cohort}", "--time", "2 weeks"], "--time: a number with one of s, min, h, d is expected. Received: 2 weeks"),
+        (["{cohort}", "--memory", "0GB"], "--memory: a number with one of MB, GB, TB is expected. Received: 0GB"),
         (["{cohort}", "--splits", "{cohort}/folds.json"], "--splits: a file that exists is expected. Received: "),
         (["{cohort}", "--groups", "{cohort}/patient_00/t1.nii.gz"], "groups must be CSV in UTF-8"),
         ([], "DATA: a folder of patients is expected"),
@@ -98,9 +107,14 @@ def test_a_folder_that_cannot_be_written(mmfnet, tiny_cohort, tmp_path, tiny):
 
 @pytest.fixture(scope="module")
 def first(mmfnet, tiny_cohort, tmp_path_factory, tiny):
-    """The folder of a finished run of one fold, and what the command said."""
+    """The folder of a finished run of one fold, with planned patches, and what the command said."""
     out = tmp_path_factory.mktemp("train") / "run"
-    return out, mmfnet("train", tiny_cohort, "--out", out, *tiny, "--fold", 1)
+    options = [option for option in tiny if option != "--small"]
+    options[options.index("patches.shape=16,16,16")] = "data.align=header"
+    options += ["--set", "patches.misalignment=0,0", "--memory", "50MB", "--time", "10s"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "measure_speed", lambda: 1e-8)
+        return out, mmfnet("train", tiny_cohort, "--out", out, *options, "--fold", 1)
 
 
 @pytest.fixture
@@ -121,6 +135,19 @@ def test_a_run_says_how_far_it_is_and_what_comes_next(first):
     log = (started / "run.log").read_text(encoding="utf-8")
     assert "Command: mmfnet" in log
     assert "Segmented patient 2 of 2: DSC" in log
+
+
+def test_a_run_without_a_recipe_is_planned(mmfnet, tiny_cohort, first):
+    started, done = first
+    recipe = Recipe.load(started / "recipe.json")
+    assert {"patches.shape", "network.strides", "data.clip"} <= recipe.reasons.keys()
+    assert "training.epochs" not in recipe.reasons, "it was given"
+    assert recipe.patches.shape != Recipe.small().patches.shape
+    assert "patches.shape" in done.stdout
+    assert "warning" not in done.stderr, "part of a tumour outside the windows, or volumes that are padded"
+    assert recipe.reasons["network.strides"] in (started / "report.html").read_text(encoding="utf-8")
+    assert len(list((started / "cache").iterdir())) == 6, "the training finds the patients that the plan has read"
+    assert "must hold no run" in mmfnet("train", tiny_cohort, "--out", started, code=1).stderr
 
 
 def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tmp_path, monkeypatch):

@@ -1,0 +1,214 @@
+import math
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet import plan
+from keras_mmfnet.data import CaseError, find_cases, patch_dataset, preprocess_case
+from keras_mmfnet.data.fingerprint import CaseFingerprint
+from keras_mmfnet.data.windows import window_starts
+from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
+from keras_mmfnet.recipe import Recipe, RecipeError
+
+once = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="no backend takes part")
+
+
+def make_patients(rng, count=6):
+    """Fingerprints of patients of about one size, each with a structure anywhere."""
+    size, spacing = (
+        rng.integers((8, 40, 40), (120, 400, 400)),
+        np.array([rng.uniform(0.5, 6), *[rng.uniform(0.4, 2)] * 2]),
+    )
+    patients = []
+    for number in range(count):
+        shape = np.maximum(size + rng.integers(-5, 6, 3), 6)
+        low = rng.integers(0, shape - 3)
+        high = np.minimum(low + rng.integers(1, 60, 3), shape)
+        box = tuple(low.tolist()), tuple(high.tolist())
+        volume = float(np.prod((high - low) * spacing) / 2000)
+        centre = tuple((shape // 2 + rng.integers(-3, 4, 3)).tolist())
+        names = "t1", "t2", "cet1"
+        patients.append(
+            CaseFingerprint(
+                f"p{number}", names, tuple(shape.tolist()), tuple(spacing.tolist()), centre, {"tumour": volume}, box
+            )
+        )
+    return patients
+
+
+def planned(patients, changes=None, memory=8e9, seconds=7200.0, speed=1.5e-8):
+    one = plan._Plan(changes or {}, memory, seconds, speed)
+    plan._plan_network(one, patients)
+    return one.recipe()
+
+
+@once
+@pytest.mark.parametrize("seed", range(40))
+def test_no_structure_lies_outside_all_windows_whatever_the_patients(seed):
+    rng = np.random.default_rng(seed)
+    patients = make_patients(rng)
+    memory, seconds = rng.choice([3e8, 2e9, 1e10]), rng.choice([60, 3600, 36000])
+    recipe = planned(patients, memory=memory, seconds=seconds)
+    for patient in patients:
+        starts = window_starts(patient.shape, recipe.patches.shape, recipe.patches.stride, patient.centre)
+        for axis in range(3):
+            low, high = (edge[axis] for edge in patient.box)
+            covered = {voxel for s in starts for voxel in range(s[axis], s[axis] + recipe.patches.shape[axis])}
+            assert covered >= set(range(low, high)), (axis, patient)
+    assert recipe.reasons.keys() >= {"patches.shape", "patches.stride", "network.strides", "training.batch_size"}
+    assert recipe.training.batch_size >= 2
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@once
+def test_memory_and_time_are_kept_and_more_of_them_are_used():
+    patients = make_patients(np.random.default_rng(3))
+
+    def voxels(recipe):
+        return recipe.training.batch_size * math.prod(recipe.patches.shape)
+
+    little, much = (planned(patients, memory=memory) for memory in (1e9, 8e9))
+    assert voxels(little) < voxels(much)
+    for recipe, memory in ((little, 1e9), (much, 8e9)):
+        cost = plan._load(recipe.network.filters, recipe.network.strides, 3) * plan._BYTES
+        assert voxels(recipe) * cost <= memory
+    short, long = (planned(patients, seconds=seconds) for seconds in (900, 90000))
+
+    def patches(recipe):
+        training = recipe.training
+        return (1 + training.self_transfer) * training.epochs * training.steps_per_epoch * voxels(recipe)
+
+    assert 20 < patches(long) / patches(short) < 300
+    assert planned(patients, speed=1e-11).network.filters[0] > 8, "a GPU has time for wider networks"
+
+
+@once
+@pytest.mark.parametrize(
+    ("spacing", "shape", "strides", "kernels"),
+    [
+        # Slices of 5 mm are neither pooled nor convolved until the pixels have reached more than half of that.
+        ((5, 1, 1), (16, 128, 128), ["122", "122", "222", "222", "122"], ["133", "133", "333", "333", "333"]),
+        ((1, 1, 1), (64, 64, 64), ["222"] * 4, ["333"] * 4),
+        ((3, 1, 1), (16, 64, 64), ["122", "222", "222", "122"], ["133", "333", "333", "333"]),
+        ((7.5, 1.875, 1.875), (5, 96, 96), ["122"] * 4, ["133", "133", "333", "333"]),
+        ((2, 2, 2), (6, 6, 6), [], []),
+    ],
+)
+def test_levels_by_the_spacing(spacing, shape, strides, kernels):
+    found = plan._levels(plan._Plan({}, 8e9, 7200, 1.5e-8), spacing, shape)
+    assert ["".join(map(str, level)) for level in found[1]] == strides
+    assert ["".join(map(str, level)) for level in found[2]] == kernels
+    assert found[0] == tuple(shape)
+
+
+@once
+def test_what_is_given_stays_and_the_rest_is_planned_around_it():
+    patients = make_patients(np.random.default_rng(0))
+    given = {"patches.shape": (12, 40, 36), "training.epochs": 7, "training.self_transfer": False}
+    recipe = planned(patients, given)
+    assert (recipe.patches.shape, recipe.training.epochs) == ((12, 40, 36), 7)
+    assert recipe.reasons.keys().isdisjoint(given)
+    assert "training.warmup_epochs" not in recipe.reasons
+    assert all(size % by == 0 for size, by in zip((12, 40, 36), recipe.network.reduction_zyx, strict=True))
+    strides = ((1, 2, 2), (2, 2, 2))
+    recipe = planned(patients, {"network.strides": strides, "network.filters": (4, 6)})
+    assert (recipe.network.strides, recipe.network.filters, len(recipe.network.kernel_sizes)) == (strides, (4, 6), 2)
+    # A reason is lost with the value that it was given for.
+    assert "patches.shape" not in recipe.replace({"patches.shape": (16, 32, 32)}).reasons
+    assert "network.kernel_sizes" in recipe.replace({"patches.shape": (16, 32, 32)}).reasons
+    for changes in ({"training.epoch": 3}, {"data.spacing": -1}, {"network.strides": ((1, 3, 1),)}):
+        with pytest.raises(RecipeError):
+            given_recipe(changes)
+    assert given_recipe({"patches.shape": (5, 7, 9)}).patches.shape == (5, 7, 9)
+
+
+@pytest.fixture
+def cohort(tiny_cohort, tmp_path):
+    shutil.copytree(tiny_cohort, tmp_path / "cohort")
+    return tmp_path / "cohort"
+
+
+def plan_of(folder, changes=None, allow_missing=False, **options):
+    recipe = given_recipe(changes or {}).data.model_copy(update={"allow_missing": allow_missing})
+    return plan_recipe(find_cases(folder, recipe), changes, **options)
+
+
+@once
+def test_sequences_that_are_missing(cohort):
+    (cohort / "patient_02" / "t2.nii.gz").unlink()
+    recipe = plan_of(cohort, allow_missing=True, changes={"data.align": "header", "patches.misalignment": (1, 1)})
+    assert recipe.data.allow_missing
+    assert recipe.network.modality_dropout == 0.3
+    assert recipe.reasons["data.allow_missing"] == "t2 in 1 of 6 patients is missing"
+    with pytest.raises(ValueError, match=r"must be sequences that patients have\. Received: flair"):
+        plan_of(cohort, {"data.modalities": ("t1", "flair")}, allow_missing=True)
+
+
+@once
+def test_patients_who_moved_between_the_sequences(cohort):
+    path = cohort / "patient_00" / "t2.nii.gz"
+    image = sitk.ReadImage(str(path))
+    image.SetOrigin(np.add(image.GetOrigin(), (6, 6, 0)).tolist())
+    sitk.WriteImage(image, str(path))
+    one = plan._Plan({}, 8e9, 7200, 1.5e-8)
+    plan._plan_data(one, find_cases(cohort, one.data())[:1])
+    assert one.fields["data.align"][0] == "rigid"
+    assert one.fields["data.align"][1].startswith("sequences lie 8.")
+    assert one.fields["patches.misalignment"][0] == (1, 1)
+
+
+@once
+def test_images_that_are_z_scores(cohort):
+    for path in cohort.glob("*/*.nii.gz"):
+        if "mask" not in path.name:
+            array = sitk.GetArrayFromImage(image := sitk.ReadImage(str(path))).astype(float)
+            array = (1000 * (array - array.mean()) / array.std()).astype(np.int16)
+            scored = sitk.GetImageFromArray(array)
+            scored.CopyInformation(image)
+            sitk.WriteImage(scored, str(path))
+    unmoved = {"data.align": "header", "patches.misalignment": (0, 0)}
+    recipe = plan_of(cohort, unmoved)
+    assert recipe.data.normalised_scale == 1000
+    assert recipe.data.clip == {}
+    # One patient of raw intensities among them is refused, as in preprocessing.
+    raw = sitk.GetImageFromArray(np.random.default_rng(0).normal(30000, 100, (20, 32, 32)).astype(np.float32))
+    for name in ("t1", "t2", "cet1"):
+        sitk.WriteImage(raw, str(cohort / "patient_05" / f"{name}.nii.gz"))
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.eye(32, dtype=np.uint8)[None].repeat(20, 0)),
+        str(cohort / "patient_05" / "mask.nii.gz"),
+    )
+    with pytest.raises(CaseError, match=r"patient_05: .*must be z-scores times 1000"):
+        plan_of(cohort, unmoved)
+    errors = []
+    plan_of(cohort, unmoved, on_error=errors.append)
+    assert [error.patient for error in errors] == ["patient_05"]
+
+
+@once
+@pytest.mark.filterwarnings("error")
+def test_real_heads_are_all_within_the_windows_that_are_planned(test_data, tmp_path):
+    patients = test_data / "lgg_patients"
+    few = tmp_path / "few"
+    few.mkdir()
+    for folder in sorted(patients.iterdir())[::25]:
+        (few / folder.name).symlink_to(folder)
+    recipe = plan_of(
+        few,
+        {"data.modalities": ("flair", "t1", "cet1"), "data.align": "header", "patches.misalignment": (1, 1)},
+        cache=tmp_path / "cache",
+    )
+    assert recipe.data.spacing is None, "all have the same pixels"
+    assert -4 < recipe.data.clip["flair"][0] < -1
+    assert 2 < recipe.data.clip["flair"][1] < 6
+    # It warns where a structure lies outside all windows, or a volume is padded.
+    cases = [preprocess_case(case, recipe.data, tmp_path / "cache") for case in find_cases(few, recipe.data)]
+    images, _ = next(iter(patch_dataset(cases, recipe.patches, batch_size=2, training=False)))
+    assert images["t1"].shape == (2, *recipe.patches.shape, 1)
+
+
+def test_the_speed_of_this_machine():
+    assert 1e-12 < measure_speed((4, 8, 8)) < 1e-3
