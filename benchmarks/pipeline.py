@@ -1,12 +1,14 @@
-"""Compares the patches per second of this package's tf.data pipeline and of MONAI's transforms.
+"""Compares the patches per second of this package's tf.data pipeline and of MONAI's transforms, and of augmentations.
 
     python benchmarks/pipeline.py
 
 Patches of 16x256x256 of three modalities and a mask, with random offset, flip and rotation, from patients in memory.
-MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns.
+MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns. Then each augmentation beyond the
+paper's takes turns with the paper's alone, at the strengths of `PatchRecipe.strong`.
 """
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 from machine import machine, report
 
 from keras_mmfnet.data import Grid, PreprocessedCase
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import PatchRecipe, Recipe
 
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
 SHAPE = (40, 400, 400)
@@ -76,6 +78,35 @@ def monai(cases, recipe, affine):
     return iter(loader)
 
 
+def augmentations():
+    """The fields that each adds to the paper's augmentation."""
+    strong = PatchRecipe.strong(shape=(16, 256, 256), flip_axes=(0, 1, 2), misalignment=(2.0, 2.0))
+    fields = {name: value for name, value in strong if value != getattr(PatchRecipe(), name)}
+    kinds = {name: {name: value} for name, value in fields.items()} | {"in_plane=False": {"in_plane": False}}
+    together = {"all": fields, "all, in_plane=False": fields | {"in_plane": False}}
+    return {**kinds, "PatchRecipe.strong": dict(PatchRecipe.strong()), **together}
+
+
+def rates(contenders, turns, seconds, batch_size):
+    """The patches per second of endless batches in each turn, without a first turn to warm up."""
+    rates = {name: [] for name in contenders}
+    for _ in range(turns + 1):
+        for name, batches in contenders.items():
+            for _ in range(6):  # discard prefetched batches
+                next(batches)
+            start, patches = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                next(batches)
+                patches += batch_size
+            rates[name].append(patches / (time.perf_counter() - start))
+    return {name: values[1:] for name, values in rates.items()}
+
+
+def relative(rates, name, other):
+    """The median ratio of two contenders' rates within a turn."""
+    return round(statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True)), 2)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=8, help="turns that are measured, after one to warm up (8)")
@@ -90,24 +121,32 @@ def main():
         next(batches)
     contenders["keras-mmfnet"] = ours(cases, recipe)
     next(contenders["keras-mmfnet"])
-    rates = {name: [] for name in contenders}
-    for _ in range(parsed.turns + 1):
-        for name, batches in contenders.items():
-            for _ in range(6):  # discard prefetched batches
-                next(batches)
-            start, patches = time.perf_counter(), 0
-            while time.perf_counter() - start < parsed.seconds:
-                next(batches)
-                patches += recipe.training.batch_size
-            rates[name].append(patches / (time.perf_counter() - start))
-    rates = {name: values[1:] for name, values in rates.items()}  # the first turn warms up
-    medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    load = os.getloadavg()[0]
+    measured = rates(contenders, parsed.turns, parsed.seconds, recipe.training.batch_size)
+    medians = {name: round(statistics.median(values), 2) for name, values in measured.items()}
     best = max((name for name in medians if name.startswith("monai")), key=medians.get)
-    ratio = statistics.median(a / b for a, b in zip(rates["keras-mmfnet"], rates[best], strict=True))
+    del contenders
+
+    augmented = {}
+    for shape in (recipe.patches.shape, Recipe.small().patches.shape):
+        speeds, ratios = [], {}
+        paper = recipe.replace({"patches.shape": shape})
+        for name, fields in augmentations().items():
+            patches = paper.patches.model_copy(update=fields | {"shape": shape})
+            pair = {
+                "paper": ours(cases[:2], paper),
+                name: ours(cases[:2], paper.model_copy(update={"patches": patches})),
+            }
+            pair_rates = rates(pair, parsed.turns // 2, parsed.seconds / 4, recipe.training.batch_size)
+            speeds += pair_rates["paper"]
+            ratios[name] = relative(pair_rates, name, "paper")
+        augmented["x".join(map(str, shape))] = {"paper": round(statistics.median(speeds), 1), "relative": ratios}
     result = {
         "machine": machine("tensorflow", "torch", "monai"),
+        "load_before": round(load, 1),
         "patches_per_second": medians,
-        "ratios": {f"keras-mmfnet / {best}": round(ratio, 2)},
+        "ratios": {f"keras-mmfnet / {best}": relative(measured, "keras-mmfnet", best)},
+        "augmentations": augmented,
     }
     report(result, parsed.out)
 
