@@ -516,7 +516,7 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
                 _log.info("Post-processing, %s: %s; DSC of validation patients %s to %s", name, rule, before, after)
         for number, patient in enumerate(test, start=1):
             rows += _test(predict, patient, run, recipe, rules, run.masks(fold, method.name, patient.name))
-            about = ", ".join(map(_about, rows[-len(recipe.data.structures) :]))
+            about = ", ".join(_about(rows[-len(recipe.data.structures) :]))
             _log.info("Segmented patient %d of %d: %s", number, len(test), about)
             progress("segmenting", number, len(test))
         result = {
@@ -565,9 +565,11 @@ def _test(predict, patient, run, recipe, rules, paths):
     return rows
 
 
-def _about(row):
-    key = "dsc" if row["volume_ml"] else "false_positive_ml"
-    return f"{row['structure']} {METRICS[key].title} {METRICS[key].text(row[key])}"
+def _about(rows):
+    """What is said of each structure of a patient; one alone is not named."""
+    for row in rows:
+        key = "dsc" if row["volume_ml"] else "false_positive_ml"
+        yield f"{row['structure']} " * (len(rows) > 1) + f"{METRICS[key].title} {METRICS[key].text(row[key])}"
 
 
 def cross_validate(run: Run, method: Method, folds: Sequence[int] | None = None) -> list[dict]:
