@@ -4,7 +4,7 @@ The modules, which are imported on first use:
 
     layers, models                   attention and fusion layers; MMFNet and the networks of the comparison
     losses, metrics                  Dice loss and metrics for model.fit
-    recipe                           all settings of a run
+    recipe, plan                     all settings of a run; planned from the patients
     data                             finds patients, preprocesses them, makes patches
     methods, training, run           train networks, cross-validate, compare methods
     inference, postprocess, export   segment, clean the masks, write files

@@ -115,6 +115,8 @@ class _Plan:
         self.memory, self.seconds, self.speed = memory, seconds, speed
         # How many times as long as MMFNet's the training takes: the single-modality networks together take once.
         self.networks = 2 if self.base.training.self_transfer else 1
+        self.batch = self.base.training.batch_size if self.has("training.batch_size") else _BATCH[0]
+        self.widths = self.base.network.filters[:1] if self.has("network.filters") else _WIDTHS
 
     def has(self, path):
         return any(one == path or one.startswith(f"{path}.") for one in self.given)
@@ -150,9 +152,9 @@ class _Plan:
         """How many patches each network can be trained on, validation taking up to a third of the time."""
         return 2 / 3 * self.seconds / self.networks / seconds_each
 
-    def affords(self, shape, strides, patches, width=_WIDTHS[-1]):
-        size, seconds = self.cost(shape, strides, width)
-        return _BATCH[0] * size <= self.memory and self.patches(seconds) >= patches
+    def affords(self, shape, strides, patches, width=None):
+        size, seconds = self.cost(shape, strides, width or self.widths[-1])
+        return self.batch * size <= self.memory and self.patches(seconds) >= patches
 
 
 def _filters(width, levels):
@@ -184,17 +186,15 @@ def _plan_data(plan, cases):
         listed = ", ".join(f"{name} in {number}" for name, number in lacking.items() if number)
         plan.set("data.allow_missing", True, f"{listed} of {count} patients is missing")
         plan.set("network.modality_dropout", 0.3, "trains for missing sequences: DSC without T2 0.70 instead of 0.58")
-    sample, patients = _read_sample(plan, cases)
+    sample = _read_sample(plan, cases)
     if not sample:
         return  # Reading all patients will tell why.
+    read, patients, values = zip(*sample, strict=True)
     if plan.data().normalised_scale is None:
-        plan.set(
-            "data.clip",
-            _limits(patients),
-            f"0.5% to 99.5% of the values in the body and in the structures, {_of(sample)}",
-        )
-    _plan_alignment(plan, sample[:_REGISTERED])
-    _plan_spacing(plan, cases, [fingerprint_case(patient) for patient in patients])
+        reason = f"the 0.5% and 99.5% quantiles of the values in the body and in structures {_of(sample)}"
+        plan.set("data.clip", _limits(values), reason)
+    _plan_alignment(plan, read[:_REGISTERED])
+    _plan_spacing(plan, cases, patients)
 
 
 def _of(some):
@@ -202,14 +202,16 @@ def _of(some):
 
 
 def _read_sample(plan, cases):
-    """Some patients, and what they are in their own pixels without clipping; whether they are z-scores already."""
+    """Some patients in their own pixels without clipping: the case, its fingerprint and its values.
+
+    Also finds out whether the images are z-scores already.
+    """
     step = math.ceil(len(cases) / _SAMPLE)
-    order, sample, patients = [*cases[::step], *(case for i, case in enumerate(cases) if i % step)], [], []
+    order, sample = [*cases[::step], *(case for i, case in enumerate(cases) if i % step)], []
     while order and len(sample) < _SAMPLE:
         case = order.pop(0)
-        raw = plan.data().model_copy(update={"spacing": None, "clip": {}})
         try:
-            patients.append(preprocess_case(case, raw))
+            patient = preprocess_case(case, plan.data().model_copy(update={"spacing": None, "clip": {}}))
         except ZScoreError as error:
             # The first patient decides; those who differ from it are refused.
             if not (sample or plan.has("data.normalised_scale")):
@@ -217,24 +219,22 @@ def _read_sample(plan, cases):
                 plan.set("data.normalised_scale", error.scale, reason)
                 plan.set("data.clip", {}, "z-scores are used as they are")
                 order.insert(0, case)
-            continue
         except CaseError:
             continue  # Reading all patients will tell.
-        sample.append(case)
-        progress("reading a sample for the plan", len(sample), min(_SAMPLE, len(cases)))
-    return sample, patients
+        else:
+            sample.append((case, fingerprint_case(patient), intensities(patient)))
+            progress("reading a sample for the plan", len(sample), min(_SAMPLE, len(cases)))
+    return sample
 
 
-def _limits(patients):
-    """By modality the limits of the z-scores, which leave out neither the body's nor the structures' values."""
-    values = {}
-    for patient in patients:
-        for name, quantiles in intensities(patient).items():
-            values.setdefault(name, []).append(quantiles)
-    limits = {name: np.quantile(np.concatenate(some, axis=1), (0.005, 0.995), axis=1) for name, some in values.items()}
-    return {
-        name: (math.floor(10 * low.min()) / 10, math.ceil(10 * high.max()) / 10) for name, (low, high) in limits.items()
-    }
+def _limits(values):
+    """The limits of the z-scores by modality, which leave out neither the body's nor the structures' values."""
+    limits = {}
+    for name in dict.fromkeys(name for one in values for name in one):
+        pooled = np.concatenate([one[name] for one in values if name in one], axis=1)
+        low, high = np.quantile(pooled, (0.005, 0.995), axis=1)
+        limits[name] = math.floor(10 * low.min()) / 10, math.ceil(10 * high.max()) / 10
+    return limits
 
 
 def _plan_alignment(plan, sample):
@@ -251,6 +251,7 @@ def _plan_alignment(plan, sample):
         return plan.set("data.align", "header", "registration fails here or the images are small: moves are not known")
     millimetres, degrees = np.max([np.median(moved, axis=0) for moved in found.values()], axis=0)
     apart = f"sequences lie {millimetres:.1f} mm and {degrees:.1f} degrees apart, the median {_of(sample)}"
+    apart += f"; registered from {_MOVED:g} mm on"
     rigid = plan.set("data.align", "rigid" if millimetres > _MOVED else "header", apart) == "rigid"
     left = (1.0, 1.0) if rigid else (round(float(millimetres), 1), round(float(degrees), 1))
     about = "what a registration leaves" if rigid else "what the sequences of the sample lie apart"
@@ -275,9 +276,8 @@ def _plan_spacing(plan, cases, patients):
         if factor > 1 and (size > min(_LARGEST, diameter / _RESOLVED) or size >= 2 * slices):
             break
         spacing = float(f"{size:.3g}")
-        if plan.has("patches.shape") or _fit(
-            plan, [_at(one, spacing) for one in patients], _PATCHES, deepest_only=True
-        ):
+        there = [_at(patient, spacing) for patient in patients]
+        if plan.has("patches.shape") or _fit(plan, there, _PATCHES, deepest_only=True):
             break
     if spacing > 1.01 * median:
         reason = (
@@ -409,18 +409,18 @@ def _levels(plan, spacing, shape):
 
 
 def _plan_filters(plan, shape, strides, kernels, spacing):
-    """The network's fields; returns the filters of the finest level."""
+    """The network's fields; returns the number of filters of the finest level."""
     wanted = _EPOCHS * _STEPS * _BATCH[1]
-    width = next((width for width in _WIDTHS if plan.affords(shape, strides, wanted, width)), _WIDTHS[-1])
+    width = next((width for width in plan.widths if plan.affords(shape, strides, wanted, width)), plan.widths[-1])
     bottom = np.floor_divide(shape, np.prod(strides, axis=0))
     reason = f"levels: {len(strides)}, after which the features have {_by(bottom)} voxels; "
     reason += "the paper's width" if width == _WIDTHS[-1] else "the width that the time allows"
-    filters = plan.set("network.filters", _filters(width, len(strides)), reason)
+    plan.set("network.filters", _filters(width, len(strides)), reason)
     voxel = _by(np.round(spacing, 2))
     reason = f"voxels of {voxel} mm: an axis is pooled once its voxels are less than twice as large as the smallest"
     plan.set("network.strides", strides, reason)
     plan.set("network.kernel_sizes", kernels, f"voxels of {voxel} mm: no convolution across slices before that")
-    return filters[0]
+    return width
 
 
 def _plan_windows(plan, patients, shape, spacing):
@@ -439,18 +439,14 @@ def _plan_windows(plan, patients, shape, spacing):
     reason = f"structures lie left of the centre in {left} patients and right in {right}"
     plan.set("patches.flip_axes", (2,) if both else (), f"{reason}: {'either side occurs' if both else 'one side'}")
     thick = max(spacing) >= 2 * min(spacing)
-    reason = (
-        f"voxels of {_by(np.round(spacing, 2))} mm are {'too thick to rotate' if thick else 'near enough to cubes'}"
-    )
-    plan.set("patches.in_plane", thick, f"{reason} out of the slices")
+    how = "thicker than wide: they rotate in plane" if thick else "near enough to cubes to rotate about any axis"
+    plan.set("patches.in_plane", thick, f"voxels of {_by(np.round(spacing, 2))} mm are {how}")
     starts = [(p, s) for p in patients for s in window_starts(p.shape, shape, stride, p.centre)]
     empty = np.mean(
         [not p.box or any(b <= a or a + n <= c for a, n, c, b in zip(s, shape, *p.box, strict=True)) for p, s in starts]
     )
-    reason = f"{empty:.0%} of the windows have no structure"
-    plan.set(
-        "patches.foreground", 1 / 3 if empty > _EMPTY else 0.0, f"{reason}; a third, as in nnU-Net, above {_EMPTY:.0%}"
-    )
+    reason = f"{empty:.0%} of the windows have no structure; nnU-Net's third from {_EMPTY:.0%} on"
+    plan.set("patches.foreground", 0.33 if empty > _EMPTY else 0.0, reason)
     return stride
 
 
@@ -467,15 +463,17 @@ def _plan_training(plan, patients, shape, strides, stride, width):
     batch = plan.set("training.batch_size", batch, reason)
     windows = [len(window_starts(patient.shape, shape, stride, patient.centre)) for patient in patients]
     validation = _PREDICTION * statistics.mean(windows) * max(1, 0.2 * count)
-    for epochs in (_EPOCHS, 80, 60, 40, 30, 20, 10):
+    given = plan.has("training.epochs")
+    for epochs in (plan.get("training.epochs"),) if given else (_EPOCHS, 80, 60, 40, 30, 20, 10):
         steps = (plan.seconds / plan.networks / seconds / epochs - validation) / batch
-        if steps >= _LEAST_STEPS:
+        if steps >= max(_LEAST_STEPS, 2 * validation / batch):
             break
     steps = int(np.clip(steps, 1, _STEPS))
     spent = plan.networks * epochs * seconds * (steps * batch + validation)
     reason = f"about {_duration(spent)} of {_duration(plan.seconds)} a fold, {1000 * seconds:.3g} ms a patch"
     epochs = plan.set("training.epochs", epochs, f"{reason}; at most the paper's {_EPOCHS}")
-    plan.set("training.steps_per_epoch", steps, f"at most the paper's {_STEPS}, so many that validation is a third")
+    reason = f"at most the paper's {_STEPS}; each epoch is validated on {validation / _PREDICTION:.0f} windows"
+    plan.set("training.steps_per_epoch", steps, reason)
     if plan.networks == 2:
         plan.set("training.warmup_epochs", max(1, round(0.05 * epochs)), "the paper's 5% of the epochs")
         rate = "as before it: DSC 0.795 on 171 gliomas instead of 0.777 at a tenth, where updates are few"
@@ -485,9 +483,7 @@ def _plan_training(plan, patients, shape, strides, stride, width):
     if volumes := [volume for patient in patients for volume in patient.volumes.values() if volume]:
         reason = f"structures have {min(volumes):.3g} to {max(volumes):.3g} ml: each part of a fold covers that range"
         plan.set("training.balance", "volume", reason)
-    plan.set(
-        "training.postprocess", True, "thresholds and smallest components that raise the DSC of validation patients"
-    )
+    plan.set("training.postprocess", True, "what raises the DSC of validation patients, and nothing else")
     if 3 <= count < plan.base.training.folds:
         plan.set("training.folds", count, f"there are {count} patients")
 

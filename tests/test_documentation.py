@@ -24,6 +24,7 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 import keras_mmfnet
+from keras_mmfnet import plan
 from keras_mmfnet.cli import app, memory
 from keras_mmfnet.cli._options import parse_changes, parse_structures
 from keras_mmfnet.data import Grid
@@ -247,6 +248,9 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
         sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
     small = Recipe.small.__func__
     monkeypatch.setattr(Recipe, "small", classmethod(lambda cls: small(cls).replace(TINY)))
+    # A plan of the same size, and of this machine's speed without measuring it.
+    monkeypatch.setattr(plan, "measure_speed", lambda: 1e-8)
+    monkeypatch.setattr(plan, "plan_recipe", lambda cases, given, **_: Recipe.small().replace(given))
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)  # it would last
     return tmp_path
 

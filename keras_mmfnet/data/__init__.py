@@ -4,7 +4,7 @@ case, layouts, names              a patient's files: found in folders and datase
 image_io, dicom, structures       reads images, DICOM series, and DICOM structure sets and segmentations as masks
 geometry, polygons                grids and resampling; masks from contours
 preprocess, body, registration    brings a patient onto one grid and scale; body mask; rigid registration
-cache, fingerprint                preprocessed patients on disk; the survey of a cohort for `mmfnet check`
+cache, fingerprint                preprocessed patients on disk; surveys for `mmfnet check`, `plan`
 folds                             divides patients into training, validation and test
 windows, augment, patches         windows of a volume; augmented training patches
 """
