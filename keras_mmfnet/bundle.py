@@ -52,13 +52,14 @@ class Bundle:
     | file | holds |
     |---|---|
     | `bundle.json` | the version of the format; of each fold the post-processing and the versions of the packages it \
-was trained with; the SHA-256 of each of the files below but the card |
+was trained with; the SHA-256 of the recipe and the networks |
     | `recipe.json` | the `Recipe`, with the reasons of a plan |
     | `fold_<n>/mmfnet.keras` | the networks |
     | `metrics.json` | the numbers of the test patients and their summary |
-    | `README.md` | the model card, which may be changed |
+    | `README.md` | the model card |
 
-    Other files in the folder or archive are ignored. The networks are loaded by `load_network`, which executes no code.
+    The last two are not read, and other files in the folder or archive are ignored. The networks are loaded by
+    `load_network`, which executes no code.
 
     Args:
         path: The folder or zip archive, or `hf://user/name` for one on the Hugging Face Hub (extra `hub`). An archive
@@ -179,7 +180,6 @@ def write_bundle(
     rows = _without_names(rows)
     with new_folder(Path(path)) as folder:
         (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
-        (folder / "metrics.json").write_text(metrics_json(rows), encoding="utf-8")
         for fold, network in networks.items():
             (folder / f"fold_{fold}").mkdir()
             shutil.copyfile(network, folder / f"fold_{fold}" / "mmfnet.keras")
@@ -193,6 +193,7 @@ def write_bundle(
             },
             "files": {file.relative_to(folder).as_posix(): _checksum(file) for file in files},
         }
+        (folder / "metrics.json").write_text(metrics_json(rows), encoding="utf-8")
         (folder / _FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
         rules = PostProcessing.of_ensemble(list(postprocess.values()))
         card = _card(Path(path).name, recipe, len(networks), rules, rows, about)

@@ -249,6 +249,11 @@ the groups, folds and donor that were given |
         packages = {fold: {k: v for k, v in of.items() if k not in _MACHINE} for fold, of in machines.items()}
         rules = {fold: self.postprocessing([fold]) for fold in finished}
         text = about or "Whoever made this bundle has not said what the networks were trained on."
+        if self.donor_file.exists():
+            names = ", ".join(self.donated(method_of(self.recipe)))
+            text += (
+                f"\n\nThe encoders of {names} started from those of another network, on whose data this says nothing."
+            )
         networks = {fold: self.network(fold, "mmfnet") for fold in finished}
         rows = [row for row in self.rows("mmfnet") if row["fold"] in finished]
         write_bundle(path, self.recipe, networks, rules, packages, rows, text)
@@ -372,7 +377,7 @@ the groups, folds and donor that were given |
         write_once(run.recipe_file, recipe.to_json(), "another recipe")
         text = json.dumps(cohort, indent=2) + "\n"
         # The folder of the patients may have moved, of which the errors tell too.
-        other = "other patients, groups, folds or donor"
+        other = "another donor, other patients, groups or folds"
         write_once(run.cohort_file, text, other, free=("data", "skipped"))
         run.cases = {case.name: case for case in cases if case.name in patients}
         return run

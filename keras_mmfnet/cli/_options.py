@@ -127,21 +127,22 @@ def require_new(path: Path, option: str) -> None:
         raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}")
 
 
-def recipe_of_run(folder: Path):
+def recipe_of_run(folder: Path, what: str = "RUN: the folder of a run"):
     """The recipe of a run, before the backend is imported, which takes seconds."""
     from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 
     if not (folder / RECIPE_FILE).is_file():
         problem = "" if folder.exists() else ", which does not exist"
-        raise ValueError(f"RUN: the folder of a run, with a {RECIPE_FILE}, is expected. Received: {folder}{problem}")
+        raise ValueError(f"{what}, with a {RECIPE_FILE}, is expected. Received: {folder}{problem}")
     return Recipe.load(folder / RECIPE_FILE)
 
 
-def find_bundle(path: Path):
-    """The `Bundle` at a path, `None` if it is no bundle's."""
+def open_bundle(path: Path, what: str = "RUN"):
+    """The recipe of a bundle or a run, and the `Bundle`, `None` for a run; before the backend is imported."""
     from keras_mmfnet.bundle import Bundle, is_bundle
 
-    return Bundle(path) if is_bundle(path) else None
+    bundle = Bundle(path) if is_bundle(path) else None
+    return bundle.recipe if bundle else recipe_of_run(path, f"{what}: a bundle, or the folder of a run"), bundle
 
 
 def left_out(skip_bad: bool):

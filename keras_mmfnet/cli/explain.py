@@ -32,8 +32,7 @@ def explain(
 ):
     """Draws what a network of a run or a bundle looks at in one patient."""
     with session(quiet) as terminal:
-        bundle = options.find_bundle(run)
-        recipe = bundle.recipe if bundle else options.recipe_of_run(run)
+        recipe, bundle = options.open_bundle(run)
         options.require_new(out, "--out")
         if structure not in (None, *recipe.data.structures):
             listed = ", ".join(recipe.data.structures)

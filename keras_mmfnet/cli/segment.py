@@ -47,8 +47,7 @@ def segment(
     chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
     wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
     with session(quiet) as terminal:
-        bundle = options.find_bundle(run)
-        recipe = bundle.recipe if bundle else options.recipe_of_run(run)
+        recipe, bundle = options.open_bundle(run)
         names = list(recipe.data.structures)
         if structure is not None:
             if not 1 <= len(structure) <= 64 or "\\" in structure or len(names) > 1:

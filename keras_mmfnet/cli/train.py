@@ -50,14 +50,13 @@ def train(
         planned = not (recipe or paper or small or resume or source)
         if small and (recipe or paper):
             raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
-        opened = options.find_bundle(source) if source else None
+        default, opened = options.open_bundle(source, "--from") if source else (None, None)
         if planned:
             from keras_mmfnet.plan import given_recipe
 
             given, budget = options.parse_given(changes, structure), parse_budget(memory, time)
             chosen = given_recipe(given)
         else:
-            default = opened.recipe if opened else options.recipe_of_run(source) if source else None
             default = options.recipe_of_run(out) if resume else default
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)

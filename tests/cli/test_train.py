@@ -64,7 +64,10 @@ def test_a_mistake_is_said_before_the_backend_starts(mmfnet, trained, tiny_cohor
         (("train", tiny_cohort, *out, "--fold", 9), "--fold: numbers from 0 to 4"),
         (("compare", "nothere", *out), "DATA: a folder is expected. Received: nothere"),
         (("segment", trained, "nothere", *out), "nothere: does not exist"),
-        (("segment", tiny_cohort, trained, *out), "RUN: the folder of a run, with a recipe.json, is expected"),
+        (
+            ("segment", tiny_cohort, trained, *out),
+            "RUN: a bundle, or the folder of a run, with a recipe.json, is expected",
+        ),
         (("explain", trained, "nothere", *out), "nothere: does not exist"),
         (("export", "nothere", *out), "RUN: the folder of a run, with a recipe.json, is expected"),
         (("report", "nothere"), "RUN: the folder of a run, with a recipe.json, is expected"),
@@ -166,6 +169,32 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
     assert "must hold no run" in again.stderr
     assert "--resume" in again.stderr
+
+
+def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started, tmp_path, monkeypatch):
+    path, out, donated = tmp_path / "bundle.zip", tmp_path / "run", []
+    mmfnet("export", started, "--bundle", "--out", path)
+
+    def cross_validate(run, method, folds):
+        donated.append(list(run.donated(method)))
+        raise ValueError("this is enough")
+
+    monkeypatch.setattr(runner, "cross_validate", cross_validate)
+    changes = ("--set", "data.modalities=cet1,t2", "--set", "training.self_transfer=true", "--structure", "gtv=1")
+    done = mmfnet("train", tiny_cohort, "--out", out, "--from", path, *changes, code=1)
+    assert f"Starting from the encoders of cet1, t2 of {path}, fold 1" in done.stderr
+    assert "That network was trained on" not in done.stderr
+    before = Recipe.load(started / "recipe.json")
+    given = {"data.modalities": ("cet1", "t2"), "training.self_transfer": True, "data.structures": {"gtv": (1,)}}
+    assert Recipe.load(out / "recipe.json") == before.replace(given)
+    assert (out / "donor.keras").read_bytes() == (started / "fold_1" / "mmfnet.keras").read_bytes()
+    path.unlink()  # which a resumed run does not need
+    mmfnet("train", "--out", out, "--resume", code=1)
+    other = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", "--from", started, code=1)
+    assert donated == [["cet1", "t2"], ["cet1", "t2"], ["t1", "t2", "cet1"]]
+    fold = json.loads((started / "cohort.json").read_text(encoding="utf-8"))["folds"][1]
+    names = ", ".join(sorted(fold["train"] + fold["validation"]))
+    assert f"warning: That network was trained on {names}: if they are test patients here" in other.stderr
 
 
 def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, started, tmp_path):
