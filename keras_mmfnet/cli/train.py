@@ -51,6 +51,8 @@ def train(
         if small and (recipe or paper):
             raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
         default, opened = options.open_bundle(source, "--from") if source else (None, None)
+        # A plan's reasons are of other patients.
+        default = default and default.model_copy(update={"reasons": {}})
         if planned:
             from keras_mmfnet.plan import given_recipe
 

@@ -14,6 +14,7 @@ from dicom_files import write_series
 
 from keras_mmfnet import plan, training
 from keras_mmfnet import run as runner
+from keras_mmfnet.bundle import Bundle
 from keras_mmfnet.cli._options import choose_recipe
 from keras_mmfnet.data import Grid
 from keras_mmfnet.recipe import Recipe
@@ -173,7 +174,10 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
 
 def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started, tmp_path, monkeypatch):
     path, out, donated = tmp_path / "bundle.zip", tmp_path / "run", []
+    before = Recipe.load(started / "recipe.json")
     mmfnet("export", started, "--bundle", "--out", path)
+    assert Bundle(path).recipe == before
+    assert before.reasons
 
     def cross_validate(run, method, folds):
         donated.append(list(run.donated(method)))
@@ -184,9 +188,9 @@ def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started,
     done = mmfnet("train", tiny_cohort, "--out", out, "--from", path, *changes, code=1)
     assert f"Starting from the encoders of cet1, t2 of {path}, fold 1" in done.stderr
     assert "That network was trained on" not in done.stderr
-    before = Recipe.load(started / "recipe.json")
     given = {"data.modalities": ("cet1", "t2"), "training.self_transfer": True, "data.structures": {"gtv": (1,)}}
-    assert Recipe.load(out / "recipe.json") == before.replace(given)
+    # The reasons of a plan are of other patients.
+    assert Recipe.load(out / "recipe.json") == before.replace(given).model_copy(update={"reasons": {}})
     assert (out / "donor.keras").read_bytes() == (started / "fold_1" / "mmfnet.keras").read_bytes()
     path.unlink()  # which a resumed run does not need
     mmfnet("train", "--out", out, "--resume", code=1)
