@@ -12,8 +12,14 @@ from keras_mmfnet.cli._terminal import session
 from keras_mmfnet.cli.train import run_training
 
 _log = logging.getLogger(__name__)
-# The synthetic patients are easy enough to end here.
-_SHORT = {"training.steps_per_epoch": 40, "training.epochs": 4, "training.warmup_epochs": 1}
+# The synthetic patients are easy enough to end here. Few updates need higher rates.
+_SHORT = {
+    "training.steps_per_epoch": 40,
+    "training.epochs": 4,
+    "training.warmup_epochs": 1,
+    "training.pretrain_learning_rate": 1e-2,
+    "training.warmup_learning_rate": 1e-2,
+}
 
 
 def demo(
