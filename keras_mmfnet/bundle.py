@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import weakref
@@ -88,7 +89,13 @@ was trained with; the SHA-256 of the recipe and the networks |
                     f"Received: {received}"
                 )
         self.recipe = Recipe.load(self.folder / RECIPE_FILE)
-        self._folds = contents.folds
+        self._folds, data = contents.folds, self.recipe.data
+        for rules in (fold.postprocess for fold in self._folds.values()):
+            if (tuple(rules.structures), rules.exclusive) != (data.structure_names, data.exclusive):
+                raise ValueError(
+                    f"{self.path}: {_FILE}: must have post-processing for the recipe's {', '.join(data.structures)}. "
+                    f"Received: {rules}"
+                )
 
     def __str__(self):
         return str(self.path)
@@ -287,7 +294,7 @@ tags: [keras, medical, mri, segmentation]
 holds every number of the preprocessing and the training.
 
 ```bash
-mmfnet segment {name} PATIENTS --out FOLDER
+mmfnet segment {shlex.quote(name)} PATIENTS --out FOLDER
 ```
 
 ## Data and terms
