@@ -44,7 +44,7 @@ def network(recipe=RECIPE, seed=0):
 
 def make_run(folder, recipe=RECIPE):
     """A run as two finished folds of three leave it, each with two test patients."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     for fold in (0, 2):
         (folder / f"fold_{fold}").mkdir(parents=True)
         network(recipe, fold).save(folder / f"fold_{fold}" / "mmfnet.keras")
