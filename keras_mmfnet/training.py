@@ -368,7 +368,7 @@ class _EarlyStopping(keras.callbacks.EarlyStopping):
 
 
 class _LastWeights(keras.callbacks.Callback):
-    """Keeps the weights of the last `count` epochs."""
+    """Keeps the weights of the last `count` epochs, without the heads of deep supervision, which are not saved."""
 
     def __init__(self, live, count):
         super().__init__()
@@ -376,7 +376,9 @@ class _LastWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self.count:
-            np.savez(self.live / f"weights-{epoch:05d}.npz", *self.model.get_weights())
+            pairs = zip(self.model.weights, self.model.get_weights(), strict=True)
+            weights = [value for weight, value in pairs if "auxiliary_heads/" not in weight.path]
+            np.savez(self.live / f"weights-{epoch:05d}.npz", *weights)
             for path in sorted(self.live.glob("weights-*.npz"))[: -self.count]:
                 path.unlink()
 

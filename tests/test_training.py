@@ -403,16 +403,17 @@ def test_a_patch_classifier_learns(patients, tmp_path):
 
 def test_deep_supervision_is_resumed_and_leaves_no_trace(three, tmp_path, monkeypatch):
     changes = {"network.filters": (2, 2, 2), "network.deep_supervision": True, "training.epochs": 2}
+    changes["training.weight_average"] = 2
     keep, heads = training._SaveState.on_epoch_end, []
 
     def interrupted(self, epoch, logs=None):
         keep(self, epoch, logs)
-        heads.append(np.array(self.model.auxiliary_heads[0].get_weights()[0]))
+        heads.append(np.array(self.model.get_layer("auxiliary_heads").get_weights()[0]))
         if epoch == 0:
             raise KeyboardInterrupt
 
     def watch(self, epoch, logs=None):
-        heads.append(np.array(self.model.auxiliary_heads[0].get_weights()[0]))
+        heads.append(np.array(self.model.get_layer("auxiliary_heads").get_weights()[0]))
 
     monkeypatch.setattr(training._SaveState, "on_epoch_end", interrupted)
     monkeypatch.setattr(training._SaveState, "on_epoch_begin", watch, raising=False)
@@ -423,7 +424,7 @@ def test_deep_supervision_is_resumed_and_leaves_no_trace(three, tmp_path, monkey
     np.testing.assert_array_equal(resumed, stopped)
     assert (start != stopped).all()
     assert (stopped != end).all()
-    assert not network.auxiliary_heads
+    assert not network.deep_supervision
     assert len(network.weights) == len(load_network(tmp_path / "multi_encoder.keras", THREE.replace(changes)).weights)
 
 

@@ -25,6 +25,31 @@ def block_output(modality, level, residual=False):
     return f"{modality}_block{level}_{'relu' if residual else '2_norm'}"
 
 
+class _AuxiliaryHeads(keras.layers.Layer):
+    """Heads of the coarser levels, for deep supervision.
+
+    Called with the finest probabilities and the features of the coarser levels, it returns those probabilities; in
+    training, a list of them and of those of the coarser levels.
+    """
+
+    def __init__(self, heads, **kwargs):
+        super().__init__(**kwargs)
+        self.heads = heads
+
+    def build(self, input_shape):
+        for head, shape in zip(self.heads, input_shape[1:], strict=True):
+            head.build(shape)
+
+    def call(self, inputs, training=None):
+        probability, *features = inputs
+        if not training:
+            return probability
+        return [probability, *(head(x) for head, x in zip(self.heads, features, strict=True))]
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor(inputs[0].shape, dtype=self.compute_dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """The building blocks of a network (section III-A) in 2D or 3D.
@@ -94,39 +119,46 @@ class Blocks:
             x = self.layer(f"{name}_block{level}_pool", pool, stride, data_format=self.data_format)(x)
         yield self.conv(x, filters[-1], f"{name}_bottom", self.kernel_sizes[-1])
 
-    def decode(self, features, filters, outputs=1):
-        """The decoder: the float32 probabilities of its `outputs` finest levels, finest first.
+    def decode(self, features, filters, deep_supervision=False):
+        """The decoder and the head: float32 probabilities from the features of each level, finest first.
 
-        Args:
-            features: The features of each level, finest first.
-            filters: Filters of each level.
-            outputs: Number of levels that have a head.
+        With deep supervision, in training, a list of the probabilities of each level but the coarsest, finest first.
         """
         *skips, x = features
         del features  # so that each tensor is released after its last use
-        probabilities = []
+        coarse = []
         for level in range(len(filters), 0, -1):
             count, stride, name = filters[level - 1], self.strides[level - 1], f"decoder_block{level}"
             up = self._kind("Conv{}Transpose")
             x = self.layer(f"{name}_up", up, count, stride, strides=stride, data_format=self.data_format)(x)
             x = self.conv(self.join([x, skips.pop()], f"{name}_join"), count, name, self.kernel_sizes[level - 1])
-            if level <= outputs:
-                probabilities.append(self.head(x, "probability" if level == 1 else f"probability{level}"))
-        return probabilities[::-1]
+            if deep_supervision and 1 < level < len(filters):
+                coarse.insert(0, x)
+        probability = self.head(x)
+        if not deep_supervision:
+            return probability
+        return self.layer("auxiliary_heads", self._auxiliary_heads, len(filters), dtype="float32")(
+            [probability, *coarse]
+        )
 
-    def head(self, x, name="probability"):
+    def head(self, x):
         """The probability of each structure in each voxel, from its features."""
+        return self.layer("probability", self._head_layer)(x)
+
+    def _auxiliary_heads(self, levels, **options):
+        return _AuxiliaryHeads([self._head_layer(f"probability{level}") for level in range(2, levels)], **options)
+
+    def _head_layer(self, name, **_):
         # float32 under every policy: in float16 a sigmoid rounds probabilities near 1 to 1.
-        return self.layer(
-            name,
-            self._kind("Conv{}"),
+        return self._kind("Conv{}")(
             self.structures,
             1,
             padding="same",
             activation=exclusive_softmax if self.exclusive and self.structures > 1 else "sigmoid",
             data_format=self.data_format,
             dtype="float32",
-        )(x)
+            name=name,
+        )
 
     def join(self, features, name):
         """Concatenates features along the channels; returns a single tensor unchanged."""

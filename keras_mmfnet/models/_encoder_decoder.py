@@ -74,18 +74,14 @@ class EncoderDecoder(Network):
         blocks = make_blocks(dtype, structures, exclusive, rank, **options)
         inputs = make_inputs(modalities, patch_shape, options["strides"])
 
-        def compute(inputs, outputs=1):
-            return blocks.decode(compute_features(blocks, inputs, filters), filters, outputs)
+        def compute(inputs):
+            return blocks.decode(compute_features(blocks, inputs, filters), filters, deep_supervision)
 
-        levels = len(filters) - 1 if deep_supervision else 1
-        probability, *_ = compute(inputs, levels)
         settings = {**settings, "patch_shape": patch_shape, "filters": filters, **options}
         settings |= {"structures": structures, "exclusive": exclusive}
-        super().__init__(inputs, probability, blocks.dtype, settings, **kwargs)
+        super().__init__(inputs, compute(inputs), blocks.dtype, settings, **kwargs)
         self._compute = compute
         self.deep_supervision = deep_supervision
-        # Keras tracks the weights of the layers in a list.
-        self.auxiliary_heads = [blocks.layers[f"probability{level}"] for level in range(2, levels + 1)]
 
     def call(self, inputs, training=None, mask=None):
         """In training with deep supervision, returns a list of the probabilities of each level, finest first.
@@ -94,12 +90,10 @@ class EncoderDecoder(Network):
         Features are released after their last use, and a level is fused before the next one is encoded. The backward
         pass has the opposite order: it reaches the largest features after it has released those of the other levels.
         """
-        supervised = bool(training and self.auxiliary_heads)
-        if keras.backend.backend() != "torch" and not supervised:  # compilers choose their own order
+        several = training and self.deep_supervision  # Keras' own order returns one output
+        if keras.backend.backend() != "torch" and not several:  # compilers choose their own order
             return super().call(inputs, training=training, mask=mask)
-        inputs = {name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()}
-        outputs = self._compute(inputs, 1 + len(self.auxiliary_heads) if supervised else 1)
-        return outputs if supervised else outputs[0]
+        return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
 
     def encoder(self, modality: str) -> keras.Model:
         """Returns one modality's encoder as a model that shares the layers of this network.
