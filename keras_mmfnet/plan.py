@@ -27,9 +27,9 @@ _MOVED = 2.0
 # Factors of the median pixel that are tried, the largest pixels in mm, and the diameter of a structure in pixels that
 # must be left.
 _FACTORS, _LARGEST, _RESOLVED = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4), 2.0, 16
-# Shortest edge of the features of a level, and the most levels; filters of the finest level, and the most filters.
-_SHORTEST, _LEVELS = 4, 5
-_WIDTHS, _WIDEST = (32, 16, 8), 320
+# Shortest edge of the features of a level, and the most levels, the paper's; filters of the finest level.
+_SHORTEST, _LEVELS = 4, 4
+_WIDTHS = (32, 16, 8)
 # Least depth of a patch in mm over its width; the paper's is 3/8.
 _ASPECT = 0.5
 # Share of windows without a structure, above which patches are placed at structures.
@@ -158,7 +158,7 @@ class _Plan:
 
 
 def _filters(width, levels):
-    return tuple(min(width * 2**level, _WIDEST) for level in range(levels))
+    return tuple(width * 2**level for level in range(levels))
 
 
 def _load(filters, strides, modalities):
