@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,12 +103,21 @@ class Segmentation:
         disagreements: The standard deviation of the networks' probabilities, float32; 0 of one network.
         label_image: All masks as one image: 1 of one structure, of several the recipe's label values, see
             `labels.join_masks`; `None` if each structure has a file of its own.
+
+    One structure is unpacked by `mask, probability, disagreement = segment_case(...)`; of several this is a
+    `ValueError`.
     """
 
     masks: Mapping[str, sitk.Image]
     probabilities: Mapping[str, sitk.Image]
     disagreements: Mapping[str, sitk.Image]
     label_image: sitk.Image | None
+
+    def __iter__(self) -> Iterator[sitk.Image]:
+        if len(self.masks) > 1:
+            raise ValueError(f"one structure can be unpacked. Received: {', '.join(self.masks)}")
+        for images in (self.masks, self.probabilities, self.disagreements):
+            yield from images.values()
 
 
 def segment_case(

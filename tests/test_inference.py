@@ -130,8 +130,10 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
     np.testing.assert_allclose(arrays[1][there], 0.55, rtol=1e-5)
     np.testing.assert_allclose(arrays[2][there], 0.35, rtol=1e-4)
     np.testing.assert_array_equal(arrays[0], there)
-    one = segment_ensemble([constant(0.9)], case, recipe)
-    assert not sitk.GetArrayFromImage(one.disagreements["tumour"]).any()
+    mask, probability, disagreement = segment_ensemble([constant(0.9)], case, recipe)
+    assert sitk.GetArrayFromImage(mask).any()
+    assert sitk.GetArrayFromImage(probability).max() == np.float32(0.9)
+    assert not sitk.GetArrayFromImage(disagreement).any()
     with pytest.raises(ValueError, match=r"trained on flipped patches. Received: flip_axes=\(\)"):
         segment_case(constant(0.2), case, recipe, mirror=True)
     with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
@@ -239,6 +241,8 @@ def test_several_structures_of_a_patient(make_case):
     arrays = {name: sitk.GetArrayFromImage(image) for name, image in found.probabilities.items()}
     np.testing.assert_allclose(arrays["low"], arrays["high"] / 2, rtol=1e-6)
     assert found.label_image is None
+    with pytest.raises(ValueError, match="one structure can be unpacked. Received: low, high"):
+        list(found)
     assert sitk.GetArrayFromImage(found.masks["high"]).any()
     assert not sitk.GetArrayFromImage(found.masks["low"]).any()
     labelled = recipe.replace({"data.structures": {"low": 3, "high": 7}})
