@@ -241,7 +241,7 @@ def test_several_structures_of_a_patient(make_case):
     arrays = {name: sitk.GetArrayFromImage(image) for name, image in found.probabilities.items()}
     np.testing.assert_allclose(arrays["low"], arrays["high"] / 2, rtol=1e-6)
     assert found.label_image is None
-    with pytest.raises(ValueError, match="one structure can be unpacked. Received: low, high"):
+    with pytest.raises(ValueError, match=r"one structure can be unpacked\. Received: low, high"):
         list(found)
     assert sitk.GetArrayFromImage(found.masks["high"]).any()
     assert not sitk.GetArrayFromImage(found.masks["low"]).any()
