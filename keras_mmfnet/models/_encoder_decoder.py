@@ -93,7 +93,10 @@ class EncoderDecoder(Network):
         several = training and self.deep_supervision  # Keras' own order returns one output
         if keras.backend.backend() != "torch" and not several:  # compilers choose their own order
             return super().call(inputs, training=training, mask=mask)
-        return self._compute({name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()})
+        inputs = {name: ops.convert_to_tensor(inputs[name], x.dtype) for name, x in self.input.items()}
+        if several:  # Keras' trainer on JAX calls only this method, so that the layers do not know that they train
+            return keras.layers.Lambda(self._compute, dtype="float32")(inputs, training=training)
+        return self._compute(inputs)
 
     def encoder(self, modality: str) -> keras.Model:
         """Returns one modality's encoder as a model that shares the layers of this network.
