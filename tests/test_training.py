@@ -304,12 +304,16 @@ def test_the_optimizer():
     assert (momentum.momentum, momentum.nesterov, momentum.global_clipnorm) == (0.99, True, 3)
 
 
-def test_the_objective():
-    recipe = Recipe().replace({"training.loss": "dice_per_patch"})
-    loss, metrics = training._objective(recipe, "volumes", 3)
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_objective(exclusive):
+    structures = {"gtv": (1,), "node": (2,), "ring": (3 if exclusive else 2,)}
+    recipe = Recipe().replace({"training.loss": "dice_per_patch", "data.structures": structures})
+    loss, metrics = training._objective(recipe, "volumes")
     assert (type(loss), loss.per_patch) == (DiceLoss, True)
     assert [metric.structures for metric in metrics] == [3, 3]
-    assert type(training._objective(recipe, "centres", 1)[0]) is CrossEntropy
+    assert metrics[0].exclusive == exclusive
+    loss, _ = training._objective(recipe, "centres")
+    assert (type(loss), loss.exclusive) == (CrossEntropy, exclusive)
 
 
 def test_a_loss_that_nobody_registered(three, tmp_path, no_training):
