@@ -21,17 +21,24 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-# Files, geometry and masks, in which no backend takes part.
-_ONCE = {Path(__file__).parent / name for name in ("data", "export", "test_evaluation.py", "test_postprocess.py")}
-_ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py"}
+# What is the same on every backend is tested with one: files, geometry and masks, in which none takes part, with
+# TensorFlow, as is the whole way of the demonstration; the command line and what runs write with PyTorch, which starts
+# fastest. The commands of the docs are run with TensorFlow.
+_HERE = Path(__file__).parent
+_ONCE = {
+    "tensorflow": ["data", "export", "test_evaluation.py", "test_postprocess.py", "cli/test_demo.py"],
+    "torch": ["cli", "test_bundle.py", "test_plots.py", "test_report.py", "test_synthetic.py"],
+}
+_ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py", "test_explain_command.py", "test_export_command.py"}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests what no backend takes part in with TensorFlow alone."""
-    if keras.backend.backend() != "tensorflow":
-        for item in items:
-            if _ONCE & {item.path, item.path.parent} and item.path.name not in _ON_EVERY_BACKEND:
-                item.add_marker(pytest.mark.skip(reason="no backend takes part"))
+    """Skips with all backends but one what is the same with each."""
+    only = {_HERE / name: backend for backend, names in _ONCE.items() for name in names}
+    for item in items:
+        backend = only.get(item.path, only.get(item.path.parent))
+        if backend not in (None, keras.backend.backend()) and item.path.name not in _ON_EVERY_BACKEND:
+            item.add_marker(pytest.mark.skip(reason=f"once is enough, with {backend}"))
 
 
 @pytest.fixture(autouse=True)

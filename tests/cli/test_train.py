@@ -5,8 +5,6 @@ import shutil
 import signal
 import sys
 
-import keras
-import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
@@ -263,7 +261,6 @@ def test_a_run_that_another_process_computes(mmfnet, started, monkeypatch):
     assert "error: fold 0, mmfnet: is being computed by process 7" in done.stderr
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes too long on a CPU")
 def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
     """Of a run over DICOM series, one of which cannot be used: neither a file's name, nor text, nor what is printed."""
     for number, folder in enumerate(sorted(tiny_cohort.iterdir())):
@@ -295,23 +292,6 @@ def test_no_output_names_the_patient(mmfnet, tiny_cohort, tmp_path, tiny):
     assert not [path for path in written if "secret" in str(path.relative_to(tmp_path)).lower()]
     assert not [path for path in written if b"secret" in path.read_bytes().lower() or b"19700101" in path.read_bytes()]
     assert "secret" not in (done.output + refused.output).lower()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes too long on a CPU with the other backends")
-def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
-    done = mmfnet("demo", "--out", tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["summary"]
-    assert summary["dsc"]["mean"] >= 0.75
-    assert "mean of" in done.stdout
-    assert "Try it: mmfnet segment" in done.stdout
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "http:" not in page
-    assert "https:" not in page
-    assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
-    assert np.isfinite(summary["hd95"]["mean"])
-    again = mmfnet("demo", "--out", tmp_path / "run", code=1)
-    assert "--resume goes on" in again.stderr
 
 
 def test_groups_and_folds_of_the_users_own(mmfnet, tiny_cohort, tmp_path, tiny):

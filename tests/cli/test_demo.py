@@ -1,0 +1,20 @@
+import json
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.slow
+def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
+    done = mmfnet("demo", "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["summary"]
+    assert summary["dsc"]["mean"] >= 0.75
+    assert "mean of" in done.stdout
+    assert "Try it: mmfnet segment" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert np.isfinite(summary["hd95"]["mean"])
+    again = mmfnet("demo", "--out", tmp_path / "run", code=1)
+    assert "--resume goes on" in again.stderr
