@@ -62,8 +62,12 @@ def train(
             default = options.recipe_of_run(out) if resume else default
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
+
+        def choose_folds():
+            return options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
+
         if not resume:
-            folds = options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
+            folds = choose_folds()  # A wrong number is found before the long work.
         start_backend(device)
         from keras_mmfnet.run import Run
 
@@ -71,6 +75,7 @@ def train(
         if planned:
             before.require_none()
             chosen = plan_patients(terminal, data, given, budget, skip_bad, before.cache)
+            folds = choose_folds()  # Few patients have fewer folds.
         if resume:
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
