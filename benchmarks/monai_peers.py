@@ -74,7 +74,7 @@ def dice_loss(prediction, truth):
 
 def loss_of(recipe):
     """The recipe's loss; other losses than Dice are Keras', which takes torch's tensors on its backend only."""
-    name = getattr(recipe.training, "loss", "dice")
+    name = recipe.training.loss
     if name == "dice":
         return dice_loss
     if keras.backend.backend() != "torch":

@@ -205,6 +205,16 @@ class DataRecipe(_Part):
         return tuple(self.structures)
 
     @property
+    def named_structures(self) -> dict[str, str]:
+        """The names of the structures' files or their DICOM patterns, `{structure: name}`; empty for label values."""
+        return {name: value for name, value in self.structures.items() if isinstance(value, str)}
+
+    @property
+    def mask_files(self) -> tuple[str | None, ...]:
+        """What a patient's predicted masks are files of: each structure that is named, or `None`, all as labels."""
+        return self.structure_names if len(self.named_structures) > 1 else (None,)
+
+    @property
     def exclusive(self) -> bool:
         """Whether no voxel can belong to two structures, because they share no label value."""
         labels = [label for values in self.structures.values() if isinstance(values, tuple) for label in values]

@@ -104,10 +104,8 @@ the groups, folds and donor that were given |
 
     def masks(self, fold: int, name: str, patient: str) -> dict[str | None, Path]:
         """The files of what a method predicted for a test patient: by structure, or one for all under `None`."""
-        folder, structures = self.fold_folder(fold) / "masks" / name, self.recipe.data.structures
-        if len(structures) == 1 or not any(isinstance(value, str) for value in structures.values()):
-            return {None: folder / f"{patient}.nii.gz"}
-        return {structure: folder / f"{patient}_{structure}.nii.gz" for structure in structures}
+        folder = self.fold_folder(fold) / "masks" / name
+        return {one: folder / f"{patient}{f'_{one}' * bool(one)}.nii.gz" for one in self.recipe.data.mask_files}
 
     def read_masks(self, fold: int, name: str, patient: str) -> dict[str, sitk.Image]:
         """What a method predicted for a test patient, by structure."""

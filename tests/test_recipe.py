@@ -1,6 +1,6 @@
 import pytest
 
-from keras_mmfnet.recipe import Recipe, RecipeError, TrainingRecipe
+from keras_mmfnet.recipe import DataRecipe, Recipe, RecipeError, TrainingRecipe
 
 
 def test_the_defaults_are_the_papers():
@@ -238,3 +238,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_a_recipe_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().training.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("structures", "named", "files"),
+    [
+        ({"tumour": None}, {}, (None,)),
+        ({"gtv": "GTV.*"}, {"gtv": "GTV.*"}, (None,)),
+        ({"gtv": 1, "node": 2}, {}, (None,)),
+        ({"gtv": "gtv", "ctv": "ctv"}, {"gtv": "gtv", "ctv": "ctv"}, ("gtv", "ctv")),
+    ],
+)
+def test_structures_that_are_named_have_a_file_each(structures, named, files):
+    data = DataRecipe(structures=structures)
+    assert (data.named_structures, data.mask_files) == (named, files)

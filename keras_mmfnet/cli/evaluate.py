@@ -35,7 +35,7 @@ def evaluate(
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
         recipe = Recipe().replace({**options.parse_structures(structure), "data.allow_empty": True}).data
-        predicted, expert = (_find_masks(folder, recipe.structures) for folder in (predictions, truth))
+        predicted, expert = (_find_masks(folder, recipe.named_structures) for folder in (predictions, truth))
         for lacking, alone in (
             ("prediction", expert.keys() - predicted),
             ("mask of the expert", predicted.keys() - expert),
@@ -63,7 +63,7 @@ def evaluate(
             terminal.say("-" if mean is None else mean, always=True)
 
 
-def _find_masks(folder, structures):
+def _find_masks(folder, named):
     """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder.
 
     Structures that are named, not given by labels, have a file each, `PATIENT_STRUCTURE`.
@@ -74,7 +74,6 @@ def _find_masks(folder, structures):
     options.require_folder(folder, "PREDICTIONS, TRUTH")
     if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
         folder = folder / "labelsTr"
-    named = {name: pattern for name, pattern in structures.items() if isinstance(pattern, str)}
     files = [(image_stem(path), path) for path in sorted(folder.iterdir()) if path.is_file()]
     stems, masks, apart = {stem for stem, _ in files}, {}, {}
     for stem, path in files:

@@ -127,7 +127,6 @@ def segment(
 def _endings(recipe):
     """What the files of a patient end with, by what they hold and the structure, `None` for all; the masks are last."""
     structures = recipe.structure_names if len(recipe.structures) > 1 else (None,)
-    apart = any(isinstance(value, str) for value in recipe.structures.values())
 
     def image(what, structures):
         return {(what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz" for one in structures}
@@ -137,7 +136,7 @@ def _endings(recipe):
         **image("disagreement", structures),
         **{(what, None): end for what, end in _DICOM.items()},
         ("picture", None): ".png",
-        **image("mask", structures if apart else (None,)),
+        **image("mask", recipe.mask_files),
     }
 
 

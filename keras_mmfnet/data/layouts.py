@@ -311,7 +311,7 @@ def _is_mask(name):
 
 def _find_mask(folder, files, recipe, required):
     """The source of the mask, or of the mask drawn on each modality, or `None`."""
-    if names := _named_structures(recipe):
+    if names := recipe.named_structures:
         return _find_structures(folder, files, names, recipe, required)
     mask = _find_file(folder, files, [recipe.mask, *_brats_stems(folder, ["seg"])])
     mask = mask or _of_each(folder, files, recipe.mask, recipe)
@@ -324,11 +324,6 @@ def _of_each(folder, files, stem, recipe):
     """The file of a mask that was drawn on each modality, `{modality: path}`, or `None`."""
     found = {m: _find_file(folder, files, [f"{stem}_{m}", f"{m}_{stem}"]) for m in recipe.modalities}
     return {modality: path for modality, path in found.items() if path} or None
-
-
-def _named_structures(recipe):
-    """The names of the structures' files or, in DICOM, their patterns, `{structure: name}`; empty for labels."""
-    return {name: value for name, value in recipe.structures.items() if isinstance(value, str)}
 
 
 def _find_structures(folder, files, names, recipe, required):
@@ -404,7 +399,7 @@ def _find_dicom(folder, recipe, optional):
 
     def find_mask(required):
         # Structures count where they are asked for, or where there is no mask as an image.
-        named = _named_structures(recipe)
+        named = recipe.named_structures
         ignored = masks and not named
         unused = {kind: others[kind] for kind in (STRUCTURE_SET, *SEGMENTATIONS) if ignored and kind in others}
         if unused:

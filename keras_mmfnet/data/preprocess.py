@@ -449,7 +449,7 @@ def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str,
     Raises:
         CaseError: A file is damaged, or has no voxel of the structures or several labels of which none was chosen.
     """
-    where, named = f"{patient}: {source}", any(isinstance(value, str) for value in recipe.structures.values())
+    where, named = f"{patient}: {source}", recipe.named_structures
     try:
         if not isinstance(source, StructureFiles):
             if named and not isinstance(source, Structures):
