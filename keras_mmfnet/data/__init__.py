@@ -2,7 +2,7 @@
 
 case, layouts, names              a patient's files: found in folders and datasets, and by what sequences are called
 image_io, dicom, structures       reads images, DICOM series, and DICOM structure sets and segmentations as masks
-geometry, polygons                grids and resampling; masks from contours
+geometry, polygons, labels        grids and resampling; masks from contours; several masks as one label image
 preprocess, body, registration    brings a patient onto one grid and scale; body mask; rigid registration
 cache, fingerprint                preprocessed patients on disk; surveys for `mmfnet check`, `plan`
 folds                             divides patients into training, validation and test
