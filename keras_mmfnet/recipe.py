@@ -206,7 +206,7 @@ class DataRecipe(_Part):
 
     @property
     def named_structures(self) -> dict[str, str]:
-        """The names of the structures' files or their DICOM patterns, `{structure: name}`; empty for label values."""
+        """The name of the file or the DICOM pattern of each structure; empty where structures are label values."""
         return {name: value for name, value in self.structures.items() if isinstance(value, str)}
 
     @property
