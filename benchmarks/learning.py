@@ -1,11 +1,14 @@
-"""Compares how MMFNet starts and learns: the head's bias, the learning rate, its schedule, Dice by batch or by patch.
+"""Compares how MMFNet learns, one factor at a time about a reference, on the same folds and patients.
 
     python benchmarks/learning.py --data CUBES --out OUT --updates 640
     python benchmarks/learning.py --data LGG --out OUT --updates 640 --only reference,cosine --seeds 0
+    python benchmarks/learning.py --data LGG --out OUT --updates 640 --items --seeds 0,1
 
-One factor at a time about the reference (bias 0, rate 0.001, constant, Dice by batch), on the same folds and patients;
-a seed changes the initial weights and the patches. It may be stopped at any moment, and a second call resumes. Two
-processes with the same --out share the work. Each training leaves a JSON file; the table is made of those there are.
+Without --items: the head's bias, the learning rate, its schedule, Dice by batch or by patch; the reference is bias 0,
+rate 0.001, constant, Dice by batch. With --items: losses, patches, augmentation, the network and the training; the
+reference is what came out best before. A seed changes the initial weights and the patches. It may be stopped at any
+moment, and a second call resumes. Two processes with the same --out share the work. Each training leaves a JSON file;
+the table is made of those there are.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from scipy.stats import bootstrap
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.methods import Method, build_mmfnet
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import PatchRecipe, Recipe
 from keras_mmfnet.run import Run, RunLocked, run_fold
 
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -39,13 +42,13 @@ DATA = {
     "lgg_patients": {
         "data.modalities": ("flair", "t1", "cet1"),
         "data.spacing": None,
-        "patches.shape": (16, 96, 96),
-        "patches.stride": (8, None, None),
+        "patches.shape": (16, 64, 64),
+        "patches.stride": (8, 32, 32),
         "training.batch_size": 4,
     },
 }
 # By name: the head's bias, and what differs in the recipe from the reference.
-TRAININGS = {
+STARTS = {
     "reference": (0.0, {}),
     "bias_-3": (-3.0, {}),
     "rate_0.01": (0.0, {"training.pretrain_learning_rate": 1e-2}),
@@ -53,6 +56,41 @@ TRAININGS = {
     "polynomial": (0.0, {"training.schedule": "polynomial"}),
     "per_patch": (0.0, {"training.loss": "dice_per_patch"}),
     "bias_-3_rate_0.01": (-3.0, {"training.pretrain_learning_rate": 1e-2}),
+}
+# What came out best among the starts, the reference of the items.
+BEST = {"training.schedule": "cosine"}
+# Those of the items that differ from one recipe to the next by more than one field.
+AUGMENTATION = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
+THICK = {
+    "network.strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "network.kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+}
+ITEMS = {
+    "reference": {},
+    "dice_per_patch": {"training.loss": "dice_per_patch"},
+    "dice_ce": {"training.loss": "dice_ce"},
+    "tversky": {"training.loss": "tversky"},
+    "focal_tversky": {"training.loss": "focal_tversky"},
+    "foreground_0": {"patches.foreground": 0.0},
+    "foreground_0.67": {"patches.foreground": 0.67},
+    "strong_augmentation": {f"patches.{field}": value for field, value in AUGMENTATION.items()},
+    "misalignment": {"patches.misalignment": (1.0, 1.0)},
+    "dropout_of_sequences": {"network.modality_dropout": 0.2},
+    "strides_by_spacing": THICK,
+    "instance_normalization": {"network.normalization": "instance"},
+    "residual": {"network.residual": True},
+    "deep_supervision": {"network.deep_supervision": True},
+    "filters_16": {"network.filters": (16, 32, 64, 128)},
+    "sgd": {
+        "training.optimizer": "sgd",
+        "training.schedule": "polynomial",
+        "training.pretrain_learning_rate": 1e-2,
+    },
+    "adamw": {"training.optimizer": "adamw"},
+    "average_of_5_epochs": {"training.weight_average": 5},
+    "clip_norm_1": {"training.clip_norm": 1.0},
+    "choose_by_dsc": {"training.choose_by": "dsc"},
+    "postprocess": {"training.postprocess": True},
 }
 
 
@@ -64,9 +102,8 @@ def build(recipe, dtype, encoders=None, bias=0.0):
     return model
 
 
-def method_of(name, seed):
+def method_of(name, bias, changes, seed):
     """A training as a method without self-transfer."""
-    bias, changes = TRAININGS[name]
     changes = {**changes, "training.seed": seed}
     return Method(f"{name}_seed{seed}", f"{name}, seed {seed}", functools.partial(build, bias=bias), changes)
 
@@ -79,14 +116,13 @@ def recipe_of(data, updates):
     return Recipe.small().replace({**DATA[data], **length, **single})
 
 
-def train(run, name, fold, seed, path):
+def train(run, method, name, bias, fold, path):
     """Trains and tests, and writes the JSON file, unless another process is at it."""
-    method = method_of(name, seed)
     with contextlib.suppress(RunLocked):
         result = run_fold(run, method, fold)
         found = {
             "training": name,
-            "bias": TRAININGS[name][0],
+            "bias": bias,
             "recipe": json.loads(method.adapt(run.recipe).to_json()),
             **{key: result[key] for key in ("fold", "updates", "training_seconds", "machine")},
             "val_loss": [row["val_loss"] for row in result["history"]],
@@ -97,7 +133,7 @@ def train(run, name, fold, seed, path):
         print(f"{path.stem}: mean DSC {np.nanmean(list(found['dsc'].values())):.3f}", flush=True)
 
 
-def table(folder):
+def table(folder, trainings):
     """Mean and median DSC of each training, and what they are above the reference's, as Markdown.
 
     A patient's DSC is the mean over the seeds that a training shares with the reference. The intervals are 95%
@@ -115,7 +151,7 @@ def table(folder):
         "patients |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
-    for name in (name for name in TRAININGS if name in scores):
+    for name in (name for name in trainings if name in scores):
         shared = scores[name].keys() & scores.get("reference", scores[name]).keys()
         own = _by_patient(scores[name], shared)
         baseline = _by_patient(scores.get("reference", {}), shared)
@@ -160,14 +196,17 @@ def main():
     parser.add_argument("--updates", type=int, default=640, metavar="N", help="updates of each training (640)")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,..", help="seeds (0,1,2)")
     parser.add_argument("--folds", default="0", metavar="N,..", help="folds (0)")
-    parser.add_argument("--only", default=",".join(TRAININGS), metavar="NAMES", help="some of: %(default)s")
+    parser.add_argument("--items", action="store_true", help="compare the recipe's items instead of the starts")
+    parser.add_argument("--only", metavar="NAMES", help="some of the trainings (all)")
     parsed = parser.parse_args()
-    names, seeds, folds = (text.split(",") for text in (parsed.only, parsed.seeds, parsed.folds))
-    if unknown := [name for name in names if name not in TRAININGS]:
-        parser.error(f"--only: names of {', '.join(TRAININGS)} are expected. Received: {', '.join(unknown)}")
+    trainings = {name: (0.0, {**BEST, **changes}) for name, changes in ITEMS.items()} if parsed.items else STARTS
+    names = parsed.only.split(",") if parsed.only else list(trainings)
+    seeds, folds = (text.split(",") for text in (parsed.seeds, parsed.folds))
+    if unknown := [name for name in names if name not in trainings]:
+        parser.error(f"--only: names of {', '.join(trainings)} are expected. Received: {', '.join(unknown)}")
     if parsed.data.name not in DATA:
         parser.error(f"--data: a folder named {' or '.join(DATA)} is expected. Received: {parsed.data}")
-    folder = RESULTS / f"{parsed.data.name}_{parsed.updates}"
+    folder = RESULTS / f"{'items' if parsed.items else 'starts'}_{parsed.data.name}_{parsed.updates}"
     # Each seed of all trainings before the next one.
     tasks = {
         folder / f"{name}_fold{fold}_seed{seed}.json": (name, int(fold), int(seed))
@@ -175,14 +214,13 @@ def main():
         for fold in folds
         for name in names
     }
-    open_tasks = {path: task for path, task in tasks.items() if not path.exists()}
-    if open_tasks:
-        methods = [method_of(name, seed) for name, _, seed in open_tasks.values()]
+    if open_tasks := {path: task for path, task in tasks.items() if not path.exists()}:
+        methods = {path: method_of(name, *trainings[name], seed) for path, (name, _, seed) in open_tasks.items()}
         recipe = recipe_of(parsed.data.name, parsed.updates)
-        run = Run.start(parsed.out, parsed.data, recipe, resume=True, methods=methods)
-        for path, (name, fold, seed) in open_tasks.items():
-            train(run, name, fold, seed, path)
-    text = table(folder)
+        run = Run.start(parsed.out, parsed.data, recipe, resume=True, methods=methods.values())
+        for path, (name, fold, _) in open_tasks.items():
+            train(run, methods[path], name, trainings[name][0], fold, path)
+    text = table(folder, trainings)
     write(folder / "table.md", text)
     print(text)
 
