@@ -95,7 +95,9 @@ def plan_recipe(
 
 
 def given_recipe(changes: Mapping[str, Any]) -> Recipe:
-    """The paper's recipe with some fields changed, of a network that fits patches of any shape unless it is given.
+    """What is known before planning: what is given, and otherwise what refuses no patient or patch.
+
+    Sequences may be missing, pixels stay as they are, and the network fits patches of any shape.
 
     Raises:
         RecipeError: There is no such field, or a value is outside its range.
@@ -103,8 +105,23 @@ def given_recipe(changes: Mapping[str, Any]) -> Recipe:
     levels = [value for field in ("filters", "strides", "kernel_sizes") if (value := changes.get(f"network.{field}"))]
     count = len(levels[0]) if levels and isinstance(levels[0], list | tuple) else 1
     count = max(count, 3) if changes.get("network.deep_supervision") and not levels else count
-    network = {"network.filters": (1,) * count, "network.strides": ((1, 1, 1),) * count}
-    return Recipe().replace({**network, **changes})
+    able = {"network.filters": (1,) * count, "network.strides": ((1, 1, 1),) * count, "data.spacing": None}
+    if "data.allow_missing" not in changes and changes.get("network.modality_dropout", True):
+        able |= {"data.allow_missing": True, "network.modality_dropout": 0.3}
+    return Recipe().replace({**able, **changes})
+
+
+def find_scale(cases: Sequence[Case], recipe: DataRecipe) -> float | None:
+    """By what z-scores were multiplied, if the images of the first patient who can be read are z-scores already."""
+    for case in cases:
+        try:
+            preprocess_case(case, recipe)
+        except ZScoreError as error:
+            return error.scale
+        except CaseError:
+            continue
+        return None
+    return None
 
 
 class _Plan:
@@ -186,6 +203,8 @@ def _plan_data(plan, cases):
         listed = ", ".join(f"{name} in {number}" for name, number in lacking.items() if number)
         plan.set("data.allow_missing", True, f"{listed} of {count} patients is missing")
         plan.set("network.modality_dropout", 0.3, "trains for missing sequences: DSC without T2 0.70 instead of 0.58")
+    elif not plan.has("data.allow_missing"):
+        plan.base = plan.base.replace({"data.allow_missing": False})
     sample = _read_sample(plan, cases)
     if not sample:
         return  # Reading all patients will tell why.
@@ -208,22 +227,20 @@ def _read_sample(plan, cases):
     """
     step = math.ceil(len(cases) / _SAMPLE)
     order, sample = [*cases[::step], *(case for i, case in enumerate(cases) if i % step)], []
-    while order and len(sample) < _SAMPLE:
-        case = order.pop(0)
+    recipe = plan.data().model_copy(update={"spacing": None, "clip": {}})
+    if not plan.has("data.normalised_scale") and (scale := find_scale(order, recipe)):
+        reason = f"the images are z-scores already, times {scale:g}"
+        recipe = recipe.model_copy(update={"normalised_scale": plan.set("data.normalised_scale", scale, reason)})
+        plan.set("data.clip", {}, "z-scores are used as they are")
+    for case in order:
         try:
-            patient = preprocess_case(case, plan.data().model_copy(update={"spacing": None, "clip": {}}))
-        except ZScoreError as error:
-            # The first patient decides; those who differ from it are refused.
-            if not (sample or plan.has("data.normalised_scale")):
-                reason = f"the images are z-scores already, times {error.scale:g}"
-                plan.set("data.normalised_scale", error.scale, reason)
-                plan.set("data.clip", {}, "z-scores are used as they are")
-                order.insert(0, case)
+            patient = preprocess_case(case, recipe)
         except CaseError:
             continue  # Reading all patients will tell.
-        else:
-            sample.append((case, fingerprint_case(patient), intensities(patient)))
-            progress("reading a sample for the plan", len(sample), min(_SAMPLE, len(cases)))
+        sample.append((case, fingerprint_case(patient), intensities(patient)))
+        progress("reading a sample for the plan", len(sample), min(_SAMPLE, len(cases)))
+        if len(sample) == _SAMPLE:
+            break
     return sample
 
 

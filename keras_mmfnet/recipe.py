@@ -468,7 +468,7 @@ class Recipe(_Part):
         if self.data.allow_missing and not any(rates.values()):
             problems["data.allow_missing"] = (
                 "must go with a `network.modality_dropout` above 0, which trains the network for missing sequences. "
-                "Received: network.modality_dropout={self.network.modality_dropout}"
+                f"Received: network.modality_dropout={self.network.modality_dropout}"
             )
         if problems:
             raise RecipeError(problems)

@@ -131,20 +131,19 @@ def cohort(tiny_cohort, tmp_path):
     return tmp_path / "cohort"
 
 
-def plan_of(folder, changes=None, allow_missing=False, **options):
-    recipe = given_recipe(changes or {}).data.model_copy(update={"allow_missing": allow_missing})
-    return plan_recipe(find_cases(folder, recipe), changes, **options)
+def plan_of(folder, changes=None, **options):
+    return plan_recipe(find_cases(folder, given_recipe(changes or {}).data), changes, **options)
 
 
 @once
 def test_sequences_that_are_missing(cohort):
     (cohort / "patient_02" / "t2.nii.gz").unlink()
-    recipe = plan_of(cohort, allow_missing=True, changes={"data.align": "header", "patches.misalignment": (1, 1)})
+    recipe = plan_of(cohort, {"data.align": "header", "patches.misalignment": (1, 1)})
     assert recipe.data.allow_missing
     assert recipe.network.modality_dropout == 0.3
     assert recipe.reasons["data.allow_missing"] == "t2 in 1 of 6 patients is missing"
     with pytest.raises(ValueError, match=r"must be sequences that patients have\. Received: flair"):
-        plan_of(cohort, {"data.modalities": ("t1", "flair")}, allow_missing=True)
+        plan_of(cohort, {"data.modalities": ("t1", "flair")})
 
 
 @once

@@ -175,7 +175,10 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
         ({"epochs": 3}, r"^`epochs` is no field of a recipe; did you mean `training.epochs`\?"),
         ({"nothing.like.it": 3}, r"^`nothing.like.it` is no field of a recipe; there are data.modalities, "),
         ({"data": 3}, "^`data` is no field of a recipe"),
-        ({"data.allow_missing": True}, r"`data.allow_missing` must go with a `network.modality_dropout` above 0"),
+        (
+            {"data.allow_missing": True},
+            r"`data.allow_missing` must go with a `network.modality_dropout` above 0, .*dropout=0\.0$",
+        ),
         ({"training.epochs": 0, "data.spacing": -1}, r"(?s)`data.spacing` must be.*`training.epochs` must be .*: 0$"),
     ],
 )

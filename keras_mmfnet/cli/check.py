@@ -24,18 +24,29 @@ def check(
     splits: options.Splits = None,
     quiet: options.Quiet = False,
 ):
-    """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds."""
+    """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds.
+
+    Without --recipe or --paper, patients are checked as by mmfnet plan.
+    """
     with session(quiet) as terminal:
         from keras_mmfnet._files import csv_text, write
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.fingerprint import CaseSurvey, survey
+        from keras_mmfnet.plan import given_recipe
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
-        whole = options.choose_recipe(recipe, paper, changes, structure)
-        chosen, division = whole.data, options.read_division(groups, splits)
-        cases, errors = find(data, chosen, no_mask)
+        division, given = options.read_division(groups, splits), options.parse_given(changes, structure)
+        fixed = recipe or paper
+        whole = options.choose_recipe(recipe, paper, changes, structure) if fixed else given_recipe(given)
+        cases, errors = find(data, whole.data, no_mask)
+        if not fixed:
+            if any(all(name not in case.images for case in cases) for name in whole.data.modalities):
+                whole = whole.replace({"data.allow_missing": False})  # A sequence that nobody has is not planned with.
+                cases, errors = find(data, whole.data, no_mask)
+            whole = _as_planned(terminal, whole, given, cases, deep)
+        chosen = whole.data
         rows = survey(cases, chosen, deep)
         if not no_mask:
             lacking = "a mask is needed to train on this patient; --no-mask checks patients to be segmented"
@@ -52,8 +63,8 @@ def check(
             texts = [(row.name, text.removeprefix(f"{row.name}: ")) for row in rows for text in getattr(row, field)]
             for line in group_messages(f"{name}: {text}" for name, text in texts):
                 terminal.say(f"{kind}: {line}")
-        for names in find_duplicates(cases):
-            terminal.say(f"the same images: {', '.join(names)}")
+        for copies in find_duplicates(cases):
+            terminal.say(f"the same images: {', '.join(copies)}")
         if csv:
             write(csv, csv_text([_columns(row, chosen.modalities, names) for row in rows]))
         if as_json:
@@ -67,6 +78,21 @@ def check(
             raise CaseError(f"{count} cannot be used{remedy}: {', '.join(unusable)}")
         seen = "" if deep else ", as far as headers tell; --deep reads the voxels"
         terminal.say(f"{counted(len(rows), 'patient')} can be used{seen}")
+
+
+def _as_planned(terminal, recipe, given, cases, deep):
+    """What a plan for these patients has of the fields that decide who can be used and how they are divided."""
+    from keras_mmfnet.plan import find_scale
+
+    changes = {}
+    if deep and (scale := find_scale(cases, recipe.data)) and "data.normalised_scale" not in given:
+        terminal.say(f"note: the images are z-scores already, times {scale:g}, and are used as they are")
+        changes = {"data.normalised_scale": scale, "data.clip": {}}
+    if deep:
+        changes["training.balance"] = "volume"
+    if 3 <= len(cases) < recipe.training.folds:
+        changes["training.folds"] = len(cases)
+    return recipe.replace({path: value for path, value in changes.items() if path not in given})
 
 
 def find(data, recipe, no_mask=False):

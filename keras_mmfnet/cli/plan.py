@@ -55,10 +55,9 @@ def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache
     from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
 
     recipe = given_recipe(given).data
-    missing = recipe if "data.allow_missing" in given else recipe.model_copy(update={"allow_missing": True})
-    cases, errors = find(data, missing)
+    cases, errors = find(data, recipe)
     if lacking := [name for name in recipe.modalities if not any(name in case.images for case in cases)]:
-        find_cases(data, recipe)  # which says what there is instead
+        find_cases(data, recipe.model_copy(update={"allow_missing": False}))  # which says what there is instead
         raise ValueError(f"{data}: must hold images of {', '.join(lacking)}. Received: no such image")
     for case in [case for case in cases if case.mask is None]:
         errors.append(CaseError(f"{case.name}: a mask is needed to plan. Received: no mask"))
