@@ -22,7 +22,7 @@ from keras_mmfnet.run import Run
 def main(folder, patient, out):
     run = Run(folder)
     recipe = run.recipe
-    network = load_network(run.network(run.trained_folds()[0], "mmfnet"), recipe)
+    network = load_network(run.network(run.trained_folds()[0]), recipe)
     case = preprocess_case(read_case_folder(patient, recipe.data, require_mask=False), recipe.data)
     images = case.images_of(recipe.data.modalities)
     probability = predict_volume(network, images, recipe.patches.shape, recipe.patches.stride, case.centre)

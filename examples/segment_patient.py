@@ -25,7 +25,7 @@ from keras_mmfnet.run import Run
 def main(folder, patient, out):
     run = Run(folder)
     folds = run.trained_folds()
-    networks = [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in folds]
+    networks = [load_network(run.network(fold), run.recipe) for fold in folds]
     case = preprocess_case(read_case_folder(patient, run.recipe.data, require_mask=False), run.recipe.data)
     found = segment_ensemble(networks, case, run.recipe, run.postprocessing(folds))
     write_image(found.label_image, out)

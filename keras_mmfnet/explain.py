@@ -14,6 +14,7 @@ from keras_mmfnet.data.windows import crop, window_starts
 from keras_mmfnet.inference import masks_of, predict_volume
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.models._blocks import block_output
+from keras_mmfnet.postprocess import PostProcessing
 from keras_mmfnet.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def explain_patient(
     recipe: Recipe,
     methods: Sequence[str] = ("gradcam",),
     structure: str | None = None,
+    postprocess: PostProcessing | None = None,
 ) -> "dict[str, Figure]":
     """Draws the attention and the gradient maps of a network for one patient.
 
@@ -40,6 +42,7 @@ def explain_patient(
         recipe: The network's `Recipe`.
         methods: Gradient maps, of `METHODS`. They need the TensorFlow backend and are left out on others.
         structure: Name of the structure that is explained; `None` for the recipe's first one.
+        postprocess: How masks are made of the probabilities; `None` for the default of `PostProcessing`.
 
     Returns:
         `{name: Matplotlib figure}`: `attention`, the share of each modality in each fusion block around the tumour;
@@ -66,7 +69,8 @@ def explain_patient(
 
     _log.info("Segmenting %s", case.name)
     probabilities = dict(zip(recipe.data.structures, np.moveaxis(whole(model), -1, 0), strict=True))
-    probability, predicted = probabilities[structure], masks_of(probabilities, recipe.data)[0][structure]
+    masks, _ = masks_of(probabilities, recipe.data, postprocess, case.spacing)
+    probability, predicted = probabilities[structure], masks[structure]
     tumour = predicted if truth is None else truth
     contours = {"prediction": predicted} if truth is None else {"truth": tumour, "prediction": predicted}
     depth = int(np.argmax((tumour if tumour.any() else probability).sum(axis=(1, 2))))

@@ -90,7 +90,7 @@ the groups, folds and donor that were given |
         """Folder of a fold."""
         return self.folder / f"fold_{fold}"
 
-    def network(self, fold: int, name: str) -> Path:
+    def network(self, fold: int, name: str = "mmfnet") -> Path:
         """File of a trained network."""
         return self.fold_folder(fold) / f"{name}.keras"
 
@@ -116,8 +116,8 @@ the groups, folds and donor that were given |
         image = Grid.from_image(images[None]).image
         return {one: image(mask.astype(np.uint8)) for one, mask in split_labels(labels, structures).items()}
 
-    def postprocessing(self, folds: Sequence[int], name: str = "mmfnet") -> PostProcessing:
-        """How masks are made of the mean probability of the networks of some folds.
+    def postprocessing(self, folds: Sequence[int]) -> PostProcessing:
+        """How masks are made of the mean probability of the MMFNets of some folds.
 
         Raises:
             ValueError: The recipe wants it chosen, and a fold has no result yet, which holds it.
@@ -127,7 +127,7 @@ the groups, folds and donor that were given |
             return PostProcessing.default(data.structure_names, data.exclusive)
         chosen = []
         for fold in folds:
-            path = self.result(fold, name)
+            path = self.result(fold, "mmfnet")
             if not path.exists():
                 raise ValueError(
                     f"{path}: a finished fold is expected, whose result holds its post-processing; --resume finishes "
@@ -141,9 +141,9 @@ the groups, folds and donor that were given |
         paths = sorted(self.fold_folder(fold).glob("*_history.csv"))
         return {path.name.removesuffix("_history.csv"): read_history(path) for path in paths}
 
-    def trained_folds(self, name: str = "mmfnet") -> list[int]:
-        """Numbers of the folds whose network of a method is trained."""
-        numbers = {path.parent.name.removeprefix("fold_") for path in self.folder.glob(f"fold_*/{name}.keras")}
+    def trained_folds(self) -> list[int]:
+        """Numbers of the folds whose MMFNet is trained."""
+        numbers = {path.parent.name.removeprefix("fold_") for path in self.folder.glob("fold_*/mmfnet.keras")}
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def results(self) -> dict[str, list[dict]]:
@@ -252,7 +252,7 @@ the groups, folds and donor that were given |
             text += (
                 f"\n\nThe encoders of {names} started from those of another network, on whose data this says nothing."
             )
-        networks = {fold: self.network(fold, "mmfnet") for fold in finished}
+        networks = {fold: self.network(fold) for fold in finished}
         rows = [row for row in self.rows("mmfnet") if row["fold"] in finished]
         write_bundle(path, self.recipe, networks, rules, packages, rows, text)
 

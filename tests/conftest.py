@@ -29,7 +29,14 @@ _ONCE = {
     "tensorflow": ["data", "export", "test_evaluation.py", "test_postprocess.py", "cli/test_demo.py"],
     "torch": ["cli", "test_bundle.py", "test_plots.py", "test_report.py", "test_run.py", "test_synthetic.py"],
 }
-_ON_EVERY_BACKEND = {"test_augment.py", "test_patches.py", "test_explain_command.py", "test_export_command.py"}
+_ON_EVERY_BACKEND = {
+    "test_augment.py",
+    "test_explain_command.py",
+    "test_export_command.py",
+    "test_memory.py",
+    "test_patches.py",
+    "test_process.py",
+}
 
 
 def pytest_collection_modifyitems(items):

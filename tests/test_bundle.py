@@ -99,7 +99,7 @@ def test_what_segments_comes_back(run, saved, name):
         assert bundle.postprocessing(folds) == run.postprocessing(folds)
         assert bundle.postprocessing(folds).structures["tumour"].threshold == pytest.approx(threshold)
     for fold in (0, 2):
-        assert bundle.network(fold).read_bytes() == run.network(fold, "mmfnet").read_bytes()
+        assert bundle.network(fold).read_bytes() == run.network(fold).read_bytes()
     assert str(bundle) == str(saved / name)
     assert is_bundle(saved / name)
     assert not is_bundle(run.folder)
@@ -352,7 +352,7 @@ def test_presets_that_are_refused(tmp_path):
 
 def test_the_network_of_a_fold_of_a_bundle(run, saved, hub):
     hub["me/tumours"] = saved / "bundle"
-    first, last = (load_network(run.network(fold, "mmfnet")) for fold in (0, 2))
+    first, last = (load_network(run.network(fold)) for fold in (0, 2))
     assert same(MMFNet.from_preset(saved / "bundle"), first)
     assert same(MMFNet.from_preset("hf://me/tumours", fold=0), first)
     larger = MMFNet.from_preset(str(saved / "bundle.zip"), fold=2, patch_shape=(8, 32, 32))

@@ -161,7 +161,7 @@ def load_networks(run, folds: list[int] | None = None):
     """The trained networks of the folds of a run or bundle; of all that there are if `None`."""
     from keras_mmfnet.models import load_network
 
-    return [load_network(run.network(fold, "mmfnet"), run.recipe) for fold in choose_trained(run, folds)]
+    return [load_network(run.network(fold), run.recipe) for fold in choose_trained(run, folds)]
 
 
 def choose_trained(run, folds: list[int] | None = None) -> list[int]:

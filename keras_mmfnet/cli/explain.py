@@ -16,7 +16,9 @@ def explain(
     run: options.RunOrBundle,
     patient: options.Patient,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the pictures.")],
-    fold: Annotated[int, typer.Option(metavar="N", help="Fold whose network is asked.")] = 0,
+    fold: Annotated[
+        int | None, typer.Option(metavar="N", help="Fold whose network is asked. [the first that is trained]")
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -54,11 +56,12 @@ def explain(
         if not set(chosen) <= set(METHODS):
             raise ValueError(f"--methods: names of {', '.join(METHODS)} are expected. Received: {methods}")
         opened = bundle or Run(run)
-        (network,) = options.load_networks(opened, [fold])
-        if seen := opened.seen_in_training(cases[0], [fold]):
+        folds = options.choose_trained(opened, None if fold is None else [fold])[:1]
+        (network,) = options.load_networks(opened, folds)
+        if seen := opened.seen_in_training(cases[0], folds):
             _log.warning("%s: %s", cases[0].name, seen)
         case = preprocess_case(cases[0], recipe.data)
-        figures = explain_patient(network, case, recipe, chosen, structure)
+        figures = explain_patient(network, case, recipe, chosen, structure, opened.postprocessing(folds))
         out.mkdir()
         for name, figure in figures.items():
             figure.savefig(path := out / f"{name}.png", dpi=110)

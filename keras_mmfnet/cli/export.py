@@ -18,7 +18,9 @@ def export(
             metavar="PATH", help="New file: .onnx, .xml (OpenVINO); a folder: SavedModel. A bundle: a folder or .zip."
         ),
     ],
-    fold: Annotated[int | None, typer.Option(metavar="N", help="Fold whose network is written. [0]")] = None,
+    fold: Annotated[
+        int | None, typer.Option(metavar="N", help="Fold whose network is written. [the first that is trained]")
+    ] = None,
     bundle: Annotated[
         bool, typer.Option("--bundle", help="A bundle: the networks of all folds and what segmenting needs.")
     ] = False,
@@ -50,11 +52,15 @@ def export(
             if not about:
                 terminal.say(f"Say in {out} what the data were, and the terms of use: README.md, Data and terms")
             return terminal.say(out, always=True)
-        (network,) = options.load_networks(opened, [fold or 0])
+        folds = options.choose_trained(opened, None if fold is None else [fold])[:1]
+        (network,) = options.load_networks(opened, folds)
         try:
             with silenced():
                 network.export(out, format=_FORMATS[out.suffix], verbose=False)
         except ImportError as error:
             raise ImportError(f"{_FORMATS[out.suffix]} needs the extra: pip install 'keras-mmfnet[export]'") from error
         terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
+        if opened.recipe.training.postprocess:
+            for name, rule in opened.postprocessing(folds).structures.items():
+                terminal.say(f"Not in the file is the post-processing, {name}: {rule}")
         terminal.say(out, always=True)

@@ -44,8 +44,8 @@ def segment(
     quiet: options.Quiet = False,
 ):
     """Segments one patient or a folder of patients with the networks of a run or a bundle."""
-    chosen = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
-    wanted = [name for name, wish in {**chosen, "picture": picture}.items() if wish]
+    flags = {"rtstruct": rtstruct, "seg": seg, "probability": probability, "disagreement": disagreement}
+    wanted = [name for name, wish in {**flags, "picture": picture}.items() if wish]
     with session(quiet) as terminal:
         recipe, bundle = options.open_bundle(run)
         names = list(recipe.data.structures)
@@ -78,12 +78,11 @@ def segment(
         opened = bundle or Run(run)
         folds = options.choose_trained(opened, fold)
         rules = opened.postprocessing(folds)
-        chosen = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
-        files = [opened.network(number, "mmfnet") for number in folds]
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        applied = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
+        hashes = [hashlib.sha256(opened.network(number).read_bytes()).hexdigest() for number in folds]
         todo = []
         for case in cases:
-            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **chosen}
+            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied}
             try:
                 record["source"] = _source(case, recipe.data, hashes)
                 _require_same(out, case, record, ends)
@@ -93,15 +92,15 @@ def segment(
                 todo += [(case, record, missing)] if (missing := _missing(out, case, wanted, ends)) else []
         if done := total - len(todo) - len(failed):
             _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
-        networks = options.load_networks(opened, fold) if todo else []
+        networks = options.load_networks(opened, folds) if todo else []
         if disagreement and len(networks) == 1:
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
         if todo:
             out.mkdir(parents=True, exist_ok=True)
-        for name, rule in rules.structures.items() if todo and chosen else ():
+        for name, rule in rules.structures.items() if todo and applied else ():
             _log.info("Post-processing, %s: %s", name, rule)
-        options_of_networks = {"postprocess": rules, "mirror": mirror, "gaussian": gaussian}
-        predict = functools.partial(segment_ensemble, networks, recipe=recipe, **options_of_networks)
+        prediction = {"postprocess": rules, "mirror": mirror, "gaussian": gaussian}
+        predict = functools.partial(segment_ensemble, networks, recipe=recipe, **prediction)
         write_dicom = {
             "rtstruct": functools.partial(write_rtstruct, tolerance=tolerance, max_points=max_points),
             "seg": write_segmentation,
@@ -109,8 +108,8 @@ def segment(
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
                 write(out / f"{case.name}.json", json.dumps(record, indent=2) + "\n")
-                line = _segment(case, predict, recipe, rules, missing, names, write_dicom)
-                seen = opened.seen_in_training(case, folds) if "DSC" in line else ""
+                line, compared = _segment(case, predict, recipe, rules, missing, names, write_dicom)
+                seen = opened.seen_in_training(case, folds) if compared else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
                 if not _there(out, case, ends):
@@ -194,7 +193,7 @@ def _missing(out, case, wanted, ends):
 
 
 def _segment(case, predict, recipe, rules, files, names, write_dicom):
-    """Segments a patient, writes the files, the mask last, and says what was found."""
+    """Segments a patient, writes the files, the mask last; what was found, and if it was compared with a mask."""
     import SimpleITK as sitk
 
     from keras_mmfnet.data import CaseError, preprocess_case
@@ -253,7 +252,7 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
             write_image(found.label_image, path)
         else:
             write_image(images[what][one or recipe.data.structure_names[0]], path)
-    return "; ".join(about)
+    return "; ".join(about), case.mask is not None
 
 
 def _draw(case, masks, recipe, path):

@@ -97,7 +97,7 @@ def run_training(
     with log_to_file(Run(out).log_file):
         log_command()
         first = options.choose_trained(source)[:1] if source else []
-        donor = source.network(first[0], "mmfnet") if source else None
+        donor = source.network(first[0]) if source else None
         run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), donor=donor, **division)
         if source:
             sequences = ", ".join(run.donated(method))

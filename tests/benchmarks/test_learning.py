@@ -56,7 +56,7 @@ def test_the_table_by_hand(learning, tmp_path):
         one = {"training": name, "recipe": {"training": {"seed": seed}}}
         one["dsc"] = dict(zip("abc", scores, strict=True)) | {"without tumour": None}
         (tmp_path / f"{name}_{seed}.json").write_text(json.dumps(one))
-    *_, reference, cosine = learning.table(tmp_path).splitlines()
+    *_, reference, cosine = learning.table(tmp_path, learning.STARTS).splitlines()
     assert reference == "| reference | 0.533 | 0.500 0.567 | 0.400 |  |  | 3 |"
     # By patient 0.4, 0.5 and 0.8, less 0.3, 0.4 and 0.9.
     assert cosine.startswith("| cosine | 0.567 | 0.533 0.600 0.100 | 0.500 | +0.033 [-0.100, +0.100] | +0.100 [-0.1")

@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -116,7 +115,6 @@ def results(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="takes too long on a CPU with the other backends")
 def test_killed_at_ten_moments_and_started_again(tiny_cohort, tmp_path):
     arguments = [sys.executable, __file__, str(tiny_cohort), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
@@ -158,7 +156,6 @@ def run(*arguments, code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="takes too long on a CPU with the other backends")
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(cohort, tmp_path):
     quick = "data.spacing=4 patches.shape=16,32,32 training.batch_size=1 training.steps_per_epoch=2 training.epochs=2"
     changes = [part for change in [*quick.split(), "training.seed=3"] for part in ("--set", change)] + ["--small"]
