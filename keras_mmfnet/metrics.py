@@ -26,14 +26,15 @@ def _as_float(y_true, y_pred, sample_weight, structures):
 class DiceScore(keras.metrics.Metric):
     """Dice similarity coefficient of the predicted masks, over all batches of an epoch (eq. 14).
 
-    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together; 1 if both are empty. The mean over the
-    structures. Always computed in float32.
+    `2 |P and G| / (|P| + |G|)` over the voxels of all batches together, or the mean over the patches that have the
+    structure; 1 if there is nothing to compare. The mean over the structures. Always computed in float32.
 
     Args:
         threshold: Lowest probability that counts, of one structure or of overlapping ones.
         structures: Number of structures.
         exclusive: Whether no voxel belongs to two structures. Of several, a voxel then counts for the most probable
             one, unless the background, `1 - sum(p)`, is more probable.
+        per_patch: Whether the coefficient is of each patch, and their mean is taken.
         name: Name of the metric.
         **kwargs: `dtype`, as for every Keras metric.
 
@@ -49,14 +50,15 @@ class DiceScore(keras.metrics.Metric):
         threshold: float = 0.5,
         structures: int = 1,
         exclusive: bool = True,
+        per_patch: bool = False,
         name: str = "dice_score",
         **kwargs: Any,
     ):
         super().__init__(name=name, **kwargs)
         self.threshold, self.structures, self.exclusive = threshold, structures, exclusive
-        shape = (structures,)
-        self.intersection = self.add_variable(shape, initializer="zeros", dtype="float32", name="intersection")
-        self.total = self.add_variable(shape, initializer="zeros", dtype="float32", name="total")
+        self.per_patch, shape = per_patch, (structures,)
+        self.numerator = self.add_variable(shape, initializer="zeros", dtype="float32", name="numerator")
+        self.denominator = self.add_variable(shape, initializer="zeros", dtype="float32", name="denominator")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Adds a batch: masks of 0 and 1, and probabilities of the same shape `(batch, ..., structures)`."""
@@ -67,16 +69,23 @@ class DiceScore(keras.metrics.Metric):
         else:
             predicted = y_pred >= self.threshold
         predicted = ops.cast(predicted, "float32")
-        axes = tuple(range(len(y_pred.shape) - 1))
-        self.intersection.assign_add(ops.sum(y_true * predicted * weights, axis=axes))
-        self.total.assign_add(ops.sum(y_true * weights, axis=axes) + ops.sum(predicted * weights, axis=axes))
+        axes = tuple(range(int(self.per_patch), len(y_pred.shape) - 1))
+        twice = 2 * ops.sum(y_true * predicted * weights, axis=axes)
+        true = ops.sum(y_true * weights, axis=axes)
+        total = true + ops.sum(predicted * weights, axis=axes)
+        if self.per_patch:
+            there = ops.cast(true > 0, "float32")
+            twice, total = ops.sum(there * twice / ops.maximum(total, 1e-12), axis=0), ops.sum(there, axis=0)
+        self.numerator.assign_add(twice)
+        self.denominator.assign_add(total)
 
     def result(self) -> Any:
         """The coefficient, a float32 scalar in [0, 1]."""
-        return ops.mean(ops.where(self.total > 0, 2 * self.intersection / ops.maximum(self.total, 1e-12), 1.0))
+        found = self.numerator / ops.maximum(self.denominator, 1e-12)
+        return ops.mean(ops.where(self.denominator > 0, found, 1.0))
 
     def get_config(self) -> dict[str, Any]:
-        own = {"threshold": self.threshold, "structures": self.structures, "exclusive": self.exclusive}
+        own = {name: getattr(self, name) for name in ("threshold", "structures", "exclusive", "per_patch")}
         return {**super().get_config(), **own}
 
 

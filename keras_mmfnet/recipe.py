@@ -30,10 +30,10 @@ class RecipeError(ValueError):
         super().__init__("\n".join(f"`{path}` {text}" for path, text in self.problems.items()))
 
 
-def _distinct(names: tuple) -> tuple:
-    if not names or len(set(names)) != len(names):
-        raise ValueError("must be one or more distinct names")
-    return names
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) != len(values):
+        raise ValueError("must be distinct")
+    return values
 
 
 def _rates(rates: Any) -> float | dict[str, float]:
@@ -41,12 +41,6 @@ def _rates(rates: Any) -> float | dict[str, float]:
     if not all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in by_name.values()):
         raise ValueError("must be in [0, 1), or such numbers by modality")
     return {name: float(rate) for name, rate in by_name.items()} if by_name is rates else float(rates)
-
-
-def _different(axes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(axes)) != len(axes):
-        raise ValueError("must be different axes")
-    return axes
 
 
 def _pattern(pattern: str) -> str:
@@ -57,15 +51,9 @@ def _pattern(pattern: str) -> str:
     return pattern
 
 
-def _patterns(patterns: Mapping[str, str]) -> Mapping[str, str]:
-    for pattern in patterns.values():
-        _pattern(pattern)
-    return patterns
-
-
-def _rising(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
-    if any(low >= high for low, high in limits.values()):
-        raise ValueError("must be (lowest, highest) by modality")
+def _rising(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] >= limits[1]:
+        raise ValueError("must be (lowest, highest)")
     return limits
 
 
@@ -95,7 +83,7 @@ def _leaves(value: Any) -> list:
     return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, tuple | list) else [value]
 
 
-# One value stands for a tuple of it.
+# A single value is taken as a tuple of one.
 _SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value)
 _Positive = Annotated[int, Field(ge=1)]
 _Rate = Annotated[float, Field(gt=0)]
@@ -104,11 +92,13 @@ _Strength = Annotated[float, Field(ge=0, le=10)]
 _Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
 # Names of files, of layers and of folders.
 _Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
-_Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct)]
+_Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct), Field(min_length=1)]
 # The paper's.
 _CLIP = {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
 _Stride, _KernelSize = Literal[1, 2], Literal[1, 3]
-_Statistics = Annotated[tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct)]
+_Statistics = Annotated[
+    tuple[Literal["avg", "max", "std"], ...], _SEVERAL, AfterValidator(_distinct), Field(min_length=1)
+]
 
 
 class _Part(pydantic.BaseModel):
@@ -187,7 +177,7 @@ class DataRecipe(_Part):
 
     modalities: _Names = ("t1", "t2", "cet1")
     mask: Annotated[str, Field(min_length=1)] = "mask"
-    series: Annotated[dict[str, str], AfterValidator(_patterns)] = {}
+    series: dict[str, Annotated[str, AfterValidator(_pattern)]] = {}
     structures: Annotated[dict[_Name, Annotated[Any, AfterValidator(_structure)]], AfterValidator(_kinds)] = {
         "tumour": None
     }
@@ -197,7 +187,7 @@ class DataRecipe(_Part):
     align: Literal["header", "rigid"] = "header"
     spacing: _Rate | None = 0.5
     normalised_scale: _Rate | None = None
-    clip: Annotated[dict[str, tuple[float, float]], AfterValidator(_rising)] = _CLIP
+    clip: dict[str, Annotated[tuple[float, float], AfterValidator(_rising)]] = _CLIP
 
     @property
     def structure_names(self) -> tuple[str, ...]:
@@ -252,8 +242,7 @@ class DataRecipe(_Part):
 class PatchRecipe(_Part):
     """The 3D patches that a network sees, and their augmentation (section IV-A).
 
-    Lengths in voxels are `(depth, height, width)`. Everything after `flip_axes` goes beyond the paper and is off at 0.
-    Factors up to `1 + f` are as often below 1, down to `1 / (1 + f)`.
+    Lengths in voxels are `(depth, height, width)`. What follows `in_plane` goes beyond the paper and is off at 0. Factors up to `1 + f` are as often below 1, down to `1 / (1 + f)`.
 
     Args:
         shape: Voxels of one patch, each a multiple of the product of the network's strides along its axis.
@@ -284,7 +273,7 @@ class PatchRecipe(_Part):
     stride: tuple[_Positive | None, _Positive | None, _Positive | None] = (4, None, None)
     offset_fraction: tuple[_Fraction, _Fraction, _Fraction] = (0.25, 0.125, 0.125)
     max_rotation: Annotated[float, Field(ge=0, le=180)] = 5.0
-    flip_axes: Annotated[tuple[Literal[0, 1, 2], ...], _SEVERAL, AfterValidator(_different)] = (1,)
+    flip_axes: Annotated[tuple[Literal[0, 1, 2], ...], _SEVERAL, AfterValidator(_distinct)] = (1,)
     in_plane: bool = True
     max_scaling: _Strength = 0.0
     misalignment: tuple[_Strength, Annotated[float, Field(ge=0, le=45)]] = (0.0, 0.0)
@@ -385,7 +374,8 @@ class TrainingRecipe(_Part):
         clip_norm: Largest norm of the gradients of all weights together; `None` for no limit.
         weight_average: The mean of the weights of so many last epochs competes with the best epoch on the validation
             patients; 0: it does not.
-        choose_by: What chooses the best epoch and counts for `patience`: the validation `"loss"` or mean `"dsc"`.
+        choose_by: What chooses the best epoch and counts for `patience`: the validation `"loss"`, or `"dsc"`, the mean
+            DSC of the validation patches that have the structure.
         patience: Epochs without a better one before a training ends; `None`: it does not end early.
         folds: Folds of the cross-validation, by patient, unless a run is given folds of the user's own.
         validation_fraction: Share of a fold's training patients that chooses the best epoch.
@@ -465,7 +455,7 @@ class Recipe(_Part):
         for name in set(rates).difference(self.data.modalities):
             expected = f"must be of {' or '.join(self.data.modalities)}"
             problems[f"network.modality_dropout.{name}"] = f"{expected}. Received: {name}"
-        if self.data.allow_missing and not any(rates.values()):
+        if self.data.allow_missing and len(self.data.modalities) > 1 and not any(rates.values()):
             problems["data.allow_missing"] = (
                 "must go with a `network.modality_dropout` above 0, which trains the network for missing sequences. "
                 f"Received: network.modality_dropout={self.network.modality_dropout}"

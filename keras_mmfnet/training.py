@@ -155,7 +155,8 @@ def _objective(recipe, samples):
     """The loss and the metrics of a network."""
     exclusive, structures = recipe.data.exclusive, len(recipe.data.structures)
     loss = CrossEntropy(exclusive) if samples == "centres" else make_loss(recipe.training.loss, exclusive)
-    return loss, [DiceScore(structures=structures, exclusive=exclusive), AveragePrecision(structures=structures)]
+    dice = DiceScore(structures=structures, exclusive=exclusive, per_patch=recipe.training.choose_by == "dsc")
+    return loss, [dice, AveragePrecision(structures=structures)]
 
 
 def _optimizer(settings, rate):
@@ -185,7 +186,7 @@ class _Trainer:
         return self.path.with_name(f".{self.path.stem}") / stage.replace(" ", "_")
 
     def _cost(self, row):
-        """What the best epoch has the least of."""
+        """The quantity that the best epoch minimises."""
         return row["val_loss"] if self.recipe.training.choose_by == "loss" else -row["val_dice_score"]
 
     def _patches(self, model, training, first_batch=0):

@@ -113,6 +113,21 @@ def test_several_structures_are_the_mean_of_each(metric_class):
     assert value(together) == pytest.approx(np.mean(alone), abs=1e-6)
 
 
+def test_the_mean_over_the_patches_that_have_the_structure():
+    truth = np.zeros((4, 2, 2, 2, 2), "uint8")
+    truth[0, 0, 0, 0, 0] = truth[1, ..., 0] = truth[2, 0, :, :, 1] = 1  # the last patch has none
+    probability = np.full(truth.shape, 0.25, "float32")
+    probability[0, 0, 0, :, 0] = probability[1, 1, ..., 0] = probability[2, 0, 0, :, 1] = probability[3] = 0.75
+    metric = DiceScore(structures=2, exclusive=False, per_patch=True)
+    for batch in range(0, 4, 2):
+        metric.update_state(truth[batch : batch + 2], probability[batch : batch + 2])
+    # 2 * 1 / (1 + 2) and 2 * 4 / (8 + 4) of the first structure, 2 * 2 / (4 + 2) of the second.
+    assert value(metric) == pytest.approx(((2 / 3 + 8 / 12) / 2 + 4 / 6) / 2, abs=1e-6)
+    pooled = DiceScore(structures=2, exclusive=False)
+    pooled.update_state(truth, probability)
+    assert value(pooled) == pytest.approx((2 * 5 / (9 + 14) + 2 * 2 / (4 + 10)) / 2, abs=1e-6)
+
+
 @pytest.fixture
 def mixed_float16():
     with global_policy("mixed_float16"):
@@ -157,7 +172,10 @@ def test_sample_weight(metric_class, batches):
 
 @pytest.mark.parametrize(
     "metric",
-    [DiceScore(threshold=0.3, structures=2, exclusive=False, name="dsc"), AveragePrecision(50, 2, name="ap")],
+    [
+        DiceScore(threshold=0.3, structures=2, exclusive=False, per_patch=True, name="dsc"),
+        AveragePrecision(50, 2, name="ap"),
+    ],
     ids=METRICS,
 )
 def test_config(metric):

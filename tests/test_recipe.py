@@ -179,6 +179,10 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
             {"data.allow_missing": True},
             r"`data.allow_missing` must go with a `network.modality_dropout` above 0, .*dropout=0\.0$",
         ),
+        ({"data.modalities": ()}, r"`data.modalities` must have at least 1 item.*Received: \(\)$"),
+        ({"patches.flip_axes": (1, 1)}, r"`patches.flip_axes` must be distinct\. Received: \(1, 1\)$"),
+        ({"data.clip.t1": (1, -1)}, r"`data.clip.t1` must be \(lowest, highest\)\. Received: \(1, -1\)$"),
+        ({"data.series.t1": "("}, r"`data.series.t1` must be a regular expression .*Received: '\('$"),
         ({"training.epochs": 0, "data.spacing": -1}, r"(?s)`data.spacing` must be.*`training.epochs` must be .*: 0$"),
     ],
 )
