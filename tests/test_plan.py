@@ -94,7 +94,7 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used():
         ((1, 1, 1), (64, 64, 64), ["222"] * 4, ["333"] * 4),
         ((3, 1, 1), (16, 64, 64), ["122", "222", "222", "122"], ["133", "333", "333", "333"]),
         ((7.5, 1.875, 1.875), (5, 96, 96), ["122"] * 4, ["133", "133", "333", "333"]),
-        ((2, 2, 2), (6, 6, 6), [], []),
+        ((2, 2, 2), (6, 6, 6), ["111"], ["333"]),
     ],
 )
 def test_levels_by_the_spacing(spacing, shape, strides, kernels):
@@ -123,6 +123,17 @@ def test_what_is_given_stays_and_the_rest_is_planned_around_it():
         with pytest.raises(RecipeError):
             given_recipe(changes)
     assert given_recipe({"patches.shape": (5, 7, 9)}).patches.shape == (5, 7, 9)
+    assert planned(patients, {"patches.shape": (5, 63, 63)}).network.strides == ((1, 1, 1),)
+    # Self-transfer that is given is planned for, however short the time.
+    alone, both = (planned(patients, {"training.self_transfer": given}, seconds=60).training for given in (False, True))
+    assert both.self_transfer
+    assert both.learning_rate == 1e-3
+    updates, twice = (one.epochs * one.steps_per_epoch * one.batch_size for one in (both, alone))
+    assert updates <= twice
+    long = planned(patients, {"training.steps_per_epoch": 500}).training
+    assert long.steps_per_epoch == 500
+    usual = planned(patients).training
+    assert long.epochs * 500 == pytest.approx(usual.epochs * usual.steps_per_epoch, rel=0.5)
 
 
 @pytest.fixture
