@@ -242,7 +242,8 @@ class DataRecipe(_Part):
 class PatchRecipe(_Part):
     """The 3D patches that a network sees, and their augmentation (section IV-A).
 
-    Lengths in voxels are `(depth, height, width)`. What follows `in_plane` goes beyond the paper and is off at 0. Factors up to `1 + f` are as often below 1, down to `1 / (1 + f)`.
+    Lengths in voxels are `(depth, height, width)`. What follows `in_plane` goes beyond the paper and is off at 0.
+    Factors up to `1 + f` are as often below 1, down to `1 / (1 + f)`.
 
     Args:
         shape: Voxels of one patch, each a multiple of the product of the network's strides along its axis.

@@ -18,8 +18,10 @@ Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, i
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe as JSON.")]
 Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe.")]
 Small = Annotated[bool, typer.Option("--small", help="A recipe for a CPU, made without a look at the patients.")]
-Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory that a training step may take, such as 500MB.")]
-Time = Annotated[str, typer.Option(metavar="TIME", help="What the training of a fold may take, such as 30min.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Planning: memory of one training step, such as 500MB. [8GB]")
+]
+Time = Annotated[str | None, typer.Option(metavar="TIME", help="Planning: time to train one fold, such as 30min. [2h]")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),

@@ -19,8 +19,8 @@ _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 def plan(
     data: options.Data,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe as JSON, with the reasons.")],
-    memory: options.Memory = "8GB",
-    time: options.Time = "2h",
+    memory: options.Memory = None,
+    time: options.Time = None,
     changes: options.Changes = None,
     structure: options.Structure = None,
     skip_bad: options.SkipBad = False,
@@ -41,11 +41,11 @@ def plan(
             terminal.say(out, always=True)
 
 
-def parse_budget(memory: str, time: str) -> dict[str, float]:
+def parse_budget(memory: str | None, time: str | None) -> dict[str, float]:
     """The arguments of `plan_recipe` for the options `--memory` and `--time`."""
     return {
-        "memory": options.parse_amount(memory, "--memory", _BYTES),
-        "seconds": options.parse_amount(time, "--time", _SECONDS),
+        "memory": options.parse_amount(memory or "8GB", "--memory", _BYTES),
+        "seconds": options.parse_amount(time or "2h", "--time", _SECONDS),
     }
 
 

@@ -20,8 +20,8 @@ def train(
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     small: options.Small = False,
-    memory: options.Memory = "8GB",
-    time: options.Time = "2h",
+    memory: options.Memory = None,
+    time: options.Time = None,
     changes: options.Changes = None,
     structure: options.Structure = None,
     fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
@@ -47,7 +47,11 @@ def train(
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
-        planned = not (recipe or paper or small or resume or source)
+        fixed = {"--recipe": recipe, "--paper": paper, "--small": small, "--resume": resume, "--from": source}
+        planned = not any(fixed.values())
+        if (memory or time) and not planned:
+            received = next(option for option, value in fixed.items() if value)
+            raise ValueError(f"--memory, --time: a training that is planned is expected. Received: {received}")
         if small and (recipe or paper):
             raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
         default, opened = options.open_bundle(source, "--from") if source else (None, None)

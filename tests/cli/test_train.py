@@ -168,6 +168,8 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     again = mmfnet("train", tiny_cohort, "--out", started, *tiny, code=1)
     assert "must hold no run" in again.stderr
     assert "--resume" in again.stderr
+    ignored = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", "--small", "--time", "1h", code=1)
+    assert "--memory, --time: a training that is planned is expected. Received: --small" in ignored.stderr
 
 
 def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started, tmp_path, monkeypatch):
