@@ -43,7 +43,7 @@ def mean_weights(model, patients, recipe):
         return keras.ops.convert_to_numpy(model(batch))
 
     for case in patients:
-        predict_volume(call, case.images, recipe.patches.shape, recipe.patches.stride, case.centre)[..., 0]
+        predict_volume(call, case.images, recipe.patches.shape, recipe.patches.stride, case.centre)
     return {kind: [np.mean(weights, axis=0) for weights in blocks] for kind, blocks in seen.items()}
 
 

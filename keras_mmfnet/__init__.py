@@ -8,7 +8,7 @@ The modules, which are imported on first use:
     data                             finds patients, preprocesses them, makes patches
     methods, training, run           train networks, cross-validate, compare methods
     inference, postprocess, export   segment, clean the masks, write files
-    bundle                           networks to hand on, with their recipe and results
+    bundle                           networks to share, with their recipe and results
     evaluation                       compare with the expert
     explain, plots, report           attention and gradient maps, figures, the HTML report
 

@@ -1,4 +1,4 @@
-"""A bundle: what a run has learned, as one folder or zip archive to hand on. Loading it runs no code."""
+"""A bundle: a run's networks and what they need, as one folder or zip archive to share. Loading it runs no code."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class _Contents(pydantic.BaseModel):
 
 
 class Bundle:
-    """What `Run.save_bundle` wrote. For segmenting, it has what a `Run` has, by the same names.
+    """What `Run.save_bundle` wrote. The methods that segmentation needs are those of `Run`.
 
     | file | holds |
     |---|---|
@@ -64,7 +64,7 @@ was trained with; the SHA-256 of the recipe and the networks |
 
     Args:
         path: The folder or zip archive, or `hf://user/name` for one on the Hugging Face Hub (extra `hub`). An archive
-            is unpacked to a temporary folder, which goes with the object.
+            is unpacked to a temporary folder, which is deleted with the object.
 
     Raises:
         ValueError: It is no bundle, is damaged, or is of a newer version of the format.
@@ -113,7 +113,7 @@ was trained with; the SHA-256 of the recipe and the networks |
         return PostProcessing.of_ensemble([self._folds[fold].postprocess for fold in folds])
 
     def seen_in_training(self, case: "Case", folds: Iterable[int]) -> str:
-        """Empty text: who the networks were trained on is not in a bundle."""
+        """Empty text: a bundle does not record its training patients."""
         return ""
 
     def _unpack(self):
@@ -271,7 +271,7 @@ def _card(name, recipe, networks, rules, rows, about):
     some, patients = rows_by_structure(rows), len({row["patient"] for row in rows})
     without = any(row.get("detection_specificity") in (0, 1) for row in rows)
     shown = [key for key in _SHOWN if without or key != "detection_specificity"]
-    lines = ["| structure | patients | " + " | ".join(METRICS[key].title for key in shown) + " |"]
+    lines = ["| structure | patients with it | " + " | ".join(METRICS[key].title for key in shown) + " |"]
     lines.append("|---" * (2 + len(shown)) + "|")
     for structure, found in some.items():
         summary, cells = summarise(found), []
@@ -279,7 +279,8 @@ def _card(name, recipe, networks, rules, rows, about):
             numbers = summary.get(key, {"mean": None, "low": None, "high": None})
             mean, low, high = (METRICS[key].text(numbers[one]) for one in ("mean", "low", "high"))
             cells.append(mean if numbers["low"] is None else f"{mean} ({low} to {high})")
-        lines.append(f"| {structure} | {len(found)} | {' | '.join(cells)} |")
+        lines.append(f"| {structure} | {summary['dsc']['patients']} | {' | '.join(cells)} |")
+    ensemble = "The ensemble of all folds, which `mmfnet segment` uses, was not evaluated. " if networks > 1 else ""
     postprocess = "\n".join(f"- {structure}: {rule}" for structure, rule in rules.structures.items())
     table = "\n".join(lines)
     return f"""---
@@ -303,15 +304,14 @@ mmfnet segment {shlex.quote(name)} PATIENTS --out FOLDER
 
 ## Results
 
-{patients} patients were held back from the training of the network that segmented them: their mean, and in brackets \
-its 95% bootstrap interval. `metrics.json` has each patient, by number.
+Means over {patients} test patients, each segmented by the network of a fold that had not seen them, with 95% \
+bootstrap intervals. `metrics.json` has each patient, by number.
 
 {table}
 
-The mean of several networks, by which `mmfnet segment` segments, was not measured. Patients of another hospital, \
-scanner or protocol than those of the training may be segmented worse.
+{ensemble}Results may be worse for patients of another hospital, scanner or protocol.
 
-Masks are made of the probabilities like this:
+Post-processing:
 
 {postprocess}
 
@@ -319,7 +319,7 @@ Masks are made of the probabilities like this:
 
 - For a diagnosis or a treatment without an expert who reviews and corrects every contour. It is not a medical device.
 - For other structures, other sequences or another region of the body than those above.
-- For patients of a kind that "Data and terms" does not name, before it was tested on such patients: a network finds \
-something or nothing in any image, and does not say that it is wrong.
-- To identify patients, or to find out whether somebody was among those of the training.
+- For kinds of patients that "Data and terms" does not name, unless it was tested on them: a network segments any \
+image, and does not say that it is wrong.
+- To identify patients, or to find out whether someone was in the training set.
 """

@@ -52,9 +52,7 @@ METRICS: dict[str, Metric] = {
         2,
     ),
     "assd": Metric("ASSD", "mm", "Mean distance between both surfaces.", "lower", 2),
-    "nsd": Metric(
-        "NSD", "", "Share of both surfaces within 2 mm (or another tolerance that was given) of the other.", "higher", 4
-    ),
+    "nsd": Metric("NSD", "", "Share of both surfaces within 2 mm of the other.", "higher", 4),
     "sensitivity": Metric("Sensitivity", "", "Share of the tumour that was found.", "higher", 4),
     "precision": Metric("Precision", "", "Share of the prediction that is tumour.", "higher", 4),
     "volume_ml": Metric("Expert volume", "ml", "Volume of the expert's mask.", "", 2),

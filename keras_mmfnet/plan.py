@@ -201,8 +201,8 @@ def _plan_data(plan, cases):
         raise ValueError(f"`data.modalities` must be sequences that patients have. Received: {without}, which none has")
     if any(lacking.values()):
         listed = ", ".join(f"{name} in {number}" for name, number in lacking.items() if number)
-        plan.set("data.allow_missing", True, f"{listed} of {count} patients is missing")
-        plan.set("network.modality_dropout", 0.3, "trains for missing sequences: DSC without T2 0.70 instead of 0.58")
+        plan.set("data.allow_missing", True, f"missing: {listed} of {count} patients")
+        plan.set("network.modality_dropout", 0.3, "for missing sequences: DSC without T2 0.70 instead of 0.58")
     elif not plan.has("data.allow_missing"):
         plan.base = plan.base.replace({"data.allow_missing": False})
     sample = _read_sample(plan, cases)
@@ -265,13 +265,13 @@ def _plan_alignment(plan, sample):
             found.setdefault(name, []).append(moved)
         progress("registering a sample for the plan", number, len(sample))
     if max(map(len, found.values()), default=0) <= len(sample) / 2:
-        return plan.set("data.align", "header", "registration fails here or the images are small: moves are not known")
+        return plan.set("data.align", "header", "no misalignment known: registration failed, or small images")
     millimetres, degrees = np.max([np.median(moved, axis=0) for moved in found.values()], axis=0)
     apart = f"sequences lie {millimetres:.1f} mm and {degrees:.1f} degrees apart, the median {_of(sample)}"
     apart += f"; registered from {_MOVED:g} mm on"
     rigid = plan.set("data.align", "rigid" if millimetres > _MOVED else "header", apart) == "rigid"
     left = (1.0, 1.0) if rigid else (round(float(millimetres), 1), round(float(degrees), 1))
-    about = "what a registration leaves" if rigid else "what the sequences of the sample lie apart"
+    about = "error of a registration" if rigid else "median misalignment of the sample"
     plan.set("patches.misalignment", left, f"{about}, in mm and degrees")
 
 
@@ -298,7 +298,7 @@ def _plan_spacing(plan, cases, patients):
             break
     if spacing > 1.01 * median:
         reason = (
-            f"finer pixels, the median is {median:.3g} mm, are too many for the time or memory; "
+            f"finer pixels (the median is {median:.3g} mm) are too many for the time or memory; "
             f"the smallest tenth of the structures has {diameter / spacing:.0f} pixels across"
         )
     else:
@@ -436,7 +436,10 @@ def _plan_filters(plan, shape, strides, kernels, spacing):
     voxel = _by(np.round(spacing, 2))
     reason = f"voxels of {voxel} mm: an axis is pooled once its voxels are less than twice as large as the smallest"
     plan.set("network.strides", strides, reason)
-    plan.set("network.kernel_sizes", kernels, f"voxels of {voxel} mm: no convolution across slices before that")
+    reason = (
+        f"voxels of {voxel} mm: no convolution along an axis whose voxels are twice as large as the smallest or more"
+    )
+    plan.set("network.kernel_sizes", kernels, reason)
     return width
 
 
@@ -452,9 +455,12 @@ def _plan_windows(plan, patients, shape, spacing):
     stride = plan.set("patches.stride", stride, outside)
     middles = [(np.mean([edge[2] for edge in p.box]) - p.centre[2]) / shape[2] for p in patients if p.box]
     left, right = (sum(sign * middle > 0.05 for middle in middles) for sign in (1, -1))
-    both = left + right < 10 or min(left, right) > 0.2 * (left + right)
-    reason = f"structures lie left of the centre in {left} patients and right in {right}"
-    plan.set("patches.flip_axes", (2,) if both else (), f"{reason}: {'either side occurs' if both else 'one side'}")
+    few, both = left + right < 10, min(left, right) > 0.2 * (left + right)
+    reason = f"structures lie left of the centre in {left} patients and right in {right}: "
+    reason += "either side occurs" if both else "one side is rare"
+    if few:
+        reason = f"too few patients off the centre ({left} left, {right} right) to rule out a side"
+    plan.set("patches.flip_axes", (2,) if few or both else (), reason)
     thick = max(spacing) >= 2 * min(spacing)
     how = "thicker than wide: they rotate in plane" if thick else "near enough to cubes to rotate about any axis"
     plan.set("patches.in_plane", thick, f"voxels of {_by(np.round(spacing, 2))} mm are {how}")
@@ -476,7 +482,7 @@ def _plan_training(plan, patients, shape, strides, stride, width):
         if not plan.set("training.self_transfer", patches >= _TRANSFER, reason):
             plan.networks, patches = 1, plan.patches(seconds)
     batch = int(np.clip(min(plan.memory / size, patches / _UPDATES), *_BATCH))
-    reason = f"{size / 1e9:.2g} GB a patch of {plan.memory / 1e9:.3g} GB; {_UPDATES} updates or more where time allows"
+    reason = f"{size / 1e9:.2g} GB per patch, of {plan.memory / 1e9:.3g} GB; at least {_UPDATES} updates if time allows"
     batch = plan.set("training.batch_size", batch, reason)
     windows = [len(window_starts(patient.shape, shape, stride, patient.centre)) for patient in patients]
     validation = _PREDICTION * statistics.mean(windows) * max(1, 0.2 * count)
@@ -495,20 +501,20 @@ def _plan_training(plan, patients, shape, strides, stride, width):
     if plan.has("training.steps_per_epoch"):
         steps = plan.get("training.steps_per_epoch")
     spent = plan.networks * epochs * seconds * (steps * batch + validation)
-    reason = f"about {_duration(spent)} of {_duration(plan.seconds)} a fold, {1000 * seconds:.3g} ms a patch"
+    reason = f"about {_duration(spent)} of {_duration(plan.seconds)} per fold, {1000 * seconds:.3g} ms per patch"
     epochs = plan.set("training.epochs", epochs, f"{reason}; at most the paper's {_EPOCHS}")
     reason = f"at most the paper's {_STEPS}; each epoch is validated on {validation / _PREDICTION:.0f} windows"
     plan.set("training.steps_per_epoch", steps, reason)
     if plan.networks == 2:
         plan.set("training.warmup_epochs", max(1, round(0.05 * epochs)), "the paper's 5% of the epochs")
-        rate = "as before it: DSC 0.795 on 171 gliomas instead of 0.777 at a tenth, where updates are few"
+        rate = "the same as in pretraining: DSC 0.795 on 171 gliomas, 0.777 at a tenth of it"
         plan.set("training.learning_rate", plan.base.training.pretrain_learning_rate, rate)
-    plan.set("training.schedule", "cosine", "ends at 0 with the last epoch, whose number the time decides")
-    plan.set("training.patience", None, "no early stopping, since the learning rate falls to the end")
+    plan.set("training.schedule", "cosine", "falls to 0 at the last epoch, whose number depends on the time")
+    plan.set("training.patience", None, "no early stopping: the learning rate falls until the last epoch")
     if volumes := [volume for patient in patients for volume in patient.volumes.values() if volume]:
         reason = f"structures have {min(volumes):.3g} to {max(volumes):.3g} ml: each part of a fold covers that range"
         plan.set("training.balance", "volume", reason)
-    plan.set("training.postprocess", True, "what raises the DSC of validation patients, and nothing else")
+    plan.set("training.postprocess", True, "chosen by the DSC of validation patients")
     if 3 <= count < plan.base.training.folds:
         plan.set("training.folds", count, f"there are {count} patients")
 

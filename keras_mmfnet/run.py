@@ -223,7 +223,7 @@ the groups, folds and donor that were given |
         return f"{who} was in the training set of fold {', '.join(seen)}" if seen else ""
 
     def save_bundle(self, path: str | os.PathLike, about: str | None = None) -> None:
-        """Writes what the recipe's own method has learned, to be handed on: see `Bundle`.
+        """Writes a bundle to share, of the networks of the recipe's own method: see `Bundle`.
 
         It holds no image and no name of a patient, and no path of this machine.
 
@@ -246,11 +246,11 @@ the groups, folds and donor that were given |
         machines = {fold: result["machine"] for fold, result in finished.items()}
         packages = {fold: {k: v for k, v in of.items() if k not in _MACHINE} for fold, of in machines.items()}
         rules = {fold: self.postprocessing([fold]) for fold in finished}
-        text = about or "Whoever made this bundle has not said what the networks were trained on."
+        text = about or "The training data were not described."
         if self.donor_file.exists():
             names = ", ".join(self.donated(method_of(self.recipe)))
             text += (
-                f"\n\nThe encoders of {names} started from those of another network, on whose data this says nothing."
+                f"\n\nThe encoders of {names} started from those of another network, whose data are not described here."
             )
         networks = {fold: self.network(fold) for fold in finished}
         rows = [row for row in self.rows("mmfnet") if row["fold"] in finished]

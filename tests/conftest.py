@@ -21,9 +21,8 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-# What is the same on every backend is tested with one: files, geometry and masks, in which none takes part, with
-# TensorFlow, as is the whole way of the demonstration; the command line and what runs write with PyTorch, which starts
-# fastest. The commands of the docs are run with TensorFlow.
+# Tests that do not depend on the backend run with one: files, masks, metrics and the demo with TensorFlow; the command
+# line and run folders with PyTorch, which starts fastest. The docs' commands run with TensorFlow.
 _HERE = Path(__file__).parent
 _ONCE = {
     "tensorflow": ["data", "export", "test_evaluation.py", "test_postprocess.py", "cli/test_demo.py"],
@@ -40,7 +39,7 @@ _ON_EVERY_BACKEND = {
 
 
 def pytest_collection_modifyitems(items):
-    """Skips with all backends but one what is the same with each."""
+    """Skips tests that do not depend on the backend, with all backends but one."""
     only = {_HERE / name: backend for backend, names in _ONCE.items() for name in names}
     for item in items:
         backend = only.get(item.path, only.get(item.path.parent))

@@ -158,14 +158,23 @@ def test_the_card(saved):
 
 def test_several_structures(tmp_path):
     recipe = RECIPE.replace({"data.structures": {"core": (1,), "rim": (2,)}})
-    make_run(tmp_path / "run", recipe).save_bundle(tmp_path / "bundle.zip")
+    run = make_run(tmp_path / "run", recipe)
+    # The patients of one fold have no core.
+    result = json.loads((file := tmp_path / "run" / "fold_0" / "mmfnet.json").read_text())
+    nothing = np.zeros((2, 4, 4))
+    for row in result["patients"]:
+        row |= evaluate_case(nothing, nothing, (4, 1, 1)) if row["structure"] == "core" else {}
+    file.write_text(json.dumps(result))
+    run.save_bundle(tmp_path / "bundle.zip")
     bundle = Bundle(tmp_path / "bundle.zip")
     assert bundle.recipe.data.structure_names == ("core", "rim")
     assert list(bundle.postprocessing([0]).structures) == ["core", "rim"]
     card = (bundle.folder / "README.md").read_text()
-    assert "| core | 4 | " in card
+    assert "| structure | patients with it | DSC | " in card
+    assert "Means over 4 test patients" in card
+    assert "| core | 2 | " in card
     assert "| rim | 4 | " in card
-    assert "has not said what the networks were trained on" in card
+    assert "The training data were not described." in card
 
 
 def test_the_card_tells_of_a_donor(run, tmp_path):
@@ -401,7 +410,7 @@ class Trained(Exception):
 
 
 def test_a_run_starts_from_the_encoders_of_a_donor(tiny_cohort, tmp_path, donor, monkeypatch):
-    """The others by self-transfer; a resumed run goes on with them, other methods do without."""
+    """The others by self-transfer; a resumed run uses them again, other methods do without."""
     run = Run.start(tmp_path / "run", tiny_cohort, TINY, donor=donor)
     checksum = hashlib.sha256(donor.read_bytes()).hexdigest()
     assert run.cohort["donor"] == {"modalities": ["t1"], "sha256": checksum}

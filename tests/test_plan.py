@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import shutil
 
@@ -105,6 +106,23 @@ def test_levels_by_the_spacing(spacing, shape, strides, kernels):
 
 
 @once
+@pytest.mark.parametrize(
+    ("left", "right", "axes", "reason"),
+    [
+        (0, 3, (2,), "too few patients off the centre (0 left, 3 right) to rule out a side"),
+        (0, 10, (), "structures lie left of the centre in 0 patients and right in 10: one side is rare"),
+        (3, 7, (2,), "structures lie left of the centre in 3 patients and right in 7: either side occurs"),
+    ],
+)
+def test_flips_by_the_sides_that_structures_are_on(left, right, axes, reason):
+    patient = CaseFingerprint("", ("t1",), (20, 80, 80), (2.0, 1.0, 1.0), (10, 40, 40), {"tumour": 5.0}, None)
+    boxes = [((5, 30, 60), (9, 40, 70))] * left + [((5, 30, 10), (9, 40, 20))] * right
+    recipe = planned([dataclasses.replace(patient, box=box) for box in boxes])
+    assert recipe.patches.flip_axes == axes
+    assert recipe.reasons["patches.flip_axes"] == reason
+
+
+@once
 def test_what_is_given_stays_and_the_rest_is_planned_around_it():
     patients = make_patients(np.random.default_rng(0))
     given = {"patches.shape": (12, 40, 36), "training.epochs": 7, "training.self_transfer": False}
@@ -152,7 +170,7 @@ def test_sequences_that_are_missing(cohort):
     recipe = plan_of(cohort, {"data.align": "header", "patches.misalignment": (1, 1)})
     assert recipe.data.allow_missing
     assert recipe.network.modality_dropout == 0.3
-    assert recipe.reasons["data.allow_missing"] == "t2 in 1 of 6 patients is missing"
+    assert recipe.reasons["data.allow_missing"] == "missing: t2 in 1 of 6 patients"
     with pytest.raises(ValueError, match=r"must be sequences that patients have\. Received: flair"):
         plan_of(cohort, {"data.modalities": ("t1", "flair")})
 

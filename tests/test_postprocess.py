@@ -23,7 +23,7 @@ def random_probability(structures, seed=0, shape=(6, 14, 15)):
     return classes[..., 1:], classes
 
 
-def test_the_default_is_the_threshold_of_today_and_the_most_probable_class():
+def test_the_default_is_a_threshold_of_one_half_or_the_most_probable_class():
     one, _ = random_probability(1)
     one[0, 0, 0], one[0, 0, 1] = 0.5, np.nextafter(np.float32(0.5), np.float32(0))
     np.testing.assert_array_equal(PostProcessing.default(["tumour"]).apply(one, SPACING), one >= 0.5)

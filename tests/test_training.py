@@ -148,7 +148,7 @@ elif keras.backend.backend() == "torch":
     torch.use_deterministic_algorithms(True)
 
 from keras_mmfnet.data import find_cases, preprocess_case
-from keras_mmfnet.recipe import Recipe, TrainingRecipe
+from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.training import train_mmfnet
 
 recipe = Recipe.load(sys.argv[2])

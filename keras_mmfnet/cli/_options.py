@@ -12,16 +12,16 @@ import typer
 _log = logging.getLogger(__name__)
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of mmfnet train.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or a bundle: a folder or .zip.")]
-Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that trains.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe as JSON.")]
-Paper = Annotated[bool, typer.Option("--paper", help="The paper's full recipe.")]
-Small = Annotated[bool, typer.Option("--small", help="A recipe for a CPU, made without a look at the patients.")]
+Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that train reads.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe in JSON.")]
+Paper = Annotated[bool, typer.Option("--paper", help="The paper's recipe, for a GPU.")]
+Small = Annotated[bool, typer.Option("--small", help="A fixed recipe for a CPU, without planning.")]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Planning: memory of one training step, such as 500MB. [8GB]")
+    str | None, typer.Option(metavar="SIZE", help="Planning: memory of one training step.", show_default="8GB")
 ]
-Time = Annotated[str | None, typer.Option(metavar="TIME", help="Planning: time to train one fold, such as 30min. [2h]")]
+Time = Annotated[str | None, typer.Option(metavar="TIME", help="Planning: time to train one fold.", show_default="2h")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),
@@ -37,13 +37,13 @@ Structure = Annotated[
     list[str] | None,
     typer.Option(
         "--structure",
-        metavar="NAME=WHAT",
-        help="A structure to segment: its label values, core=1,4; or the name of its file or of its DICOM "
-        "structures, gtv='GTV.*'. May be repeated.",
+        metavar="NAME=LABELS|PATTERN",
+        help="A structure: its label values in the mask (core=1,4), or a pattern for the name of its file or DICOM "
+        "structures (gtv='GTV.*'). May be repeated.",
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and where the result is, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")]
 
 
 def parse_changes(changes: list[str] | None) -> dict:
@@ -87,7 +87,7 @@ def parse_structures(structures: list[str] | None) -> dict:
         if not equals:
             name, what = "tumour", text
         if name in values:
-            raise ValueError(f"--structure: NAME=WHAT with different names are expected. Received: {text}")
+            raise ValueError(f"--structure: NAME=LABELS or NAME=PATTERN, each name once, is expected. Received: {text}")
         values[name] = tuple(map(int, what.split(","))) if re.fullmatch(r"\d+(,\d+)*", what) else what
     return {"data.structures": values} if values else {}
 

@@ -186,12 +186,12 @@ class Terminal(logging.Handler):
 
 
 @contextlib.contextmanager
-def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]:
+def session(quiet: bool = False, resume_with: str | None = None) -> Iterator[Terminal]:
     """Runs a command: messages to the terminal, one line for a mistake of the user's and for Ctrl-C or SIGTERM.
 
     Args:
         quiet: Show errors only.
-        go_on: The command that goes on where this one was stopped, once it has begun to train; `None` for the same.
+        resume_with: The command that resumes this one once it has begun to train; `None`: the same command.
     """
     terminal, root = Terminal(quiet), logging.getLogger()
     progress, levels = logging.getLogger("keras_mmfnet.progress"), (root.level, logging.NOTSET)
@@ -211,9 +211,10 @@ def session(quiet: bool = False, go_on: str | None = None) -> Iterator[Terminal]
         with without_chatter(), terminal.bar:
             yield terminal
     except KeyboardInterrupt:
-        plan, again = terminal.plan, "start the same command again to go on"
+        plan, again = terminal.plan, "run the same command again to resume"
         where = f": {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
-        terminal.console.print(f"stopped{where}; {f'go on with: {go_on}' if plan and go_on else again}", soft_wrap=True)
+        how = f"resume with: {resume_with}" if plan and resume_with else again
+        terminal.console.print(f"stopped{where}; {how}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
     except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of
         raise

@@ -12,10 +12,12 @@ from keras_mmfnet.cli._terminal import counted, session
 
 def check(
     data: options.Data,
-    no_mask: Annotated[bool, typer.Option("--no-mask", help="Patients to be segmented, who need no mask.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Read the voxels too; tells tumour volumes.")] = False,
+    no_mask: Annotated[
+        bool, typer.Option("--no-mask", help="Do not require masks (patients to be segmented).")
+    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read the voxels and report volumes.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     changes: options.Changes = None,
@@ -24,7 +26,7 @@ def check(
     splits: options.Splits = None,
     quiet: options.Quiet = False,
 ):
-    """Lists the patients of a folder, or one: grids, what would be resampled or refused, and why; and the folds.
+    """Lists patients and their grids, what would be resampled or refused and why, and the folds of a training.
 
     Without --recipe or --paper, patients are checked as by mmfnet plan.
     """

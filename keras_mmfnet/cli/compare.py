@@ -24,27 +24,29 @@ _CHANGES = {
 def compare(
     data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Folder for the results; a run there goes on.")
+        Path | None, typer.Option(metavar="RUN", help="Folder for the results; an unfinished run there is resumed.")
     ] = None,
-    methods: Annotated[str, typer.Option(metavar="NAMES", help="Methods, separated by commas; all; or list.")] = "all",
+    methods: Annotated[str, typer.Option(metavar="NAMES", help="Names separated by commas, all, or list.")] = "all",
     module: Annotated[
         list[Path] | None,
         typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own."),
     ] = None,
-    baseline: Annotated[str, typer.Option(metavar="NAME", help="What the others are compared with.")] = "multi_encoder",
+    baseline: Annotated[str, typer.Option(metavar="NAME", help="Method to compare the others with.")] = "multi_encoder",
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     changes: options.Changes = None,
     structure: options.Structure = None,
-    fold: Annotated[list[str] | None, typer.Option(metavar="N", help="Fold to run; may be repeated. [all]")] = None,
+    fold: Annotated[
+        list[str] | None, typer.Option(metavar="N", help="Fold to run; may be repeated.", show_default="all")
+    ] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Trains and compares methods on the same folds, patches and updates; started twice, both share the work."""
-    with session(quiet, go_on="the same command") as terminal:
+    """Trains and compares methods on the same folds, patches and updates; several processes share the work."""
+    with session(quiet) as terminal:
         if methods != "list":
             if not (data and out):
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")

@@ -23,14 +23,16 @@ _SHORT = {
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="Folder for the results. [runs/<date-time>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder for the results.", show_default="runs/DATE-TIME")
+    ] = None,
     changes: options.Changes = None,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
     """Makes synthetic patients and trains on them, in a few minutes on two CPU cores."""
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+    with session(quiet, resume_with=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
         from keras_mmfnet.recipe import Recipe
 
         recipe = Recipe.small().replace(_SHORT | options.parse_changes(changes))
@@ -39,7 +41,7 @@ def demo(
         from keras_mmfnet.synthetic import make_synthetic_cohort
 
         if Run(out).recipe_file.exists():
-            raise ValueError(f"{out}: must hold no run; mmfnet train --out {out} --resume goes on. Received: a run")
+            raise ValueError(f"{out}: must hold no run; resume with mmfnet train --out {out} --resume. Received: a run")
         _log.info("Making synthetic patients in %s", out / "phantom")
         make_synthetic_cohort(out / "phantom", seed=recipe.training.seed, modalities=recipe.data.modalities)
         run_training(terminal, out, out / "phantom", recipe, [0])

@@ -17,22 +17,23 @@ def explain(
     patient: options.Patient,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the pictures.")],
     fold: Annotated[
-        int | None, typer.Option(metavar="N", help="Fold whose network is asked. [the first that is trained]")
+        int | None, typer.Option(metavar="N", help="Fold whose network is explained.", show_default="the first trained")
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Gradient maps, on TensorFlow only: gradcam, gradcam++, saliency; separated by commas. [gradcam with "
-            "the extra vis]"
+            metavar="NAMES",
+            help="Gradient maps, on TensorFlow only: gradcam, gradcam++, saliency; separated by commas.",
+            show_default="gradcam, with the extra vis",
         ),
     ] = None,
     structure: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Structure that is explained. [the recipe's first]")
+        str | None, typer.Option(metavar="NAME", help="Structure that is explained.", show_default="the first")
     ] = None,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Draws what a network of a run or a bundle looks at in one patient."""
+    """Draws attention and gradient maps of a network for one patient."""
     with session(quiet) as terminal:
         recipe, bundle = options.open_bundle(run)
         options.require_new(out, "--out")

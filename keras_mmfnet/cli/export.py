@@ -15,22 +15,23 @@ def export(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="PATH", help="New file: .onnx, .xml (OpenVINO); a folder: SavedModel. A bundle: a folder or .zip."
+            metavar="PATH",
+            help=".onnx, .xml (OpenVINO) or a folder (SavedModel); with --bundle a folder or .zip.",
         ),
     ],
     fold: Annotated[
-        int | None, typer.Option(metavar="N", help="Fold whose network is written. [the first that is trained]")
+        int | None, typer.Option(metavar="N", help="Fold whose network is written.", show_default="the first trained")
     ] = None,
     bundle: Annotated[
-        bool, typer.Option("--bundle", help="A bundle: the networks of all folds and what segmenting needs.")
+        bool, typer.Option("--bundle", help="Write a bundle: the networks of all folds, recipe and results.")
     ] = False,
     about: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Markdown on the data and the terms of use, for the bundle's model card."),
+        typer.Option(metavar="FILE", help="Markdown on the data and the terms of use, for the model card."),
     ] = None,
     quiet: options.Quiet = False,
 ):
-    """Writes a trained network for use without Keras, as ONNX, OpenVINO or SavedModel, or a bundle to hand on.
+    """Writes a trained network as ONNX, OpenVINO or SavedModel, for use without Keras, or a bundle to share.
 
     The output of the network has a channel for each structure, in the order of the recipe.
     """
@@ -50,7 +51,7 @@ def export(
         if bundle:
             opened.save_bundle(out, about and about.read_text(encoding="utf-8"))
             if not about:
-                terminal.say(f"Say in {out} what the data were, and the terms of use: README.md, Data and terms")
+                terminal.say('Fill in "Data and terms" of the model card, README.md')
             return terminal.say(out, always=True)
         folds = options.choose_trained(opened, None if fold is None else [fold])[:1]
         (network,) = options.load_networks(opened, folds)

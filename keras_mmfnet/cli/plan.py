@@ -18,7 +18,7 @@ _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 def plan(
     data: options.Data,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe as JSON, with the reasons.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the recipe in JSON, with the reasons.")],
     memory: options.Memory = None,
     time: options.Time = None,
     changes: options.Changes = None,

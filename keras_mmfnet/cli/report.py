@@ -4,7 +4,7 @@ from keras_mmfnet.cli._terminal import session
 
 
 def report(run: options.RunFolder, device: options.Device = None, quiet: options.Quiet = False):
-    """Writes the report of a run, report.html in its folder, as far as the run has come."""
+    """Writes report.html in the folder of a run, also of one that is not finished."""
     with session(quiet) as terminal:
         options.recipe_of_run(run)
         start_backend(device)

@@ -21,25 +21,31 @@ def segment(
     run: options.RunOrBundle,
     patients: Annotated[Path, typer.Argument(metavar="INPUT", help="A patient or a folder of patients.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for PATIENT.nii.gz and the files chosen below.")],
-    rtstruct: Annotated[bool, typer.Option("--rtstruct", help="DICOM structure set, PATIENT_rtstruct.dcm.")] = False,
-    seg: Annotated[bool, typer.Option("--seg", help="DICOM segmentation, PATIENT_seg.dcm.")] = False,
-    probability: Annotated[bool, typer.Option("--probability", help="Probabilities of the structures, NIfTI.")] = False,
-    disagreement: Annotated[
-        bool, typer.Option("--disagreement", help="Standard deviation over the folds' networks, as NIfTI.")
+    rtstruct: Annotated[
+        bool, typer.Option("--rtstruct", help="Write a DICOM structure set, PATIENT_rtstruct.dcm.")
     ] = False,
-    picture: Annotated[bool, typer.Option("--picture", help="PNG of a slice with the contours.")] = False,
+    seg: Annotated[bool, typer.Option("--seg", help="Write a DICOM segmentation, PATIENT_seg.dcm.")] = False,
+    probability: Annotated[bool, typer.Option("--probability", help="Write the probabilities as NIfTI.")] = False,
+    disagreement: Annotated[
+        bool, typer.Option("--disagreement", help="Write the standard deviation over the folds' networks as NIfTI.")
+    ] = False,
+    picture: Annotated[bool, typer.Option("--picture", help="Write a PNG of a slice with the contours.")] = False,
     structure: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the contour in DICOM, of one structure. [the recipe's]")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the one structure in DICOM files.", show_default="the recipe's"),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(metavar="MM", min=0, help="How far structure set contours may move to save points.")
+        float, typer.Option(metavar="MM", min=0, help="Simplify contours by up to this distance.")
     ] = 0.0,
     max_points: Annotated[
-        int | None, typer.Option(metavar="N", min=3, help="Most points of a contour; more are refused. [any number]")
+        int | None, typer.Option(metavar="N", min=3, help="Refuse contours with more points.", show_default="no limit")
     ] = None,
-    fold: Annotated[list[int] | None, typer.Option(metavar="N", help="Fold whose network counts. [all]")] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Average with the mirror image.")] = False,
-    gaussian: Annotated[bool, typer.Option("--gaussian", help="Weight the middle of each window more.")] = False,
+    fold: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Fold whose network is used; may be repeated.", show_default="all"),
+    ] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Also predict flipped images and average.")] = False,
+    gaussian: Annotated[bool, typer.Option("--gaussian", help="Weight the centre of each window more.")] = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):

@@ -24,25 +24,27 @@ def train(
     time: options.Time = None,
     changes: options.Changes = None,
     structure: options.Structure = None,
-    fold: Annotated[list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated. [0]")] = None,
+    fold: Annotated[
+        list[str] | None, typer.Option(metavar="N|all", help="Fold to run; may be repeated.", show_default="0")
+    ] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
     source: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="BUNDLE", help="Bundle or run to start from: its recipe, and the encoders of a network."
+            "--from", metavar="BUNDLE", help="Fine-tune: the recipe and pretrained encoders of a bundle or run."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; needs only --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run; needs only --out.")] = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Trains MMFNet on a folder of patients, by cross-validation, and segments the patients held back.
+    """Trains MMFNet by cross-validation on a folder of patients and segments the test patients.
 
-    Without a recipe it plans one first, as mmfnet plan does.
+    Without --recipe, --paper, --small or --from it plans a recipe first, as mmfnet plan does.
     """
-    with session(quiet, go_on=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+    with session(quiet, resume_with=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
         if data is None and not resume:
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
@@ -109,7 +111,7 @@ def run_training(
             if seen := [case.name for case in run.cases.values() if source.seen_in_training(case, first)]:
                 about = "That network was trained on %s: if they are test patients here, their numbers are too good"
                 _log.warning(about, ", ".join(seen))
-        for number in folds:  # --resume goes on with the folds that have a folder.
+        for number in folds:  # --resume resumes the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
         plan = plan_of(run, [method], folds)
         if resume:

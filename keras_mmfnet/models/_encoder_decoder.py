@@ -122,7 +122,7 @@ class EncoderDecoder(Network):
         return keras.Model(self.input[modality], features, name=f"{modality}_encoder")
 
     def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
-        """Saves the network as a preset, with the files of keras-hub: a folder to hand on or to upload.
+        """Saves the network as a preset, with the files of keras-hub: a folder to share or to upload.
 
         Args:
             preset_dir: A new folder for `config.json`, `model.weights.h5` and `metadata.json`.

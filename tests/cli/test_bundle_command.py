@@ -1,4 +1,4 @@
-"""A run that is handed on: `mmfnet export --bundle`, `segment`, `explain` and `export` of it."""
+"""A run that is shared: `mmfnet export --bundle`, `segment`, `explain` and `export` of it."""
 
 import json
 import re

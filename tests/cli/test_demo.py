@@ -17,4 +17,4 @@ def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
     assert "Epoch 4 of 4" in (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
     assert np.isfinite(summary["hd95"]["mean"])
     again = mmfnet("demo", "--out", tmp_path / "run", code=1)
-    assert "--resume goes on" in again.stderr
+    assert "resume with mmfnet train" in again.stderr

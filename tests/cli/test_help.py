@@ -22,6 +22,11 @@ def test_each_shows_an_example_and_can_be_quiet(mmfnet, command):
     assert "No such option" in mmfnet(command, "--nothing", code=2).stderr
 
 
+@pytest.mark.parametrize(("command", "default"), [("demo", "runs/DATE-TIME"), ("segment", "all"), ("train", "0")])
+def test_a_default_that_is_no_value_is_shown(mmfnet, command, default):
+    assert f"[default: ({default})]" in mmfnet(command, "--help").stdout
+
+
 def test_report(mmfnet, trained, tmp_path):
     assert "nowhere, which does not exist" in mmfnet("report", tmp_path / "nowhere", code=1).stderr
     assert "error: " in mmfnet("report", trained, code=1).stderr

@@ -113,7 +113,7 @@ def test_a_signal_that_python_swallows_ends_the_run_at_the_next_message(capsys):
     with pytest.raises(typer.Exit) as end, bare_root(), session():
         work()
     assert end.value.exit_code == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "stopped; start the same command again to go on\n"
+    assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
     assert {number: signal.getsignal(number) for number in before} == before
 
 

@@ -219,7 +219,7 @@ def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, start
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, number, monkeypatch):
+def test_a_stopped_run_says_how_to_resume(mmfnet, tiny_cohort, tmp_path, tiny, number, monkeypatch):
     out, log = tmp_path / "run", logging.getLogger("keras_mmfnet.progress")
 
     def interrupt(record):
@@ -235,13 +235,13 @@ def test_a_stopped_run_says_how_to_go_on(mmfnet, tiny_cohort, tmp_path, tiny, nu
     finally:
         log.removeFilter(interrupt)
     last = done.stderr.splitlines()[-1]
-    assert last == f"stopped: fold 0, mmfnet, after epoch 1 of 3; go on with: mmfnet train --out {out} --resume"
+    assert last == f"stopped: fold 0, mmfnet, after epoch 1 of 3; resume with: mmfnet train --out {out} --resume"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # Before there is a run to go on with, the same command does.
+    # Before there is a run, the same command is run again.
     with monkeypatch.context() as patch:
         patch.setattr(runner.Run, "start", lambda *_, **__: signal.raise_signal(number))
         done = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", *tiny, code=128 + number)
-    assert done.stderr.splitlines()[-1] == "stopped; start the same command again to go on"
+    assert done.stderr.splitlines()[-1] == "stopped; run the same command again to resume"
     # --resume knows all folds that were to run.
     asked = []
 

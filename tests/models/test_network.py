@@ -131,12 +131,3 @@ def test_the_head_has_a_channel_for_each_structure(exclusive, tmp_path):
     np.testing.assert_array_equal(to_numpy(loaded(images)), found)
     with pytest.raises(ValueError, match=r"`structures` must be distinct names, at least one. Received: \('a', 'a'\)"):
         UNet2D("t1", (8, 8), (2, 3), structures=("a", "a"))
-
-
-def test_the_head_of_a_new_network_says_one_half():
-    model, images = small()
-    head = model.get_layer("probability")
-    assert not to_numpy(MMFNet(("t1", "t2"), (4, 8, 8), filters=(2, 3)).get_layer("probability").bias).any()
-    head.kernel.assign(0 * head.kernel)
-    head.bias.assign(0 * head.bias)
-    np.testing.assert_array_equal(to_numpy(model(images)), 0.5)
