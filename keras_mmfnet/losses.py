@@ -32,9 +32,9 @@ class DiceLoss(keras.losses.Loss):
     case. The two agree for tumours of many voxels. Always computed in float32.
 
     Of a structure that the batch lacks the standard loss is `P / (P + s)`: close to 1 and nearly flat until `P` is a
-    few voxels. It stays in the mean: left out, nothing would speak against finding it, and the others would weigh more
-    in some batches. What is found in patients without tumour counts by the batches that they share with tumours,
-    where it raises `P`.
+    few voxels. It stays in the mean: without that term, false positives of an absent structure would cost nothing, and
+    the other structures would weigh more in some batches. False positives in patients without tumour count in the
+    batches that they share with tumours, where they raise `P`.
 
     Args:
         smooth: The smoothing term `s` > 0.

@@ -43,7 +43,7 @@ from keras_mmfnet.training import read_history, train_method
 _log = logging.getLogger(__name__)
 # The parts of a fold that a network learns from.
 _LEARNING = ("train", "validation")
-# Of what `machine` tells, that which is no version of a package.
+# The keys of `machine` that are not versions of packages.
 _MACHINE = ("processor", "system", "allocator")
 
 
@@ -175,7 +175,7 @@ the groups, folds and donor that were given |
 
     @functools.cached_property
     def cohort(self) -> dict:
-        """What `cohort.json` holds: `data`, `patients`, `images`, `skipped` and `folds`."""
+        """What `cohort.json` holds: `data`, `patients`, `images`, `skipped`, `folds`, and the rest if given."""
         if not self.cohort_file.is_file():
             raise ValueError(f"the folder of a run, with a cohort.json, is expected. Received: {self.folder}")
         return read_json(self.cohort_file)

@@ -11,7 +11,8 @@ import typer
 
 _log = logging.getLogger(__name__)
 
-Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")]
+DATA = typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")
+Data = Annotated[Path, DATA]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or a bundle: a folder or .zip.")]
 Patient = Annotated[Path, typer.Argument(metavar="PATIENT", help="The patient, in any layout that train reads.")]

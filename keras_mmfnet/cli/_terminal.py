@@ -26,7 +26,7 @@ _SHOWN = ("dsc", "hd95", "assd", "sensitivity", "precision")
 _DETECTION = ("false_positive_ml", "detection_sensitivity", "detection_specificity")
 
 
-class Plan:
+class TrainingProgress:
     """How much of the training of several networks is done, and how long the rest will take.
 
     Args:
@@ -89,17 +89,17 @@ class Terminal(logging.Handler):
 
     def __init__(self, quiet: bool = False):
         super().__init__(logging.ERROR if quiet else logging.DEBUG)
-        self.quiet, self.plan, self.stopped = quiet, None, None
+        self.quiet, self.training, self.stopped = quiet, None, None
         self.console = rich.console.Console(stderr=True, highlight=False)
         columns = ("{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
         self.bar = rich.progress.Progress(*columns, console=self.console, transient=True, redirect_stdout=False)
         self.bar.disable = quiet or not self.console.is_terminal
         self.task = self.bar.add_task("", total=None, left="", visible=False)
 
-    def follow(self, plan: Plan) -> None:
+    def follow(self, training: TrainingProgress) -> None:
         """Shows from now on how far the training of these networks is."""
-        self.plan = plan
-        self._show("Training", plan.done, plan.total)
+        self.training = training
+        self._show("Training", training.done, training.total)
 
     def say(self, text: object, always: bool = False) -> None:
         """Prints a result, in place of the bar; if quiet only with `always`."""
@@ -166,19 +166,19 @@ class Terminal(logging.Handler):
             self._advance(record.what, record.done, record.total)
         elif record.levelno >= logging.ERROR or record.name.partition(".")[0] in ("keras_mmfnet", "py"):
             level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-            left = self.plan.left if hasattr(record, "epoch") and self.plan and not self.console.is_terminal else ""
+            now = self.training if hasattr(record, "epoch") and not self.console.is_terminal else None
+            left = now.left if now else ""
             text = f"{level}{record.getMessage().strip()}{left and f', {left}'}"
             self.console.print(text, markup=False, soft_wrap=True)
 
     def _advance(self, what, done, total):
-        if self.plan and what in self.plan.weights:
-            self.plan.advance(what, done, total)
-            about = f"{self.plan.position}: epoch {min(self.plan.epoch + 1, self.plan.epochs)} of {self.plan.epochs}"
-            self._show(about, self.plan.done, self.plan.total, self.plan.left)
-        elif self.plan:
-            self._show(f"{what}: {done} of {total}", self.plan.done, self.plan.total, self.plan.left)
-        else:
-            self._show(f"{what}: {done} of {total}", done, total)
+        about, now = f"{what}: {done} of {total}", self.training
+        if not now:
+            return self._show(about, done, total)
+        if what in now.weights:
+            now.advance(what, done, total)
+            about = f"{now.position}: epoch {min(now.epoch + 1, now.epochs)} of {now.epochs}"
+        self._show(about, now.done, now.total, now.left)
 
     def _show(self, text, done, total, left=""):
         text = rich.markup.escape(text[:1].upper() + text[1:])
@@ -211,9 +211,10 @@ def session(quiet: bool = False, resume_with: str | None = None) -> Iterator[Ter
         with without_chatter(), terminal.bar:
             yield terminal
     except KeyboardInterrupt:
-        plan, again = terminal.plan, "run the same command again to resume"
-        where = f": {plan.position}, after epoch {plan.epoch} of {plan.epochs}" if plan and plan.current else ""
-        how = f"resume with: {resume_with}" if plan and resume_with else again
+        now, where = terminal.training, ""
+        if now and now.current:
+            where = f": {now.position}, after epoch {now.epoch} of {now.epochs}"
+        how = f"resume with: {resume_with}" if now and resume_with else "run the same command again to resume"
         terminal.console.print(f"stopped{where}; {how}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
     except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of

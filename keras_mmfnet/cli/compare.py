@@ -8,7 +8,7 @@ import typer
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
-from keras_mmfnet.cli.train import log_command, plan_of
+from keras_mmfnet.cli.train import log_command, progress_of
 
 _log = logging.getLogger(__name__)
 # In the paper's proportions, but faster: there are fewer updates.
@@ -22,7 +22,7 @@ _CHANGES = {
 
 
 def compare(
-    data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
+    data: Annotated[Path | None, options.DATA] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Folder for the results; an unfinished run there is resumed.")
     ] = None,
@@ -77,7 +77,7 @@ def compare(
             log_command()
             resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
             run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
-            terminal.follow(plan_of(run, compared, folds))
+            terminal.follow(progress_of(run, compared, folds))
             compare_methods(run, compared, folds)
             _log.info("Writing the report")
             page = write_comparison(run, baseline)

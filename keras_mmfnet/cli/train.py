@@ -8,7 +8,7 @@ import typer
 
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import start_backend
-from keras_mmfnet.cli._terminal import Plan, Terminal, session
+from keras_mmfnet.cli._terminal import Terminal, TrainingProgress, session
 from keras_mmfnet.cli.plan import parse_budget, plan_patients
 
 _log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 def train(
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for the results.")],
-    data: Annotated[Path | None, options.Data.__metadata__[0]] = None,
+    data: Annotated[Path | None, options.DATA] = None,
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
     small: options.Small = False,
@@ -113,11 +113,11 @@ def run_training(
                 _log.warning(about, ", ".join(seen))
         for number in folds:  # --resume resumes the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
-        plan = plan_of(run, [method], folds)
+        progress = progress_of(run, [method], folds)
         if resume:
-            trained = ", ".join(f"{path.parent.name} {path.name}" for path, share in plan.shares.items() if share)
+            trained = ", ".join(f"{path.parent.name} {path.name}" for path, share in progress.shares.items() if share)
             _log.info("Resumed; trained already: %s", trained or "no network")
-        terminal.follow(plan)
+        terminal.follow(progress)
         rows = cross_validate(run, method, folds)
         _log.info("Writing the report")
         page = write_report(run)
@@ -133,7 +133,7 @@ def log_command() -> None:
     logging.getLogger("mmfnet").info("Command: %s", shlex.join(["mmfnet", *sys.argv[1:]]))
 
 
-def plan_of(run, methods, folds) -> Plan:
+def progress_of(run, methods, folds) -> TrainingProgress:
     """What is to be trained for some methods, each network counted by its modalities."""
     from keras_mmfnet.methods import find_method
 
@@ -147,4 +147,4 @@ def plan_of(run, methods, folds) -> Plan:
                 weights[path] = len(one.adapt(run.recipe).data.modalities)
                 if run.network(fold, one.name).exists() or run.result(fold, one.name).exists():
                     done.append(path)
-    return Plan(weights, run.recipe.training.steps_per_epoch, done)
+    return TrainingProgress(weights, run.recipe.training.steps_per_epoch, done)

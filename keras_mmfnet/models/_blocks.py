@@ -13,8 +13,8 @@ from keras_mmfnet.layers._norm import norm_relu
 def exclusive_softmax(logits):
     """The probabilities of structures that exclude each other: `exp(l_k) / (1 + sum_j exp(l_j))`.
 
-    A softmax with the background, whose logit is 0 and whose probability is what is missing to 1. Of one structure it
-    is the sigmoid.
+    A softmax with the background, whose logit is 0 and whose probability is `1 - sum(p)`. With one structure it is
+    the sigmoid.
     """
     background = ops.zeros_like(logits[..., :1])
     return ops.softmax(ops.concatenate([background, logits], axis=-1), axis=-1)[..., 1:]

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from keras_mmfnet._log import log_to_file, progress
-from keras_mmfnet.cli._terminal import Plan, session
+from keras_mmfnet.cli._terminal import TrainingProgress, session
 
 LOG = logging.getLogger("keras_mmfnet.training")
 
@@ -121,7 +121,7 @@ def test_the_time_left_is_that_of_the_whole_run(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     first, second, whole = (Path("fold_0") / name for name in ("unet3d_t1", "unet3d_t2", "mmfnet"))
-    plan = Plan({first: 1, second: 1, whole: 2}, steps=2, done=[first])
+    plan = TrainingProgress({first: 1, second: 1, whole: 2}, steps=2, done=[first])
     assert (plan.done, plan.total, plan.left) == (1, 4, "")
     with bare_root(), session() as terminal:
         terminal.follow(plan)
