@@ -9,7 +9,7 @@ The modules, which are imported on first use:
     methods, training, run           train networks, cross-validate, compare methods
     inference, postprocess, export   segment, clean the masks, write files
     bundle                           networks to share, with their recipe and results
-    evaluation                       compare with the expert
+    evaluation, mask_folders         compare with the expert
     explain, plots, report           attention and gradient maps, figures, the HTML report
 
 Example:

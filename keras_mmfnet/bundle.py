@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 import pydantic
 
 from keras_mmfnet._files import new_folder, read_json
-from keras_mmfnet.evaluation import METRICS, mean_over_structures, metrics_json, rows_by_structure, summarise
+from keras_mmfnet.evaluation import (
+    METRICS,
+    defined_metrics,
+    mean_over_structures,
+    metrics_json,
+    rows_by_structure,
+    summarise,
+)
 from keras_mmfnet.postprocess import PostProcessing
 from keras_mmfnet.recipe import RECIPE_FILE, Recipe
 from keras_mmfnet.version import __version__
@@ -254,7 +261,7 @@ def _members(path, members):
 
 def _without_names(rows):
     """The rows with numbers for patients, from the lowest DSC on, and rounded."""
-    means = {row["patient"]: row.get("dsc", math.nan) for row in mean_over_structures(rows)}
+    means = {row["patient"]: row["dsc"] for row in mean_over_structures(rows)}
     order = sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
 
     def rounded(key, value):
@@ -269,16 +276,15 @@ def _card(name, recipe, networks, rules, rows, about):
     """The model card, in Markdown with the header that the Hugging Face Hub reads."""
     structures, sequences = ", ".join(recipe.data.structure_names), ", ".join(recipe.data.modalities)
     some, patients = rows_by_structure(rows), len({row["patient"] for row in rows})
-    without = any(row.get("detection_specificity") in (0, 1) for row in rows)
-    shown = [key for key in _SHOWN if without or key != "detection_specificity"]
+    defined = defined_metrics(rows)
+    shown = [key for key in _SHOWN if key in defined]
     lines = ["| structure | patients with it | " + " | ".join(METRICS[key].title for key in shown) + " |"]
     lines.append("|---" * (2 + len(shown)) + "|")
     for structure, found in some.items():
         summary, cells = summarise(found), []
         for key in shown:
-            numbers = summary.get(key, {"mean": None, "low": None, "high": None})
-            mean, low, high = (METRICS[key].text(numbers[one]) for one in ("mean", "low", "high"))
-            cells.append(mean if numbers["low"] is None else f"{mean} ({low} to {high})")
+            mean, low, high = (METRICS[key].text(summary[key][one]) for one in ("mean", "low", "high"))
+            cells.append(mean if summary[key]["low"] is None else f"{mean} ({low} to {high})")
         lines.append(f"| {structure} | {summary['dsc']['patients']} | {' | '.join(cells)} |")
     ensemble = "The ensemble of all folds, which `mmfnet segment` uses, was not evaluated. " if networks > 1 else ""
     postprocess = "\n".join(f"- {structure}: {rule}" for structure, rule in rules.structures.items())

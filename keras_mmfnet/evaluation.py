@@ -83,9 +83,7 @@ def evaluate_case(
     probability: np.ndarray,
     truth: np.ndarray,
     spacing_zyx: Sequence[float],
-    threshold: float = 0.5,
     predicted: np.ndarray | None = None,
-    tolerance_mm: float = 2.0,
 ) -> dict[str, float]:
     """Computes the metrics of one patient and one structure over all voxels of the volume (section IV-B).
 
@@ -95,7 +93,7 @@ def evaluate_case(
     | `ap` | average precision, eq. 15-17, by scikit-learn | NaN | that of the probabilities | NaN |
     | `dice_loss` | 1 - (2 I + 1) / (P + G + 1) of the probabilities, eq. 1 | NaN | as defined | NaN |
     | `hd95`, `assd` | mm, see `surface_distances` | NaN | volume's diagonal | NaN |
-    | `nsd` | see `surface_dice` | NaN | 0 | NaN |
+    | `nsd` | see `surface_dice`, within 2 mm | NaN | 0 | NaN |
     | `sensitivity` | TP / G | NaN | 0 | NaN |
     | `precision` | TP / P | 0 | NaN | NaN |
     | `volume_ml`, `predicted_ml` | G and P in ml | 0, P | G, 0 | 0, 0 |
@@ -113,10 +111,8 @@ def evaluate_case(
         probability: Probabilities `(depth, height, width)` in [0, 1].
         truth: The expert's mask of 0 and 1, of the same shape.
         spacing_zyx: Size of a voxel in mm.
-        threshold: Lowest probability that counts as tumour.
         predicted: The predicted mask of 0 and 1, of the same shape, such as one of `PostProcessing`; `None` for
-            `probability >= threshold`.
-        tolerance_mm: Tolerance of `nsd`.
+            `probability >= 0.5`.
 
     Returns:
         The metrics by the keys of `METRICS`, except `seconds`.
@@ -127,21 +123,42 @@ def evaluate_case(
     from sklearn.metrics import average_precision_score
 
     probability, truth = np.asarray(probability), np.asarray(truth) > 0
-    predicted = probability >= threshold if predicted is None else np.asarray(predicted) > 0
-    _check_shapes(probability, truth)
-    _check_shapes(predicted, truth)
+    _check_shapes(probability=probability, truth=truth)
+    volume, soft = np.count_nonzero(truth), probability.sum(dtype=np.float64)
+    loss = float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1))
+    found = {
+        **compare_masks(probability >= 0.5 if predicted is None else predicted, truth, spacing_zyx),
+        "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
+        "dice_loss": loss if volume else math.nan,
+    }
+    return {key: found[key] for key in METRICS if key in found}
+
+
+def compare_masks(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequence[float]) -> dict[str, float]:
+    """Computes the metrics of `evaluate_case` that need no probabilities: all but `ap` and `dice_loss`.
+
+    Args:
+        predicted: The predicted mask of 0 and 1, `(depth, height, width)`.
+        truth: The expert's mask, of the same shape.
+        spacing_zyx: Size of a voxel in mm.
+
+    Returns:
+        The metrics by the keys of `METRICS`.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    predicted, truth = np.asarray(predicted) > 0, np.asarray(truth) > 0
+    _check_shapes(predicted=predicted, truth=truth)
     both, found, volume = (float(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth))
-    soft, voxel_ml = probability.sum(dtype=np.float64), float(np.prod(spacing_zyx)) / 1000
+    voxel_ml = float(np.prod(spacing_zyx)) / 1000
     # How well a tumour is segmented is not defined without one.
     distances = surface_distances(predicted, truth, spacing_zyx) if volume else {"hd95": math.nan, "assd": math.nan}
-    loss = float(1 - (2 * probability[truth].sum(dtype=np.float64) + 1) / (soft + volume + 1))
     hits, misses, islands = match_lesions(predicted, truth, spacing_zyx).values()
     return {
         "dsc": 2 * both / (found + volume) if volume else math.nan,
-        "ap": float(average_precision_score(truth.ravel(), probability.ravel())) if volume else math.nan,
-        "dice_loss": loss if volume else math.nan,
         **distances,
-        "nsd": surface_dice(predicted, truth, spacing_zyx, tolerance_mm) if volume else math.nan,
+        "nsd": surface_dice(predicted, truth, spacing_zyx) if volume else math.nan,
         "sensitivity": both / volume if volume else math.nan,
         "precision": both / found if found else math.nan,
         "volume_ml": volume * voxel_ml,
@@ -174,16 +191,29 @@ def match_lesions(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequenc
         `{"found": ..., "missed": ..., "false": ...}`, the volumes in ml of the lesions of each kind; those of the
         false ones are of the prediction.
     """
-    from scipy import ndimage
-
     predicted, truth = np.asarray(predicted) > 0, np.asarray(truth) > 0
     box, volumes = mask_box(predicted | truth), []
     for mask, other in ((truth[box], predicted[box]), (predicted[box], truth[box])):
-        parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
-        ml = np.bincount(parts[mask], minlength=count + 1)[1:] * (np.prod(spacing_zyx) / 1000)
-        touched = np.bincount(parts[mask & other], minlength=count + 1)[1:] > 0
+        parts, voxels = components(mask)
+        ml = voxels * (np.prod(spacing_zyx) / 1000)
+        touched = np.bincount(parts[mask & other], minlength=len(voxels) + 1)[1:] > 0
         volumes += [ml[touched].tolist(), ml[~touched].tolist()]
     return dict(zip(("found", "missed", "false"), (volumes[0], volumes[1], volumes[3]), strict=True))
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The connected parts of a bool mask (26 neighbours): the number of each voxel's part, 0 outside, and their sizes.
+
+    Args:
+        mask: Bool mask `(depth, height, width)`.
+
+    Returns:
+        `(parts, voxels)`: the numbers from 1, of the mask's shape, and the voxels of each part.
+    """
+    from scipy import ndimage
+
+    parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    return parts, np.bincount(parts[mask], minlength=count + 1)[1:]
 
 
 def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -194,11 +224,13 @@ def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
     return found[0] if found else (slice(0),) * mask.ndim
 
 
-def _check_shapes(probability, truth):
-    if probability.shape != truth.shape:
-        raise ValueError(
-            f"`probability` and `truth` must have the same shape. Received: {probability.shape} and {truth.shape}"
+def _check_shapes(**arrays):
+    if len({array.shape for array in arrays.values()}) > 1:
+        names, shapes = (
+            " and ".join(f"`{name}`" for name in arrays),
+            " and ".join(str(x.shape) for x in arrays.values()),
         )
+        raise ValueError(f"{names} must have the same shape. Received: {shapes}")
 
 
 def surface_distances(one: np.ndarray, other: np.ndarray, spacing_zyx: Sequence[float]) -> dict[str, float]:
@@ -350,7 +382,7 @@ def calibration(
     from sklearn.calibration import calibration_curve
 
     probability, truth = np.asarray(probability, float), np.asarray(truth) > 0
-    _check_shapes(probability, truth)
+    _check_shapes(probability=probability, truth=truth)
     share, mean = calibration_curve(truth.ravel(), probability.ravel(), n_bins=bins)
     voxels = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probability.ravel()), minlength=bins)
     return mean, share, voxels, float(np.average(np.abs(mean - share), weights=voxels[voxels > 0]))
@@ -378,7 +410,7 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
     """Mean, standard deviation and 95% interval of every metric over patients.
 
     Args:
-        rows: A dict per patient with `patient`, `fold` and metrics. An undefined metric is `None`, NaN or missing.
+        rows: Dicts with `patient`, `fold` and the same metrics. An undefined metric is `None` or NaN.
 
     Returns:
         `{metric: {"mean": ..., "std": ..., "low": ..., "high": ..., "patients": ...}}` over the patients for whom the
@@ -386,11 +418,10 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict]:
         the interval from `mean_interval`, `None` for one patient.
     """
     summary = {}
-    # Rows written by earlier versions have fewer keys.
-    for name in dict.fromkeys(key for row in rows for key in row):
+    for name in rows[0] if rows else ():
         if name in ("patient", "structure", "fold"):
             continue
-        values = np.array([row.get(name) for row in rows], float)
+        values = np.array([row[name] for row in rows], float)
         values = values[np.isfinite(values)]
         interval = mean_interval(values) if len(values) > 1 else (None, None)
         numbers = (float(values.mean()), float(values.std()), *interval) if len(values) else [None] * 4
@@ -415,8 +446,8 @@ def mean_over_structures(rows: Sequence[Mapping]) -> list[dict]:
     for first, *others in patients.values():
         means.append(dict(first))
         for key in METRICS if others else ():
-            values = [row[key] for row in (first, *others) if key in row and math.isfinite(row[key])]
             if key in first:
+                values = [row[key] for row in (first, *others) if math.isfinite(row[key])]
                 means[-1][key] = sum(values) / len(values) if values else math.nan
     return means
 
@@ -425,16 +456,27 @@ def rows_by_structure(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
     """Divides rows by structure.
 
     Args:
-        rows: A dict per patient and structure.
+        rows: A dict per patient and structure, with `structure`.
 
     Returns:
-        `{structure: its rows}`, in the order given; rows without `structure`, as of earlier versions, have the name
-        `"tumour"`.
+        `{structure: its rows}`, in the order given.
     """
     found = {}
     for row in rows:
-        found.setdefault(row.get("structure", "tumour"), []).append(row)
+        found.setdefault(row["structure"], []).append(row)
     return found
+
+
+def defined_metrics(rows: Sequence[Mapping]) -> dict[str, Metric]:
+    """The metrics that are defined for some of the rows, by key.
+
+    Args:
+        rows: Dicts of metrics. An undefined metric is `None`, NaN or missing.
+
+    Returns:
+        A part of `METRICS`.
+    """
+    return {k: m for k, m in METRICS.items() if np.isfinite(np.array([row.get(k) for row in rows], float)).any()}
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:

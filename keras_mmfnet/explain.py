@@ -78,10 +78,11 @@ def explain_patient(
     share = fusion_attention(model, batch)[2]
     title = f"{case.name}: share of each modality in the weighted features of each fusion block"
     figures = {"attention": plot_attention(share, title)}
-    for block in share:
-        heat = dict.fromkeys(images, whole(spatial_attention(model, block))[..., 0])
+    weights = np.moveaxis(whole(spatial_attention(model, list(share))), -1, 0)
+    for block, heat in zip(share, weights, strict=True):
         title = f"{case.name}: spatial attention of {block} (0 to 1)"
-        figures[f"spatial_{block}"] = plot_heat(images, heat, case.spacing, depth, title, **contours)
+        maps = dict.fromkeys(images, heat)
+        figures[f"spatial_{block}"] = plot_heat(images, maps, case.spacing, depth, title, **contours)
     if methods and keras.backend.backend() != "tensorflow":
         _log.warning("Gradient maps need TensorFlow: run again with KERAS_BACKEND=tensorflow")
         return figures
@@ -179,23 +180,26 @@ def cohort_shares(model: keras.Model, cases: Iterable[PreprocessedCase]) -> dict
     }
 
 
-def spatial_attention(model: keras.Model, block: str) -> Callable:
-    """Returns a callable for `predict_volume` that computes the spatial weights of a fusion block.
+def spatial_attention(model: keras.Model, blocks: Sequence[str]) -> Callable:
+    """Returns a callable for `predict_volume` that computes the spatial weights of fusion blocks.
 
     Args:
         model: An `MMFNet`.
-        block: Name of the fusion block, such as `"fusion1"`.
+        blocks: Names of the fusion blocks, such as `["fusion1"]`.
 
     Returns:
-        A function from a batch of images to weights `(batch, depth, height, width, 1)`, upsampled trilinearly.
+        A function from a batch of images to weights `(batch, depth, height, width, blocks)`, upsampled trilinearly.
     """
     from scipy import ndimage
 
     def call(images):
-        weights = fusion_attention(model, images)[1][block]
-        shape = next(iter(images.values())).shape[1:4]
-        factors = (1, *(size / old for size, old in zip(shape, weights.shape[1:], strict=True)))
-        return ndimage.zoom(weights, factors, order=1, mode="nearest", grid_mode=True)[..., None]
+        spatial, shape = fusion_attention(model, images)[1], next(iter(images.values())).shape[1:4]
+
+        def upsampled(weights):
+            factors = (1, *(size / old for size, old in zip(shape, weights.shape[1:], strict=True)))
+            return ndimage.zoom(weights, factors, order=1, mode="nearest", grid_mode=True)
+
+        return np.stack([upsampled(spatial[block]) for block in blocks], axis=-1)
 
     return call
 

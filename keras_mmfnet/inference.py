@@ -187,19 +187,23 @@ def segment_ensemble(
         volume = predict_volume(predict, images, recipe.patches.shape, recipe.patches.stride, case.centre, **options)
         total, squares = total + volume, squares + volume.astype(np.float64) ** 2
     average = total / len(predicts)
-    spread = np.sqrt(np.maximum(squares / len(predicts) - average.astype(np.float64) ** 2, 0))
 
     def to_source(volume):
         channels = zip(recipe.data.structures, np.moveaxis(volume, -1, 0), strict=True)
         return {name: case.to_source(channel) for name, channel in channels}
 
     probabilities, image = to_source(average), case.source.image
+    if len(predicts) > 1:
+        spread = np.sqrt(np.maximum(squares / len(predicts) - average.astype(np.float64) ** 2, 0))
+        disagreements = to_source(spread)
+    else:
+        disagreements = {name: image(np.zeros(case.source.shape, np.float32)) for name in probabilities}
     arrays = {name: sitk.GetArrayViewFromImage(one) for name, one in probabilities.items()}
     masks, labels = masks_of(arrays, recipe.data, postprocess, case.source.spacing[::-1])
     return Segmentation(
         {name: image(mask.astype(np.uint8)) for name, mask in masks.items()},
         probabilities,
-        to_source(spread),
+        disagreements,
         None if labels is None else image(labels),
     )
 

@@ -116,20 +116,20 @@ class TverskyLoss(keras.losses.Loss):
         **kwargs: Any,
     ):
         super().__init__(name=name, **kwargs)
-        self._settings = {"alpha": alpha, "beta": beta, "gamma": gamma, "smooth": smooth}
-        for argument, value in self._settings.items():
-            _check_positive(argument, value)
+        self.alpha, self.beta, self.gamma, self.smooth = alpha, beta, gamma, smooth
+        for argument in ("alpha", "beta", "gamma", "smooth"):
+            _check_positive(argument, getattr(self, argument))
 
     def call(self, y_true, y_pred):
-        alpha, beta, gamma, smooth = self._settings.values()
         intersection, predicted, truth = _sums(y_true, y_pred, per_patch=False)
-        weighted = alpha * (predicted - intersection) + beta * (truth - intersection)
-        loss = weighted / (intersection + weighted + smooth)
+        weighted = self.alpha * (predicted - intersection) + self.beta * (truth - intersection)
+        loss = weighted / (intersection + weighted + self.smooth)
         # The slope of a root is infinite at 0.
-        return ops.mean(loss if gamma == 1 else ops.maximum(loss, keras.config.epsilon()) ** (1 / gamma))
+        return ops.mean(loss if self.gamma == 1 else ops.maximum(loss, keras.config.epsilon()) ** (1 / self.gamma))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **self._settings}
+        own = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "smooth": self.smooth}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")

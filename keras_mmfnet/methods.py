@@ -28,8 +28,8 @@ class Method:
         title: Name shown in tables.
         build: Function `build(recipe, dtype, encoders)` that returns the untrained network. `dtype` is a dtype policy;
             `encoders` is `{modality: pretrained network}` or `None`. The network is a `keras.Model` from
-            `{modality: (batch, depth, height, width, 1)}` to probabilities of the same shape, or a classifier of 2D
-            patches.
+            `{modality: (batch, depth, height, width, 1)}` to probabilities `(batch, depth, height, width, structures)`,
+            or a classifier of 2D patches.
         changes: The fields of the recipe that this method changes, `{path: value}`, such as `data.modalities`.
         encoders: `{modality: name of the method whose encoder is copied}`; empty without self-transfer.
         samples: The training samples: `"volumes"` for 3D patches and their masks, `"centres"` for 2D patches and the

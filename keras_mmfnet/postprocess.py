@@ -1,5 +1,6 @@
 """From probabilities to masks: thresholds, components and holes, chosen on validation patients."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Self
@@ -8,7 +9,7 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from keras_mmfnet.evaluation import mask_box
+from keras_mmfnet.evaluation import components, mask_box
 
 # The values that `choose` tries for each field of a rule, the simplest first.
 _CANDIDATES = {
@@ -93,14 +94,15 @@ class PostProcessing(pydantic.BaseModel):
         """
         _check_channels(probability, self.structures)
         masks = np.zeros(probability.shape, bool)
-        for number, rule in enumerate(self.structures.values()):
-            score = _score(probability, number, self.exclusive)
+        least = min(rule.threshold for rule in self.structures.values())
+        outer, scores = _scores(probability, self.exclusive, least)
+        for inner, score, rule in zip(np.moveaxis(masks[outer], -1, 0), scores, self.structures.values(), strict=True):
             box = mask_box(score >= rule.threshold)
             mask = _reached(score[box], rule.threshold, rule.fill_holes)
             if rule.smallest_ml or rule.largest_only:
-                parts, voxels = _components(mask)
+                parts, voxels = components(mask)
                 mask = np.append(False, _kept(voxels, rule, spacing_zyx))[parts]
-            masks[(*box, number)] = mask
+            inner[box] = mask
         return masks
 
 
@@ -134,11 +136,11 @@ def choose(
     for probability, truth, spacing in cases:
         _check_channels(probability, structures)
         _check_channels(truth, structures)
-        for number, name in enumerate(structures):
+        box, scores = _scores(probability, exclusive, min(_CANDIDATES["threshold"]))
+        for number, (name, score) in enumerate(zip(structures, scores, strict=True)):
             expert = truth[..., number] > 0
             if expert.any():
-                score = _score(probability, number, exclusive)
-                tables[name].append((_table(score, expert), np.count_nonzero(expert), spacing))
+                tables[name].append((_table(score, expert[box]), np.count_nonzero(expert), spacing))
     rules, gains = {}, {}
     for name, patients in tables.items():
         rule, before = MaskRule(), _mean_dsc(patients, MaskRule()) if patients else None
@@ -171,13 +173,19 @@ def _with(rule, field, value):
     return rule.model_copy(update={field: value})
 
 
-def _score(probability, number, exclusive):
-    """What a structure's threshold is compared with; -1 where another, exclusive structure is more probable."""
-    own = probability[..., number]
-    if not exclusive:
-        return own
-    others = probability.sum(axis=-1) - own
-    return np.where(probability.argmax(axis=-1) == number, own / np.maximum(1 - others, 1e-7), -1)
+def _scores(probability, exclusive, least):
+    """A box outside which no threshold from `least` on is reached, and in it what those of each structure are compared
+    with; -1 where another, exclusive structure is more probable.
+    """
+    own = np.moveaxis(probability, -1, 0)
+    if not exclusive or len(own) == 1:
+        return (slice(None),) * (own.ndim - 1), own
+    # The most probable of S structures has p >= (1 - background) / S, so p / (p + background) >= t needs this p. The
+    # margin is for rounding.
+    box = mask_box(functools.reduce(np.maximum, own) >= least / (1 + (len(own) - 1) * least) - 1e-6)
+    own = np.ascontiguousarray(own[(slice(None), *box)])
+    background, best = 1 - own.sum(axis=0), own.argmax(axis=0)
+    return box, [np.where(best == n, p / np.maximum(p + background, 1e-7), -1) for n, p in enumerate(own)]
 
 
 def _reached(score, threshold, fill_holes):
@@ -191,14 +199,6 @@ def _reached(score, threshold, fill_holes):
     return mask
 
 
-def _components(mask):
-    """The number of each voxel's component, 0 outside, and the voxels of each component."""
-    from scipy import ndimage
-
-    parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
-    return parts, np.bincount(parts[mask], minlength=count + 1)[1:]
-
-
 def _kept(voxels, rule, spacing):
     """Which components a rule keeps."""
     kept = voxels * (np.prod(spacing) / 1000) >= rule.smallest_ml
@@ -210,7 +210,7 @@ def _table(score, expert):
     table, box = {}, mask_box(score >= min(_CANDIDATES["threshold"]))
     for key in itertools.product(_CANDIDATES["threshold"], _CANDIDATES["fill_holes"]):
         mask = _reached(score[box], *key)
-        parts, voxels = _components(mask)
+        parts, voxels = components(mask)
         table[key] = voxels, np.bincount(parts[mask & expert[box]], minlength=len(voxels) + 1)[1:]
     return table
 

@@ -21,59 +21,12 @@ from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.losses import CrossEntropy, make_loss
-from keras_mmfnet.methods import Method, find_method, method_of
+from keras_mmfnet.methods import Method, find_method
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
 _log = logging.getLogger(__name__)
-
-
-def pretrain_encoders(
-    training: Sequence[PreprocessedCase],
-    validation: Sequence[PreprocessedCase],
-    recipe: Recipe,
-    directory: str | os.PathLike,
-) -> dict[str, Path]:
-    """Trains one single-modality network per modality: the first half of self-transfer (section III-C).
-
-    Args:
-        training: Training patients.
-        validation: Validation patients, for early stopping and the choice of the best epoch.
-        recipe: The `Recipe`.
-        directory: Folder for `unet3d_<modality>.keras` and `unet3d_<modality>_history.csv`; see `train_method`.
-
-    Returns:
-        `{modality: path of its network}`.
-    """
-    paths = {}
-    for modality in recipe.data.modalities:
-        method = find_method(f"unet3d_{modality}")
-        train_method(method, training, validation, recipe, directory)
-        paths[modality] = Path(directory) / f"{method.name}.keras"
-    return paths
-
-
-def train_mmfnet(
-    training: Sequence[PreprocessedCase],
-    validation: Sequence[PreprocessedCase],
-    recipe: Recipe,
-    directory: str | os.PathLike,
-    encoders: Mapping[str, keras.Model | str | os.PathLike | None] | None = None,
-) -> keras.Model:
-    """Trains MMFNet. Pretrained encoders are first frozen for the warm-up epochs; then the whole network is trained.
-
-    Args:
-        training: Training patients.
-        validation: Validation patients, for early stopping and the choice of the best epoch.
-        recipe: The `Recipe`.
-        directory: Folder for `mmfnet.keras` and `mmfnet_history.csv`; see `train_method`.
-        encoders: `{modality: network or path}`, as returned by `pretrain_encoders`. `None` starts from random weights.
-
-    Returns:
-        The `MMFNet` with the weights of its best epoch.
-    """
-    return train_method(method_of(recipe), training, validation, recipe, directory, encoders or {})
 
 
 def train_method(
@@ -87,7 +40,7 @@ def train_method(
     """Trains the network of a method, after the networks whose encoders it copies.
 
     Args:
-        method: A `Method`, such as `METHODS["multi_encoder"]`.
+        method: A `Method`, such as `method_of(recipe)`, MMFNet with the self-transfer of section III-C.
         training: Training patients.
         validation: Validation patients, for early stopping and the choice of the best epoch.
         recipe: The `Recipe`, to which the method's changes are applied.

@@ -25,7 +25,14 @@ from keras_mmfnet.synthetic import make_synthetic_cohort
 # line and run folders with PyTorch, which starts fastest. The docs' commands run with TensorFlow.
 _HERE = Path(__file__).parent
 _ONCE = {
-    "tensorflow": ["data", "export", "test_evaluation.py", "test_postprocess.py", "cli/test_demo.py"],
+    "tensorflow": [
+        "data",
+        "export",
+        "test_evaluation.py",
+        "test_mask_folders.py",
+        "test_postprocess.py",
+        "cli/test_demo.py",
+    ],
     "torch": ["cli", "test_bundle.py", "test_plots.py", "test_report.py", "test_run.py", "test_synthetic.py"],
 }
 _ON_EVERY_BACKEND = {

@@ -14,6 +14,8 @@ from keras_mmfnet._files import csv_text
 from keras_mmfnet.evaluation import (
     METRICS,
     calibration,
+    compare_masks,
+    defined_metrics,
     evaluate_case,
     match_lesions,
     mean_interval,
@@ -28,9 +30,20 @@ from keras_mmfnet.evaluation import (
 TRUTH = np.array([1, 1, 1, 1, 0, 0, 0, 0]).reshape(2, 2, 2)
 NOTHING = np.zeros_like(TRUTH)
 ROWS = [
-    {"patient": "anna", "fold": 0, "dsc": 0.5, "ap": 0.25, "dice_loss": 0.5, "hd95": 4.0, "assd": 2.0, "seconds": 1.0},
+    {
+        "patient": "anna",
+        "structure": "tumour",
+        "fold": 0,
+        "dsc": 0.5,
+        "ap": 0.25,
+        "dice_loss": 0.5,
+        "hd95": 4.0,
+        "assd": 2.0,
+        "seconds": 1.0,
+    },
     {
         "patient": "bert",
+        "structure": "tumour",
         "fold": 1,
         "dsc": 1.0,
         "ap": math.nan,
@@ -99,6 +112,9 @@ def test_a_given_mask_counts_instead_of_the_threshold():
     of_mask, of_probability = (evaluate_case(x.astype(np.float32), TRUTH, (1, 1, 1)) for x in (HALF, probability))
     soft = {name: of_probability[name] for name in ("ap", "dice_loss")}
     assert found == pytest.approx(of_mask | soft, nan_ok=True)
+    assert compare_masks(HALF, TRUTH, (1, 1, 1)) == pytest.approx(
+        {name: value for name, value in found.items() if name not in soft}, nan_ok=True
+    )
     with pytest.raises(ValueError, match=r"Received: \(2, 2\) and \(2, 2, 2\)"):
         evaluate_case(probability, TRUTH, (1, 1, 1), predicted=HALF[0])
 
@@ -154,6 +170,8 @@ def test_average_precision_is_scikit_learns():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"the same shape\. Received: \(2, 2\) and \(2, 2, 2\)"):
         evaluate_case(np.zeros((2, 2)), TRUTH, (1, 1, 1))
+    with pytest.raises(ValueError, match=r"`predicted` and `truth` must have the same shape"):
+        compare_masks(np.zeros((2, 2)), TRUTH, (1, 1, 1))
 
 
 def test_the_summary_is_over_the_patients_for_whom_a_number_is_defined():
@@ -162,10 +180,14 @@ def test_the_summary_is_over_the_patients_for_whom_a_number_is_defined():
     assert summary["dsc"] == {"mean": 0.75, "std": 0.25, "low": 0.5, "high": 1.0, "patients": 2}
     assert summary["ap"] == {"mean": 0.25, "std": 0.0, "low": None, "high": None, "patients": 1}
     assert summarise(ROWS[1:])["ap"] == {"mean": None, "std": None, "low": None, "high": None, "patients": 0}
-    # Rows of earlier versions have fewer numbers.
-    both = summarise([*ROWS, {"patient": "carl", "fold": 1, "precision": 0.5}])
-    assert (both["dsc"]["patients"], both["precision"]["mean"]) == (2, 0.5)
     assert summarise([]) == {}
+
+
+def test_what_is_defined_for_somebody():
+    assert list(defined_metrics(ROWS)) == ["dsc", "ap", "dice_loss", "hd95", "assd", "seconds"]
+    assert list(defined_metrics(ROWS[1:])) == ["dsc", "dice_loss", "hd95", "assd", "seconds"]
+    assert defined_metrics([{"dsc": None, "hd95": 0.0}]) == {"hd95": METRICS["hd95"]}
+    assert defined_metrics([]) == {}
 
 
 def test_json_has_null_for_what_is_not_defined():

@@ -70,9 +70,14 @@ def test_shares_of_a_cohort_are_those_about_the_tumours(make_case):
 
 def test_spatial_weights_are_averaged_over_windows():
     images = {name: random_volume(6, 16, 16, seed=seed) for seed, name in enumerate(("t1", "t2"))}
-    heat = predict_volume(spatial_attention(network(), "fusion2"), images, (4, 16, 16), (2, None, None))[..., 0]
-    assert heat.shape == (6, 16, 16)
+    model, options = network(), (images, (4, 16, 16), (2, None, None))
+    heat = predict_volume(spatial_attention(model, ["fusion2", "fusion1"]), *options)
+    assert heat.shape == (6, 16, 16, 2)
     assert 0 < heat.min() < heat.max() < 1
+    for number, block in enumerate(("fusion2", "fusion1")):
+        np.testing.assert_array_equal(
+            heat[..., number], predict_volume(spatial_attention(model, [block]), *options)[..., 0]
+        )
 
 
 def test_a_network_without_fusion_blocks_is_refused():

@@ -47,6 +47,20 @@ def test_exclusive_masks_are_disjoint_by_any_rules():
     np.testing.assert_array_equal(masks[..., 2], (likeliest == 2) & (classes[..., 3] >= 0.7 / 0.3 * classes[..., 0]))
 
 
+def test_what_no_structure_reaches_is_not_looked_at():
+    """Each mask is that of the definition over the whole volume, whichever threshold decides the box."""
+    probability, _ = random_probability(3, seed=1)
+    probability[:, :, 8:] *= 0.1
+    background = 1 - probability.sum(axis=-1, keepdims=True)
+    score = probability / (probability + background)
+    likeliest = probability.argmax(axis=-1)[..., None] == range(3)
+    for thresholds in ((0.3, 0.3, 0.3), (0.05, 0.6, 0.9), (0.9, 0.8, 0.7)):
+        rules = {name: MaskRule(threshold=t) for name, t in zip("abc", thresholds, strict=True)}
+        masks = PostProcessing(structures=rules).apply(probability, SPACING)
+        np.testing.assert_array_equal(masks, likeliest & (score >= thresholds))
+        assert masks.any(axis=(0, 1, 2)).all()
+
+
 def test_components():
     probability = np.zeros((5, 12, 12), np.float32)
     probability[1, 1:3, 1:4] = 0.9

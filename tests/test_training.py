@@ -14,10 +14,10 @@ from keras_mmfnet import training
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import segment_case
 from keras_mmfnet.losses import LOSSES, CrossEntropy, DiceLoss
-from keras_mmfnet.methods import METHODS
+from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.models import MMFNet, PatchCNN, UNet3D, load_network
 from keras_mmfnet.recipe import Recipe, TrainingRecipe
-from keras_mmfnet.training import pretrain_encoders, train_mmfnet
+from keras_mmfnet.training import train_method
 
 TINY = Recipe().replace(
     {
@@ -64,6 +64,18 @@ def rows(path):
 
 def weights(model):
     return [np.asarray(w) for w in model.get_weights()]
+
+
+def pretrain_encoders(training, validation, recipe, folder):
+    """Trains a network for each modality; their paths."""
+    for modality in recipe.data.modalities:
+        train_method(METHODS[f"unet3d_{modality}"], training, validation, recipe, folder)
+    return {modality: folder / f"unet3d_{modality}.keras" for modality in recipe.data.modalities}
+
+
+def train_mmfnet(training, validation, recipe, folder, encoders=None):
+    """Trains MMFNet, by default without self-transfer."""
+    return train_method(method_of(recipe), training, validation, recipe, folder, encoders or {})
 
 
 def donors():
@@ -148,14 +160,15 @@ elif keras.backend.backend() == "torch":
     torch.use_deterministic_algorithms(True)
 
 from keras_mmfnet.data import find_cases, preprocess_case
+from keras_mmfnet.methods import method_of
 from keras_mmfnet.recipe import Recipe
-from keras_mmfnet.training import train_mmfnet
+from keras_mmfnet.training import train_method
 
 recipe = Recipe.load(sys.argv[2])
 cases = [preprocess_case(case, recipe.data) for case in find_cases(sys.argv[1], recipe.data)]
 one, other = (
-    train_mmfnet(cases[:3], cases[3:4], recipe, pathlib.Path(sys.argv[2]).parent / name).get_weights()
-    for name in ("one", "other")
+    train_method(method_of(recipe), cases[:3], cases[3:4], recipe, folder, encoders={}).get_weights()
+    for folder in (pathlib.Path(sys.argv[2]).parent / name for name in ("one", "other"))
 )
 assert any(weights.any() for weights in one)
 print([bool(numpy.array_equal(a, b)) for a, b in zip(one, other, strict=True)])

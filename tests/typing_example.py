@@ -15,14 +15,14 @@ from keras_mmfnet.evaluation import evaluate_case, summarise
 from keras_mmfnet.inference import predict_volume, segment_case, segment_ensemble
 from keras_mmfnet.layers import FusionBlock3D
 from keras_mmfnet.losses import DiceLoss
-from keras_mmfnet.methods import METHODS, Method, register_method
+from keras_mmfnet.methods import METHODS, Method, method_of, register_method
 from keras_mmfnet.metrics import DiceScore
 from keras_mmfnet.models import MMFNet, load_network
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import write_report
 from keras_mmfnet.run import Run, cross_validate
 from keras_mmfnet.synthetic import make_synthetic_cohort
-from keras_mmfnet.training import pretrain_encoders, train_mmfnet
+from keras_mmfnet.training import train_method
 
 
 def train_and_segment(folder: Path) -> sitk.Image:
@@ -38,8 +38,7 @@ def train_and_segment(folder: Path) -> sitk.Image:
     assert_type(fold, Fold)
     training, validation = ([cases[name] for name in names] for names in (fold.train, fold.validation))
     patch_dataset(training, recipe.patches, batch_size=recipe.training.batch_size)
-    encoders = pretrain_encoders(training, validation, recipe, folder)
-    model = train_mmfnet(training, validation, recipe, folder, encoders)
+    model = train_method(method_of(recipe), training, validation, recipe, folder)
     case = cases[fold.test[0]]
     weights = gaussian_weights(recipe.patches.shape)
     volume = predict_volume(model, case.images, recipe.patches.shape, (4, None, None), weights=weights)

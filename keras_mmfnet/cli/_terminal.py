@@ -125,18 +125,24 @@ class Terminal(logging.Handler):
 
         Of several structures there is a line for each structure of a patient, and means for each and for all.
         """
-        from keras_mmfnet.evaluation import METRICS, mean_over_structures, rows_by_structure, summarise
+        from keras_mmfnet.evaluation import (
+            METRICS,
+            defined_metrics,
+            mean_over_structures,
+            rows_by_structure,
+            summarise,
+        )
 
         structures = rows_by_structure(rows)
         several = len(structures) > 1
-        without = any(row.get("detection_specificity") in (0, 1) for row in rows)
+        without = "detection_specificity" in defined_metrics(rows)
         shown = {key: METRICS[key] for key in (*_SHOWN, *(_DETECTION if without else ()))}
 
         def line(label, structure, texts):
             return [label, *([structure] if several else []), *texts]
 
         lines = [
-            line(row["patient"], row.get("structure"), (metric.text(row.get(key)) for key, metric in shown.items()))
+            line(row["patient"], row["structure"], (metric.text(row.get(key)) for key, metric in shown.items()))
             for row in rows
         ]
         structures |= {"all": mean_over_structures(rows)} if several else {}

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._outputs import DICOM, Outputs
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import counted, session
 
 _log = logging.getLogger(__name__)
-_DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
 
 
 def segment(
@@ -62,7 +61,6 @@ def segment(
             names = [structure]
         if mirror and not recipe.patches.flip_axes:
             raise ValueError("--mirror: networks trained with `patches.flip_axes` are expected. Received: none")
-        from keras_mmfnet._files import write
         from keras_mmfnet._log import progress
         from keras_mmfnet.data import find_patients
         from keras_mmfnet.data.case import group_messages
@@ -73,8 +71,8 @@ def segment(
         failed = []
         found = find_patients(patients, recipe.data, failed.append)
         total = len(found) + len(failed)
-        ends = _endings(recipe.data)
-        _require_distinct(found, ends)
+        outputs = Outputs(out, recipe.data)
+        outputs.require_distinct(found)
         cases = [c for c in found if not (rtstruct or seg) or isinstance(next(iter(c.images.values())), Series)]
         expected = "must be DICOM series for --rtstruct and --seg. Received: image files"
         failed += [ValueError(f"{case.name}: {expected}") for case in found if case not in cases]
@@ -90,19 +88,17 @@ def segment(
         for case in cases:
             record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied}
             try:
-                record["source"] = _source(case, recipe.data, hashes)
-                _require_same(out, case, record, ends)
+                record["source"] = outputs.source(case, hashes)
+                outputs.require_same(case, record)
             except ValueError as error:
                 failed.append(error)
             else:
-                todo += [(case, record, missing)] if (missing := _missing(out, case, wanted, ends)) else []
+                todo += [(case, record, missing)] if (missing := outputs.missing(case, wanted)) else []
         if done := total - len(todo) - len(failed):
             _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
         networks = options.load_networks(opened, folds) if todo else []
         if disagreement and len(networks) == 1:
             raise ValueError("--disagreement: networks of two or more folds are expected. Received: one network")
-        if todo:
-            out.mkdir(parents=True, exist_ok=True)
         for name, rule in rules.structures.items() if todo and applied else ():
             _log.info("Post-processing, %s: %s", name, rule)
         prediction = {"postprocess": rules, "mirror": mirror, "gaussian": gaussian}
@@ -113,13 +109,12 @@ def segment(
         }
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
-                write(out / f"{case.name}.json", json.dumps(record, indent=2) + "\n")
+                outputs.write_record(case, record)
                 line, compared = _segment(case, predict, recipe, rules, missing, names, write_dicom)
                 seen = opened.seen_in_training(case, folds) if compared else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
-                if not _there(out, case, ends):
-                    (out / f"{case.name}.json").unlink(missing_ok=True)
+                outputs.drop_record(case)
                 failed.append(error)
                 _log.warning("%d of %d: %s was not segmented, see the end", number, len(todo), case.name)
             progress("segmenting", number, len(todo))
@@ -129,75 +124,6 @@ def segment(
         terminal.say(out, always=True)
 
 
-def _endings(recipe):
-    """What the files of a patient end with, by what they hold and the structure, `None` for all; the masks are last."""
-    structures = recipe.structure_names if len(recipe.structures) > 1 else (None,)
-
-    def image(what, structures):
-        return {(what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz" for one in structures}
-
-    return {
-        **image("probability", structures),
-        **image("disagreement", structures),
-        **{(what, None): end for what, end in _DICOM.items()},
-        ("picture", None): ".png",
-        **image("mask", recipe.mask_files),
-    }
-
-
-def _require_distinct(cases, ends):
-    """Refuses patients of whom one's file would have the name of another's."""
-    names = {case.name for case in cases}
-    stems = {end.removesuffix(".nii.gz") for end in ends.values() if end.endswith(".nii.gz")} - {""}
-    clashes = sorted(case.name for case in cases for stem in stems if case.name + stem in names)
-    if len(names) < len(cases) or clashes:
-        expected = "patients whose files have different names are expected"
-        raise ValueError(f"{expected}. Received: {', '.join(clashes or sorted(case.name for case in cases))}")
-
-
-def _source(case, recipe, networks):
-    """A hash of what a patient's files are made from: the networks and the images."""
-    from keras_mmfnet.data.cache import key
-    from keras_mmfnet.data.preprocess import recipe_of
-
-    images = key(dataclasses.replace(case, mask=None), recipe_of(case, recipe))
-    return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
-
-
-def _require_same(out, case, record, ends):
-    """Refuses to add to a patient's files, or to keep them, if they were made from something else."""
-    from keras_mmfnet._files import read_json
-
-    path, there = out / f"{case.name}.json", _there(out, case, ends)
-    if there and not (path.exists() and read_json(path) == record):
-        raise ValueError(
-            f"{case.name}: {next(iter(there.values()))}: must be made from the same images, networks and options as "
-            "now; choose another --out. Received: a file made otherwise"
-        )
-
-
-def _there(out, case, ends):
-    """The files of a patient that exist, by what they hold and the structure."""
-    files = {about: out / f"{case.name}{end}" for about, end in ends.items()}
-    return {about: path for about, path in files.items() if path.exists()}
-
-
-def _missing(out, case, wanted, ends):
-    """The files of a patient that are to be written. No DICOM file of empty masks is."""
-    there = _there(out, case, ends)
-    missing = {
-        about: out / f"{case.name}{end}"
-        for about, end in ends.items()
-        if about[0] in (*wanted, "mask") and about not in there
-    }
-    if missing and {what for what, _ in missing} <= set(_DICOM):
-        import SimpleITK as sitk
-
-        masks = [path for (what, _), path in there.items() if what == "mask"]
-        return missing if any(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).any() for path in masks) else {}
-    return missing
-
-
 def _segment(case, predict, recipe, rules, files, names, write_dicom):
     """Segments a patient, writes the files, the mask last; what was found, and if it was compared with a mask."""
     import SimpleITK as sitk
@@ -205,9 +131,8 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     from keras_mmfnet.data import CaseError, preprocess_case
     from keras_mmfnet.data.image_io import write_image
     from keras_mmfnet.data.preprocess import read_masks
-    from keras_mmfnet.evaluation import evaluate_case
+    from keras_mmfnet.evaluation import compare_masks
     from keras_mmfnet.export import Structure
-    from keras_mmfnet.inference import masks_of
     from keras_mmfnet.postprocess import level_half
 
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
@@ -219,16 +144,12 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     for name, array in arrays.items():
         about.append(f"{array.sum()} voxels of {name}, {array.sum() * voxel_ml:.1f} ml")
     if not anything:
-        without = ", no DICOM file was written" if {what for what, _ in files} & set(_DICOM) else ""
+        without = ", no DICOM file was written" if {what for what, _ in files} & DICOM.keys() else ""
         about[-len(arrays) :] = [f"no {' and no '.join(arrays)} was found, the mask is empty{without}"]
-    for name, plain in masks_of(probabilities, recipe.data)[0].items() if recipe.training.postprocess else ():
-        if change := int(arrays[name].sum()) - int(plain.sum()):
-            about.append(f"{change * voxel_ml:+.2f} ml of {name} by post-processing")
     if case.mask is not None:
         try:
             for name, truth in read_masks(case, recipe.data, patient).items():
-                spacing = patient.source.spacing[::-1]
-                numbers = evaluate_case(probabilities[name], truth, spacing, predicted=arrays[name])
+                numbers = compare_masks(arrays[name], truth, patient.source.spacing[::-1])
                 which = f"{name} " * (len(arrays) > 1)
                 if numbers["volume_ml"]:
                     about.append(f"{which}DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
@@ -251,7 +172,7 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     for (what, one), path in files.items():
         if what == "picture":
             _draw(case, found.masks, recipe, path)
-        elif what in _DICOM:
+        elif what in DICOM:
             if structures:
                 write_dicom[what](structures, next(iter(case.images.values())), path)
         elif what == "mask" and one is None:

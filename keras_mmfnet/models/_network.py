@@ -87,10 +87,14 @@ def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> ker
         raise ValueError(f"{path}: must be an undamaged .keras file of a network. Received: {reason[0]}") from error
     if recipe is not None and not _matches(recipe, model):
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
+        structures, several = ", ".join(recipe.data.structures), len(recipe.data.structures) > 1
+        exclusive = f" (exclusive={recipe.data.exclusive})" * several
         raise ValueError(
             f"{path}: must be a network from patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} to "
-            f"the probabilities of {', '.join(recipe.data.structures)}, as the recipe says. "
+            f"the probabilities of {structures}{exclusive}, as the recipe says. "
             f"Received: the {type(model).__name__} of {shapes}"
+            + f" (exclusive={getattr(model, 'exclusive', None)})"
+            * several
         )
     return model
 
@@ -102,7 +106,10 @@ def _matches(recipe, model):
     outputs, structures = keras.tree.flatten(model.output), recipe.data.structure_names
     wanted = [*((tensor, 1) for tensor in inputs.values()), *((tensor, len(structures)) for tensor in outputs)]
     # A network of one structure may have learned it under another name.
-    named = len(structures) == 1 or getattr(model, "structures", structures) == structures
+    named = len(structures) == 1 or (
+        getattr(model, "structures", structures) == structures
+        and getattr(model, "exclusive", recipe.data.exclusive) == recipe.data.exclusive
+    )
     return (
         named
         and len(outputs) == 1

@@ -7,8 +7,19 @@ from keras import ops
 from keras_mmfnet.models._network import Network, check_names, make_blocks
 
 
+class _PatchClassifier(Network):
+    """A `PatchCNN` of one or more branches; `settings` are the arguments of the subclass about them."""
+
+    def __init__(self, modalities, patch_shape, filters, dtype, structures, exclusive, settings, **kwargs):
+        patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
+        blocks = make_blocks(dtype, structures, exclusive, rank=2)
+        settings = {**settings, "patch_shape": patch_shape, "filters": filters}
+        settings |= {"structures": structures, "exclusive": exclusive}
+        super().__init__(*_classifier(modalities, patch_shape, filters, blocks), settings, **kwargs)
+
+
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
-class PatchCNN(Network):
+class PatchCNN(_PatchClassifier):
     """Classifies the centre pixel of 2D patches, for all patches of a slice in one pass (section IV-D).
 
     Each block has two 3x3 convolutions without padding and a 2x2 max-pooling. A fully connected layer over the
@@ -46,15 +57,12 @@ class PatchCNN(Network):
         exclusive: bool = True,
         **kwargs: Any,
     ):
-        patch_shape, filters, structures = tuple(patch_shape), tuple(filters), tuple(structures)
-        blocks = make_blocks(dtype, structures, exclusive, rank=2)
-        settings = {"modality": modality, "patch_shape": patch_shape, "filters": filters}
-        settings |= {"structures": structures, "exclusive": exclusive}
-        super().__init__(*_classifier((modality,), patch_shape, filters, blocks), settings, **kwargs)
+        settings = {"modality": modality}
+        super().__init__((modality,), patch_shape, filters, dtype, structures, exclusive, settings, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
-class SiamesePatchCNN(Network):
+class SiamesePatchCNN(_PatchClassifier):
     """A `PatchCNN` with a branch per modality; the fully connected layer joins the branches (section IV-D).
 
     The branches do not share weights, because the modalities show the same tissue in different intensities.
@@ -88,11 +96,8 @@ class SiamesePatchCNN(Network):
         exclusive: bool = True,
         **kwargs: Any,
     ):
-        modalities, patch_shape, filters = tuple(modalities), tuple(patch_shape), tuple(filters)
-        blocks = make_blocks(dtype, structures := tuple(structures), exclusive, rank=2)
-        settings = {"modalities": modalities, "patch_shape": patch_shape, "filters": filters}
-        settings |= {"structures": structures, "exclusive": exclusive}
-        super().__init__(*_classifier(modalities, patch_shape, filters, blocks), settings, **kwargs)
+        settings = {"modalities": (modalities := tuple(modalities))}
+        super().__init__(modalities, patch_shape, filters, dtype, structures, exclusive, settings, **kwargs)
 
 
 def _classifier(modalities, patch_shape, filters, blocks):

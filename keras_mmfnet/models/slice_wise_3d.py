@@ -37,7 +37,6 @@ class SliceWise3D(Network):
         self,
         network: keras.Model,
         patch_shape: Sequence[int],
-        dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
         patch_shape = tuple(patch_shape)
@@ -71,7 +70,9 @@ class SliceWise3D(Network):
         return super().call(inputs, training=training, mask=mask)
 
     def get_config(self):
-        return {**super().get_config(), "network": keras.saving.serialize_keras_object(self.network)}
+        config = {**super().get_config(), "network": keras.saving.serialize_keras_object(self.network)}
+        del config["dtype"]  # that of the network
+        return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

@@ -1,4 +1,4 @@
-from keras_mmfnet.plots._masks import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
+from keras_mmfnet.plots._masks import ERROR_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR, structure_colours
 from keras_mmfnet.plots.charts import (
     plot_attention,
     plot_boxes,
@@ -26,4 +26,5 @@ __all__ = [
     "plot_surfaces",
     "plot_training",
     "slice_strips",
+    "structure_colours",
 ]

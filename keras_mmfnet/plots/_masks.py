@@ -1,7 +1,7 @@
 """The masks of a figure, and a palette for all kinds of colour vision (Okabe and Ito)."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,16 +19,21 @@ Masks = np.ndarray | Mapping[str, np.ndarray]
 
 
 class Outline(NamedTuple):
-    """A mask and how it is drawn; `rank` tells how much thicker than the thinnest, so that equal contours all show."""
+    """A mask, how it is drawn, who drew it, and of several structures which one it is.
+
+    `rank` tells how much thicker it is than the thinnest, so that equal contours all show.
+    """
 
     mask: np.ndarray
     colour: str | None = None
     style: str = "solid"
     rank: int = 0
+    who: str = ""
+    structure: str = ""
 
 
-def structure_colours(names):
-    """`{structure: colour}`, in their order."""
+def structure_colours(names: Iterable[str]) -> dict[str, str]:
+    """`{structure: colour}`, in their order; the colours in which figures draw several structures."""
     return dict(zip(names, itertools.cycle(STRUCTURE_COLOURS), strict=False))
 
 
@@ -46,12 +51,12 @@ def expert_and_prediction(truth, prediction):
     for who, by_structure in given.items():
         colours = structure_colours(by_structure)
         for number, (name, mask) in enumerate(by_structure.items(), start=1):
-            outline = Outline(np.asarray(mask) > 0, TRUTH_COLOUR if who == "expert" else PREDICTION_COLOUR)
+            mask = np.asarray(mask) > 0
             if len(by_structure) > 1:
                 style, rank = "dotted" if who == "expert" else "solid", min(len(by_structure) - number, 2)
-                masks[f"{who} {name}"] = outline._replace(colour=colours[name], style=style, rank=rank)
+                masks[f"{who} {name}"] = Outline(mask, colours[name], style, rank, who, name)
             else:
-                masks[who] = outline
+                masks[who] = Outline(mask, TRUTH_COLOUR if who == "expert" else PREDICTION_COLOUR, who=who)
     return masks
 
 

@@ -54,9 +54,9 @@ def plot_segmentation(
         axes.set_title(name, color="white")
     title = f"slice {depth + 1} of {len(either)}"
     if truth is not None:
-        slices = [one.mask[depth] for one in masks.values()]
-        pairs = zip(_structures(masks), slices[: len(slices) // 2], slices[len(slices) // 2 :], strict=True)
-        title += ", DSC " + ", ".join(f"{name} {_dice(*pair)}".strip() for name, *pair in pairs)
+        slices = {(one.who, one.structure): one.mask[depth] for one in masks.values()}
+        scores = {name: _dice(slices["expert", name], slices["prediction", name]) for name in _structures(masks)}
+        title += ", DSC " + ", ".join(f"{name} {score}".strip() for name, score in scores.items())
     figure.suptitle(title, color="white")
     _legend_of_masks(figure, masks)
     return figure
@@ -347,7 +347,7 @@ def _write(axes, x, y, text, **alignment):
 
 def _outline(axes, masks, depth, spacing_zyx):
     """Draws the contours of the masks on a slice."""
-    for mask, colour, style, rank in masks.values():
+    for mask, colour, style, rank, *_ in masks.values():
         if mask[depth].any():
             x, y = (np.arange(size) * step for size, step in zip(mask.shape[:0:-1], spacing_zyx[:0:-1], strict=True))
             line = {"colors": [colour], "linewidths": 1.6 + 0.8 * rank, "linestyles": [style]}
@@ -355,8 +355,8 @@ def _outline(axes, masks, depth, spacing_zyx):
 
 
 def _structures(masks):
-    """The names of the structures of masks, as from `expert_and_prediction`; one without a name."""
-    return list(dict.fromkeys(name.partition(" ")[2] for name in masks))
+    """The names of the structures of masks, as from `expert_and_prediction`; `""` of one."""
+    return list(dict.fromkeys(one.structure for one in masks.values()))
 
 
 def _legend_of_masks(figure, masks):
@@ -364,7 +364,7 @@ def _legend_of_masks(figure, masks):
     names = _structures(masks)
     if len(names) == 1:
         return _legend(figure, {name: one.colour for name, one in masks.items()})
-    styles = {name.partition(" ")[0]: one.style for name, one in masks.items()}
+    styles = {one.who: one.style for one in masks.values()}
     return _legend(figure, structure_colours(names), styles=styles)
 
 

@@ -1,52 +1,30 @@
-"""What a report shows: headings over tables, figures, texts and patients, each a dict that the template shows."""
+"""What a report shows, section by section."""
 
-import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import keras
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.image import imsave
 
-from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._machine import machine
-from keras_mmfnet.evaluation import METRICS, mean_over_structures, paired_difference, rows_by_structure, summarise
+from keras_mmfnet.evaluation import METRICS, defined_metrics, mean_over_structures, rows_by_structure, summarise
 from keras_mmfnet.methods import METHODS, method_of
-from keras_mmfnet.plots import (
-    ERROR_COLOURS,
-    PREDICTION_COLOUR,
-    TRUTH_COLOUR,
-    plot_attention,
-    plot_boxes,
-    plot_learning_curves,
-    plot_methods,
-    plot_training,
-    slice_strips,
-)
-from keras_mmfnet.plots._masks import structure_colours
+from keras_mmfnet.plots import plot_attention, plot_boxes, plot_learning_curves, plot_training, slice_strips
 from keras_mmfnet.postprocess import MaskRule
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.report import _comparison as comparison
+from keras_mmfnet.report import _page as page
 from keras_mmfnet.run import Run
 
 _PACKAGES = ("keras-mmfnet", "keras", "tensorflow", "torch", "jax", "numpy", "SimpleITK", "scikit-learn", "matplotlib")
 # Of all strips of slices together; base64 takes a third more.
 _STRIP_BYTES = 3_300_000
-# The metrics of a comparison: those that the paper gives, and those that it does not.
-_OF_PAPER, _DISTANCES = ("dsc", "ap", "dice_loss"), ("hd95", "assd")
-_COLUMNS = (
-    "Method",
-    *(f"{METRICS[key].title}{of}" for key in _OF_PAPER for of in (" paper", "")),
-    *(METRICS[key].title for key in _DISTANCES),
-    *("DSC less the baseline's [95%]", "p", "Folds", "Patients", "Parameters", "Training s", "Patient s"),
-)
 # The metrics beside a patient's slices.
 _SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml", "false_positive_ml")
 _BOXES = "DSC of the test patients{of}: quartiles, and a dot for each patient; in brackets how many they are."
-_MEAN = "mean over the structures"
 
 
 def write_report(run: Run) -> Path:
@@ -74,7 +52,7 @@ def write_report(run: Run) -> Path:
     dsc = summarise(rows)["dsc"]
     interval = "of one patient" if dsc["low"] is None else f"95% interval {dsc['low']:.3f} to {dsc['high']:.3f}"
     if len(structures) > 1:
-        interval = f"{_MEAN} {', '.join(structures)}; {interval}"
+        interval = f"{comparison.MEAN} {', '.join(structures)}; {interval}"
     without = len(rows) - dsc["patients"]
     facts = [
         ("Mean DSC", f"{dsc['mean']:.3f}", interval)
@@ -101,7 +79,7 @@ def write_report(run: Run) -> Path:
         ("Post-processing", _postprocessing(results)),
         *_setting(run, results),
     ]
-    return _write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections, structures)
+    return page.write_page(run.report_file, f"{method.title}: {run.folder.resolve().name}", facts, sections, structures)
 
 
 def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
@@ -118,23 +96,23 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
         ValueError: There are no results, or a patient of the run is no longer where its data was.
     """
     results = run.results()
-    rows, charts = write_tables(results, run.folder, baseline)
+    rows, charts = comparison.write_tables(results, run.folder, baseline)
     best = max(rows, key=lambda row: row["dsc"] or 0)
-    titled, structures = {folds[0]["title"]: folds for folds in results.values()}, _structures(results)
+    titled, structures = {folds[0]["title"]: folds for folds in results.values()}, comparison.structures_of(results)
     facts = [
         (
             "Highest mean DSC",
             "-" if best["dsc"] is None else f"{best['dsc']:.3f}",
-            best["title"] + (f"; {_MEAN}" if len(structures) > 1 else ""),
+            best["title"] + (f"; {comparison.MEAN}" if len(structures) > 1 else ""),
         ),
         ("Methods", str(len(results)), f"compared with {METHODS[baseline].title if baseline in METHODS else baseline}"),
         ("Patients tested", str(max(row["patients"] for row in rows)), f"of {len(run.cohort['patients'])}"),
         ("Folds", f"{max(row['folds'] for row in rows)} of {len(run.folds)}", "of the cross-validation"),
     ]
     every = [result for folds in results.values() for result in folds]
-    parts = [_heading(text) for text in _headings(structures)]
-    of = f", {_MEAN}" if parts else ""
-    boxes = _boxes({title: _by_patient(folds).values() for title, folds in titled.items()}, of)
+    parts = [page.heading(text) for text in comparison.headings(structures)]
+    of = f", {comparison.MEAN}" if parts else ""
+    boxes = _boxes({title: comparison.by_patient(folds).values() for title, folds in titled.items()}, of)
     attention = _attention(titled)
     sections = [
         ("Run", [_origin(run, every)]),
@@ -142,77 +120,19 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
             "Results",
             [
                 *parts[:1],
-                _table(_COLUMNS, _cells(rows, baseline)),
-                _explained(_OF_PAPER + _DISTANCES),
+                page.table(comparison.COLUMNS, comparison.cells(rows, baseline)),
+                page.explained(comparison.OF_PAPER + comparison.DISTANCES),
                 *parts[1:],
-                *([_table(*_dsc_of_each(rows, structures))] if parts else []),
+                *([page.table(*comparison.dsc_of_each(rows, structures))] if parts else []),
                 *_subsets(run, titled),
                 *_detection(titled),
             ],
         ),
-        ("Charts", [*(_figure(*chart) for chart in charts.values()), *boxes]),
+        ("Charts", [*(page.figure(*chart) for chart in charts.values()), *boxes]),
         ("Which modality is listened to", attention),
         *_setting(run, every),
     ]
-    return _write_page(run.report_file, f"Comparison: {run.folder.resolve().name}", facts, sections)
-
-
-def _write_page(path, title, facts, sections, structures=()):
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    legend = {
-        "expert's contour": ("line", TRUTH_COLOUR),
-        "predicted contour": ("line", PREDICTION_COLOUR),
-        "missed tumour": ("area", ERROR_COLOURS["false negative"]),
-        "false tumour": ("area", ERROR_COLOURS["false positive"]),
-    }
-    if len(structures) > 1:
-        colours = {name: ("line", colour) for name, colour in structure_colours(structures).items()}
-        legend = {**colours, "expert's contour": ("dots", "#999"), "predicted contour": ("line", "#999")}
-    sections = [(heading, blocks) for heading, blocks in sections if blocks]
-    page = environment.get_template("page.html.j2")
-    write(path, page.render(title=title, facts=facts, sections=sections, legend=legend, structures=structures))
-    return path
-
-
-# --- the blocks of a page
-
-
-def _texts(*lines):
-    return {"kind": "texts", "lines": lines}
-
-
-def _table(header, rows, left=1, foot=()):
-    """A table whose first columns are texts, on the left; floats get two decimals."""
-    rows, foot = (
-        [["-" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in some]
-        for some in (rows, foot)
-    )
-    return {"kind": "table", "header": header, "rows": rows, "left": left, "foot": foot}
-
-
-def _heading(text):
-    return {"kind": "heading", "text": text}
-
-
-def _figure(figure, caption):
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return {"kind": "figure", "picture": _uri(png, "png"), "caption": caption}
-
-
-def _uri(content, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def _explained(keys):
-    better = {"higher": " Higher is better.", "lower": " Lower is better.", "": ""}
-    terms = [(METRICS[key].title, METRICS[key].about + better[METRICS[key].better]) for key in keys]
-    return {"kind": "terms", "terms": terms}
-
-
-# --- what they hold
+    return page.write_page(run.report_file, f"Comparison: {run.folder.resolve().name}", facts, sections)
 
 
 def _origin(run, results):
@@ -222,7 +142,7 @@ def _origin(run, results):
     folds = sorted({result["fold"] for result in results})
     trained = sum(row["seconds"] for fold in folds for epochs in run.histories(fold).values() for row in epochs)
     times = [row["seconds"] for result in results for row in mean_over_structures(result["patients"])]
-    return _texts(
+    return page.texts(
         *(f"Command: {command}" for command in commands),
         f"Training the networks of {len(folds)} fold{'s' * (len(folds) > 1)} took {_duration(trained)}, "
         f"{len(times)} segmentation{'s' * (len(times) > 1)} took {_duration(sum(times))}.",
@@ -237,33 +157,27 @@ def _duration(seconds):
 
 def _results(rows, every):
     """The numbers of each patient and their means; of several structures, those of each and the mean over them."""
-    metrics = _defined(rows)
+    metrics = defined_metrics(rows)
     folds = sorted({row["fold"] for row in rows})
     structures = rows_by_structure(every)
-    of = f", {_MEAN}" if len(structures) > 1 else ""
+    of = f", {comparison.MEAN}" if len(structures) > 1 else ""
     boxes = _boxes({f"fold {fold}": [row for row in rows if row["fold"] == fold] for fold in folds}, of)
     if len(structures) < 2:
-        return [_of_patients(rows, metrics), _explained(metrics), *boxes]
+        return [_of_patients(rows, metrics), page.explained(metrics), *boxes]
     order, tables = [row["patient"] for row in rows], []
     for name, some in structures.items():
         some = sorted(some, key=lambda row: order.index(row["patient"]))
-        tables += [_heading(f"Patients: {name}"), _of_patients(some, _defined(some))]
+        tables += [page.heading(f"Patients: {name}"), _of_patients(some, defined_metrics(some))]
     return [
-        _heading("Each structure"),
+        page.heading("Each structure"),
         _means(structures, rows),
-        *_boxes({**structures, _MEAN: rows}),
-        _explained(metrics),
-        _heading(f"Patients: {_MEAN}"),
+        *_boxes({**structures, comparison.MEAN: rows}),
+        page.explained(metrics),
+        page.heading(f"Patients: {comparison.MEAN}"),
         _of_patients(rows, metrics),
         *boxes,
         *tables,
     ]
-
-
-def _defined(rows):
-    """The metrics that some of the rows have."""
-    summary = summarise(rows)
-    return {key: metric for key, metric in METRICS.items() if summary.get(key, {}).get("patients")}
 
 
 def _of_patients(rows, metrics):
@@ -274,31 +188,25 @@ def _of_patients(rows, metrics):
     foot = [[label, "", *(m.text(summary[key][name]) for key, m in metrics.items())] for name, label in labels.items()]
     foot.append(["patients", "", *(str(summary[key]["patients"]) for key in metrics)])
     titles = [metric.title for metric in metrics.values()]
-    return _table(["Patient", "Fold", *titles], lines, foot=foot if len(rows) > 1 else [])
+    return page.table(["Patient", "Fold", *titles], lines, foot=foot if len(rows) > 1 else [])
 
 
 def _means(structures, rows):
     """A line for each structure: its mean DSC with the interval, and the other means."""
-    keys = [key for key in ("dsc", *_SHOWN[1:]) if key in _defined(rows)]
+    keys = [key for key in _SHOWN if key in defined_metrics(rows)]
     lines = []
-    for name, some in {**structures, _MEAN: rows}.items():
+    for name, some in {**structures, comparison.MEAN: rows}.items():
         summary = summarise(some)
         interval = [METRICS["dsc"].text(summary["dsc"][end]) for end in ("low", "high")]
         dsc, *others = [METRICS[key].text(summary[key]["mean"]) for key in keys]
         lines.append([name, dsc, *interval, *others, summary["dsc"]["patients"]])
     first, *titles = [METRICS[key].title for key in keys]
-    return _table(["Structure", first, "95% from", "to", *titles, "Patients with it"], lines[:-1], foot=lines[-1:])
-
-
-def _scores(rows):
-    """The DSC of each patient that has one, by title; titles without are left out."""
-    scores = {title: [row["dsc"] for row in some if np.isfinite(row["dsc"])] for title, some in rows.items()}
-    return {title: some for title, some in scores.items() if some}
+    return page.table(["Structure", first, "95% from", "to", *titles, "Patients with it"], lines[:-1], foot=lines[-1:])
 
 
 def _boxes(rows, of=""):
-    scores = _scores(rows)
-    return [_figure(plot_boxes(scores), _BOXES.format(of=of))] if scores else []
+    scores = comparison.dsc_scores(rows)
+    return [page.figure(plot_boxes(scores), _BOXES.format(of=of))] if scores else []
 
 
 def _subsets(run, results):
@@ -311,20 +219,22 @@ def _subsets(run, results):
     lines = []
     for title, folds in results.items():
         for subset in sorted(set(subsets.values()), key=lambda subset: (-subset.count(","), subset)):
-            rows = [row for name, row in _by_patient(folds).items() if subsets[name] == subset]
+            rows = [row for name, row in comparison.by_patient(folds).items() if subsets[name] == subset]
             if rows:
                 dsc = summarise(rows)["dsc"]
                 numbers = (METRICS["dsc"].text(dsc[key]) for key in ("mean", "low", "high"))
                 lines.append([title, subset, *numbers, dsc["patients"]])
-    return [_table(["Method", "Sequences that the patients have", "DSC", "95% from", "to", "Patients"], lines, left=2)]
+    return [
+        page.table(["Method", "Sequences that the patients have", "DSC", "95% from", "to", "Patients"], lines, left=2)
+    ]
 
 
 def _detection(results):
     """In how many patients with a structure it was found, and in how many without nothing was, where there are some."""
-    lines, structures = [], {row.get("structure") for folds in results.values() for row in folds[0]["patients"]}
+    lines, structures = [], {row["structure"] for folds in results.values() for row in folds[0]["patients"]}
     for title, folds in results.items():
         for name, rows in rows_by_structure([row for result in folds for row in result["patients"]]).items():
-            if without := [row for row in rows if np.isfinite(row.get("detection_specificity", np.nan))]:
+            if without := [row for row in rows if row["detection_specificity"] in (0, 1)]:
                 found, nothing = (summarise(rows)[f"detection_{kind}"] for kind in ("sensitivity", "specificity"))
                 false = summarise(without)["false_positive_ml"]["mean"]
                 which = [name] if len(structures) > 1 else []
@@ -332,7 +242,7 @@ def _detection(results):
                 lines.append([title, *which, *numbers])
     columns = ["With tumour", "Share detected", "Without", "Share with nothing found", "False ml, mean of these"]
     header = ["Method", "Structure", "With it", *columns[1:]] if len(structures) > 1 else ["Method", *columns]
-    return [_table(header, lines, left=len(header) - 5)] if lines else []
+    return [page.table(header, lines, left=len(header) - 5)] if lines else []
 
 
 def _postprocessing(results):
@@ -346,14 +256,14 @@ def _postprocessing(results):
             lines.append([name, str(MaskRule(**rule)), result["fold"], gain["patients"], *dsc])
     header = ["Structure", "Mask", "Fold", "Validation patients", "Their DSC without", "With"]
     about = "Chosen on the validation patients of each fold, by their mean DSC alone, and applied to its test patients."
-    return [_texts(about), _table(header, lines, left=2)] if lines else []
+    return [page.texts(about), page.table(header, lines, left=2)] if lines else []
 
 
 def _patients(run, method, rows, every):
     """A block for each test patient, with the slices about the tumour."""
     paths = {row["patient"]: run.masks(row["fold"], method, row["patient"]).values() for row in rows}
     gone = [name for name, files in paths.items() if not all(path.exists() for path in files)]
-    blocks = [_texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
+    blocks = [page.texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
     for row in rows:
         if row["patient"] in gone:
             continue
@@ -379,8 +289,8 @@ def _patients(run, method, rows, every):
                 "fold": row["fold"],
                 "numbers": {name: _numbers(one) for name, (one,) in own.items()},
                 "modalities": list(patient.images),
-                "strip": _uri(jpeg, "jpeg"),
-                "marks": _uri(png, "png"),
+                "strip": page.uri(jpeg, "jpeg"),
+                "marks": page.uri(png, "png"),
                 "slices": [number + 1 for number in numbers],
                 "start": int(largest),
                 "depth": patient.shape[0],
@@ -393,19 +303,18 @@ def _patients(run, method, rows, every):
 
 def _numbers(row):
     """The metrics beside a patient's slices, each with its label."""
-    texts = {key: f"{METRICS[key].text(row.get(key))} {METRICS[key].unit}".strip() for key in METRICS}
-    islands = {None: "", 0: ", no false island", 1: ", 1 false island"}
-    found = row.get("false_islands")
-    texts["hd95"] += islands.get(found, f", {found} false islands")
-    return [(METRICS[key].label, texts[key]) for key in _SHOWN if row.get(key) is not None]
+    numbers = {key: f"{METRICS[key].text(row[key])} {METRICS[key].unit}".strip() for key in _SHOWN}
+    islands = row["false_islands"]
+    numbers["hd95"] += f", {islands or 'no'} false island{'s' * (islands > 1)}"
+    return [(METRICS[key].label, text) for key, text in numbers.items()]
 
 
 def _attention(results):
     """How much the fusion blocks of each method listen to each modality of its test patients; see `run_fold`."""
     blocks = []
     for title, folds in results.items():
-        # Methods without fusion blocks have none, and results of earlier versions do not have them.
-        found = [result["shares"] for result in folds if result.get("shares")]
+        # Methods without fusion blocks have none.
+        found = [result["shares"] for result in folds if result["shares"]]
         if not found:
             continue
         shares = {
@@ -415,8 +324,8 @@ def _attention(results):
         mean = {name: np.mean([share[name] for share in shares.values()]) for name in next(iter(shares.values()))}
         most = ", ".join(f"{name} {mean[name]:.0%}" for name in sorted(mean, key=mean.get, reverse=True))
         blocks += [
-            _texts(f"{title}: {most}, over all fusion blocks and test patients."),
-            _figure(
+            page.texts(f"{title}: {most}, over all fusion blocks and test patients."),
+            page.figure(
                 plot_attention(shares),
                 f"{title}: each modality's share of the features that a fusion block passes on, the mean and standard "
                 "deviation over the test patients; the finest level first.",
@@ -432,7 +341,7 @@ def _training(run, method):
         histories = run.histories(fold)
         if method.name in histories:
             figure = plot_training(histories[method.name], method.adapt(run.recipe).training.choose_by)
-            blocks.append(_figure(figure, f"{method.title}, fold {fold}."))
+            blocks.append(page.figure(figure, f"{method.title}, fold {fold}."))
         for modality, name in method.encoders.items():
             if name in histories:
                 updates = [(row["epoch"] + 1) * run.recipe.training.steps_per_epoch for row in histories[name]]
@@ -440,7 +349,7 @@ def _training(run, method):
                 single.setdefault(modality, {})[f"fold {fold}"] = updates, losses
     if single:
         caption = f"The single-modality networks, before {method.title}."
-        blocks.append(_figure(plot_learning_curves(single), caption))
+        blocks.append(page.figure(plot_learning_curves(single), caption))
     return blocks
 
 
@@ -451,7 +360,7 @@ def _setting(run, results):
     return [
         ("Patients", _cohort(run)),
         ("Recipe", _recipe(run.recipe)),
-        ("Software", [_table(["", "Version"], software.items(), left=2)]),
+        ("Software", [page.table(["", "Version"], software.items(), left=2)]),
     ]
 
 
@@ -475,18 +384,18 @@ def _cohort(run):
     lines = [[name, float(np.median(some)), min(some), max(some)] for name, some in values.items()]
     folds = [[number, len(fold.train), len(fold.validation), len(fold.test)] for number, fold in enumerate(run.folds)]
     blocks = [
-        _texts(
+        page.texts(
             f"{len(patients)} patients{f', {without} of them without tumour' if without else ''}. The sizes are those "
             "of the reference modality's images as they came."
         ),
-        _table(["", "Median", "Smallest", "Largest"], lines),
-        _table(["Fold", "Training", "Validation", "Test"], folds),
+        page.table(["", "Median", "Smallest", "Largest"], lines),
+        page.table(["Fold", "Training", "Validation", "Test"], folds),
     ]
     if cohort["skipped"]:
-        blocks.append(_texts(f"Left out ({len(cohort['skipped'])}):"))
-        blocks.append(_table(["Patient", "Why"], cohort["skipped"].items(), left=2))
+        blocks.append(page.texts(f"Left out ({len(cohort['skipped'])}):"))
+        blocks.append(page.table(["Patient", "Why"], cohort["skipped"].items(), left=2))
     notes = [(name, "; ".join(some)) for name, some in cohort["patients"].items() if some]
-    return [*blocks, _table(["Patient", "Note"], notes, left=2)] if notes else blocks
+    return [*blocks, page.table(["Patient", "Note"], notes, left=2)] if notes else blocks
 
 
 def _recipe(recipe):
@@ -502,171 +411,7 @@ def _recipe(recipe):
         if value != paper[path]
     ]
     same = [[path, value] for path, value in ours.items() if value == paper[path]]
-    blocks = [_texts(f"{len(differing)} of {len(ours)} values differ from the paper's.")]
+    blocks = [page.texts(f"{len(differing)} of {len(ours)} values differ from the paper's.")]
     if differing:
-        blocks.append(_table(["Differs", "This run", "Paper", *(["Why"] if why else [])], differing, left=4))
-    return [*blocks, _table(["As in the paper", "Value"], same, left=2)]
-
-
-# --- the comparison of methods
-
-
-def write_tables(
-    results: Mapping[str, Sequence[Mapping]], folder: Path, baseline: str = "multi_encoder"
-) -> tuple[list[dict], dict[str, tuple]]:
-    """Writes `table.md`, `table.csv`, `methods.png` and, with results of both kinds, `self_transfer.png`.
-
-    Of several structures there is a second table in `table.md`, with the DSC of each.
-
-    Args:
-        results: As `Run.results` returns them.
-        folder: Folder for the tables and the charts.
-        baseline: Name of the method that the others are compared with.
-
-    Returns:
-        The rows, as from `compare_results`, and `{name of a chart's file: (figure, caption)}`.
-
-    Raises:
-        ValueError: There are no results.
-    """
-    if not results:
-        raise ValueError(f"a run with the results of a method is expected. Received: {folder}")
-    rows = compare_results(results, baseline)
-    structures, tables = _structures(results), [(_COLUMNS, _cells(rows, baseline))]
-    headings = [f"{text}:\n\n" for text in _headings(structures)]
-    tables += [_dsc_of_each(rows, structures)] if headings else []
-    texts = [_markdown(*table, [row["method"] == baseline for row in rows]) for table in tables]
-    write(folder / "table.md", "\n".join(h + t for h, t in zip(headings or [""], texts, strict=True)))
-    write(folder / "table.csv", csv_text(rows))
-    charts = _charts(results)
-    for name, (figure, _) in charts.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
-    return rows, charts
-
-
-def _markdown(header, lines, bold):
-    text = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    for (title, *cells), is_bold in zip(lines, bold, strict=True):
-        text.append(f"| {' | '.join([f'**{title}**' if is_bold else title, *cells])} |")
-    return "\n".join(text) + "\n"
-
-
-def _structures(results):
-    """The names of the structures that methods were tested on."""
-    return list(rows_by_structure([row for folds in results.values() for one in folds for row in one["patients"]]))
-
-
-def _headings(structures):
-    """Those of both tables of a comparison, of several structures."""
-    return [f"Means over the structures {', '.join(structures)}", "DSC of each structure"] * (len(structures) > 1)
-
-
-def _dsc_of_each(rows, structures):
-    """The header and the lines of a table of methods and structures."""
-    text, keys = METRICS["dsc"].text, [*(f"dsc_{name}" for name in structures), "dsc"]
-    lines = [[f"{text(row[key])} ± {text(row[f'{key}_std'])}" for key in keys] for row in rows]
-    return ["Method", *structures, "Mean"], [[row["title"], *line] for row, line in zip(rows, lines, strict=True)]
-
-
-def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> list[dict]:
-    """One dict for each method: what its row of the table shows.
-
-    Args:
-        results: As `Run.results` returns them.
-        baseline: Name of the method that the others are compared with, on the patients that both have.
-
-    Returns:
-        Dicts of `method`, `title`, `folds`, `patients`, means and standard deviations of the metrics, the paper's,
-        the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several structures the metrics
-        are each patient's means over them, and there is the DSC of each, such as `dsc_core`.
-    """
-    reference, rows = _by_patient(results.get(baseline, [])), []
-    for name, folds in results.items():
-        patients = _by_patient(folds)
-        summary = summarise(list(patients.values()))
-        row = {"method": name, "title": folds[0]["title"], "folds": len(folds), "patients": len(patients)}
-        for key in _OF_PAPER + _DISTANCES:
-            if key in _OF_PAPER:
-                row[f"paper_{key}"] = folds[0]["paper"].get(key)
-            row[key], row[f"{key}_std"] = (summary[key][name] if patients else None for name in ("mean", "std"))
-        common = [n for n in patients if n in reference and np.isfinite(patients[n]["dsc"] + reference[n]["dsc"])]
-        same = name == baseline or not common
-        difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
-        if len(common) == 1:  # of which there is no interval
-            difference |= {"low": None, "high": None}
-        row |= {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p", "patients")}
-        structures = rows_by_structure([one for result in folds for one in result["patients"]])
-        for structure, some in structures.items() if len(structures) > 1 else ():
-            dsc = summarise(some)["dsc"]
-            row |= {f"dsc_{structure}": dsc["mean"], f"dsc_{structure}_std": dsc["std"]}
-        row["parameters"] = folds[0]["parameters"]
-        row["training_seconds"] = float(np.mean([result["training_seconds"] for result in folds]))
-        row["patient_seconds"] = summary["seconds"]["mean"] if patients else None
-        rows.append(row)
-    return rows
-
-
-def _by_patient(folds):
-    """`{patient: numbers}` over the folds of a method."""
-    rows = mean_over_structures([row for result in folds for row in result["patients"]])
-    return {row["patient"]: row for row in rows}
-
-
-def _cells(rows, baseline):
-    """The table's lines, a text for each of `_COLUMNS`."""
-    lines = []
-    for row in rows:
-        cells = [row["title"]]
-        for key in _OF_PAPER + _DISTANCES:
-            metric = METRICS[key]
-            if key in _OF_PAPER:
-                cells.append("" if row[f"paper_{key}"] is None else metric.text(row[f"paper_{key}"]))
-            cells.append("" if row[key] is None else f"{metric.text(row[key])} ± {metric.text(row[f'{key}_std'])}")
-        if row["difference_mean"] is None:
-            cells += ["baseline" if row["method"] == baseline else "", ""]
-        else:
-            low, high, p = row["difference_low"], row["difference_high"], row["difference_p"]
-            interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-            cells += [f"{row['difference_mean']:+.4f}{interval}", f"{p:.1g}" if p < 0.1 else f"{p:.2f}"]
-        cells += [str(row["folds"]), str(row["patients"]), f"{row['parameters']:,}"]
-        cells += [f"{row['training_seconds']:.0f}", f"{row['patient_seconds']:.3f}" if row["patients"] else "-"]
-        lines.append(cells)
-    return lines
-
-
-def _charts(results):
-    """What can be drawn of the results: `{name of the file: (figure, caption)}`."""
-    paper = {folds[0]["title"]: folds[0]["paper"].get("dsc") for folds in results.values()}
-    scores = _scores({folds[0]["title"]: _by_patient(folds).values() for folds in results.values()})
-    methods = {title: (some, paper[title]) for title, some in scores.items()}
-    of = f", {_MEAN}" if len(_structures(results)) > 1 else ""
-    caption = f"Each method's mean DSC{of}, beside the paper's."
-    charts = {"methods": (plot_methods(methods), caption)} if methods else {}
-    losses = transfer_curves(results)
-    if losses:
-        charts["self_transfer"] = plot_learning_curves(losses), "Without and with self-transfer; mean of the folds."
-    return charts
-
-
-def transfer_curves(results: Mapping[str, Sequence[Mapping]]) -> dict[str, dict]:
-    """Validation loss against updates, without and with self-transfer, of the methods that have both.
-
-    Args:
-        results: As `Run.results` returns them.
-
-    Returns:
-        `{title: {curve: (updates, losses)}}` for `plot_learning_curves`, the mean of the folds that both have.
-    """
-    charts = {}
-    for name in results:
-        pair = {"from random weights": results[name], "with self-transfer": results.get(f"{name}_transfer", [])}
-        folds = set.intersection(*[{result["fold"] for result in found} for found in pair.values()])
-        losses = {
-            label: [[epoch["val_loss"] for epoch in result["history"]] for result in found if result["fold"] in folds]
-            for label, found in pair.items()
-        }
-        first = results[name][0]
-        updates = first["updates"] / len(first["history"]) * np.arange(1, len(first["history"]) + 1)
-        if folds:
-            charts[first["title"]] = {label: (updates, np.mean(lines, axis=0)) for label, lines in losses.items()}
-    return charts
+        blocks.append(page.table(["Differs", "This run", "Paper", *(["Why"] if why else [])], differing, left=4))
+    return [*blocks, page.table(["As in the paper", "Value"], same, left=2)]

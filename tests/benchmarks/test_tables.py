@@ -15,7 +15,7 @@ def test_tables_are_made_of_what_a_comparison_wrote(tmp_path, benchmarks):
         "updates": 20,
         "training_seconds": 10.0,
         "history": [{"epoch": 0, "val_loss": 0.5}],
-        "patients": [{"patient": "anna", **numbers}],
+        "patients": [{"patient": "anna", "structure": "tumour", **numbers}],
     }
     (tmp_path / "fold_0").mkdir()
     (tmp_path / "fold_0" / "mine.json").write_text(json.dumps(result))

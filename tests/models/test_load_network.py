@@ -82,6 +82,20 @@ def test_a_network_of_another_kind(network, message, tmp_path):
     assert message in text
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_structures_exclude_each_other_in_the_network_as_in_the_recipe(exclusive, tmp_path):
+    network = MMFNet(("t1", "t2"), (4, 8, 8), (2,), reduction=2, structures=("a", "b"), exclusive=exclusive)
+    network.save(tmp_path / "two.keras")
+    apart, overlapping = (
+        RECIPE.replace({"data.structures": labels}) for labels in ({"a": 1, "b": 2}, {"a": (1, 2), "b": 2})
+    )
+    right, wrong = (apart, overlapping) if exclusive else (overlapping, apart)
+    load_network(tmp_path / "two.keras", right)
+    text = refused(tmp_path / "two.keras", wrong)
+    assert f"probabilities of a, b (exclusive={not exclusive})" in text
+    assert text.endswith(f"(exclusive={exclusive})")
+
+
 def test_a_network_that_classifies(tmp_path):
     inputs = {name: keras.Input((*RECIPE.patches.shape, 1), name=name) for name in RECIPE.data.modalities}
     x = keras.layers.GlobalAveragePooling3D()(keras.layers.Concatenate()(list(inputs.values())))

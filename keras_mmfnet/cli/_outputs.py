@@ -1,0 +1,93 @@
+"""The files that `mmfnet segment` writes."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+
+# What they end with.
+DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
+
+
+class Outputs:
+    """The files of each patient in a folder, by what they hold and the structure, `None` for all; the masks are last.
+
+    Beside them is `PATIENT.json`, the record of what they were made from.
+    """
+
+    def __init__(self, folder, recipe):
+        self.folder, self.recipe = folder, recipe
+        structures = recipe.structure_names if len(recipe.structures) > 1 else (None,)
+
+        def image(what, structures):
+            return {(what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz" for one in structures}
+
+        self.ends = {
+            **image("probability", structures),
+            **image("disagreement", structures),
+            **{(what, None): end for what, end in DICOM.items()},
+            ("picture", None): ".png",
+            **image("mask", recipe.mask_files),
+        }
+
+    def require_distinct(self, cases):
+        """Refuses patients of whom one's file would have the name of another's."""
+        files = Counter(case.name + end for case in cases for end in self.ends.values())
+        if twice := [name for name, count in files.items() if count > 1]:
+            listed = ", ".join(twice[:10]) + (", ..." if len(twice) > 10 else "")
+            expected = "patients whose files have different names are expected"
+            raise ValueError(f"{expected}. Received: {listed} of two patients")
+
+    def source(self, case, networks):
+        """A hash of what a patient's files are made from: the networks and the images."""
+        from keras_mmfnet.data.cache import key
+        from keras_mmfnet.data.preprocess import recipe_of
+
+        images = key(dataclasses.replace(case, mask=None), recipe_of(case, self.recipe))
+        return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
+
+    def there(self, case):
+        """The files of a patient that exist."""
+        files = {about: self.folder / f"{case.name}{end}" for about, end in self.ends.items()}
+        return {about: path for about, path in files.items() if path.exists()}
+
+    def missing(self, case, wanted):
+        """The files of a patient that are to be written. No DICOM file of empty masks is."""
+        there = self.there(case)
+        missing = {
+            about: self.folder / f"{case.name}{end}"
+            for about, end in self.ends.items()
+            if about[0] in (*wanted, "mask") and about not in there
+        }
+        if missing and {what for what, _ in missing} <= DICOM.keys():
+            import SimpleITK as sitk
+
+            masks = [path for (what, _), path in there.items() if what == "mask"]
+            return missing if any(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).any() for path in masks) else {}
+        return missing
+
+    def require_same(self, case, record):
+        """Refuses to add to a patient's files, or to keep them, if they were made from something else."""
+        from keras_mmfnet._files import read_json
+
+        path, there = self._record(case), self.there(case)
+        if there and not (path.exists() and read_json(path) == record):
+            raise ValueError(
+                f"{case.name}: {next(iter(there.values()))}: must be made from the same images, networks and options "
+                "as now; choose another --out. Received: a file made otherwise"
+            )
+
+    def write_record(self, case, record):
+        """Writes the record of a patient, before the files."""
+        from keras_mmfnet._files import write
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write(self._record(case), json.dumps(record, indent=2) + "\n")
+
+    def drop_record(self, case):
+        """Removes the record of a patient of whom no file was written."""
+        if not self.there(case):
+            self._record(case).unlink(missing_ok=True)
+
+    def _record(self, case):
+        return self.folder / f"{case.name}.json"

@@ -1,0 +1,174 @@
+"""Compares two folders of masks, such as those of a network and of an expert."""
+
+import dataclasses
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet._log import progress
+from keras_mmfnet.data.case import StructureFiles
+from keras_mmfnet.data.dicom import find_objects
+from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.image_io import image_stem, read_image
+from keras_mmfnet.data.preprocess import structures_in
+from keras_mmfnet.data.structures import Structures, find_structures
+from keras_mmfnet.evaluation import compare_masks, rows_by_structure
+from keras_mmfnet.recipe import DataRecipe
+
+_log = logging.getLogger(__name__)
+_MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
+# What `mmfnet segment` writes beside a mask.
+_OTHERS = re.compile(r"(.+)_(probability|disagreement)(_[\w-]+)?")
+
+
+def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, recipe: DataRecipe) -> list[dict]:
+    """Compares the masks of the patients that are in both folders.
+
+    A folder has a file for each patient, such as `anna.nii.gz`, or for each patient and structure, such as
+    `anna_core.nii.gz`; or a folder for each patient, with one mask or a DICOM structure set or segmentation. Warnings
+    are logged about patients who are in one folder alone, and about a structure that is in no mask of one side.
+
+    Args:
+        predictions: Folder of the predicted masks.
+        truth: Folder of the expert's masks.
+        recipe: The `DataRecipe`, whose `structures` say what is compared; with `allow_empty` masks may be empty.
+
+    Returns:
+        A dict for each patient and structure that both have: `patient`, `structure` and the numbers of `compare_masks`.
+
+    Raises:
+        ValueError: No patient is in both folders, a folder holds no masks or several of a patient, a mask is damaged or
+            has no voxel of the structures, or the masks of a patient do not lie on one grid.
+    """
+    folders = Path(predictions), Path(truth)
+    predicted, expert = (_find_masks(folder, recipe.named_structures) for folder in folders)
+    for lacking, alone in (
+        ("prediction", expert.keys() - predicted),
+        ("mask of the expert", predicted.keys() - expert),
+    ):
+        if alone:
+            listed = ", ".join(sorted(alone)[:10]) + (", ..." if len(alone) > 10 else "")
+            _log.warning("no %s of %d patient%s: %s", lacking, len(alone), "s" * (len(alone) > 1), listed)
+    names = sorted(predicted.keys() & expert)
+    if not names:
+        raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
+    of_predictions, rows = _recipe_of_predictions(predicted, recipe), []
+    for number, name in enumerate(names, start=1):
+        rows += _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
+        progress("comparing", number, len(names))
+    _warn_of_absent(rows, recipe.structures)
+    return rows
+
+
+def _find_masks(folder, named):
+    """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder.
+
+    Structures that are named, not given by labels, have a file each, `PATIENT_STRUCTURE`.
+    """
+    if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
+        folder = folder / "labelsTr"
+    files = [(image_stem(path), path) for path in sorted(folder.iterdir()) if path.is_file()]
+    stems, masks, apart = {stem for stem, _ in files}, {}, {}
+    for stem, path in files:
+        other = _OTHERS.fullmatch(stem or ".")
+        if not stem or stem[0] == "." or (other and (not other[3] or other[1] in stems)):
+            continue
+        structure = max((name for name in named if stem.endswith(f"_{name}")), key=len, default=None)
+        name = stem.removesuffix(f"_{structure}")
+        own = apart.setdefault(name, {}) if structure else masks
+        key = structure or name
+        if key in own:
+            raise ValueError(f"{folder}: must hold one mask of {stem}. Received: {own[key].name}, {path.name}")
+        own[key] = path
+    if apart:
+        masks = {name: StructureFiles(own) for name, own in apart.items()}
+    elif len(named) == 1:
+        masks = {name: StructureFiles(dict.fromkeys(named, path)) for name, path in masks.items()}
+    for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
+        if source := _mask_in(patient, named):
+            masks[patient.name] = source
+    if not masks:
+        raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
+    return masks
+
+
+def _mask_in(patient, named):
+    """The mask in a patient's folder or `None`: the structures that are named, or the only one."""
+
+    def only(found):
+        if len(found) > 1:
+            listed = ", ".join(map(str, found))
+            raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
+        return found[0] if found else None
+
+    stems = {path: image_stem(path) or "" for path in sorted(patient.iterdir())}
+    if not named and (found := [path for path, stem in stems.items() if _MASK.search(stem)]):
+        return only(found)
+    series, objects = find_objects(patient, patient.name)
+    drawn = only(find_structures(objects, series, tuple(named.values()), patient.name))
+    if drawn and named:
+        files = {name: dataclasses.replace(drawn, patterns=(pattern,)) for name, pattern in named.items()}
+        return StructureFiles(files)
+    files = {
+        name: only([path for path, stem in stems.items() if re.fullmatch(pattern, stem, re.IGNORECASE)])
+        for name, pattern in named.items()
+    }
+    files = {name: path for name, path in files.items() if path}
+    return StructureFiles(files) if files else drawn
+
+
+def _recipe_of_predictions(masks, recipe):
+    """The recipe by which predictions are read: those of a network of one structure are 0 and 1, whatever its labels.
+
+    That is so if no prediction has another value, which one with the structure's labels would have.
+    """
+    [(name, labels), *others] = recipe.structures.items()
+    if others or not isinstance(labels, tuple) or 1 in labels:
+        return recipe
+    for patient, path in masks.items():
+        if not set(np.unique(sitk.GetArrayFromImage(read_image(path, patient)))) <= {0, 1}:
+            return recipe
+    _log.info("The predictions are of 0 and 1: 1 is taken for %s", name)
+    return recipe.model_copy(update={"structures": {name: None}})
+
+
+def _compare(name, predicted, expert):
+    """The numbers of one patient, a row for each structure that both have; each is a source and its recipe."""
+    rows, sources, structures = [], (predicted[0], expert[0]), list(expert[1].structures)
+    for who, source in zip(("prediction", "mask of the expert"), sources, strict=True):
+        if isinstance(source, StructureFiles) and (lacking := [one for one in structures if one not in source.files]):
+            _log.warning("%s: no %s of %s, which is not compared", name, who, ", ".join(lacking))
+            structures = [one for one in structures if one not in lacking]
+    found = [structures_in(source, recipe, name) for source, recipe in (predicted, expert)]
+    for structure in structures:
+        (image, inside), (own, truth) = (masks[structure] for masks in found)
+        source = expert[0].files[structure] if isinstance(expert[0], StructureFiles) else expert[0]
+        grids = [Grid.from_image(one) for one in (image, own)]
+        if isinstance(source, Structures):
+            # A segmentation may have the slices with tumour alone: the others are added where no voxel is lost by it.
+            drawn = grids[1].image(truth.astype(np.uint8))
+            whole = sitk.Resample(drawn, image, sitk.Transform(), sitk.sitkNearestNeighbor)
+            whole = sitk.GetArrayFromImage(whole) > 0
+            if np.count_nonzero(whole) == np.count_nonzero(truth):
+                grids[1], truth = grids[0], whole
+        if not grids[0].matches(grids[1]):
+            sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)
+            listed = " and ".join(map(str, sources))
+            raise ValueError(f"{name}: both masks must lie on one grid. Received: {listed} with {sizes}")
+        numbers = compare_masks(inside, truth, grids[0].spacing[::-1])
+        rows.append({"patient": name, "structure": structure, **numbers})
+    return rows
+
+
+def _warn_of_absent(rows, structures):
+    """Says of a structure that is in no prediction, or in no mask of the expert: its labels may be others there."""
+    for name, some in rows_by_structure(rows).items():
+        labels = structures[name]
+        what = f"{name} (label {', '.join(map(str, labels))})" if isinstance(labels, tuple) else name
+        for key, other, who in (("predicted_ml", "volume_ml", "prediction"), ("volume_ml", "predicted_ml", "expert")):
+            if not any(row[key] for row in some) and any(row[other] for row in some):
+                _log.warning("no voxel of %s in any mask of the %s", what, who)

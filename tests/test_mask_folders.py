@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.evaluation import compare_masks
+from keras_mmfnet.mask_folders import compare_folders
+from keras_mmfnet.recipe import DataRecipe
+
+
+def test_two_folders_from_python(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    masks = {}
+    for side in ("predicted", "expert"):
+        (tmp_path / side).mkdir()
+        for name in ("ann", "bob", side):
+            labels = rng.choice(np.array([0, 1, 4], np.uint8), (4, 6, 8))
+            masks[side, name] = labels
+            image = sitk.GetImageFromArray(labels)
+            image.SetSpacing((0.5, 1.0, 3.0))
+            sitk.WriteImage(image, str(tmp_path / side / f"{name}.nii.gz"))
+    structures = {"whole": (1, 4), "inner": 4}
+    rows = compare_folders(tmp_path / "predicted", str(tmp_path / "expert"), DataRecipe(structures=structures))
+    assert [(row["patient"], row["structure"]) for row in rows] == [
+        (name, structure) for name in ("ann", "bob") for structure in structures
+    ]
+    for row in rows:
+        labels = np.atleast_1d(structures[row["structure"]])
+        predicted, expert = (np.isin(masks[side, row["patient"]], labels) for side in ("predicted", "expert"))
+        numbers = compare_masks(predicted, expert, (3.0, 1.0, 0.5))
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, nan_ok=True)
+    assert "no prediction of 1 patient: expert" in caplog.text
+    assert "no mask of the expert of 1 patient: predicted" in caplog.text
