@@ -20,7 +20,7 @@ from keras_mmfnet.models import MMFNet
 from keras_mmfnet.postprocess import PostProcessing
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import write_comparison, write_report
-from keras_mmfnet.report.analysis import compare_results
+from keras_mmfnet.report._comparison import compare_results
 from keras_mmfnet.run import Run, RunLocked, compare_methods, cross_validate, modalities_of, run_fold
 
 # For the patients in files, in voxels of 4 mm.
