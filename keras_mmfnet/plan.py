@@ -22,7 +22,7 @@ from keras_mmfnet.recipe import DataRecipe, Recipe
 
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
 _SAMPLE, _REGISTERED = 8, 4
-# From so many mm on, the sequences are registered: twice the error of a registration.
+# Misalignment in mm above which the sequences are registered: twice the error of a registration.
 _MOVED = 2.0
 # Factors of the median pixel that are tried, the largest pixels in mm, and the diameter of a structure in pixels that
 # must be left.

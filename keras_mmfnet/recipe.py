@@ -154,11 +154,11 @@ class DataRecipe(_Part):
         modalities: Names of the image sequences; the first one is the reference modality, whose grid is the patient's.
         mask: Name of the mask's file.
         series: Regular expressions by modality for the name of its DICOM series or its channel of a dataset, where
-            the usual names do not fit; searched in any case in the series' folder and description, and with its
+            the usual names do not fit; searched, ignoring case, in the series' folder and description, and with its
             number, time and echo after them.
         structures: What is segmented, by name. Integers are the label values of a structure in the mask. A string is a
             regular expression for the whole name of its own mask file, or of its structures in a DICOM structure set
-            or segmentation, in any case. `None`: the mask has one label or structure. Structures with label values of
+            or segmentation, ignoring case. `None`: the mask has one label or structure. Structures with label values of
             their own exclude each other; those that share some, or are named by strings, may overlap.
         mask_from: Which mask counts where each modality has its own: a modality's, `"union"` or `"intersection"`;
             `None` for the reference modality's or the only one. Also the modality that a mask was drawn on whose name
@@ -290,7 +290,7 @@ class PatchRecipe(_Part):
 
     @classmethod
     def strong(cls, **values: Any) -> Self:
-        """Patches with an augmentation of about nnU-Net's strength, and these other values."""
+        """Patches with nnU-Net's kinds of augmentation, rotated and scaled less, a bias field, and these values."""
         strengths = {"max_rotation": 15.0, "max_scaling": 0.25, "blur": 1.0, "low_resolution": 1.0, "bias_field": 0.5}
         strengths |= {"gamma": 0.5, "contrast": 0.25, "brightness": 0.25, "noise": 0.25, "foreground": 1 / 3}
         return cls(**strengths | values)

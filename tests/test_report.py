@@ -150,7 +150,7 @@ def test_the_report_of_a_run_is_one_page(run, page):
         "Run",
         "Results",
         "Patients, worst first",
-        "Which modality is listened to",
+        "Share of each modality in the fusion blocks",
         "Training",
         "Patients",
         "Recipe",
@@ -254,7 +254,7 @@ def test_what_the_cohort_is_like(run, page):
     assert "6 patients. The sizes are those of the reference modality's images as they came." in page.texts
 
 
-def test_what_is_listened_to_and_what_differs_from_the_paper(page):
+def test_the_shares_of_the_modalities_and_what_differs_from_the_paper(page):
     assert "MMFNet: t1 60%, t2 25%, cet1 15%, over all fusion blocks and test patients." in page.texts
     assert page.after("data.spacing", 2) == ["3.0", "0.5"]
     assert page.after("network.reduction") == ["12"]
@@ -439,7 +439,15 @@ def test_the_report_of_a_comparison(run, results, tmp_path):
             compared.result(one["fold"], one["method"]).write_text(json.dumps(one))
     page = Page(write_comparison(compared, baseline="multi_encoder"))
     assert {path.name for path in compared.folder.iterdir()} >= {"table.md", "table.csv", "methods.png", "report.html"}
-    expected = ["Run", "Results", "Charts", "Which modality is listened to", "Patients", "Recipe", "Software"]
+    expected = [
+        "Run",
+        "Results",
+        "Charts",
+        "Share of each modality in the fusion blocks",
+        "Patients",
+        "Recipe",
+        "Software",
+    ]
     assert page.headings == expected
     best = max(compare_results(compared.results(), "multi_encoder"), key=lambda row: row["dsc"])
     assert page.after("Highest mean DSC", 2) == [f"{best['dsc']:.3f}", best["title"]]

@@ -41,7 +41,7 @@ class TrainingProgress:
         self.worked, self.begin = 0.0, None
 
     def advance(self, path: Path, done: int, total: int) -> None:
-        """Takes in that so many updates of a network are made."""
+        """Records that `done` of `total` updates of a network are made."""
         if path != self.current:
             if self.current:  # It may have ended early.
                 self.shares[self.current] = 1.0

@@ -57,7 +57,7 @@ def sequence_of(name: str, folder: str = "") -> str | None:
     speaks of a difference, a time course or a map, means no sequence.
 
     Args:
-        name: What the scanner or the dataset calls the image, in any case.
+        name: What the scanner or the dataset calls the image, ignoring case.
         folder: The folder it lies in, which may say it instead.
 
     Returns:
@@ -93,7 +93,7 @@ def is_named(name: str, sequence: str, pattern: str | None = None, folder: str =
     Args:
         name: What the scanner or the dataset calls the image.
         sequence: The sequence; any word, or one of `SEQUENCES`.
-        pattern: A regular expression that decides instead, searched in any case in folder and name.
+        pattern: A regular expression that decides instead, searched, ignoring case, in folder and name.
         folder: The folder it lies in.
 
     Returns:

@@ -45,7 +45,7 @@ class Structures:
     Args:
         path: The file.
         series: The image series that it was drawn on, if it is there; it is read on its grid.
-        patterns: Regular expressions that the structures' whole names must match, in any case. The structures of the
+        patterns: Regular expressions that the structures' whole names must match, ignoring case. The structures of the
             n-th pattern have the label n. None: the only structure of the file, with the label 1.
         names: The names of all structures in the file that are not empty.
         frame_of_reference: UID of the coordinates that they are given in.

@@ -31,15 +31,7 @@ class EncoderDecoder(Network):
             `{modality: tensor}`.
         settings: The other arguments of the subclass, which become attributes and part of the config.
         rank: 3 for volumes, 2 for slices.
-        structures: Names of the structures, one channel of probabilities each.
-        exclusive: Whether no voxel can belong to two structures: a softmax with the background instead of a sigmoid
-            for each structure.
-        strides: By how much each level is pooled, along each axis 1 or 2; `None` for 2 everywhere.
-        kernel_sizes: Kernel of the convolutions of each level, along each axis 1 or 3; `None` for 3 everywhere.
-        normalization: `"batch"` or `"instance"`.
-        residual: Whether the input of an encoder's block is added to its output.
-        deep_supervision: Whether the coarser levels of the decoder, except the coarsest, have heads for training. It is
-            not part of the config: a network that is saved and loaded has only the finest head.
+        structures, exclusive, strides, kernel_sizes, normalization, residual, deep_supervision: See `MMFNet`.
         **kwargs: `name` and `trainable`, as in `keras.Model`.
     """
 

@@ -31,7 +31,7 @@ class MultiEncoderUNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of each encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options that `MMFNet` lists; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.
@@ -60,6 +60,19 @@ class MultiEncoderUNet3D(EncoderDecoder):
 class MMFNet(EncoderDecoder):
     """Multi-modality MRI fusion network: an encoder per modality, a fusion block per level and a decoder.
 
+    All encoder-decoder networks have these options, as keyword arguments:
+
+    | option | default | meaning |
+    |---|---|---|
+    | `structures` | `("tumour",)` | names of the structures, one channel of probabilities each |
+    | `exclusive` | `True` | no voxel belongs to two structures: a softmax with the background, not a sigmoid for each |
+    | `strides` | `None`: 2 everywhere | by how much each level is pooled, 1 or 2 along each axis |
+    | `kernel_sizes` | `None`: 3 everywhere | kernel of the convolutions of each level, 1 or 3 along each axis |
+    | `normalization` | `"batch"` | or `"instance"` |
+    | `residual` | `False` | the input of each encoder block is added to its output |
+    | `deep_supervision` | `False` | auxiliary heads on all decoder levels but the coarsest, in training only; not \
+part of the config, so a loaded network has the finest head alone |
+
     Args:
         modalities: Names of the modalities.
         patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
@@ -73,7 +86,7 @@ class MMFNet(EncoderDecoder):
         modality_dropout: Probability that a modality of a training patch is replaced by zeros, the mean of a normalised
             image; or probabilities by modality, 0 for those not named. At least one modality is kept.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options above; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.

@@ -15,7 +15,7 @@ class UNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options that `MMFNet` lists; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, depth, height, width, 1)`.
@@ -54,7 +54,7 @@ class UNet2D(EncoderDecoder):
         patch_shape: `(height, width)` in pixels, each a multiple of the product of its strides or `None`.
         filters: Filters of the encoder's blocks; the decoder mirrors them.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options that `MMFNet` lists; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, the tensor of shape `(batch, height, width, 1)`.
@@ -96,7 +96,7 @@ class SingleEncoderUNet3D(EncoderDecoder):
         patch_shape: `(depth, height, width)` in voxels, each a multiple of the product of its strides or `None`.
         filters: Filters of the decoder's blocks, finest level first.
         dtype: Dtype policy of the layers, or `None` for Keras' global policy.
-        **kwargs: The options of `EncoderDecoder` from `structures` on; `name` and `trainable`, as in `keras.Model`.
+        **kwargs: The options that `MMFNet` lists; `name` and `trainable`, as in `keras.Model`.
 
     Call arguments:
         inputs: `{modality: tensor}`, each tensor of shape `(batch, depth, height, width, 1)`.

@@ -74,7 +74,7 @@ def write_report(run: Run) -> Path:
             ],
         ),
         ("Patients, worst first", _patients(run, method.name, rows, every)),
-        ("Which modality is listened to", _attention({method.title: results})),
+        ("Share of each modality in the fusion blocks", _attention({method.title: results})),
         ("Training", _training(run, method)),
         ("Post-processing", _postprocessing(results)),
         *_setting(run, results),
@@ -129,7 +129,7 @@ def write_comparison(run: Run, baseline: str = "multi_encoder") -> Path:
             ],
         ),
         ("Charts", [*(page.figure(*chart) for chart in charts.values()), *boxes]),
-        ("Which modality is listened to", attention),
+        ("Share of each modality in the fusion blocks", attention),
         *_setting(run, every),
     ]
     return page.write_page(run.report_file, f"Comparison: {run.folder.resolve().name}", facts, sections)
@@ -310,7 +310,7 @@ def _numbers(row):
 
 
 def _attention(results):
-    """How much the fusion blocks of each method listen to each modality of its test patients; see `run_fold`."""
+    """The contribution of each modality to the fusion blocks of each method, over its test patients; see `run_fold`."""
     blocks = []
     for title, folds in results.items():
         # Methods without fusion blocks have none.
