@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -133,7 +134,7 @@ was trained with; the SHA-256 of the recipe and the networks |
                     (folder / name).parent.mkdir(exist_ok=True)
                     with archive.open(member) as source, open(folder / name, "wb") as target:
                         shutil.copyfileobj(source, target)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{self.path}: must be an undamaged zip archive. Received: {error}") from error
         return folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet._files import read_json
 from keras_mmfnet._log import progress
 from keras_mmfnet.data.case import StructureFiles
 from keras_mmfnet.data.dicom import find_objects
@@ -124,16 +125,22 @@ def _mask_in(patient, named):
 def _recipe_of_predictions(masks, recipe):
     """The recipe by which predictions are read: those of a network of one structure are 0 and 1, whatever its labels.
 
-    That is so if no prediction has another value, which one with the structure's labels would have.
+    `PATIENT.json` beside a mask tells. Without it, that is so if no prediction has another value.
     """
     [(name, labels), *others] = recipe.structures.items()
     if others or not isinstance(labels, tuple) or 1 in labels:
         return recipe
+    as_one = recipe.model_copy(update={"structures": {name: None}})
+    records = [path.parent / f"{patient}.json" for patient, path in masks.items() if isinstance(path, Path)]
+    if len(records) == len(masks) and all(record.is_file() for record in records):
+        told = [read_json(record).get("labels", {}).get(name) for record in records]
+        if None not in told:
+            return as_one if told[0] == [1] else recipe
     for patient, path in masks.items():
         if not set(np.unique(sitk.GetArrayFromImage(read_image(path, patient)))) <= {0, 1}:
             return recipe
-    _log.info("The predictions are of 0 and 1: 1 is taken for %s", name)
-    return recipe.model_copy(update={"structures": {name: None}})
+    _log.warning("The predictions have the values 0 and 1 alone: 1 is taken for %s", name)
+    return as_one
 
 
 def _compare(name, predicted, expert):

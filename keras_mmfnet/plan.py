@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import logging
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import DataRecipe, Recipe
 
+_log = logging.getLogger(__name__)
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
 _SAMPLE, _REGISTERED = 8, 4
 # Misalignment in mm above which the sequences are registered: twice the error of a registration.
@@ -505,6 +507,12 @@ def _plan_training(plan, patients, shape, strides, stride, width):
     epochs = plan.set("training.epochs", epochs, f"{reason}; at most the paper's {_EPOCHS}")
     reason = f"at most the paper's {_STEPS}; each epoch is validated on {validation / _PREDICTION:.0f} windows"
     plan.set("training.steps_per_epoch", steps, reason)
+    if batch * size > plan.memory:
+        about = "A training step takes about %.2g GB, more than the %.2g GB that it may take: no smaller one is planned"
+        _log.warning(about, batch * size / 1e9, plan.memory / 1e9)
+    if spent > 1.5 * plan.seconds:
+        about = "The training of a fold takes about %s, more than the %s that it may take: no shorter one is planned"
+        _log.warning(about, _duration(spent), _duration(plan.seconds))
     if plan.networks == 2:
         plan.set("training.warmup_epochs", max(1, round(0.05 * epochs)), "the paper's 5% of the epochs")
         rate = "the same as in pretraining: DSC 0.795 on 171 gliomas, 0.777 at a tenth of it"
@@ -524,7 +532,9 @@ def _by(sizes):
 
 
 def _duration(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.2g} s"
 
 
 def measure_speed(patch_shape: Sequence[int] = (16, 64, 64)) -> float:

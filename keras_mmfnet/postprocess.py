@@ -30,7 +30,7 @@ class MaskRule(pydantic.BaseModel):
         largest_only: Only the largest component is kept.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     fill_holes: bool = False

@@ -545,8 +545,9 @@ class Recipe(_Part):
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path}: the JSON file of a recipe is expected. Received: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            received = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path}: the JSON file of a recipe is expected. Received: {received}") from error
         try:
             return cls.from_json(text)
         except ValueError as error:

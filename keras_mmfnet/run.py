@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -133,7 +134,9 @@ the groups, folds and donor that were given |
                     f"{path}: a finished fold is expected, whose result holds its post-processing; --resume finishes "
                     "it. Received: no such file"
                 )
-            chosen.append(PostProcessing(**read_json(path)["postprocess"]["rules"]))
+            if "postprocess" not in (result := read_json(path)):
+                raise ValueError(f"{path}: a result with the recipe's `postprocess` is expected. Received: one without")
+            chosen.append(PostProcessing(**result["postprocess"]["rules"]))
         return PostProcessing.of_ensemble(chosen)
 
     def histories(self, fold: int) -> dict[str, list[dict]]:
@@ -336,13 +339,19 @@ the groups, folds and donor that were given |
             cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
         grouped = group_patients(cases, recipe.training.group, groups)
 
-        def divide(names, volumes=None):
+        def divide(names, structures=None):
+            volumes = structures and {name: patients[name].tumour_ml for name in structures}
             left_out = [error.patient for error in bad]
             division = divide_patients(names, recipe.training, grouped, splits, volumes, left_out)
-            _check_folds(division, cases, volumes, recipe, methods)
+            _check_folds(division, cases, structures, recipe, methods)
             return division
 
         divide([case.name for case in cases])  # Too few patients are found before the long work.
+        if len(recipe.data.mask_files) > 1:
+            files = Counter(f"{case.name}_{structure}" for case in cases for structure in recipe.data.mask_files)
+            if twice := [file for file, count in files.items() if count > 1]:
+                expected = "names of patients and structures must not join to the same name of a file"
+                raise ValueError(f"{expected}. Received: {twice[0]} twice")
         patients = {}
         for number, case in enumerate(cases, start=1):
             try:
@@ -357,7 +366,7 @@ the groups, folds and donor that were given |
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
-        folds = divide(patients, {name: patient.tumour_ml for name, patient in patients.items()})
+        folds = divide(patients, {name: patient.structures_ml for name, patient in patients.items()})
         cohort = {
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
@@ -429,7 +438,10 @@ def _donor(path, recipe):
 
 
 def _check_folds(folds, cases, volumes, recipe, methods):
-    """Refuses folds in which nobody can train or validate a network or, if `volumes` are known, nobody has a tumour."""
+    """Refuses folds in which nobody can train or validate a network, or nobody has a tumour.
+
+    If the `volumes` of the structures are known, somebody to train on must have each structure.
+    """
     images = {case.name: case.images for case in cases}
     networks = dict.fromkeys(name for method in methods for name in method.encoders.values())
     methods = [*map(find_method, networks), *methods]
@@ -442,9 +454,12 @@ def _check_folds(folds, cases, volumes, recipe, methods):
                     f"{' or '.join(method.adapt(recipe).data.modalities)} for {part}; another `training.seed` or "
                     f"--splits may help. Received: {', '.join(names)} without"
                 )
-            if volumes is not None and not any(volumes[name] for name in served):
+            there = {one for name in served for one, ml in (volumes or {}).get(name, {}).items() if ml}
+            lacking = [one for one in recipe.data.structures if one not in there]
+            if volumes is not None and (lacking if part == "train" else not there):
+                what = ", ".join(lacking) if there else "tumour"
                 raise ValueError(
-                    f"fold {number}: {method.title} must have a patient with tumour for {part}; "
+                    f"fold {number}: {method.title} must have a patient with {what} for {part}; "
                     f"`training.balance=volume` or --splits may help. Received: {', '.join(served)}, all without"
                 )
 

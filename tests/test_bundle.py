@@ -297,6 +297,13 @@ def test_an_archive_that_is_damaged_or_too_large(copy, saved, tmp_path, monkeypa
     (tmp_path / "bad.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad.zip: must be an undamaged zip archive. Received: Bad CRC"):
         Bundle(tmp_path / "bad.zip")
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as packed:
+        packed.writestr("bundle.json", "{}" * 1000)
+    content = bytearray((tmp_path / "lzma.zip").read_bytes())
+    content[60:64] = b"\xff" * 4
+    (tmp_path / "lzma.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"lzma.zip: must be an undamaged zip archive. Received: "):
+        Bundle(tmp_path / "lzma.zip")
     with pytest.raises(ValueError, match=r"with one bundle.json is expected. Received: one with 2"):
         Bundle(archive(tmp_path / "two.zip", copy, **{"other/bundle.json": "{}"}))
     monkeypatch.setattr(bundles, "_LARGEST", 1000)

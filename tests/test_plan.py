@@ -65,7 +65,7 @@ def test_no_structure_lies_outside_all_windows_whatever_the_patients(seed):
 
 
 @once
-def test_memory_and_time_are_kept_and_more_of_them_are_used():
+def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
     patients = make_patients(np.random.default_rng(3))
 
     def voxels(recipe):
@@ -84,6 +84,10 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used():
 
     assert 20 < patches(long) / patches(short) < 300
     assert planned(patients, speed=1e-11).network.filters[0] > 8, "a GPU has time for wider networks"
+    assert not caplog.messages
+    planned(patients, memory=1e6, seconds=1)
+    assert "more than the 0.001 GB that it may take" in caplog.text
+    assert "more than the 1 s that it may take" in caplog.text
 
 
 @once

@@ -511,3 +511,20 @@ def test_several_structures(structures, labels, tiny_cohort, tmp_path):
     assert case.masks["middle" if labels else "boost"].sum() < case.mask.sum()
     page = write_report(run).read_text(encoding="utf-8")
     assert all(structure in page for structure in structures)
+
+
+def test_structures_that_cannot_be_trained_or_kept_apart(tiny_cohort, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_cohort, data)
+    recipe = COARSE.replace({"data.structures": {"gtv": (1,), "node": (7,)}, "training.self_transfer": False})
+    with pytest.raises(ValueError, match=r"fold 0: MMFNet must have a patient with node for train; .*, all without$"):
+        Run.start(tmp_path / "run", data, recipe)
+    for patient in data.iterdir():
+        for name in ("gtv", "b_gtv"):
+            shutil.copy(patient / "mask.nii.gz", patient / f"{name}.nii.gz")
+        (patient / "mask.nii.gz").unlink()
+    (data / "patient_05").rename(data / "patient_00_b")
+    recipe = COARSE.replace({"data.structures": {"gtv": "gtv", "b_gtv": "b_gtv"}})
+    with pytest.raises(ValueError, match=r"same name of a file\. Received: patient_00_b_gtv twice$"):
+        Run.start(tmp_path / "run", data, recipe)
+    assert not (tmp_path / "run" / "recipe.json").exists()

@@ -177,4 +177,4 @@ def choose_trained(run, folds: list[int] | None = None) -> list[int]:
             f"--fold: a fold of {run} that is trained ({', '.join(map(str, trained))}) is expected. "
             f"Received: {', '.join(map(str, lacking))}"
         )
-    return folds or trained
+    return sorted(set(folds or trained))

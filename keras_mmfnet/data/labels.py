@@ -56,4 +56,4 @@ def _labels(structures):
     every = sorted(every, key=lambda label: sum(label in labels for labels in structures.values()))
     values = np.array([0, *every])
     members = np.array([[label in labels for labels in structures.values()] for label in values])
-    return values.astype(np.min_scalar_type(values.max()) if values.min() >= 0 else np.int16), members
+    return values.astype(np.result_type(*map(np.min_scalar_type, (values.min(), values.max())))), members

@@ -173,7 +173,13 @@ def test_masks_of_a_network_of_one_structure_are_of_0_and_1(mmfnet, tmp_path):
     write(tmp_path / "predicted" / "ann.nii.gz", 4)
     done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "expert", "--structure", "inner=4")
     assert ["ann", "1.0000"] in [line.split()[:2] for line in done.stdout.splitlines()]
-    assert "The predictions are of 0 and 1: 1 is taken for inner" in done.stderr
+    assert "The predictions have the values 0 and 1 alone: 1 is taken for inner" in done.stderr
+    # What mmfnet segment writes beside a mask tells which values it has.
+    for labels, dice, warned in (([1], "1.0000", False), ([4], "0.0000", True)):
+        (tmp_path / "predicted" / "ann.json").write_text(json.dumps({"labels": {"inner": labels}}))
+        done = mmfnet("evaluate", tmp_path / "predicted", tmp_path / "expert", "--structure", "inner=4")
+        assert ["ann", dice] in [line.split()[:2] for line in done.stdout.splitlines()]
+        assert ("warning" in done.stderr) == warned
 
 
 def test_structures_with_a_file_each(mmfnet, tmp_path):

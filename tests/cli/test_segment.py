@@ -105,6 +105,7 @@ def test_what_cannot_be_done_is_said_before_any_work(mmfnet, trained, tiny_cohor
     assert re.search(r"that is trained \(0, 1\) is expected. Received: 7", refused(trained, patient, "--fold", 7))
     assert re.search("recipe.json, is expected. Received: .*nowhere", refused(tmp_path / "nowhere", patient))
     assert re.search("recipe.json, is expected. Received: ", refused(tiny_cohort, patient))
+    assert "two or more folds" in refused(trained, patient, "--disagreement", "--fold", 1, "--fold", 1)
     assert "two or more folds" in refused(trained, patient, "--disagreement", "--fold", 1)
     assert "--structure" in refused(trained, patient, "--rtstruct", "--structure", "a\\b")
     lines = refused(trained, tiny_cohort, "--rtstruct").splitlines()

@@ -17,6 +17,7 @@ BRATS = {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}
         (BRATS, (0, 1, 2, 4)),
         ({"a": (1, 2), "b": (2, 3)}, (0, 1, 2, 3)),
         ({"a": (-1,), "b": (3,)}, (0, -1, 3)),
+        ({"a": (-1,), "b": (40000,)}, (0, -1, 40000)),
     ],
 )
 def test_labels_are_split_and_joined_again(structures, labels):
