@@ -1,6 +1,5 @@
 """Compares two folders of masks, such as those of a network and of an expert."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
 from keras_mmfnet.data.preprocess import structures_in
-from keras_mmfnet.data.structures import Structures, find_structures
+from keras_mmfnet.data.structures import DicomStructures, drawn_mask
 from keras_mmfnet.evaluation import compare_masks, rows_by_structure
 from keras_mmfnet.recipe import DataRecipe
 
@@ -110,16 +109,15 @@ def _mask_in(patient, named):
     if not named and (found := [path for path, stem in stems.items() if _MASK.search(stem)]):
         return only(found)
     series, objects = find_objects(patient, patient.name)
-    drawn = only(find_structures(objects, series, tuple(named.values()), patient.name))
-    if drawn and named:
-        files = {name: dataclasses.replace(drawn, patterns=(pattern,)) for name, pattern in named.items()}
-        return StructureFiles(files)
-    files = {
-        name: only([path for path, stem in stems.items() if re.fullmatch(pattern, stem, re.IGNORECASE)])
-        for name, pattern in named.items()
-    }
-    files = {name: path for name, path in files.items() if path}
-    return StructureFiles(files) if files else drawn
+    drawn = drawn_mask(objects, series, named, patient.name, allow_empty=True)
+    if not named:
+        return drawn
+    files = dict(drawn.files) if drawn else {}
+    for name, pattern in named.items():
+        found = only([path for path, stem in stems.items() if re.fullmatch(pattern, stem, re.IGNORECASE)])
+        if found and name not in files:
+            files[name] = found
+    return StructureFiles(files) if files else None
 
 
 def _recipe_of_predictions(masks, recipe):
@@ -155,7 +153,7 @@ def _compare(name, predicted, expert):
         (image, inside), (own, truth) = (masks[structure] for masks in found)
         source = expert[0].files[structure] if isinstance(expert[0], StructureFiles) else expert[0]
         grids = [Grid.from_image(one) for one in (image, own)]
-        if isinstance(source, Structures):
+        if isinstance(source, DicomStructures):
             # A segmentation may have the slices with tumour alone: the others are added where no voxel is lost by it.
             drawn = grids[1].image(truth.astype(np.uint8))
             whole = sitk.Resample(drawn, image, sitk.Transform(), sitk.sitkNearestNeighbor)

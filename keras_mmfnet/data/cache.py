@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,44 +21,49 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, read_image
 from keras_mmfnet.data.registration import RigidTransform
-from keras_mmfnet.data.structures import Structures
+from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
 
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 8
+_VERSION = 9
 
 
 def key(case: Case, recipe: DataRecipe) -> str:
     """The name of a cache entry: a hash of all that preprocessing depends on. The patient's name is not part of it."""
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
+
+    @functools.cache  # the structures of one file share it and its series
+    def digest(source):
+        return _digest(source, case.name, digest)
+
     settings = {name: getattr(recipe, name) for name in _FIELDS}
     settings["structures"] = list(recipe.structures.items())  # whose order is that of the masks
     content = json.dumps(
-        [_VERSION, settings, [*masks], [_digest(source, case.name) for source in sources if source]],
+        [_VERSION, settings, [*masks], [digest(source) for source in sources if source]],
         sort_keys=True,
     )
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _digest(source, patient):
-    """A hash of the content of an image's files, including a separate file of voxels."""
+def _digest(source, patient, digest):
+    """A hash of the content of an image's files, including a separate file of voxels; `digest` gives that of a part."""
     if isinstance(source, Series):
-        return [[_digest(path, patient) for path in source.files], source.frames]
+        return [[*map(digest, source.files)], source.frames]
     if isinstance(source, Volume):
-        return [_digest(source.path, patient), source.index]
+        return [digest(source.path), source.index]
     if isinstance(source, StructureFiles):
-        return [[name, _digest(file, patient)] for name, file in source.files.items()]
-    if isinstance(source, Structures):
-        return [_digest(source.path, patient), source.patterns, source.series and _digest(source.series, patient)]
+        return [[name, digest(file)] for name, file in source.files.items()]
+    if isinstance(source, DicomStructures):
+        return [digest(source.path), source.pattern, source.series and digest(source.series)]
     try:
         with open(source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise refuser(source, patient)("a readable file", error.strerror) from error
-    return digest + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else digest
+    return found + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else found
 
 
 def store(preprocessed: PreprocessedCase, entry: Path) -> None:
@@ -77,7 +83,7 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
             "source": preprocessed.source.to_dict(),
             "centre": preprocessed.centre,
             "notes": preprocessed.notes,
-            "motions": {modality: dataclasses.astuple(rigid) for modality, rigid in preprocessed.transforms.items()},
+            "transforms": {modality: dataclasses.astuple(rigid) for modality, rigid in preprocessed.transforms.items()},
             "checksums": {file: _checksum(temporary / file) for file in arrays},
         }
         (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -112,7 +118,7 @@ def load(entry: Path, name: str) -> PreprocessedCase | None:
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),
             notes=tuple(description["notes"]),
-            transforms={m: RigidTransform(*map(tuple, numbers)) for m, numbers in description["motions"].items()},
+            transforms={m: RigidTransform(*map(tuple, numbers)) for m, numbers in description["transforms"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

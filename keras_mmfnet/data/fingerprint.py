@@ -22,7 +22,7 @@ from keras_mmfnet.data.preprocess import (
     reference_notes,
 )
 from keras_mmfnet.data.registration import register_rigid
-from keras_mmfnet.data.structures import Structures
+from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
 
 
@@ -146,7 +146,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
             if preprocessed.mask is not None:
                 volume, volumes = preprocessed.tumour_ml, preprocessed.structures_ml
     drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]
-    drawn = [file for source in drawn for file in files_of(source) if isinstance(file, Structures)]
+    drawn = [file for source in drawn for file in files_of(source) if isinstance(file, DicomStructures)]
     notes = [*(f"structures in {source}" for source in drawn), *notes]
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))

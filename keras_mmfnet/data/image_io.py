@@ -19,7 +19,7 @@ from keras_mmfnet.data._errors import reason, refuser
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import Series, read_series, series_grid
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
-from keras_mmfnet.data.structures import Structures, read_structures
+from keras_mmfnet.data.structures import DicomStructures, read_structures
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
 # brought together.
@@ -65,12 +65,12 @@ def image_stem(path: str | os.PathLike) -> str | None:
 
 
 def read_image(
-    source: Path | Volume | Series | Structures, patient: str, pixel_type: int = sitk.sitkUnknown
+    source: Path | Volume | Series | DicomStructures, patient: str, pixel_type: int = sitk.sitkUnknown
 ) -> sitk.Image:
     """Reads one 3D image and refuses what is damaged or cannot be worked with.
 
     Args:
-        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `Structures`.
+        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `DicomStructures`.
         patient: The patient's name, for messages.
         pixel_type: SimpleITK's pixel type of the result; the default keeps the file's.
 
@@ -82,7 +82,7 @@ def read_image(
             spacing that is not positive; or holds NaN or infinity; or a series is not one stack of slices.
     """
     refuse = refuser(source, patient)
-    if isinstance(source, Structures):
+    if isinstance(source, DicomStructures):
         return read_structures(source, patient)
     if isinstance(source, Series):
         image = read_series(source, patient, pixel_type)
@@ -96,11 +96,11 @@ def read_image(
     return image
 
 
-def read_grid(source: Path | Volume | Series | Structures, patient: str) -> Grid:
+def read_grid(source: Path | Volume | Series | DicomStructures, patient: str) -> Grid:
     """The grid of a 3D image, from its header alone.
 
     Args:
-        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `Structures`.
+        source: The file's path, a `Volume` of a file, a DICOM `Series` or its `DicomStructures`.
         patient: The patient's name, for messages.
 
     Returns:
@@ -111,7 +111,7 @@ def read_grid(source: Path | Volume | Series | Structures, patient: str) -> Grid
     """
     if isinstance(source, Series):
         return series_grid(source, patient)[0]
-    if isinstance(source, Structures):
+    if isinstance(source, DicomStructures):
         return Grid.from_image(read_structures(source, patient))
     refuse = refuser(source, patient)
     path, _ = _path_and_index(source)
@@ -133,7 +133,7 @@ def position_problems(source: Path | Volume | Series, patient: str) -> tuple[boo
     Raises:
         CaseError: As `read_grid`.
     """
-    if isinstance(source, (Series, Structures)) or not _is_nifti(_path_and_index(source)[0]):
+    if isinstance(source, (Series, DicomStructures)) or not _is_nifti(_path_and_index(source)[0]):
         return True, 0.0
     nifti = _read_nifti(source, refuser(source, patient))
     return nifti.has_position, nifti.difference

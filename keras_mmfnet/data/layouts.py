@@ -1,4 +1,3 @@
-import dataclasses
 import difflib
 import functools
 import itertools
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from keras_mmfnet.data.case import Case, CaseError, StructureFiles
+from keras_mmfnet.data.case import Case, CaseError, StructureFiles, files_of
 from keras_mmfnet.data.dicom import (
     SEGMENTATIONS,
     STRUCTURE_SET,
@@ -22,7 +21,7 @@ from keras_mmfnet.data.dicom import (
 )
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
 from keras_mmfnet.data.names import is_named, sequence_of
-from keras_mmfnet.data.structures import find_structures
+from keras_mmfnet.data.structures import drawn_mask
 from keras_mmfnet.recipe import DataRecipe
 
 _log = logging.getLogger(__name__)
@@ -334,10 +333,12 @@ def _find_structures(folder, files, names, recipe, required):
         path = _find_file(folder, files, [stem for stem in files if fits(stem)])
         drawn = {m: _find_file(folder, files, [s for s in files if _less(s, m, fits)]) for m in recipe.modalities}
         drawn = {None: path} if path else {modality: path for modality, path in drawn.items() if path}
-        if not drawn and required and not recipe.allow_empty:
-            raise _missing(folder, files, pattern, _is_mask, f"data.structures.{structure}")
         for modality, path in drawn.items():
             found.setdefault(modality, {})[structure] = path
+    # One that lacks some is no mask, also where none is required.
+    lacking = [name for name in names if not any(name in some for some in found.values())]
+    if lacking and (found or required) and not recipe.allow_empty:
+        raise _missing(folder, files, names[lacking[0]], _is_mask, f"data.structures.{lacking[0]}")
     if not found and required:
         raise _missing(folder, files, " or ".join(names.values()), _is_mask, "data.structures")
     if len(found) > 1 and len({frozenset(some) for some in found.values()}) > 1:
@@ -404,32 +405,30 @@ def _find_dicom(folder, recipe, optional):
         unused = {kind: others[kind] for kind in (STRUCTURE_SET, *SEGMENTATIONS) if ignored and kind in others}
         if unused:
             _log.info("%s: the mask is an image; not used as masks: %s", folder.name, describe_objects(unused))
-        drawn = [] if ignored else find_structures(others, series, tuple(named.values()), folder.name)
-        if not drawn and named:
+        drawn = None if ignored else drawn_mask(others, series, named, folder.name, recipe.allow_empty)
+        lacking = {name: text for name, text in named.items() if drawn is None or name not in drawn.files}
+        in_files = {}
+        if lacking:
             files = {}
             for path in filter(image_suffix, walk_files(folder)):
                 files.setdefault(image_stem(path), []).append(path)
-            found = _find_structures(folder, files, named, recipe, False)
-            if required and not found:
+            in_files = _find_structures(folder, files, lacking, recipe, False)
+        if drawn is None:
+            if required and named and not in_files:
                 listed = ", ".join(map(repr, named.values()))
                 raise CaseError(
                     f"{folder.name}: {folder}: must hold a DICOM structure set or segmentation with {listed}, or a "
                     f"file for each, as --structure says. Received: none"
                 )
-            return found
-        if not drawn:
-            return _choose_masks(folder, masks, recipe, others, required)
-        if len(drawn) > 1:
+            return in_files if named else _choose_masks(folder, masks, recipe, others, required)
+        if in_files:
             raise CaseError(
-                f"{folder.name}: {folder}: must hold one file with the structures; move the others elsewhere, or let "
-                f"--structure match those of one. Received: {'; '.join(map(str, drawn))}"
+                f"{folder.name}: {folder}: must hold all structures in one DICOM file or in a file each. "
+                f"Received: {drawn} and a file of {', '.join(lacking)}"
             )
-        [mask] = drawn
-        modality = next((modality for modality, one in chosen.items() if one == mask.series), None)
-        if named:
-            files = {name: dataclasses.replace(mask, patterns=(pattern,)) for name, pattern in named.items()}
-            mask = StructureFiles(files)
-        return {modality: mask} if modality else mask
+        [source, *_] = files_of(drawn)
+        modality = next((modality for modality, one in chosen.items() if one == source.series), None)
+        return {modality: drawn} if modality else drawn
 
     return chosen, find_mask
 

@@ -17,7 +17,7 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_image
 from keras_mmfnet.data.registration import apply_transform, register_rigid
-from keras_mmfnet.data.structures import Structures
+from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
 
 # Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
@@ -163,7 +163,7 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
             notes.append(f"{name}: sform and qform differ by {difference:.3g} mm; the sform counts, as in nibabel")
         frames = [getattr(one, "frame_of_reference", "") for one in (source, case.images[other])]
         apart = all(frames) and frames[0] != frames[1]
-        if apart and isinstance(source, Structures) and source.series not in case.images.values():
+        if apart and isinstance(source, DicomStructures) and source.series not in case.images.values():
             raise CaseError(
                 f"{case.name}: {source}: must be drawn on a modality or in the frame of reference of {other}; "
                 "resample the structures to its series with the registration between both, and give them as an image. "
@@ -444,46 +444,37 @@ def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str,
         patient: The patient's name, for messages.
 
     Returns:
-        `{structure: (the image it was read from, bool array)}`; a structure whose file is missing is empty.
+        `{structure: (the image it was read from, bool array)}`; with `allow_empty`, one whose file is missing is empty.
 
     Raises:
-        CaseError: A file is damaged, or has no voxel of the structures or several labels of which none was chosen.
+        CaseError: A file is missing or damaged, or has no voxel of the structures, or several labels of which none was
+            chosen.
     """
-    where, named = f"{patient}: {source}", recipe.named_structures
+    names, several, view = recipe.structure_names, len(recipe.structures) > 1, sitk.GetArrayViewFromImage
     try:
-        if not isinstance(source, StructureFiles):
-            if named and not isinstance(source, Structures):
-                listed = ", ".join(recipe.structures)
-                raise ValueError(f"must be a file for each of the structures {listed}. Received: one file")
-            image = read_image(source, patient)
-            values = sitk.GetArrayViewFromImage(image)
-            several = len(recipe.structures) > 1
-            if several:
-                every = sorted({label for labels in recipe.structures.values() for label in labels})
-                structure_voxels(values, every, recipe.allow_empty)
-            return {
-                name: (image, structure_voxels(values, labels, several or recipe.allow_empty))
-                for name, labels in recipe.structures.items()
-            }
-        images = {name: read_image(file, patient) for name, file in source.files.items()}
+        if isinstance(source, StructureFiles):
+            given = [name for name in names if name in source.files]
+            if not given or (len(given) < len(names) and not recipe.allow_empty):
+                listed = f"files of {', '.join(source.files) or 'none'}"
+                raise ValueError(f"must be a file for each of the structures {', '.join(names)}. Received: {listed}")
+            images, labels = {name: read_image(source.files[name], patient) for name in given}, {}
+        elif recipe.named_structures:
+            raise ValueError(f"must be a file for each of the structures {', '.join(names)}. Received: one file")
+        else:
+            images, labels = dict.fromkeys(names, read_image(source, patient)), recipe.structures
         found = {
-            name: (
-                image,
-                structure_voxels(sitk.GetArrayViewFromImage(image), None, len(images) > 1 or recipe.allow_empty),
-            )
+            name: (image, structure_voxels(view(image), labels.get(name), several or recipe.allow_empty))
             for name, image in images.items()
         }
+        image = next(iter(images.values()))
         if not (recipe.allow_empty or any(inside.any() for _, inside in found.values())):
-            raise ValueError(
-                "must not all be empty, unless `data.allow_empty` says that patients may have no tumour. "
-                "Received: only 0"
-            )
+            # None has a voxel, so this raises.
+            structure_voxels(view(image), sorted({label for some in labels.values() for label in some}) or None)
     except ValueError as error:
-        raise CaseError(f"{where}: {error}") from error
+        raise CaseError(f"{patient}: {source}: {error}") from error
     # Of a patient who lacks the file of a structure, as the recipe allows.
-    image = next(iter(images.values()))
     nothing = image, np.zeros(image.GetSize()[::-1], bool)
-    return {name: found.get(name, nothing) for name in recipe.structures}
+    return {name: found.get(name, nothing) for name in names}
 
 
 def _one_on(where, name, inside, own, recipe, grid):

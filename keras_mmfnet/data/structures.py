@@ -16,7 +16,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._dicom_header import pydicom_errors, read_header
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, StructureFiles
 from keras_mmfnet.data.dicom import (
     SEGMENTATIONS,
     STRUCTURE_SET,
@@ -39,21 +39,21 @@ _GAP = 2.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Structures:
+class DicomStructures:
     """Structures of a DICOM structure set or segmentation, as one mask.
 
     Args:
         path: The file.
         series: The image series that it was drawn on, if it is there; it is read on its grid.
-        patterns: Regular expressions that the structures' whole names must match, ignoring case. The structures of the
-            n-th pattern have the label n. None: the only structure of the file, with the label 1.
+        pattern: Regular expression that the structures' whole names must match, ignoring case. `None`: the only structure
+            of the file.
         names: The names of all structures in the file that are not empty.
         frame_of_reference: UID of the coordinates that they are given in.
     """
 
     path: Path
     series: Series | None
-    patterns: tuple[str, ...] = ()
+    pattern: str | None = None
     names: tuple[str, ...] = ()
     frame_of_reference: str = ""
 
@@ -61,62 +61,79 @@ class Structures:
         return f"{self.path} ({', '.join(map(repr, self.names)) or 'no structure'})"
 
 
-def find_structures(
-    objects: Mapping[str, Sequence[Path]], series: Sequence[Series], patterns: Sequence[str], patient: str
-) -> list[Structures]:
-    """The structure sets and segmentations among a patient's DICOM objects.
+def drawn_mask(
+    objects: Mapping[str, Sequence[Path]],
+    series: Sequence[Series],
+    named: Mapping[str, str],
+    patient: str,
+    allow_empty: bool = False,
+) -> DicomStructures | StructureFiles | None:
+    """The mask in the structure sets and segmentations among a patient's DICOM objects, or `None`.
+
+    Of several files, that one counts which has structures for most patterns; empty ones count only if no file has
+    others. Its series is the one with the images that it refers to, or else with the UID or frame of reference; where
+    several are in question, the only one in whose slices the structures lie.
 
     Args:
         objects: Files by SOP class, as `find_objects` gives them.
         series: The patient's image series.
-        patterns: As those of `Structures`.
+        named: `DataRecipe.named_structures`; if empty, the only structure counts.
         patient: The patient's name, for messages.
+        allow_empty: Whether structures may be missing, which then have no file; one of them must be there.
 
     Returns:
-        Those files that have structures for all patterns, empty ones only if no file has others; all files if none has.
-        Their series is the one with the images that they refer to, or else with the UID or frame of reference; where
-        several are in question, the only one in whose slices the structures lie.
+        The only structure, or a file for each that is named.
 
     Raises:
-        CaseError: A file is damaged; or it is the only one, and no structure or several match.
+        CaseError: A file is damaged, several are left, or no structure or several match.
     """
     found = []
     for path in (path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in objects.get(kind, ())):
         refuse = refuser(path, patient)
         with pydicom_errors(refuse, _UNDAMAGED):
             file, structures = _open(path, refuse)
-            matches = [_matching(pattern, structures) for pattern in patterns]
-            chosen = [one for match in matches for one in match] or structures
+            matches = {name: _matching(pattern, structures) for name, pattern in named.items()}
+            chosen = [one for match in matches.values() for one in match] or structures
             own = _own_series(path, file, chosen, series, patient)
         frames = sorted({one.frame_of_reference for one in chosen} - {""})
         frame = ", ".join(frames) or (own.frame_of_reference if own else "")
         names = tuple(one.name for one in structures if not one.empty)
-        found.append((Structures(path, own, tuple(patterns), names, frame), structures, matches))
-    full = [one for one in found if all(match and not match[0].empty for match in one[2])]
-    found = full or [one for one in found if all(one[2])] or found
-    if len(found) == 1:
-        [(one, structures, _)] = found
-        _choose(structures, patterns, refuser(one.path, patient))
-    return [one for one, *_ in found]
+        found.append((DicomStructures(path, own, None, names, frame), structures, matches))
+    if not found:
+        return None
+    ranks = [_rank(matches.values()) for *_, matches in found]
+    found = [one for one, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
+    if len(found) > 1:
+        raise CaseError(
+            f"{patient}: must hold one file with the structures; move the others elsewhere, or let --structure match "
+            f"those of one. Received: {'; '.join(str(one) for one, *_ in found)}"
+        )
+    [(source, structures, matches)] = found
+    if not (allow_empty and any(matches.values())):
+        for pattern in [*named.values()] or [None]:
+            _choose(structures, pattern, refuser(source.path, patient))
+    files = {name: dataclasses.replace(source, pattern=named[name]) for name, match in matches.items() if match}
+    return StructureFiles(files) if named else source
 
 
-def read_structures(source: Structures, patient: str) -> sitk.Image:
-    """Reads structures as a label image.
+def read_structures(source: DicomStructures, patient: str) -> sitk.Image:
+    """Reads structures as one mask.
 
     A contour within another of its slice is a hole, and one within a hole is an island. Contours that cross, or that
-    are nearly the same, count together. Those of type CLOSEDPLANAR_XOR count by the even-odd rule. Where structures of
-    several patterns overlap, the later one counts. Fractions of a segmentation count from one half on.
+    are nearly the same, count together. Those of type CLOSEDPLANAR_XOR count by the even-odd rule. Fractions of
+    a segmentation count from one half on.
 
     Contours are missing where a lesion has some on both sides of one slice, at overlapping places, and none in it.
     Wider gaps are between lesions, unless a lesion has several of them and they are half of its steps from one slice to
     the next or more. Lesions are the parts of a structure that are apart when all slices are seen as one.
 
     Args:
-        source: The `Structures`.
+        source: The `DicomStructures`.
         patient: The patient's name, for messages.
 
     Returns:
-        A uint8 image on the grid of its series; of a segmentation that does not fit that, on the grid of its frames.
+        A uint8 image {0, 1} on the grid of its series; of a segmentation that does not fit that, on the grid of its
+        frames.
 
     Raises:
         CaseError: The file is damaged; no structure or several match; the series is unknown; contours do not lie in
@@ -126,13 +143,13 @@ def read_structures(source: Structures, patient: str) -> sitk.Image:
     refuse = refuser(source.path, patient)
     with pydicom_errors(refuse, _UNDAMAGED):
         file, found = _open(source.path, refuse)
-        chosen = _choose(found, source.patterns, refuse)
+        chosen = _choose(found, source.pattern, refuse)
         if file.SOPClassUID != STRUCTURE_SET:
             grid, frames = _frames(source, file, patient, refuse)
             array = np.zeros(grid.shape, np.uint8)
-            for label, segment in chosen:
+            for segment in chosen:
                 for number, pixels in frames:
-                    array[number][pixels(segment.number)] = label
+                    array[number][pixels(segment.number)] = 1
             return grid.image(array)
         if source.series is None:
             raise refuse(
@@ -141,9 +158,9 @@ def read_structures(source: Structures, patient: str) -> sitk.Image:
             )
         grid, slices = series_grid(source.series, patient)
         array = np.zeros(grid.shape, np.uint8)
-        for label, structure in chosen:
+        for structure in chosen:
             for number, mask in _masks(structure, grid, slices, refuse).items():
-                array[number][mask] = label
+                array[number][mask] = 1
         return grid.image(array)
 
 
@@ -172,18 +189,20 @@ def _matching(pattern, structures):
     return [one for one in found if not one.empty] or found
 
 
-def _choose(structures, patterns, refuse):
-    """`(label, structure)` of those that count."""
-    listed = ", ".join(repr(one.name) for one in structures) or "none"
-    if not patterns and len([one for one in structures if not one.empty] or structures) != 1:
+def _rank(matches):
+    """How well the structures of a file, by pattern, are those wanted: all of them, some, or only empty ones."""
+    there, full = [bool(some) for some in matches], [bool(some) and not some[0].empty for some in matches]
+    return all(full), all(there) and any(full), any(full), all(there), any(there)
+
+
+def _choose(structures, pattern, refuse):
+    """The structures that count."""
+    found, listed = _matching(pattern or ".*", structures), ", ".join(repr(one.name) for one in structures) or "none"
+    if pattern is None and len(found) != 1:
         raise refuse("a file of one structure, unless --structure (`data.structures`) says which ones count", listed)
-    chosen = []
-    for label, pattern in enumerate(patterns or [".*"], start=1):
-        found = _matching(pattern, structures)
-        if not found:
-            raise refuse(f"a file with a structure whose name matches {pattern!r}", listed)
-        chosen += [(label, one) for one in found]
-    return chosen
+    if not found:
+        raise refuse(f"a file with a structure whose name matches {pattern!r}", listed)
+    return found
 
 
 def _open(path, refuse):

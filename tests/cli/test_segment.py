@@ -11,7 +11,7 @@ from dicom_files import write_series
 from keras_mmfnet.data import Grid
 from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.labels import split_labels
-from keras_mmfnet.data.structures import Structures, read_structures
+from keras_mmfnet.data.structures import DicomStructures, read_structures
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
@@ -71,7 +71,7 @@ def test_several_structures(mmfnet, regions, tmp_path):
     (series,) = [one for one in find_series(patient, "ann") if one.description == "T1"]
     for path in (out / "ann_rtstruct.dcm", out / "ann_seg.dcm"):
         for name in names:
-            written = read_structures(Structures(path, series, (name,)), "ann")
+            written = read_structures(DicomStructures(path, series, name), "ann")
             np.testing.assert_array_equal(sitk.GetArrayFromImage(written) > 0, masks[name])
     assert "Segmented already: 1 of 1 patient" in mmfnet("segment", regions, patient, "--out", out, *options).stderr
     renamed = mmfnet("segment", regions, patient, "--out", tmp_path / "b", "--structure", "GTV", code=1)

@@ -53,6 +53,16 @@ def test_regions_that_do_not_fit_together_get_the_nearest_label():
         assert differing[expected[found]] == min(differing.values())
 
 
+def test_many_structures():
+    structures = {f"organ {number}": (number,) for number in range(1, 41)}
+    values = np.random.default_rng(0).integers(0, 41, (3, 4, 5))
+    masks = split_labels(values, structures)
+    np.testing.assert_array_equal(join_masks(masks, structures), values)
+    # Where organs overlap, the first one counts.
+    masks["organ 40"][:] = True
+    np.testing.assert_array_equal(join_masks(masks, structures), np.where(values, values, 40))
+
+
 def test_structures_with_files_of_their_own_have_no_label_image():
     masks = dict.fromkeys(("gtv", "ctv"), np.ones(3, np.uint8))
     assert join_masks(masks, {"gtv": "gtv", "ctv": "ctv"}) is None

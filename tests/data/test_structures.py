@@ -9,12 +9,12 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, StructureFiles
 from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.preprocess import read_masks
-from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, Structures, find_structures, read_structures
+from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, DicomStructures, drawn_mask, read_structures
 from keras_mmfnet.recipe import DataRecipe
 
 TURN = sitk.Euler3DTransform()
@@ -71,14 +71,14 @@ def write_structures(path, series, kind="CLOSED_PLANAR", **contours):
     return path
 
 
-def read(path, series, *patterns):
-    image = read_structures(Structures(path, series, patterns), "ann")
+def read(path, series, pattern=None):
+    image = read_structures(DicomStructures(path, series, pattern), "ann")
     return sitk.GetArrayFromImage(image), Grid.from_image(image)
 
 
-def refused(path, series, *patterns):
+def refused(path, series, pattern=None):
     with pytest.raises(CaseError) as caught:
-        read(path, series, *patterns)
+        read(path, series, pattern)
     assert str(caught.value).startswith(f"ann: {path}: must be ")
     return str(caught.value)
 
@@ -103,15 +103,17 @@ def test_structures_are_chosen_by_name(series, tmp_path):
     path = write_structures(tmp_path / "rs.dcm", series, **contours)
     other = write_structures(tmp_path / "other.dcm", series, GTV=[circle(6.3, 2)])
     both = {STRUCTURE_SET: [path, other]}
-    found = find_structures(both, [series], ["gtv[pn].*"], "ann")
     names, frame = ("GTVp", "GTVn 1", "BODY"), series.frame_of_reference
-    assert found == [Structures(path, series, ("gtv[pn].*",), names, frame)]
-    assert [one.path for one in find_structures(both, [series], ["CTV"], "ann")] == [path, other]
-    assert [one.series for one in find_structures(both, [], [], "ann")] == [None, None]
+    expected = StructureFiles({"gtv": DicomStructures(path, series, "gtv[pn].*", names, frame)})
+    assert drawn_mask(both, [series], {"gtv": "gtv[pn].*"}, "ann") == expected
+    for named in ({}, {"ctv": "CTV"}):
+        with pytest.raises(CaseError, match=r"one file with the structures; .*rs.dcm .*; .*other.dcm \('GTV'\)$"):
+            drawn_mask(both, [series], named, "ann")
+    assert drawn_mask({STRUCTURE_SET: [other]}, [], {}, "ann").series is None
+    assert drawn_mask({}, [series], {}, "ann") is None
     primary, node = disk(6.3, (2,)), disk(2.6, (2,), (33, 8))
     np.testing.assert_array_equal(read(path, series, "gtvp")[0], primary)
     np.testing.assert_array_equal(read(path, series, "GTV.*")[0], primary | node)
-    np.testing.assert_array_equal(read(path, series, "GTVp", "GTVn.*")[0], primary + 2 * node)
     assert "matches 'GTV'. Received: 'GTVp', 'GTVn 1', 'BODY'" in refused(path, series, "GTV")
     assert "a file of one structure" in refused(path, series)
 
@@ -190,7 +192,7 @@ def test_the_series_that_contours_were_drawn_on(series, tmp_path):
 
     def found(*several):
         file.save_as(path)
-        return {find_structures(objects, order, [], "ann")[0].series for order in (several, several[::-1])}
+        return {drawn_mask(objects, order, {}, "ann").series for order in (several, several[::-1])}
 
     # Both are listed, but contours lie in each slice of one alone.
     study.RTReferencedSeriesSequence.append(other)
@@ -211,11 +213,10 @@ def test_the_series_that_contours_were_drawn_on(series, tmp_path):
 def test_empty_structures_and_names_in_any_form(series, tmp_path):
     empty = write_structures(tmp_path / "empty.dcm", series, **{"Tumo\u0308r": [], "BODY": [circle(15.3, 2)]})
     full = write_structures(tmp_path / "full.dcm", series, **{"Tumo\u0308r": [circle(6.3, 2)], "other": []})
-    [found] = find_structures({STRUCTURE_SET: [empty]}, [series], ["tum\u00f6r"], "ann")
-    assert found.series == series
+    named = {"tumour": "tum\u00f6r"}
+    assert drawn_mask({STRUCTURE_SET: [empty]}, [series], named, "ann").files["tumour"].series == series
     assert not read(empty, series, "tum\u00f6r")[0].any()
-    [found] = find_structures({STRUCTURE_SET: [empty, full]}, [series], ["tum\u00f6r"], "ann")
-    assert found.path == full
+    assert drawn_mask({STRUCTURE_SET: [empty, full]}, [series], named, "ann").files["tumour"].path == full
     np.testing.assert_array_equal(read(full, series)[0] > 0, disk(6.3, (2,)))
 
 
@@ -273,18 +274,17 @@ def test_segments_on_the_grid_of_their_frames(series, tmp_path):
     # No frame at 3, where there is nothing, nor at 0, 1 and 6.
     tumour, node = disk(6.3, (2, 4, 5)), disk(2.6, (4,), (33, 8))
     path = write_segments(tmp_path / "seg.dcm", series, GTVp=tumour, GTVn=node)
-    assert find_structures({SEGMENTATIONS[0]: [path]}, [series], ["GTV."], "ann") == [
-        Structures(path, series, ("GTV.",), ("GTVp", "GTVn"), series.frame_of_reference)
-    ]
-    array, grid = read(path, None, "GTVp", "GTVn")
+    expected = DicomStructures(path, series, "GTV.", ("GTVp", "GTVn"), series.frame_of_reference)
+    mask = drawn_mask({SEGMENTATIONS[0]: [path]}, [series], {"gtv": "GTV."}, "ann")
+    assert mask == StructureFiles({"gtv": expected})
+    array, grid = read(path, None, "GTV.")
     assert grid.size[:2] == GRID.size[:2]
     np.testing.assert_allclose(GRID.indices(np.array(grid.origin)), (0, 0, 2), atol=1e-3)
     np.testing.assert_allclose(grid.spacing, GRID.spacing, rtol=1e-5)
-    np.testing.assert_array_equal(array, (tumour + 2 * node)[2:6])
-    np.testing.assert_array_equal(read(path, None, "gtv.*")[0], (tumour | node)[2:6])
-    whole, grid = read(path, series, "GTVp", "GTVn")
+    np.testing.assert_array_equal(array, (tumour | node)[2:6])
+    whole, grid = read(path, series, "GTV.")
     assert grid.matches(GRID)
-    np.testing.assert_array_equal(whole, tumour + 2 * node)
+    np.testing.assert_array_equal(whole, tumour | node)
 
 
 @pytest.mark.parametrize("slices", [(1, 6), (1, 3, 6), (4,)])
@@ -376,3 +376,49 @@ def test_structures_that_overlap_are_read_each_by_itself(series, tmp_path):
     missing = recipe.model_copy(update={"structures": {"gtv": "GTV.*", "ptv": "PTV.*"}})
     with pytest.raises(CaseError, match=r"a structure whose name matches 'PTV\.\*'"):
         read_case_folder(folder, missing)
+
+
+def test_a_patient_may_lack_a_structure(series, tmp_path, caplog):
+    folder, gtv = tmp_path / "ann", [circle(6.3, z) for z in (2, 3)]
+    write_series(folder / "T1", GRID, description="T1", array=np.indices(GRID.shape).sum(0) % 4)
+    (t1,) = find_series(folder, "ann")
+    recipe = DataRecipe(
+        modalities=("t1",), spacing=None, normalised_scale=1.0, structures={"gtv": "GTVp", "node": "GTVn.*"}
+    )
+    able = recipe.model_copy(update={"allow_empty": True})
+
+    def lacks_the_node():
+        case = read_case_folder(folder, able)
+        patient = preprocess_case(case, able)
+        assert "mask: without node" in patient.notes
+        found = read_masks(case, able, patient)
+        np.testing.assert_array_equal(found["gtv"] > 0, disk(6.3, (2, 3)))
+        assert not found["node"].any()
+
+    # As structures of a DICOM file.
+    write_structures(folder / "rs.dcm", t1, GTVp=gtv, BODY=[circle(15.3, 2)])
+    lacks_the_node()
+    with pytest.raises(CaseError, match=r"name matches 'GTVn\.\*'. Received: 'GTVp', 'BODY'"):
+        read_case_folder(folder, recipe)
+    sitk.WriteImage(GRID.image(disk(4, (2,)).astype(np.uint8)), str(folder / "gtvn.nii.gz"))
+    with pytest.raises(CaseError, match=r"in one DICOM file or in a file each. Received: .*rs.dcm .* a file of node"):
+        read_case_folder(folder, able)
+    (folder / "gtvn.nii.gz").unlink()
+    write_structures(folder / "rs2.dcm", t1, GTVn=gtv)
+    with pytest.raises(CaseError, match=r"one file with the structures.*rs.dcm .*; .*rs2.dcm "):
+        read_case_folder(folder, able)
+    (folder / "rs2.dcm").unlink()
+    # A file without any of them is no patient without tumour: they may be called otherwise.
+    write_structures(folder / "rs.dcm", t1, tumour=gtv, BODY=[circle(15.3, 2)])
+    with pytest.raises(CaseError, match=r"name matches 'GTVp'. Received: 'tumour', 'BODY'"):
+        read_case_folder(folder, able)
+    # As a file each.
+    (folder / "rs.dcm").unlink()
+    sitk.WriteImage(GRID.image(disk(6.3, (2, 3)).astype(np.uint8)), str(folder / "gtvp.nii.gz"))
+    lacks_the_node()
+    with pytest.raises(CaseError, match=r"GTVn\.\*: is missing; .*Received: gtvp.nii.gz$"):
+        read_case_folder(folder, recipe)
+    assert read_case_folder(folder, recipe, require_mask=False).mask is None
+    assert caplog.messages[-1].endswith("; the mask is not used")
+    with pytest.raises(CaseError, match=r"a file for each of the structures gtv, node. Received: files of gtv$"):
+        preprocess_case(read_case_folder(folder, able), recipe)
