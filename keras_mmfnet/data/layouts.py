@@ -255,7 +255,7 @@ def _find_images(folder, recipe, optional):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     for modality, path in images.items():
         is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
-        # A name that is only spelt otherwise is no missing sequence.
+        # A file with a misspelt name is not a missing sequence.
         meant = not path and [near for near in _near(files, is_near) if near not in images.values()]
         if not path and (meant or not (optional and any(images.values()))):
             raise _missing(folder, files, modality, is_near, "data.modalities", f"; {_ALLOW_MISSING}")
