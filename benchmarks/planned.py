@@ -60,7 +60,7 @@ def table(folder):
     results = {}
     for path in sorted(folder.glob("*/fold_*.json")):
         results.setdefault(path.parent.name, {})[path.stem] = read_json(path)
-    shared = set.intersection(*(set(folds) for folds in results.values()))
+    shared = set.intersection(*map(set, results.values())) if results else set()
     scores, lines = {}, []
     for name, folds in results.items():
         for fold in sorted(shared):
@@ -96,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, which may be deleted afterwards")
-    parser.add_argument("--minutes", type=float, default=40, help="what the plan may take for a fold (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=40, help="for a fold, when it is planned (%(default)s)")
     parser.add_argument("--recipes", default="planned,small", metavar="NAMES", help="some of %(default)s")
     parser.add_argument("--folds", default="0", metavar="N,..", help="folds (0)")
     parsed = parser.parse_args()
@@ -114,9 +114,10 @@ def main():
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write(kept, make_recipe(name, parsed.data, parsed.minutes, run.cache).to_json())
             recipe = Recipe.load(kept)
-            splits = [Fold(**fold) for fold in read_json(folds)] if folds.exists() else None
+            begun = run.recipe_file.exists() or not folds.exists()
+            splits = None if begun else [Fold(**fold) for fold in read_json(folds)]
             run = Run.start(run.folder, parsed.data, recipe, resume=True, splits=splits)
-            if splits is None:
+            if not folds.exists():
                 write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
             with contextlib.suppress(RunLocked):
                 result = run_fold(run, method_of(recipe), int(number))

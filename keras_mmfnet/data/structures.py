@@ -45,8 +45,8 @@ class DicomStructures:
     Args:
         path: The file.
         series: The image series that it was drawn on, if it is there; it is read on its grid.
-        pattern: Regular expression that the structures' whole names must match, ignoring case. `None`: the only structure
-            of the file.
+        pattern: Regular expression that the structures' whole names must match, ignoring case. `None`: the only
+            structure of the file.
         names: The names of all structures in the file that are not empty.
         frame_of_reference: UID of the coordinates that they are given in.
     """
