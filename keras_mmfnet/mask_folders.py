@@ -41,8 +41,8 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
         A dict for each patient and structure that both have: `patient`, `structure` and the numbers of `compare_masks`.
 
     Raises:
-        ValueError: No patient is in both folders, a folder holds no masks or several of a patient, a mask is damaged or
-            has no voxel of the structures, or the masks of a patient do not lie on one grid.
+        ValueError: No patient or no structure is in both folders, a folder holds no masks or several of a patient, a
+            mask is damaged or has no voxel of the structures, or the masks of a patient do not lie on one grid.
     """
     folders = Path(predictions), Path(truth)
     predicted, expert = (_find_masks(folder, recipe.named_structures) for folder in folders)
@@ -60,6 +60,8 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     for number, name in enumerate(names, start=1):
         rows += _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
         progress("comparing", number, len(names))
+    if not rows:
+        raise ValueError(f"{truth}: a structure that the predictions have, too, is expected. Received: none")
     _warn_of_absent(rows, recipe.structures)
     return rows
 

@@ -30,3 +30,14 @@ def test_two_folders_from_python(tmp_path, caplog):
         assert {key: row[key] for key in numbers} == pytest.approx(numbers, nan_ok=True)
     assert "no prediction of 1 patient: expert" in caplog.text
     assert "no mask of the expert of 1 patient: predicted" in caplog.text
+
+
+def test_no_structure_in_common(tmp_path):
+    for side, name in (("predicted", "gtv"), ("expert", "ctv")):
+        (tmp_path / side).mkdir()
+        mask = sitk.GetImageFromArray(np.ones((2, 3, 4), np.uint8))
+        sitk.WriteImage(mask, str(tmp_path / side / f"ann_{name}.nii.gz"))
+    with pytest.raises(ValueError, match=r"expert: a structure that the predictions have.* Received: none"):
+        compare_folders(
+            tmp_path / "predicted", tmp_path / "expert", DataRecipe(structures={"gtv": "gtv", "ctv": "ctv"})
+        )
