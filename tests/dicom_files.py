@@ -7,6 +7,7 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
 
+from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 
 GRID = Grid((16, 12, 5), (0.5, 0.5, 4.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
@@ -48,6 +49,11 @@ def write_series(
         writer.SetFileName(str(folder / f"{prefix}_{number if order > 0 else grid.size[2] - number:02d}.dcm"))
         writer.Execute(image)
     return array
+
+
+def find_series(folder, patient):
+    """The DICOM series in a folder and the folders in it."""
+    return find_objects(folder, patient)[0]
 
 
 def change_series(folder, change):

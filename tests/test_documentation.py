@@ -19,7 +19,7 @@ import pytest
 import SimpleITK as sitk
 import typer.main
 from checks import fill
-from dicom_files import write_series
+from dicom_files import find_series, write_series
 from scipy import ndimage
 from typer.testing import CliRunner
 
@@ -28,7 +28,6 @@ from keras_mmfnet import plan
 from keras_mmfnet.cli import app, memory
 from keras_mmfnet.cli._options import parse_changes, parse_structures
 from keras_mmfnet.data import Grid
-from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.export import write_rtstruct
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet

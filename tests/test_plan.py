@@ -24,18 +24,15 @@ def make_patients(rng, count=6):
         np.array([rng.uniform(0.5, 6), *[rng.uniform(0.4, 2)] * 2]),
     )
     patients = []
-    for number in range(count):
+    for _ in range(count):
         shape = np.maximum(size + rng.integers(-5, 6, 3), 6)
         low = rng.integers(0, shape - 3)
         high = np.minimum(low + rng.integers(1, 60, 3), shape)
         box = tuple(low.tolist()), tuple(high.tolist())
         volume = float(np.prod((high - low) * spacing) / 2000)
         centre = tuple((shape // 2 + rng.integers(-3, 4, 3)).tolist())
-        names = "t1", "t2", "cet1"
         patients.append(
-            CaseFingerprint(
-                f"p{number}", names, tuple(shape.tolist()), tuple(spacing.tolist()), centre, {"tumour": volume}, box
-            )
+            CaseFingerprint(tuple(shape.tolist()), tuple(spacing.tolist()), centre, {"tumour": volume}, box)
         )
     return patients
 

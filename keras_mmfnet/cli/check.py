@@ -34,7 +34,7 @@ def check(
         from keras_mmfnet._files import csv_text, write
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
-        from keras_mmfnet.data.fingerprint import CaseSurvey, survey
+        from keras_mmfnet.data.survey import CaseSurvey, survey
         from keras_mmfnet.plan import given_recipe
 
         for path in filter(None, (csv, as_json)):

@@ -4,7 +4,8 @@ case, layouts, names              a patient's files: found in folders and datase
 image_io, dicom, structures       reads images, DICOM series, and DICOM structure sets and segmentations as masks
 geometry, polygons, labels        grids and resampling; masks from contours; several masks as one label image
 preprocess, body, registration    brings a patient onto one grid and scale; body mask; rigid registration
-cache, fingerprint                preprocessed patients on disk; surveys for `mmfnet check`, `plan`
+cache                             preprocessed patients on disk
+survey, fingerprint               what `mmfnet check` shows; what a plan is made from
 folds                             divides patients into training, validation and test
 windows, augment, patches         windows of a volume; augmented training patches
 """

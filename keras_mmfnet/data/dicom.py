@@ -98,11 +98,6 @@ class Slice(NamedTuple):
         return tuple(np.round(self.position, 2)), tuple(np.round(self.orientation, 2))
 
 
-def find_series(folder: str | os.PathLike, patient: str) -> list[Series]:
-    """Finds the DICOM series in a folder and the folders in it; no voxel is read. See `find_objects`."""
-    return find_objects(folder, patient)[0]
-
-
 def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series], dict[str, list[Path]]]:
     """Finds the DICOM series in a folder and the folders in it, and other DICOM objects; no voxel is read.
 

@@ -105,7 +105,7 @@ def test_patients_that_cannot_be_used(mmfnet, cohort, monkeypatch):
     (cohort / "patient_02" / "t2.nii.gz").unlink()
     (cohort / "patient_03" / "t1.nii.gz").write_bytes(b"no image")
     shutil.copytree(cohort / "patient_00", cohort / "patient_00_again")
-    monkeypatch.setattr("keras_mmfnet.data.fingerprint.read_image", lambda *_: pytest.fail("voxels were read"))
+    monkeypatch.setattr("keras_mmfnet.data.survey.read_image", lambda *_: pytest.fail("voxels were read"))
     # A plan takes patients without a sequence; other recipes refuse them.
     planned = mmfnet("check", cohort, code=1)
     assert "unusable: patient_02: " not in planned.stdout

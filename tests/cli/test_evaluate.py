@@ -5,10 +5,9 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import find_series, write_series
 
 from keras_mmfnet.data import Grid
-from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.export import Structure, write_rtstruct, write_segmentation
 
 GRID = Grid((20, 16, 6), (1.0, 1.0, 3.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))

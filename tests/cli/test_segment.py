@@ -6,10 +6,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import find_series, write_series
 
 from keras_mmfnet.data import Grid
-from keras_mmfnet.data.dicom import find_series
 from keras_mmfnet.data.labels import split_labels
 from keras_mmfnet.data.structures import DicomStructures, read_structures
 from keras_mmfnet.models import load_network

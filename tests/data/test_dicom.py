@@ -4,10 +4,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import GRID, change_series, item, write_enhanced, write_object, write_series
+from dicom_files import GRID, change_series, find_series, item, write_enhanced, write_object, write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import find_objects, find_series, read_series, series_grid, walk_files
+from keras_mmfnet.data.dicom import find_objects, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
 
 

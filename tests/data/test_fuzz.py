@@ -118,13 +118,13 @@ def change(path, kind, rng):
 def is_read(folder, paths, kind):
     """Whether the package surveys and reads the files or refuses them in its own words; all else is raised."""
     from keras_mmfnet.data.case import Case, CaseError
-    from keras_mmfnet.data.dicom import find_series
-    from keras_mmfnet.data.fingerprint import survey_case
+    from keras_mmfnet.data.dicom import find_objects
     from keras_mmfnet.data.image_io import read_image
+    from keras_mmfnet.data.survey import survey_case
     from keras_mmfnet.recipe import DataRecipe
 
     try:
-        for source in find_series(folder, "ann") if kind.endswith(".dcm") else paths:
+        for source in find_objects(folder, "ann")[0] if kind.endswith(".dcm") else paths:
             for problem in survey_case(Case("ann", {"t1": source}), DataRecipe(modalities=("t1",))).problems:
                 raise CaseError(problem)
             read_image(source, "ann", sitk.sitkFloat32)

@@ -12,10 +12,10 @@ from patients import make_case, make_grid, only, tumour
 
 from keras_mmfnet.data import find_cases
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import Volume, position_problems, read_grid, read_image, write_image
 from keras_mmfnet.data.preprocess import preprocess_case
+from keras_mmfnet.data.survey import survey_case
 from keras_mmfnet.recipe import Recipe
 
 RAW = Recipe().replace({"data.spacing": None}).data

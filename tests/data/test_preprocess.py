@@ -22,10 +22,10 @@ from patients import (
 
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.layouts import read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case, read_masks, structure_voxels
+from keras_mmfnet.data.survey import survey_case
 from keras_mmfnet.recipe import Recipe
 
 REVERSED = np.diag([-1.0, -1.0, 1.0])

@@ -3,18 +3,17 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import change_series, write_series
+from dicom_files import change_series, find_series, write_series
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from keras_mmfnet.data import preprocess_case, read_case_folder
 from keras_mmfnet.data.case import CaseError, StructureFiles
-from keras_mmfnet.data.dicom import find_series
-from keras_mmfnet.data.fingerprint import survey_case
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.preprocess import read_masks
 from keras_mmfnet.data.structures import SEGMENTATIONS, STRUCTURE_SET, DicomStructures, drawn_mask, read_structures
+from keras_mmfnet.data.survey import survey_case
 from keras_mmfnet.recipe import DataRecipe
 
 TURN = sitk.Euler3DTransform()

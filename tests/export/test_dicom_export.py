@@ -6,10 +6,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import find_series, write_series
 from matplotlib.path import Path as Polygon
 
-from keras_mmfnet.data.dicom import find_series, read_series, series_grid
+from keras_mmfnet.data.dicom import read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.export import Structure, _dicom, write_rtstruct, write_segmentation
 from keras_mmfnet.version import __version__

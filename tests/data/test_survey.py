@@ -9,9 +9,9 @@ from dicom_files import GRID, write_series
 from patients import RAW, head, make_case, make_grid, only, tumour, write
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.fingerprint import survey, survey_case
 from keras_mmfnet.data.layouts import find_cases, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
+from keras_mmfnet.data.survey import survey, survey_case
 from keras_mmfnet.recipe import Recipe
 
 REVERSED = np.diag([-1.0, -1.0, 1.0])
