@@ -501,37 +501,12 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
                 _log.warning("%s and so is the network; the fold is computed again once %s is deleted", lost, path)
                 return read_json(path)
             _log.warning("%s; segmenting the patients again", lost)
-        parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
-        if lacking := [p.name for part in parts for p in part if not method.serves(p.images, run.recipe)]:
-            _log.info("%s, fold %d: passed over, without its sequences: %s", method.title, fold, ", ".join(lacking))
-            parts = [[patient for patient in part if patient.name not in lacking] for part in parts]
-        about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
-        _log.info(about, method.title, fold, *map(len, parts))
-        training, validation, test = parts
-        recipe, folder, shares = method.adapt(run.recipe), run.fold_folder(fold), {}
-        if method.train:
-            predict, parameters, history = method.train(method, training, validation, recipe, folder)
-        else:
-            finished, donated = run.network(fold, method.name).exists(), run.donated(method)
-            own = {modality: name for modality, name in method.encoders.items() if modality not in donated}
-            for name in () if finished else own.values():
-                with run.claim(fold, name, wait=True):
-                    train_method(find_method(name), training, validation, run.recipe, folder)
-            encoders = dict.fromkeys(run.recipe.data.modalities) | donated if donated else None
-            encoders = encoders and encoders | {modality: run.network(fold, name) for modality, name in own.items()}
-            network = train_method(method, training, validation, run.recipe, folder, encoders)
-            predict, parameters = method.over_volumes(network, recipe), network.count_params()
-            history = read_history(run.history(fold, method.name))
-            if isinstance(network, MMFNet) and test:
-                shares = cohort_shares(network, test)
-        rows, rules, chosen = [], None, {}
-        if recipe.training.postprocess:
-            data = recipe.data
-            rules, gains = choose(_examples(predict, validation, run, recipe), data.structure_names, data.exclusive)
-            chosen = {"postprocess": {"rules": rules.model_dump(mode="json"), "gains": gains}}
-            for name, rule in rules.structures.items():
-                before, after = (METRICS["dsc"].text(gains[name][key]) for key in ("before", "after"))
-                _log.info("Post-processing, %s: %s; DSC of validation patients %s to %s", name, rule, before, after)
+        training, validation, test = _parts(run, method, fold)
+        recipe = method.adapt(run.recipe)
+        predict, parameters, history, shares = _learn(run, method, fold, training, validation, test)
+        chosen = _choose_rules(predict, validation, run, recipe) if recipe.training.postprocess else {}
+        rules = PostProcessing(**chosen["postprocess"]["rules"]) if chosen else None
+        rows = []
         for number, patient in enumerate(test, start=1):
             rows += _test(predict, patient, run, recipe, rules, run.masks(fold, method.name, patient.name))
             about = ", ".join(_about(rows[-len(recipe.data.structures) :]))
@@ -554,6 +529,45 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
         write(path, json.dumps(result) + "\n")
     keras.utils.clear_session()
     return result
+
+
+def _parts(run, method, fold):
+    """The patients of a fold to train on, to validate on and to test, who have one of the method's sequences."""
+    parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
+    if lacking := [p.name for part in parts for p in part if not method.serves(p.images, run.recipe)]:
+        _log.info("%s, fold %d: passed over, without its sequences: %s", method.title, fold, ", ".join(lacking))
+        parts = [[patient for patient in part if patient.name not in lacking] for part in parts]
+    about = "%s, fold %d: %d patients to learn from, %d to choose the best epoch, %d to test"
+    _log.info(about, method.title, fold, *map(len, parts))
+    return parts
+
+
+def _learn(run, method, fold, training, validation, test):
+    """Trains a method: its predictor, the number of its weights, its epochs, and the shares of its fusion blocks."""
+    recipe, folder = method.adapt(run.recipe), run.fold_folder(fold)
+    if method.train:
+        return *method.train(method, training, validation, recipe, folder), {}
+    finished, donated = run.network(fold, method.name).exists(), run.donated(method)
+    own = {modality: name for modality, name in method.encoders.items() if modality not in donated}
+    for name in () if finished else own.values():
+        with run.claim(fold, name, wait=True):
+            train_method(find_method(name), training, validation, run.recipe, folder)
+    encoders = dict.fromkeys(run.recipe.data.modalities) | donated if donated else None
+    encoders = encoders and encoders | {modality: run.network(fold, name) for modality, name in own.items()}
+    network = train_method(method, training, validation, run.recipe, folder, encoders)
+    shares = cohort_shares(network, test) if isinstance(network, MMFNet) and test else {}
+    history = read_history(run.history(fold, method.name))
+    return method.over_volumes(network, recipe), network.count_params(), history, shares
+
+
+def _choose_rules(predict, validation, run, recipe):
+    """The post-processing that the validation patients choose, as the result has it."""
+    data = recipe.data
+    rules, gains = choose(_examples(predict, validation, run, recipe), data.structure_names, data.exclusive)
+    for name, rule in rules.structures.items():
+        before, after = (METRICS["dsc"].text(gains[name][key]) for key in ("before", "after"))
+        _log.info("Post-processing, %s: %s; DSC of validation patients %s to %s", name, rule, before, after)
+    return {"postprocess": {"rules": rules.model_dump(mode="json"), "gains": gains}}
 
 
 def _examples(predict, patients, run, recipe):
