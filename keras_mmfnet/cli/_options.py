@@ -1,6 +1,7 @@
 """Options that several subcommands have, and what they mean."""
 
 import functools
+import importlib.util
 import json
 import logging
 import re
@@ -26,6 +27,10 @@ Time = Annotated[str | None, typer.Option(metavar="TIME", help="Planning: time t
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),
+]
+Modules = Annotated[
+    list[Path] | None,
+    typer.Option("--import", metavar="FILE", help="Python file that registers methods or losses of your own."),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out patients that cannot be used, and list them.")]
 Groups = Annotated[
@@ -100,6 +105,15 @@ def parse_amount(text: str, option: str, units: dict[str, float]) -> float:
     if not unit or not float(found[1]):
         raise ValueError(f"{option}: a number with one of {', '.join(units)} is expected. Received: {text}")
     return float(found[1]) * unit
+
+
+def import_files(files: list[Path] | None) -> None:
+    """Runs Python files, which register methods or losses."""
+    for path in files or ():
+        if not path.is_file():
+            raise ValueError(f"--import: a Python file is expected. Received: {path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def read_division(groups: Path | None, splits: Path | None) -> dict:

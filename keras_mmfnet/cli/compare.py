@@ -1,4 +1,3 @@
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -27,10 +26,7 @@ def compare(
         Path | None, typer.Option(metavar="RUN", help="Folder for the results; an unfinished run there is resumed.")
     ] = None,
     methods: Annotated[str, typer.Option(metavar="NAMES", help="Names separated by commas, all, or list.")] = "all",
-    module: Annotated[
-        list[Path] | None,
-        typer.Option("--import", metavar="FILE", help="Python file that registers methods of your own."),
-    ] = None,
+    modules: options.Modules = None,
     baseline: Annotated[str, typer.Option(metavar="NAME", help="Method to compare the others with.")] = "multi_encoder",
     recipe: options.RecipeFile = None,
     paper: options.Paper = False,
@@ -58,8 +54,7 @@ def compare(
         from keras_mmfnet.report import write_comparison
         from keras_mmfnet.run import Run, compare_methods
 
-        for file in module or ():
-            import_file(file)
+        options.import_files(modules)
         if methods == "list":
             terminal.say("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()), always=True)
             return
@@ -100,11 +95,3 @@ def recipe_of(recipe, names: list[str], own: bool):
 
     changes = {} if own else {"training.patience": recipe.training.epochs}
     return recipe.replace({"data.modalities": modalities_of([METHODS[name] for name in names], recipe), **changes})
-
-
-def import_file(path: Path) -> None:
-    """Runs a Python file that registers methods."""
-    if not path.is_file():
-        raise ValueError(f"--import: a Python file is expected. Received: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -35,6 +35,7 @@ def train(
             "--from", metavar="BUNDLE", help="Fine-tune: the recipe and pretrained encoders of a bundle or run."
         ),
     ] = None,
+    modules: options.Modules = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run; needs only --out.")] = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
@@ -44,7 +45,10 @@ def train(
 
     Without --recipe, --paper, --small or --from it plans a recipe first, as mmfnet plan does.
     """
-    with session(quiet, resume_with=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+    again = shlex.join(
+        ["mmfnet", "train", "--out", str(out), "--resume", *(f"--import={file}" for file in modules or ())]
+    )
+    with session(quiet, resume_with=again) as terminal:
         if data is None and not resume:
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
@@ -75,6 +79,7 @@ def train(
         if not resume:
             folds = choose_folds()  # A wrong number is found before the long work.
         start_backend(device)
+        options.import_files(modules)
         from keras_mmfnet.run import Run
 
         before, opened = Run(out), opened or (source and Run(source))

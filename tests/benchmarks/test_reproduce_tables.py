@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mmfnet.cli.compare import import_file
+from keras_mmfnet.cli._options import import_files
 from keras_mmfnet.losses import DiceCrossEntropy, DiceLoss
 from keras_mmfnet.methods import METHODS, Method
 from keras_mmfnet.models._blocks import exclusive_softmax
@@ -39,7 +39,7 @@ def test_the_script_is_the_command_with_monais_networks(benchmarks, peers, monke
 
 def test_self_transfer_at_one_rate(benchmarks):
     try:
-        import_file(benchmarks / "transfer_rate.py")
+        import_files([benchmarks / "transfer_rate.py"])
         method = METHODS["mmfnet_transfer_fast"]
         recipe = Recipe().replace({"training.pretrain_learning_rate": 1e-2, "training.learning_rate": 1e-3})
         assert method.adapt(recipe).training.learning_rate == 1e-2

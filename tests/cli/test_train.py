@@ -53,6 +53,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mmfnet, tiny_cohort, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_of_ones_own(mmfnet, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_mmfnet.losses.LOSSES", losses := {})
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from keras_mmfnet.losses import DiceLoss, register_loss\nregister_loss('mine', lambda _: DiceLoss())\n"
+    )
+    wrong = ["train", tiny_cohort, "--out", tmp_path / "run", "--small", "--set", "training.loss=mine"]
+    assert "`training.loss`, must be one of " in mmfnet(*wrong, code=1).stderr
+    folds = "--set", "training.folds=7"
+    assert "7 folds need at least" in mmfnet(*wrong, *folds, "--import", file, code=1).stderr
+    assert list(losses) == ["mine"]
+    assert "--import: a Python file is expected" in mmfnet(*wrong, "--import", tmp_path / "no.py", code=1).stderr
+
+
 def test_a_mistake_is_said_before_the_backend_starts(mmfnet, trained, tiny_cohort, tmp_path, monkeypatch):
     for name in ("train", "compare", "segment", "explain", "export", "report"):
         monkeypatch.setattr(sys.modules[f"keras_mmfnet.cli.{name}"], "start_backend", lambda *_: pytest.fail("started"))
