@@ -152,9 +152,8 @@ def move_in_plane(
         coordinates = [rows + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
         return _interpolate(tf.transpose(box, (0, 1, 3, 2)), coordinates, each_channel=True)
 
-    return tf.transpose(
-        moved(box, transform, pixel), (0, 3, 1, 2) if "misalignment_angles" in transform else (3, 2, 0, 1)
-    )
+    order = (0, 3, 1, 2) if "misalignment_angles" in transform else (3, 2, 0, 1)
+    return tf.transpose(moved(box, transform, pixel), order)
 
 
 def move_in_space(

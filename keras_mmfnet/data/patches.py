@@ -203,9 +203,8 @@ def _load(cases, recipe, modalities, training):
     for case, corner, top, count in zip(cases, corners, tops, slices, strict=True):
         block = volume[top : top + count] if in_space else np.moveaxis(volume[:, :, top : top + count], 2, 0)
         images = case.images_of(modalities)
-        arrays = [(images[name], images[name].min()) for name in modalities] + [
-            (mask, 0) for mask in case.masks.values()
-        ]
+        arrays = [(images[name], images[name].min()) for name in modalities]
+        arrays += [(mask, 0) for mask in case.masks.values()]
         for channel, (array, background) in enumerate(arrays):
             block[..., channel] = crop(array, corner, block.shape[:3], background)
 
