@@ -29,8 +29,8 @@ def margin(recipe: PatchRecipe, pixel: float = 1.0) -> np.ndarray:
     Returns:
         Two integers.
     """
-    shift, turn = recipe.misalignment
-    sine = math.sin(math.radians(min(recipe.max_rotation + turn, 90)))
+    shift, angle = recipe.misalignment
+    sine = math.sin(math.radians(min(recipe.max_rotation + angle, 90)))
     half, scale = np.array(recipe.shape[1:]) / 2, 1 + recipe.max_scaling
     return np.ceil(scale * sine * half[::-1] + (scale - 1) * half + shift / pixel).astype(int) + 1
 
@@ -69,8 +69,8 @@ def draw_voxel(sample: tf.Tensor, patients: tf.Tensor, structures: tf.Tensor, se
     return own[0] + voxel % own[1]
 
 
-def draw_motion(sample: tf.Tensor, movable: tf.Tensor, recipe: PatchRecipe, seed: int) -> dict[str, tf.Tensor]:
-    """Draws how a training patch is moved.
+def draw_transform(sample: tf.Tensor, movable: tf.Tensor, recipe: PatchRecipe, seed: int) -> dict[str, tf.Tensor]:
+    """Draws the spatial transform of a training patch.
 
     Args:
         sample: Number of the patch, int64.
@@ -82,23 +82,24 @@ def draw_motion(sample: tf.Tensor, movable: tf.Tensor, recipe: PatchRecipe, seed
     Returns:
         `offset`, the shift of the window in voxels `(z, y, x)`, int32; `signs`, float32 `(z, y, x)`, -1 for a flipped
         axis; `scale`, the factor of the sampled lengths; `angles`, float32 `(z, y, x)`, the rotations about these axes
-        in radians. With a misalignment also `shifts` in mm and `turns` in radians, float32 `(channels, 3)`.
+        in radians. With a misalignment also `misalignment_shifts` in mm and `misalignment_angles`
+        in radians, float32 `(channels, 3)`.
     """
     numbers = tf.random.stateless_uniform([5], _stream(sample, seed, 0), -1.0, 1.0)
     others = tf.random.stateless_uniform([5], _stream(sample, seed, 2), -1.0, 1.0)
     flips = dict(zip(recipe.flip_axes, tf.unstack(tf.concat([numbers[4:], others[:2]], 0)), strict=False))
-    motion = {
+    transform = {
         "offset": tf.cast(tf.round(numbers[:3] * tf.constant(recipe.max_offset, tf.float32)), tf.int32),
         "signs": tf.stack([tf.where(flips[axis] > 0, -1.0, 1.0) if axis in flips else 1.0 for axis in range(3)]),
         "scale": (1 + recipe.max_scaling) ** others[4],
         "angles": tf.concat([numbers[3:4], others[2:4]], 0) * math.radians(recipe.max_rotation),
     }
     if any(recipe.misalignment):
-        shift, turn = recipe.misalignment
+        shift, angle = recipe.misalignment
         own = tf.random.stateless_uniform([2, len(movable), 3], _stream(sample, seed, 3), -1.0, 1.0)
         own *= movable[:, None]
-        motion |= {"shifts": own[0] * shift, "turns": own[1] * math.radians(turn)}
-    return motion
+        transform |= {"misalignment_shifts": own[0] * shift, "misalignment_angles": own[1] * math.radians(angle)}
+    return transform
 
 
 def draw_intensities(sample: tf.Tensor, sequences: int, recipe: PatchRecipe, seed: int) -> tf.Tensor:
@@ -120,13 +121,13 @@ def draw_intensities(sample: tf.Tensor, sequences: int, recipe: PatchRecipe, see
 
 
 def move_in_plane(
-    box: tf.Tensor, motion: dict[str, tf.Tensor], pixel: tf.Tensor, margin: np.ndarray, recipe: PatchRecipe
+    box: tf.Tensor, transform: dict[str, tf.Tensor], pixel: tf.Tensor, margin: np.ndarray, recipe: PatchRecipe
 ) -> tf.Tensor:
     """Rotates, scales, flips and misaligns a window within its slices and crops the margin, with one interpolation.
 
     Args:
         box: Float32 `(height, width, depth, channels)`, the patch with the margin.
-        motion: From `draw_motion`.
+        transform: From `draw_transform`.
         pixel: Pixel size in mm `(y, x)`.
         margin: Pixels `(y, x)` of the margin on each side.
         recipe: The `PatchRecipe`.
@@ -138,27 +139,28 @@ def move_in_plane(
 
     # Compiled, it reads the patch once instead of a dozen times.
     @tf.function(jit_compile=True)
-    def moved(box, motion, pixel):
+    def moved(box, transform, pixel):
         if 0 in recipe.flip_axes:
-            box = tf.where(motion["signs"][0] < 0, box[:, :, ::-1], box)
-        _, y, x = _steps(motion, recipe)
-        if "turns" not in motion:
-            rows, columns = _rotate(y, x, motion["angles"][0])
+            box = tf.where(transform["signs"][0] < 0, box[:, :, ::-1], box)
+        _, y, x = _steps(transform, recipe)
+        if "misalignment_angles" not in transform:
+            rows, columns = _rotate(y, x, transform["angles"][0])
             # All slices and channels of a pixel are contiguous: each neighbour is one row of memory.
             return _interpolate(box, [rows + middle[0], columns + middle[1]])
-        rows, columns = _rotate(y, x, motion["angles"][0] + motion["turns"][:, 0, None, None])
-        shifts = (motion["shifts"][:, 1:] / pixel)[..., None, None]
+        rows, columns = _rotate(y, x, transform["angles"][0] + transform["misalignment_angles"][:, 0, None, None])
+        shifts = (transform["misalignment_shifts"][:, 1:] / pixel)[..., None, None]
         coordinates = [rows + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
         return _interpolate(tf.transpose(box, (0, 1, 3, 2)), coordinates, each_channel=True)
 
-    return tf.transpose(moved(box, motion, pixel), (0, 3, 1, 2) if "turns" in motion else (3, 2, 0, 1))
+    order = (0, 3, 1, 2) if "misalignment_angles" in transform else (3, 2, 0, 1)
+    return tf.transpose(moved(box, transform, pixel), order)
 
 
 def move_in_space(
     volume: tf.Tensor,
     start: tf.Tensor,
     slices: tf.Tensor,
-    motion: dict[str, tf.Tensor],
+    transform: dict[str, tf.Tensor],
     spacing: tf.Tensor,
     recipe: PatchRecipe,
 ) -> tf.Tensor:
@@ -168,21 +170,21 @@ def move_in_space(
         volume: `(slices, height, width, channels)`. Outside of it, the value of the nearest voxel is taken.
         start: First voxel of the window `(z, y, x)`, int32.
         slices: The first and the last slice of the patient, int32.
-        motion: From `draw_motion`.
+        transform: From `draw_transform`.
         spacing: Voxel size in mm `(z, y, x)`.
         recipe: The `PatchRecipe`.
 
     Returns:
         Float32 `(channels, depth, height, width)`.
     """
-    each_channel = "turns" in motion
+    each_channel = "misalignment_angles" in transform
 
     @tf.function(jit_compile=True)
-    def moved(start, slices, motion, spacing):
-        z, y, x = (step * size for step, size in zip(_steps(motion, recipe), tf.unstack(spacing), strict=True))
-        angles, shifts = motion["angles"][None], tf.zeros((1, 3))
+    def moved(start, slices, transform, spacing):
+        z, y, x = (step * size for step, size in zip(_steps(transform, recipe), tf.unstack(spacing), strict=True))
+        angles, shifts = transform["angles"][None], tf.zeros((1, 3))
         if each_channel:
-            angles, shifts = angles + motion["turns"], motion["shifts"]
+            angles, shifts = angles + transform["misalignment_angles"], transform["misalignment_shifts"]
         about_z, about_y, about_x = tf.unstack(angles[..., None, None, None], axis=1)
         y, x = _rotate(y, x, about_z)
         z, x = _rotate(z, x, about_y)
@@ -199,7 +201,7 @@ def move_in_space(
         ]
         return _interpolate(volume, coordinates if each_channel else [c[0] for c in coordinates], last, each_channel)
 
-    moved = moved(start, slices, motion, spacing)
+    moved = moved(start, slices, transform, spacing)
     return moved if each_channel else tf.transpose(moved, (3, 0, 1, 2))
 
 
@@ -308,12 +310,12 @@ def _stream(sample, seed, number):
     return tf.stack([seed + number * 2**32, sample])
 
 
-def _steps(motion, recipe):
+def _steps(transform, recipe):
     """The positions along each axis about the patch's centre, flipped and scaled, in voxels."""
-    scales = [1.0 if recipe.in_plane else motion["scale"], motion["scale"], motion["scale"]]
+    scales = [1.0 if recipe.in_plane else transform["scale"], transform["scale"], transform["scale"]]
     for axis, (size, scale) in enumerate(zip(recipe.shape, scales, strict=True)):
         step = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)).reshape((-1, *[1] * (2 - axis)))
-        yield step * (motion["signs"][axis] * scale)
+        yield step * (transform["signs"][axis] * scale)
 
 
 def _rotate(u, v, angle):

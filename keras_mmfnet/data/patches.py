@@ -43,10 +43,11 @@ def patch_dataset(
 ) -> tf.data.Dataset:
     """Creates a `tf.data.Dataset` of batches of 3D patches of preprocessed patients, on every backend (section IV-A).
 
-    For training, the dataset is endless. Each pass takes the windows of all patients in a new random order. Each
-    window has a random offset, in-plane rotation and flip, the same for all modalities and the mask. A batch depends
-    only on `seed` and its number. For validation, the dataset has each window once, without augmentation. All voxels
-    that a window can reach are kept in memory in float16.
+    For training, the dataset is endless. Each pass takes the windows of all patients in a new random order, and a share
+    of `recipe.foreground` of the patches lies at structures instead. Each patch has a random offset, rotation, scaling
+    and flip, in plane or in space, the same for all modalities and masks but for a misalignment, and each modality has
+    random changes of its intensities. A batch depends only on `seed` and its number. For validation, the dataset has
+    each window once, without augmentation. All voxels that a patch can reach are kept in memory in float16.
 
     Args:
         cases: `PreprocessedCase`s with a mask.
@@ -58,7 +59,8 @@ def patch_dataset(
         first_batch: Number of the first batch, for resuming a training.
 
     Returns:
-        A dataset of `({modality: float32 (batch, depth, height, width, 1)}, uint8 mask of the same shape)`.
+        A dataset of `({modality: float32 (batch, depth, height, width, 1)}, masks)`, the masks uint8
+        `(batch, depth, height, width, structures)`.
 
     Raises:
         ValueError: There is no patient, or a patient has no mask.
@@ -86,14 +88,14 @@ def patch_dataset(
 
     def random_patch(sample):
         patient, start, lowest, highest = _place(sample, tables, recipe, seed)
-        motion = augment.draw_motion(sample, tables["movable"][patient], recipe, seed)
-        start = tf.clip_by_value(start + motion.pop("offset"), lowest, highest)
+        transform = augment.draw_transform(sample, tables["movable"][patient], recipe, seed)
+        start = tf.clip_by_value(start + transform.pop("offset"), lowest, highest)
         spacing = tables["spacing"][patient]
         if recipe.in_plane:
-            moved = augment.move_in_plane(_crop(volume, start, margin, recipe), motion, spacing[1:], margin, recipe)
+            moved = augment.move_in_plane(_crop(volume, start, margin, recipe), transform, spacing[1:], margin, recipe)
         else:
             slices = tables["bounds"][patient, :, 0] + [0, recipe.shape[0] - 1]
-            moved = augment.move_in_space(volume, start, slices, motion, spacing, recipe)
+            moved = augment.move_in_space(volume, start, slices, transform, spacing, recipe)
         images, masks = _split(moved, modalities)
         if any(getattr(recipe, name) for name in augment.INTENSITIES):
             amounts = augment.draw_intensities(sample, len(modalities), recipe, seed)
@@ -135,7 +137,7 @@ def centre_patches(
         first_batch: Number of the dataset's first batch.
 
     Returns:
-        A dataset of `({modality: float32 (batch * count, height, width, 1)}, uint8 (batch * count, 1, 1, 1))`.
+        A dataset of `({modality: float32 (batch * count, height, width, 1)}, uint8 (batch * count, 1, 1, structures))`.
     """
     height, width = patch_shape
     # With this padding, the first pixel of a patch has the index of its centre in the unpadded slice.
@@ -164,11 +166,6 @@ def centre_patches(
     return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _masks(case):
-    """The masks of a patient's structures."""
-    return list(case.masks.values())
-
-
 def _load(cases, recipe, modalities, training):
     """Concatenates all voxels that a patch can reach, and lists where in them a patch can be.
 
@@ -178,7 +175,7 @@ def _load(cases, recipe, modalities, training):
         at structures, `voxels`: int32 `(n, 4)`, the index of the first voxel or of the voxel in the volume, and the
         number of the patient. `patients` and `structures`: see `augment.draw_voxel`. By patient: `reach` and `bounds`,
         int32 `(2, 3)`, the lowest and the highest first voxel of a patch before and after it is shifted; `spacing` in
-        mm `(z, y, x)`, float32; and `movable`, see `augment.draw_motion`.
+        mm `(z, y, x)`, float32; and `movable`, see `augment.draw_transform`.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
     _warn(cases, starts, recipe.shape)
@@ -186,7 +183,7 @@ def _load(cases, recipe, modalities, training):
     spacing = np.array([case.spacing for case in cases], np.float32)
     in_space, placed = training and not recipe.in_plane, training and recipe.foreground
     margin = augment.margin(recipe, spacing[:, 1:].min()) + recipe.max_offset[1:] if training else np.zeros(2, int)
-    voxels = [[_some_voxels(mask) for mask in _masks(case) if mask.any()] if placed else [] for case in cases]
+    voxels = [[_some_voxels(mask) for mask in case.masks.values() if mask.any()] if placed else [] for case in cases]
     reach = [
         _reach(case.shape, first, own, recipe.shape) for case, first, own in zip(cases, starts, voxels, strict=True)
     ]
@@ -200,13 +197,14 @@ def _load(cases, recipe, modalities, training):
     size = np.max([np.subtract(end, corner) for corner, end in planes], axis=0)
     slices = np.array([max(case.shape[0], depth) for case in cases])
     tops = np.cumsum(slices) - slices
-    channels = len(modalities) + len(_masks(cases[0]))
+    channels = len(modalities) + len(cases[0].masks)
     shape = (slices.sum(), *size, channels) if in_space else (*size, slices.sum(), channels)
     volume = np.empty(shape, np.float16)
     for case, corner, top, count in zip(cases, corners, tops, slices, strict=True):
         block = volume[top : top + count] if in_space else np.moveaxis(volume[:, :, top : top + count], 2, 0)
         images = case.images_of(modalities)
-        arrays = [(images[name], images[name].min()) for name in modalities] + [(mask, 0) for mask in _masks(case)]
+        arrays = [(images[name], images[name].min()) for name in modalities]
+        arrays += [(mask, 0) for mask in case.masks.values()]
         for channel, (array, background) in enumerate(arrays):
             block[..., channel] = crop(array, corner, block.shape[:3], background)
 
@@ -219,7 +217,7 @@ def _load(cases, recipe, modalities, training):
     )
     far = np.full(len(cases), 2**30)
     bounds = [[tops, -far, -far], [tops + slices - depth, far, far]]
-    fixed = [False] * len(_masks(cases[0]))
+    fixed = [False] * len(cases[0].masks)
     movable = [[name != next(iter(case.images)) for name in modalities] + fixed for case in cases]
     tables = {
         "windows": np.concatenate(windows),

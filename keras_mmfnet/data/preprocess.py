@@ -246,8 +246,8 @@ def _normalised_notes(case, recipe, intensities):
 
     MRI's intensities are magnitudes: below 0 is only what an interpolation overshoots, 2% of the 99th percentile at
     most. Patients are refused of whom every image lies further below 0, half of them 4%, with a standard deviation
-    within a factor of 2.5 of a power of ten, as of a part of an image that was z-scored. CT is let be, and what comes
-    from a scanner as DICOM. Where only some images lie below 0, or the scale is another, there is a note.
+    within a factor of 2.5 of a power of ten, as of a part of an image that was z-scored. CT and DICOM are
+    exempt. Where only some images lie below 0, or the scale is another, there is a note.
     """
     below = {m: one for m, one in intensities.items() if one.std > 0 and one.negative > _OVERSHOOT}
     if all(one.hounsfield for one in below.values()):

@@ -12,9 +12,9 @@ STRONG = PatchRecipe.strong(shape=(4, 16, 24), misalignment=(2.0, 5.0))
 IMAGE = np.random.default_rng(1).normal(size=(5, 12, 16)).astype("float32")
 
 
-def motion_of(angles, flips=(), scale=1.0, shifts=None, turns=None):
-    """A motion as `draw_motion` returns it, of these numbers."""
-    own = {} if turns is None else {"shifts": shifts, "turns": turns}
+def transform_of(angles, flips=(), scale=1.0, shifts=None, own_angles=None):
+    """A transform as `draw_transform` returns it, of these numbers."""
+    own = {} if own_angles is None else {"misalignment_shifts": shifts, "misalignment_angles": own_angles}
     signs = [-1.0 if axis in flips else 1.0 for axis in range(3)]
     values = {"angles": angles, "signs": signs, "scale": scale, **own}
     return {name: tf.constant(value, tf.float32) for name, value in values.items()}
@@ -24,8 +24,8 @@ def drawn(numbers, recipe=STRONG, seed=0):
     """The parameters of patches of two sequences and a structure."""
 
     def draw(sample):
-        motion = augment.draw_motion(sample, tf.constant([0.0, 1.0, 0.0]), recipe, seed)
-        return motion | {"amounts": augment.draw_intensities(sample, 2, recipe, seed)}
+        transform = augment.draw_transform(sample, tf.constant([0.0, 1.0, 0.0]), recipe, seed)
+        return transform | {"amounts": augment.draw_intensities(sample, 2, recipe, seed)}
 
     patches = tf.data.Dataset.from_tensor_slices(np.array(numbers, np.int64)).map(draw)
     return {name: value.numpy() for name, value in next(iter(patches.batch(len(numbers)))).items()}
@@ -36,51 +36,56 @@ def drawn(numbers, recipe=STRONG, seed=0):
 def test_rotated_and_flipped_as_scipy_does(flip_axis, flip):
     margin, angle = augment.margin(RECIPE), 0.4
     box = np.random.default_rng(0).normal(size=(16 + 2 * margin[0], 24 + 2 * margin[1], 4, 2)).astype("float32")
-    motion = motion_of([angle, 0, 0], [flip_axis] if flip else [])
-    found = augment.move_in_plane(tf.constant(box), motion, tf.ones(2), margin, RECIPE).numpy()
-    # A flipped image turns the other way.
-    source, turn = (np.flip(box, flip_axis - 1), -angle) if flip and flip_axis else (box, angle)
-    expected = ndimage.rotate(source, np.degrees(turn), axes=(1, 0), reshape=False, order=1)
+    transform = transform_of([angle, 0, 0], [flip_axis] if flip else [])
+    found = augment.move_in_plane(tf.constant(box), transform, tf.ones(2), margin, RECIPE).numpy()
+    # A flipped image is rotated the other way.
+    source, rotation = (np.flip(box, flip_axis - 1), -angle) if flip and flip_axis else (box, angle)
+    expected = ndimage.rotate(source, np.degrees(rotation), axes=(1, 0), reshape=False, order=1)
     expected = expected[margin[0] : -margin[0], margin[1] : -margin[1]]
     np.testing.assert_allclose(found, expected.transpose(3, 2, 0, 1), atol=1e-4)
 
 
-def positions(motion, channel, spacing, recipe):
+def positions(transform, channel, spacing, recipe):
     """The positions from which a channel of a patch is taken, relative to its centre, in voxels `(3, voxels)`."""
     shape = np.array(recipe.shape)
     steps = np.indices(shape).reshape(3, -1).T - (shape - 1) / 2
-    own = [0, 0, 0] if "turns" not in motion else motion["turns"].numpy()[channel]
-    shift = [0, 0, 0] if "turns" not in motion else motion["shifts"].numpy()[channel]
-    about_z, about_y, about_x = motion["angles"].numpy() + own
-    turn = Rotation.from_euler("zyx", [about_z, -about_y, about_x])
-    steps = steps * motion["signs"].numpy() * motion["scale"].numpy() * spacing
-    return ((turn.apply(steps[:, ::-1])[:, ::-1] + shift) / spacing).T
+    own = [0, 0, 0] if "misalignment_angles" not in transform else transform["misalignment_angles"].numpy()[channel]
+    shift = [0, 0, 0] if "misalignment_angles" not in transform else transform["misalignment_shifts"].numpy()[channel]
+    about_z, about_y, about_x = transform["angles"].numpy() + own
+    rotation = Rotation.from_euler("zyx", [about_z, -about_y, about_x])
+    steps = steps * transform["signs"].numpy() * transform["scale"].numpy() * spacing
+    return ((rotation.apply(steps[:, ::-1])[:, ::-1] + shift) / spacing).T
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
 @pytest.mark.parametrize("in_plane", [False, True])
-def test_all_motions_are_one_linear_interpolation(in_plane, misaligned):
+def test_all_transforms_are_one_linear_interpolation(in_plane, misaligned):
     recipe = STRONG.model_copy(update={"in_plane": in_plane, "flip_axes": (0, 2)})
     spacing = np.array([3.0, 1.5, 1.5]) if in_plane else np.array([2.0, 1.5, 1.25])
     shifts = np.array([[0, 0, 0], [0.0 if in_plane else 1.0, -1.5, 2.0]])
-    turns = np.array([[0, 0, 0], [0.08, *([0, 0] if in_plane else [-0.05, 0.03])]])
+    own_angles = np.array([[0, 0, 0], [0.08, *([0, 0] if in_plane else [-0.05, 0.03])]])
     angles = [0.25, *([0, 0] if in_plane else [-0.2, 0.1])]
-    motion = motion_of(angles, (0, 2), 1.2, *([shifts, turns] if misaligned else []))
+    transform = transform_of(angles, (0, 2), 1.2, *([shifts, own_angles] if misaligned else []))
     volume = np.random.default_rng(0).normal(size=(12, 44, 52, 2)).astype("float32")
     start, middle = np.array([4, 14, 14]), (np.array(recipe.shape) - 1) / 2
     if in_plane:
         margin = augment.margin(recipe, spacing[1])
         box = volume[4:8, 14 - margin[0] : 30 + margin[0], 14 - margin[1] : 38 + margin[1]].transpose(1, 2, 0, 3)
-        found = augment.move_in_plane(tf.constant(box), motion, tf.constant(spacing[1:], tf.float32), margin, recipe)
-        motion["scale"] = tf.constant([1, 1.2, 1.2])  # not along the slices
+        found = augment.move_in_plane(tf.constant(box), transform, tf.constant(spacing[1:], tf.float32), margin, recipe)
+        transform["scale"] = tf.constant([1, 1.2, 1.2])  # not along the slices
     else:
         slices = tf.constant([3, 9])
         found = augment.move_in_space(
-            tf.constant(volume), tf.constant(start, tf.int32), slices, motion, tf.constant(spacing, tf.float32), recipe
+            tf.constant(volume),
+            tf.constant(start, tf.int32),
+            slices,
+            transform,
+            tf.constant(spacing, tf.float32),
+            recipe,
         )
         volume, start = volume[3:10], start - [3, 0, 0]  # beyond the patient's slices, the nearest one
     for channel in range(2):
-        index = positions(motion, channel, spacing, recipe) + (start + middle)[:, None]
+        index = positions(transform, channel, spacing, recipe) + (start + middle)[:, None]
         expected = ndimage.map_coordinates(volume[..., channel], index, order=1, mode="nearest")
         np.testing.assert_allclose(found[channel], expected.reshape(recipe.shape), atol=2e-4)
 
@@ -160,8 +165,8 @@ def test_the_parameters_stay_within_the_recipe():
     for name, most in {
         "offset": np.array(recipe.max_offset),
         "angles": np.radians(15),
-        "shifts": 2.0,
-        "turns": np.radians(5),
+        "misalignment_shifts": 2.0,
+        "misalignment_angles": np.radians(5),
         "amounts": 1.0,
     }.items():
         assert 0.95 < np.max(np.abs(joined[name]) / most) <= 1 + 1e-6
@@ -171,7 +176,7 @@ def test_the_parameters_stay_within_the_recipe():
     assert (joined["signs"][:, 1] == 1).all()
     assert {tuple(signs) for signs in joined["signs"]} == {(a, 1, b) for a in (-1, 1) for b in (-1, 1)}
     # The reference modality and the mask are not misaligned.
-    for name in ("shifts", "turns"):
+    for name in ("misalignment_shifts", "misalignment_angles"):
         assert not joined[name][:, [0, 2]].any()
     # Each kind is chosen for each sequence by itself.
     chosen = joined["amounts"].any(axis=-1).reshape(200, -1)
