@@ -116,7 +116,7 @@ def test_levels_by_the_spacing(spacing, shape, strides, kernels):
     ],
 )
 def test_flips_by_the_sides_that_structures_are_on(left, right, axes, reason):
-    patient = CaseFingerprint("", ("t1",), (20, 80, 80), (2.0, 1.0, 1.0), (10, 40, 40), {"tumour": 5.0}, None)
+    patient = CaseFingerprint((20, 80, 80), (2.0, 1.0, 1.0), (10, 40, 40), {"tumour": 5.0}, None)
     boxes = [((5, 30, 60), (9, 40, 70))] * left + [((5, 30, 10), (9, 40, 20))] * right
     recipe = planned([dataclasses.replace(patient, box=box) for box in boxes])
     assert recipe.patches.flip_axes == axes
