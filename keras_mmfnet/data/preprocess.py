@@ -377,7 +377,7 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
     That is the modality that the mask's name or `recipe.mask_from` says, or else the reference modality.
 
     Raises:
-        CaseError: There is none drawn on the modality wanted.
+        CaseError: There is none drawn on the modality wanted, or a structure has no file without `recipe.allow_empty`.
     """
     several = recipe.mask_from in ("union", "intersection")
     wanted = recipe.modalities[0] if several or recipe.mask_from is None else recipe.mask_from
@@ -389,8 +389,16 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
                 f"{case.name}: a mask drawn on {wanted} is expected, or another `mask_from`. "
                 f"Received: masks of {', '.join(case.mask)}"
             )
-        return case.mask if several else {wanted: case.mask[wanted]}
-    return {wanted: case.mask}
+    found = case.mask if isinstance(case.mask, Mapping) else {wanted: case.mask}
+    found = found if several else {wanted: found[wanted]}
+    for source in found.values():
+        files = source.files if isinstance(source, StructureFiles) else recipe.structures
+        if not (recipe.allow_empty or all(name in files for name in recipe.structures)):
+            raise CaseError(
+                f"{case.name}: {source}: must be a file for each of the structures {', '.join(recipe.structures)}. "
+                f"Received: files of {', '.join(files)}"
+            )
+    return found
 
 
 def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
@@ -444,20 +452,15 @@ def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str,
         patient: The patient's name, for messages.
 
     Returns:
-        `{structure: (the image it was read from, bool array)}`; with `allow_empty`, one whose file is missing is empty.
+        `{structure: (the image it was read from, bool array)}`; one whose file is missing is empty.
 
     Raises:
-        CaseError: A file is missing or damaged, or has no voxel of the structures, or several labels of which none was
-            chosen.
+        CaseError: A file is damaged, or has no voxel of the structures or several labels of which none was chosen.
     """
     names, several, view = recipe.structure_names, len(recipe.structures) > 1, sitk.GetArrayViewFromImage
     try:
         if isinstance(source, StructureFiles):
-            given = [name for name in names if name in source.files]
-            if not given or (len(given) < len(names) and not recipe.allow_empty):
-                listed = f"files of {', '.join(source.files) or 'none'}"
-                raise ValueError(f"must be a file for each of the structures {', '.join(names)}. Received: {listed}")
-            images, labels = {name: read_image(source.files[name], patient) for name in given}, {}
+            images, labels = {name: read_image(file, patient) for name, file in source.files.items()}, {}
         elif recipe.named_structures:
             raise ValueError(f"must be a file for each of the structures {', '.join(names)}. Received: one file")
         else:
