@@ -94,7 +94,7 @@ def regions(tiny_cohort, tmp_path_factory):
         whole = sitk.GetArrayFromImage(image)
         core, inner = (ndimage.binary_erosion(whole, iterations=n) for n in (1, 2))
         labels = sitk.GetImageFromArray(
-            np.select([inner * (number % 2) > 0, core, whole > 0], [4, 1, 2]).astype(np.uint8)
+            np.select([inner * (number in (1, 2, 5)) > 0, core, whole > 0], [4, 1, 2]).astype(np.uint8)
         )
         labels.CopyInformation(image)
         sitk.WriteImage(labels, str(folder / "mask.nii.gz"))
