@@ -1,4 +1,4 @@
-"""MMFNet for Keras 3: fuses several MRI sequences of one patient into a tumour segmentation.
+"""MMFNet for Keras 3: fuses several MRI sequences of one patient into contours of its tumours.
 
 The modules, which are imported on first use:
 

@@ -93,7 +93,7 @@ def plan_recipe(
     for error in bad:
         on_error(error)
     _plan_network(plan, patients)
-    return plan.recipe()
+    return plan.recipe(Recipe())
 
 
 def given_recipe(changes: Mapping[str, Any]) -> Recipe:
@@ -113,7 +113,29 @@ def given_recipe(changes: Mapping[str, Any]) -> Recipe:
     return Recipe().replace({**able, **changes})
 
 
-def find_scale(cases: Sequence[Case], recipe: DataRecipe) -> float | None:
+def recipe_to_check(cases: Sequence[Case], changes: Mapping[str, Any], voxels: bool = False) -> Recipe:
+    """What a plan has of the fields that decide who can be used and how the patients are divided.
+
+    Args:
+        cases: The patients.
+        changes: As for `plan_recipe`.
+        voxels: Whether the voxels of a patient may be read, which tell whether the images are z-scores already.
+
+    Returns:
+        A `Recipe` with `reasons`. Its network is not planned.
+
+    Raises:
+        RecipeError: There is no such field, or a value is outside its range.
+    """
+    plan = _Plan(dict(changes))
+    if voxels:
+        _plan_scale(plan, cases, plan.data())
+        plan.set("training.balance", "volume", "each part of a fold covers the volumes that there are")
+    _plan_folds(plan, len(cases))
+    return plan.recipe(plan.base)
+
+
+def _find_scale(cases, recipe):
     """By what z-scores were multiplied, if the images of the first patient who can be read are z-scores already."""
     for case in cases:
         try:
@@ -129,7 +151,7 @@ def find_scale(cases: Sequence[Case], recipe: DataRecipe) -> float | None:
 class _Plan:
     """The fields planned so far, `{path: (value, reason)}`; those that are given stay as they are."""
 
-    def __init__(self, given, memory, seconds, speed):
+    def __init__(self, given, memory=0.0, seconds=0.0, speed=0.0):
         self.given, self.base, self.fields = given, given_recipe(given), {}
         self.memory, self.seconds, self.speed = memory, seconds, speed
         # How many times as long as MMFNet's the training takes: the single-modality networks together take once.
@@ -157,10 +179,10 @@ class _Plan:
         planned = {path[5:]: value for path, (value, _) in self.fields.items() if path.startswith("data.")}
         return DataRecipe(**{**self.base.data.model_dump(), **planned})
 
-    def recipe(self):
+    def recipe(self, base):
         reasons = {path: reason for path, (_, reason) in self.fields.items()}
         changes = {**{path: value for path, (value, _) in self.fields.items()}, **self.given}
-        return Recipe().replace(changes).model_copy(update={"reasons": reasons})
+        return base.replace(changes).model_copy(update={"reasons": reasons})
 
     def cost(self, shape, strides, width):
         """Bytes and seconds of a patch in a training step."""
@@ -230,10 +252,8 @@ def _read_sample(plan, cases):
     step = math.ceil(len(cases) / _SAMPLE)
     order, sample = [*cases[::step], *(case for i, case in enumerate(cases) if i % step)], []
     recipe = plan.data().model_copy(update={"spacing": None, "clip": {}})
-    if not plan.has("data.normalised_scale") and (scale := find_scale(order, recipe)):
-        reason = f"the images are z-scores already, times {scale:g}"
-        recipe = recipe.model_copy(update={"normalised_scale": plan.set("data.normalised_scale", scale, reason)})
-        plan.set("data.clip", {}, "z-scores are used as they are")
+    if scale := _plan_scale(plan, order, recipe):
+        recipe = recipe.model_copy(update={"normalised_scale": scale})
     for case in order:
         try:
             patient = preprocess_case(case, recipe)
@@ -244,6 +264,14 @@ def _read_sample(plan, cases):
         if len(sample) == _SAMPLE:
             break
     return sample
+
+
+def _plan_scale(plan, cases, recipe):
+    """Whether the images are z-scores already; returns their scale."""
+    if not plan.has("data.normalised_scale") and (scale := _find_scale(cases, recipe)):
+        plan.set("data.clip", {}, "z-scores are used as they are")
+        return plan.set("data.normalised_scale", scale, f"the images are z-scores already, times {scale:g}")
+    return None
 
 
 def _limits(values):
@@ -523,6 +551,10 @@ def _plan_training(plan, patients, shape, strides, stride, width):
         reason = f"structures have {min(volumes):.3g} to {max(volumes):.3g} ml: each part of a fold covers that range"
         plan.set("training.balance", "volume", reason)
     plan.set("training.postprocess", True, "chosen by the DSC of validation patients")
+    _plan_folds(plan, count)
+
+
+def _plan_folds(plan, count):
     if 3 <= count < plan.base.training.folds:
         plan.set("training.folds", count, f"there are {count} patients")
 

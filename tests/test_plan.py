@@ -11,7 +11,7 @@ from keras_mmfnet import plan
 from keras_mmfnet.data import CaseError, find_cases, patch_dataset, preprocess_case
 from keras_mmfnet.data.fingerprint import CaseFingerprint
 from keras_mmfnet.data.windows import window_starts
-from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
+from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe, recipe_to_check
 from keras_mmfnet.recipe import Recipe, RecipeError
 
 once = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="no backend takes part")
@@ -40,7 +40,7 @@ def make_patients(rng, count=6):
 def planned(patients, changes=None, memory=8e9, seconds=7200.0, speed=1.5e-8):
     one = plan._Plan(changes or {}, memory, seconds, speed)
     plan._plan_network(one, patients)
-    return one.recipe()
+    return one.recipe(Recipe())
 
 
 @once
@@ -202,6 +202,12 @@ def test_images_that_are_z_scores(cohort):
     recipe = plan_of(cohort, unmoved)
     assert recipe.data.normalised_scale == 1000
     assert recipe.data.clip == {}
+    cases = find_cases(cohort, recipe.data)[:4]
+    check = recipe_to_check(cases, unmoved, voxels=True)
+    assert check.data.model_copy(update={"allow_missing": False}) == recipe.data
+    assert (check.training.folds, check.training.balance) == (4, "volume")
+    assert set(check.reasons) == {"data.normalised_scale", "data.clip", "training.balance", "training.folds"}
+    assert recipe_to_check(cases, {"training.folds": 3}) == given_recipe({"training.folds": 3})
     # One patient of raw intensities among them is refused, as in preprocessing.
     raw = sitk.GetImageFromArray(np.random.default_rng(0).normal(30000, 100, (20, 32, 32)).astype(np.float32))
     for name in ("t1", "t2", "cet1"):

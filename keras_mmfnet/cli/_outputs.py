@@ -29,6 +29,9 @@ class Outputs:
             ("picture", None): ".png",
             **image("mask", recipe.mask_files),
         }
+        # What a file holds of each structure: its label values, or 1 where it has no other.
+        several = len(recipe.structures) > 1 and not recipe.named_structures
+        self.labels = {name: list(values) if several else [1] for name, values in recipe.structures.items()}
 
     def require_distinct(self, cases):
         """Refuses patients of whom one's file would have the name of another's."""

@@ -35,7 +35,7 @@ def check(
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.survey import CaseSurvey, survey
-        from keras_mmfnet.plan import given_recipe
+        from keras_mmfnet.plan import given_recipe, recipe_to_check
 
         for path in filter(None, (csv, as_json)):
             options.require_new(path, "--csv, --json")
@@ -45,9 +45,11 @@ def check(
         cases, errors = find(data, whole.data, no_mask)
         if not fixed:
             if any(all(name not in case.images for case in cases) for name in whole.data.modalities):
-                whole = whole.replace({"data.allow_missing": False})  # A sequence that nobody has is not planned with.
-                cases, errors = find(data, whole.data, no_mask)
-            whole = _as_planned(terminal, whole, given, cases, deep)
+                given["data.allow_missing"] = False  # A sequence that nobody has is not planned with.
+                cases, errors = find(data, given_recipe(given).data, no_mask)
+            whole = recipe_to_check(cases, given, voxels=deep)
+            if reason := whole.reasons.get("data.normalised_scale"):
+                terminal.say(f"note: {reason}, and are used as they are")
         chosen = whole.data
         rows = survey(cases, chosen, deep)
         if not no_mask:
@@ -80,21 +82,6 @@ def check(
             raise CaseError(f"{count} cannot be used{remedy}: {', '.join(unusable)}")
         seen = "" if deep else ", as far as headers tell; --deep reads the voxels"
         terminal.say(f"{counted(len(rows), 'patient')} can be used{seen}")
-
-
-def _as_planned(terminal, recipe, given, cases, deep):
-    """What a plan for these patients has of the fields that decide who can be used and how they are divided."""
-    from keras_mmfnet.plan import find_scale
-
-    changes = {}
-    if deep and (scale := find_scale(cases, recipe.data)) and "data.normalised_scale" not in given:
-        terminal.say(f"note: the images are z-scores already, times {scale:g}, and are used as they are")
-        changes = {"data.normalised_scale": scale, "data.clip": {}}
-    if deep:
-        changes["training.balance"] = "volume"
-    if 3 <= len(cases) < recipe.training.folds:
-        changes["training.folds"] = len(cases)
-    return recipe.replace({path: value for path, value in changes.items() if path not in given})
 
 
 def find(data, recipe, no_mask=False):

@@ -84,12 +84,9 @@ def segment(
         rules = opened.postprocessing(folds)
         applied = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
         hashes = [hashlib.sha256(opened.network(number).read_bytes()).hexdigest() for number in folds]
-        # What a file holds of each structure: its label values, or 1 where it has no other.
-        several = len(recipe.data.structures) > 1 and not recipe.data.named_structures
-        labels = {name: list(values) if several else [1] for name, values in recipe.data.structures.items()}
         todo = []
         for case in cases:
-            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied, "labels": labels}
+            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied, "labels": outputs.labels}
             try:
                 record["source"] = outputs.source(case, hashes)
                 outputs.require_same(case, record)

@@ -87,14 +87,13 @@ def load_network(path: str | os.PathLike, recipe: "Recipe | None" = None) -> ker
         raise ValueError(f"{path}: must be an undamaged .keras file of a network. Received: {reason[0]}") from error
     if recipe is not None and not _matches(recipe, model):
         shapes = keras.tree.map_structure(lambda tensor: getattr(tensor, "shape", None), getattr(model, "input", None))
-        structures, several = ", ".join(recipe.data.structures), len(recipe.data.structures) > 1
-        exclusive = f" (exclusive={recipe.data.exclusive})" * several
+        wanted, received = f"the probabilities of {', '.join(recipe.data.structures)}", f"of {shapes}"
+        if len(recipe.data.structures) > 1:
+            wanted += f" (exclusive={recipe.data.exclusive})"
+            received += f" (exclusive={getattr(model, 'exclusive', None)})"
         raise ValueError(
             f"{path}: must be a network from patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} to "
-            f"the probabilities of {structures}{exclusive}, as the recipe says. "
-            f"Received: the {type(model).__name__} of {shapes}"
-            + f" (exclusive={getattr(model, 'exclusive', None)})"
-            * several
+            f"{wanted}, as the recipe says. Received: the {type(model).__name__} {received}"
         )
     return model
 
