@@ -371,7 +371,9 @@ the groups, folds and donor that were given |
             "data": str(data),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             # Those of a resumed run must be the same, not only their names.
-            "images": {case.name: key(case, recipe_of(case, recipe.data)) for case in cases if case.name in patients},
+            "images": {
+                case.name: key(case, recipe_of(case, recipe.data), run.cache) for case in cases if case.name in patients
+            },
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if groups is None else {"groups": groups}),

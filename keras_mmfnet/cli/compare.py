@@ -37,6 +37,7 @@ def compare(
     ] = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
+    verify: options.Verify = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
@@ -70,6 +71,8 @@ def compare(
         compared = [METHODS[name] for name in names]
         with log_to_file(before.log_file):
             log_command()
+            if verify:
+                options.verify_cache(before.cache)
             resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
             run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
             terminal.follow(progress_of(run, compared, folds))

@@ -37,6 +37,7 @@ def train(
     ] = None,
     modules: options.Modules = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run; needs only --out.")] = False,
+    verify: options.Verify = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
     quiet: options.Quiet = False,
@@ -91,6 +92,8 @@ def train(
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
             # What was left out before is left out again.
+            if verify:
+                options.verify_cache(before.cache)
             data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
         run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
 

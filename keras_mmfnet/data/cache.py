@@ -1,4 +1,7 @@
-"""Preprocessed patients on disk. Each is a folder, which appears only when it is complete."""
+"""Preprocessed patients on disk. Each is a folder, which appears only when it is complete.
+
+A file is taken for unchanged while its size and time are the same; `forget_times` has contents compared again.
+"""
 
 import contextlib
 import dataclasses
@@ -7,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -15,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet._files import write
 from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import Case, PreprocessedCase, StructureFiles
 from keras_mmfnet.data.dicom import Series
@@ -27,17 +32,29 @@ from keras_mmfnet.recipe import DataRecipe
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 9
+_VERSION = 10
+# Folder of what is known of the patients' own files, in a cache.
+_KNOWN = ".known"
+# A file may change again within a step of the file system's clock, in nanoseconds.
+_RECENT = 2_000_000_000
 
 
-def key(case: Case, recipe: DataRecipe) -> str:
-    """The name of a cache entry: a hash of all that preprocessing depends on. The patient's name is not part of it."""
+def key(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) -> str:
+    """The name of a cache entry: a hash of all that preprocessing depends on. The patient's name is not part of it.
+
+    Args:
+        case: A `Case`.
+        recipe: A `DataRecipe`.
+        cache: A folder in which the hashes of the patient's files are kept, with their sizes and times.
+    """
     masks = case.mask if isinstance(case.mask, Mapping) else {None: case.mask}
     sources = [*(case.images[modality] for modality in recipe.modalities), *masks.values()]
 
+    hashes = _Hashes(Path(cache) / _KNOWN / f"{case.name}.json" if cache else None)
+
     @functools.cache  # the structures of one file share it and its series
     def digest(source):
-        return _digest(source, case.name, digest)
+        return _digest(source, case.name, digest, hashes)
 
     settings = {name: getattr(recipe, name) for name in _FIELDS}
     settings["structures"] = list(recipe.structures.items())  # whose order is that of the masks
@@ -45,10 +62,62 @@ def key(case: Case, recipe: DataRecipe) -> str:
         [_VERSION, settings, [*masks], [digest(source) for source in sources if source]],
         sort_keys=True,
     )
+    hashes.keep()
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _digest(source, patient, digest):
+class _Hashes:
+    """The hashes of files, kept in a JSON file with their sizes and times: `{path: [size, time, hash]}`."""
+
+    def __init__(self, path):
+        self.path, self.known, self.changed = path, {}, False
+        if path:
+            with contextlib.suppress(OSError, ValueError):
+                self.known = dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def of(self, file):
+        size, changed = _state(file)
+        before = self.known.get(str(file.absolute()))
+        if isinstance(before, list) and before[:2] == [size, changed]:
+            return before[2]
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if time.time_ns() - changed > _RECENT:
+            self.known[str(file.absolute())], self.changed = [size, changed, found], True
+        return found
+
+    def keep(self):
+        if self.path and self.changed:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write(self.path, json.dumps(self.known))
+
+
+def _state(file):
+    """The size and the time of a file, by which a change is noticed."""
+    about = os.stat(file)
+    return about.st_size, about.st_mtime_ns
+
+
+def forget_times(cache: str | os.PathLike) -> list[str]:
+    """Removes the entries whose contents are not those that were written, and what is known of the patients' files.
+
+    Their sizes and times may be the same although a disk has damaged them, or a copy has kept an older time.
+
+    Args:
+        cache: The folder of the cache.
+
+    Returns:
+        The names of the entries that were removed.
+    """
+    shutil.rmtree(Path(cache) / _KNOWN, ignore_errors=True)
+    entries = [path.parent for path in sorted(Path(cache).glob("*/case.json"))]
+    damaged = [entry for entry in entries if _read(entry, by_time=False) is None]
+    for entry in damaged:
+        shutil.rmtree(entry)
+    return [entry.name for entry in damaged]
+
+
+def _digest(source, patient, digest, hashes):
     """A hash of the content of an image's files, including a separate file of voxels; `digest` gives that of a part."""
     if isinstance(source, Series):
         return [[*map(digest, source.files)], source.frames]
@@ -59,8 +128,7 @@ def _digest(source, patient, digest):
     if isinstance(source, DicomStructures):
         return [digest(source.path), source.pattern, source.series and digest(source.series)]
     try:
-        with open(source, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashes.of(source)
     except OSError as error:
         raise refuser(source, patient)("a readable file", error.strerror) from error
     return found + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else found
@@ -83,8 +151,9 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
             "source": preprocessed.source.to_dict(),
             "centre": preprocessed.centre,
             "notes": preprocessed.notes,
+            "volumes_ml": preprocessed.masks and [preprocessed.tumour_ml, *preprocessed.structures_ml.values()],
             "transforms": {modality: dataclasses.astuple(rigid) for modality, rigid in preprocessed.transforms.items()},
-            "checksums": {file: _checksum(temporary / file) for file in arrays},
+            "files": {file: [*_state(temporary / file), _checksum(temporary / file)] for file in arrays},
         }
         (temporary / "case.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
         try:
@@ -100,28 +169,58 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+class _Arrays(Mapping):
+    """Arrays in files by name, memory-mapped when they are looked up: a cohort has more files than may be open."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __getitem__(self, name):
+        return np.load(self.files[name], mmap_mode="r")
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+
 def load(entry: Path, name: str) -> PreprocessedCase | None:
-    """Reads a case as memory-mapped arrays; `None` if the folder is missing or damaged."""
+    """Reads a case, whose arrays are memory-mapped; `None` if the folder is missing or damaged."""
+    if (description := _read(entry)) is None:
+        return None
     try:
-        description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
-        checksums = description["checksums"]
-        if any(_checksum(entry / file) != checksum for file, checksum in checksums.items()):
-            return None
-        images = {m: np.load(entry / f"image_{m}.npy", mmap_mode="r") for m in description["modalities"]}
         names = description["structures"]
-        masks = names and {name: np.load(entry / f"mask_{name}.npy", mmap_mode="r") for name in names}
         return PreprocessedCase(
             name=name,
-            images=images,
-            masks=masks,
+            images=_Arrays({modality: entry / f"image_{modality}.npy" for modality in description["modalities"]}),
+            masks=names and _Arrays({one: entry / f"mask_{one}.npy" for one in names}),
             grid=Grid.from_dict(description["grid"]),
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),
             notes=tuple(description["notes"]),
             transforms={m: RigidTransform(*map(tuple, numbers)) for m, numbers in description["transforms"].items()},
+            volumes_ml=description["volumes_ml"] and tuple(description["volumes_ml"]),
         )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read(entry, by_time=True):
+    """The description of an entry; `None` if it or one of its files is missing or damaged.
+
+    A file of the size and time at which it was written is taken for undamaged, unless not `by_time`.
+    """
+    try:
+        description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
+        for name, (size, changed, checksum) in description["files"].items():
+            now = _state(entry / name)
+            same = now == (size, changed) if by_time else False
+            if not same and (now[0] != size or _checksum(entry / name) != checksum):
+                return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return description
 
 
 def _checksum(path):

@@ -134,6 +134,8 @@ class PreprocessedCase:
         centre: Voxel indices `(z, y, x)` of the centre of the body's bounding box.
         notes: Remarks on the preprocessing for the user, one sentence each.
         transforms: `{modality: rigid transform}` that aligned it with the reference modality.
+        volumes_ml: Volume in ml of all structures together and of each of them, if known; otherwise the voxels are
+            counted.
     """
 
     name: str
@@ -144,6 +146,7 @@ class PreprocessedCase:
     centre: tuple[int, int, int]
     notes: tuple[str, ...] = ()
     transforms: Mapping[str, RigidTransform] = dataclasses.field(default_factory=dict)
+    volumes_ml: tuple[float, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,7 +158,7 @@ class PreprocessedCase:
         """Voxel size in mm `(z, y, x)`."""
         return self.grid.spacing[::-1]
 
-    @functools.cached_property
+    @property
     def mask(self) -> np.ndarray | None:
         """The voxels of any structure, uint8 {0, 1} on `grid`, or `None`."""
         if self.masks is None:
@@ -166,11 +169,15 @@ class PreprocessedCase:
     @property
     def tumour_ml(self) -> float:
         """Volume of all structures together in ml."""
+        if self.volumes_ml:
+            return self.volumes_ml[0]
         return float(np.count_nonzero(self.mask) * np.prod(self.spacing) / 1000)
 
     @property
     def structures_ml(self) -> dict[str, float]:
         """Volume of each structure in ml, by name."""
+        if self.volumes_ml:
+            return dict(zip(self.masks, self.volumes_ml[1:], strict=True))
         voxel = float(np.prod(self.spacing)) / 1000
         return {name: np.count_nonzero(mask) * voxel for name, mask in (self.masks or {}).items()}
 

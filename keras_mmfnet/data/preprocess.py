@@ -65,7 +65,7 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
 def _cached(case, recipe, cache):
     if cache is None:
         return _preprocess(case, recipe)
-    entry = Path(cache) / cache_files.key(case, recipe)
+    entry = Path(cache) / cache_files.key(case, recipe, cache)
     cached = cache_files.load(entry, case.name)
     if cached is None:
         built = _preprocess(case, recipe)

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -162,7 +163,9 @@ def test_a_run_without_a_recipe_is_planned(mmfnet, tiny_cohort, first):
     assert "patches.shape" in done.stdout
     assert "warning" not in done.stderr, "part of a tumour outside the windows, or volumes that are padded"
     assert recipe.reasons["network.strides"] in (started / "report.html").read_text(encoding="utf-8")
-    assert len(list((started / "cache").iterdir())) == 6, "the training finds the patients that the plan has read"
+    assert len(list((started / "cache").glob("*/case.json"))) == 6, (
+        "the training finds the patients that the plan has read"
+    )
     assert "must hold no run" in mmfnet("train", tiny_cohort, "--out", started, code=1).stderr
 
 
@@ -172,6 +175,14 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     assert done.stdout == f"{started / 'metrics.csv'}\n"
     assert done.stderr == ""
     assert "trained already: fold_1 mmfnet" in mmfnet("train", "--out", started, "--resume").stderr
+    damaged = next((started / "cache").glob("*/image_t1.npy"))
+    content, before = bytearray(damaged.read_bytes()), damaged.stat()
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "Damaged" not in mmfnet("train", "--out", started, "--resume").stderr
+    verified = mmfnet("train", "--out", started, "--resume", "--verify").stderr
+    assert "Damaged in the cache, and preprocessed again: 1" in verified
     other = mmfnet("train", "--out", started, "--resume", "--set", "training.epochs=5", code=1)
     assert "another recipe. Received: training.epochs: 2 before, 5 now" in other.stderr
     # The patients' folder may have moved.

@@ -1,5 +1,7 @@
 import dataclasses
 import os
+import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,13 +9,14 @@ import numpy as np
 import pytest
 from patients import RAW, head, make_case, make_grid, only, write
 
+from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data import preprocess
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.recipe import Recipe
 
 
 def entries(cache):
-    return sorted(path.name for path in cache.iterdir())
+    return sorted(path.name for path in cache.iterdir() if not path.name.startswith("."))
 
 
 def assert_same(result, expected):
@@ -55,6 +58,8 @@ def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
     assert_same(cached, expected)
     assert isinstance(cached.images["t1"], np.memmap)
     assert not cached.images["t1"].flags.writeable
+    assert (cached.tumour_ml, cached.structures_ml) == (expected.tumour_ml, expected.structures_ml)
+    assert expected.tumour_ml == np.count_nonzero(expected.mask) * np.prod(expected.spacing) / 1000
     renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe.data, cache)
     assert renamed.name == "bob"
 
@@ -121,6 +126,57 @@ def test_a_damaged_entry_is_rebuilt(tmp_path, no_preprocessing, file, damage):
     assert entries(cache) == [entry]
     no_preprocessing()
     assert_same(preprocess_case(case, RAW.data, cache), expected)
+
+
+def age(*paths):
+    """Makes files older than what may still change within a step of the clock."""
+    for path in paths:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns - 60 * 10**9))
+
+
+def test_files_of_the_same_size_and_time_are_not_read_again(tmp_path, monkeypatch):
+    case, folder = make_case(tmp_path / "a", suffix=".mha"), tmp_path / "cache"
+    files = [*case.images.values(), case.mask]
+    age(*files)
+    preprocess_case(case, RAW.data, folder)
+    (entry,) = entries(folder)
+    for name in ("file_digest", "crc32"):
+        module = cache_files.hashlib if name == "file_digest" else cache_files.zlib
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a file was read"))
+    preprocess_case(case, RAW.data, folder)
+    monkeypatch.undo()
+    # Moved patients and a copied cache are recognised by their content.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    moved = dataclasses.replace(
+        case, images={m: tmp_path / "b" / f.name for m, f in case.images.items()}, mask=tmp_path / "b" / case.mask.name
+    )
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy" / entry).iterdir():
+        age(path)
+    preprocess_case(moved, RAW.data, tmp_path / "copy")
+    assert entries(tmp_path / "copy") == [entry]
+    # A change that leaves size and time as they were is found on request.
+    for path in (case.images["t1"], folder / entry / "image_t2.npy"):
+        before = path.stat()
+        damage_byte(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    preprocess_case(case, RAW.data, folder)
+    assert entries(folder) == [entry]
+    assert cache_files.forget_times(folder) == [entry]
+    assert_same(preprocess_case(case, RAW.data, folder), preprocess_case(case, RAW.data))
+
+
+def test_more_patients_than_files_may_be_open(tmp_path):
+    case, folder = make_case(tmp_path / "a"), tmp_path / "cache"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        cases = [preprocess_case(case, RAW.data, folder) for _ in range(20)]
+        arrays = [case.images["t1"].sum() for case in cases]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(set(arrays)) == 1
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
