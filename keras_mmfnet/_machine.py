@@ -1,9 +1,22 @@
-"""Describes the machine that results were computed on."""
+"""The machine that results are computed on."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+
+
+def available_memory() -> float:
+    """Bytes of memory that this machine has, or the container that this process runs in."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # on Windows
+        memory = 8e9
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path(path).read_text()))
+    return memory
 
 
 def machine(*packages: str) -> dict[str, str]:

@@ -268,6 +268,8 @@ class PatchRecipe(_Part):
         intensity_probability: Probability with which each of `blur` to `noise` is applied to a sequence of a patch.
         foreground: Share of the training patches that are placed at a random voxel of a random structure of a random
             patient; the others are at the windows.
+        memory: GB that the voxels of the patients may take; where they take more, each patch is read from the files of
+            the preprocessed patients. `None`: a quarter of the machine's memory. The patches are the same.
     """
 
     shape: tuple[_Positive, _Positive, _Positive] = (16, 256, 256)
@@ -287,6 +289,7 @@ class PatchRecipe(_Part):
     noise: _Strength = 0.0
     intensity_probability: _Fraction = 0.2
     foreground: _Fraction = 0.0
+    memory: Annotated[float, Field(ge=0)] | None = None
 
     @classmethod
     def strong(cls, **values: Any) -> Self:

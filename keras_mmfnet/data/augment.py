@@ -35,6 +35,26 @@ def margin(recipe: PatchRecipe, pixel: float = 1.0) -> np.ndarray:
     return np.ceil(scale * sine * half[::-1] + (scale - 1) * half + shift / pixel).astype(int) + 1
 
 
+def extent_in_space(recipe: PatchRecipe, spacing: np.ndarray) -> np.ndarray:
+    """Voxels `(z, y, x)` of a box about the window's centre that holds all that `move_in_space` reads.
+
+    Args:
+        recipe: The `PatchRecipe`.
+        spacing: Voxel sizes in mm `(patients, 3)`.
+
+    Returns:
+        Three integers.
+    """
+    shift, angle = recipe.misalignment
+    sine = math.sin(math.radians(min(recipe.max_rotation + angle, 90)))
+    # What the rotations about x, y and z have at most in magnitude.
+    about_x, about_y, about_z = np.eye(3), np.eye(3), np.eye(3)
+    about_x[0, 1] = about_x[1, 0] = about_y[0, 2] = about_y[2, 0] = about_z[1, 2] = about_z[2, 1] = sine
+    half = (1 + recipe.max_scaling) * np.array(recipe.shape) / 2 * spacing
+    reach = (half @ (about_x @ about_y @ about_z).T + shift) / spacing
+    return 2 * np.ceil(reach.max(axis=0)).astype(int) + 4
+
+
 def draw_window(number: tf.Tensor, windows: int, seed: int) -> tf.Tensor:
     """Draws the window of a training patch. Each pass over the windows has its own order.
 
@@ -159,7 +179,7 @@ def move_in_plane(
 def move_in_space(
     volume: tf.Tensor,
     start: tf.Tensor,
-    slices: tf.Tensor,
+    limits: tf.Tensor,
     transform: dict[str, tf.Tensor],
     spacing: tf.Tensor,
     recipe: PatchRecipe,
@@ -167,9 +187,10 @@ def move_in_space(
     """Rotates, scales, flips and misaligns a window in three dimensions, with one interpolation.
 
     Args:
-        volume: `(slices, height, width, channels)`. Outside of it, the value of the nearest voxel is taken.
+        volume: `(slices, height, width, channels)`.
         start: First voxel of the window `(z, y, x)`, int32.
-        slices: The first and the last slice of the patient, int32.
+        limits: The first and the last voxel `(z, y, x)` of the patient, int32 `(2, 3)`. Outside of them, the value of
+            the nearest voxel is taken.
         transform: From `draw_transform`.
         spacing: Voxel size in mm `(z, y, x)`.
         recipe: The `PatchRecipe`.
@@ -180,7 +201,7 @@ def move_in_space(
     each_channel = "misalignment_angles" in transform
 
     @tf.function(jit_compile=True)
-    def moved(start, slices, transform, spacing):
+    def moved(start, limits, transform, spacing):
         z, y, x = (step * size for step, size in zip(_steps(transform, recipe), tf.unstack(spacing), strict=True))
         angles, shifts = transform["angles"][None], tf.zeros((1, 3))
         if each_channel:
@@ -189,19 +210,19 @@ def move_in_space(
         y, x = _rotate(y, x, about_z)
         z, x = _rotate(z, x, about_y)
         z, y = _rotate(z, y, about_x)
-        middle = tf.cast(start, tf.float32) + (np.array(recipe.shape, np.float32) - 1) / 2
-        first, last = [slices[0], 0, 0], [slices[1], volume.shape[1] - 1, volume.shape[2] - 1]
+        middle = (np.array(recipe.shape, np.float32) - 1) / 2
+        # Relative to the start: the index of a slice may be too large for the precision of float32.
+        first, last = tf.unstack(tf.cast(limits - start, tf.float32))
         coordinates = [
             tf.clip_by_value(
-                (step + shifts[:, axis, None, None, None]) / spacing[axis] + middle[axis],
-                tf.cast(first[axis], tf.float32),
-                tf.cast(last[axis], tf.float32),
+                (step + shifts[:, axis, None, None, None]) / spacing[axis] + middle[axis], first[axis], last[axis]
             )
             for axis, step in enumerate((z, y, x))
         ]
-        return _interpolate(volume, coordinates if each_channel else [c[0] for c in coordinates], last, each_channel)
+        coordinates = coordinates if each_channel else [c[0] for c in coordinates]
+        return _interpolate(volume, coordinates, each_channel, tf.unstack(start), tf.unstack(limits[1]))
 
-    moved = moved(start, slices, transform, spacing)
+    moved = moved(start, limits, transform, spacing)
     return moved if each_channel else tf.transpose(moved, (3, 0, 1, 2))
 
 
@@ -322,14 +343,15 @@ def _rotate(u, v, angle):
     return tf.sin(angle) * v + tf.cos(angle) * u, tf.cos(angle) * v - tf.sin(angle) * u
 
 
-def _interpolate(values, coordinates, last=None, each_channel=False):
+def _interpolate(values, coordinates, each_channel=False, start=None, last=None):
     """Interpolates linearly along the first axes of an array.
 
     Args:
         values: Array, its channels behind these axes.
         coordinates: Float32 indices along each of these axes.
-        last: Their largest values; `None` if all neighbours lie inside.
         each_channel: Whether the first axis of the coordinates is that of the channels, which then comes first.
+        start: The index that the coordinates are relative to, `None` for 0.
+        last: The largest index; `None` if all neighbours lie inside.
 
     Returns:
         Float32 array.
@@ -340,7 +362,7 @@ def _interpolate(values, coordinates, last=None, each_channel=False):
         tf.reshape(coordinate - low, (*coordinate.shape, *trailing))
         for coordinate, low in zip(coordinates, lower, strict=True)
     ]
-    near = [tf.cast(low, tf.int32) for low in lower]
+    near = [tf.cast(low, tf.int32) + (start[axis] if start else 0) for axis, low in enumerate(lower)]
     far = [index + 1 for index in near]
     if last is not None:
         far = [tf.minimum(index, most) for index, most in zip(far, last, strict=True)]

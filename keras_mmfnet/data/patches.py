@@ -5,19 +5,26 @@ from collections.abc import Iterable, Sequence
 import keras
 import numpy as np
 
+from keras_mmfnet._machine import available_memory
 from keras_mmfnet.data import augment
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import crop, window_starts
+from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import PatchRecipe
 
 try:
     import tensorflow as tf
+
+    from keras_mmfnet.data.voxels import Voxels
 except ImportError as error:
     backend = keras.backend.backend()
     raise ImportError(
         f"patches are made by tf.data, so training on {backend} also needs TensorFlow: "
         f"pip install keras-mmfnet[{backend}]"
     ) from error
+
+
+# Of all structures of all patients together, as many voxels at most are known as places for patches.
+_VOXELS = 4_000_000
 
 
 def hide_gpus() -> None:
@@ -47,7 +54,8 @@ def patch_dataset(
     of `recipe.foreground` of the patches lies at structures instead. Each patch has a random offset, rotation, scaling
     and flip, in plane or in space, the same for all modalities and masks but for a misalignment, and each modality has
     random changes of its intensities. A batch depends only on `seed` and its number. For validation, the dataset has
-    each window once, without augmentation. All voxels that a patch can reach are kept in memory in float16.
+    each window once, without augmentation. All voxels that a patch can reach are kept in memory in float16; where that
+    would take more than half of `recipe.memory`, they are read from the patients' arrays for each patch.
 
     Args:
         cases: `PreprocessedCase`s with a mask.
@@ -77,9 +85,12 @@ def patch_dataset(
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
-    tables = _load(cases, recipe, modalities, training)
     # The pipeline captures tensors by reference and does not copy them into its graph.
-    volume, margin = tables["volume"], augment.margin(recipe, tables["spacing"].numpy()[:, 1:].min())
+    voxels, tables = _load(cases, recipe, modalities, training)
+    spacing = tables["spacing"].numpy()
+    margin = augment.margin(recipe, spacing[:, 1:].min())
+    plane = np.add(recipe.shape, [0, *2 * margin])
+    space = augment.extent_in_space(recipe, spacing)
 
     # Compiled once for all sequences.
     @tf.function(jit_compile=True)
@@ -92,10 +103,13 @@ def patch_dataset(
         start = tf.clip_by_value(start + transform.pop("offset"), lowest, highest)
         spacing = tables["spacing"][patient]
         if recipe.in_plane:
-            moved = augment.move_in_plane(_crop(volume, start, margin, recipe), transform, spacing[1:], margin, recipe)
+            box = tf.cast(voxels.crop(patient, start - [0, *margin], plane), tf.float32)
+            moved = augment.move_in_plane(box, transform, spacing[1:], margin, recipe)
         else:
             slices = tables["bounds"][patient, :, 0] + [0, recipe.shape[0] - 1]
-            moved = augment.move_in_space(volume, start, slices, transform, spacing, recipe)
+            limits = tf.transpose([slices, [0, voxels.shape[1] - 1], [0, voxels.shape[2] - 1]])
+            box, corner = voxels.around(patient, start + np.array(recipe.shape, np.int32) // 2, space)
+            moved = augment.move_in_space(box, start - corner, limits - corner, transform, spacing, recipe)
         images, masks = _split(moved, modalities)
         if any(getattr(recipe, name) for name in augment.INTENSITIES):
             amounts = augment.draw_intensities(sample, len(modalities), recipe, seed)
@@ -108,7 +122,8 @@ def patch_dataset(
         return images, masks
 
     def patch(sample):
-        box = _crop(volume, tables["windows"][sample, :3], np.zeros(2, int), recipe)
+        window = tables["windows"][sample]
+        box = tf.cast(voxels.crop(window[3], window[:3], recipe.shape), tf.float32)
         return _split(tf.transpose(box, (3, 2, 0, 1)), modalities)
 
     last = np.iinfo(np.int64).max if training else len(tables["windows"])
@@ -167,15 +182,14 @@ def centre_patches(
 
 
 def _load(cases, recipe, modalities, training):
-    """Concatenates all voxels that a patch can reach, and lists where in them a patch can be.
+    """Finds the voxels that a patch can reach, and lists where in them a patch can be.
 
     Returns:
-        Tensors by name. `volume`: float16 `(height, width, slices, modalities + structures)`, the patients' slices one
-        after another; the slices are the first axis if patches are moved in space. `windows` and, if patches are placed
-        at structures, `voxels`: int32 `(n, 4)`, the index of the first voxel or of the voxel in the volume, and the
-        number of the patient. `patients` and `structures`: see `augment.draw_voxel`. By patient: `reach` and `bounds`,
-        int32 `(2, 3)`, the lowest and the highest first voxel of a patch before and after it is shifted; `spacing` in
-        mm `(z, y, x)`, float32; and `movable`, see `augment.draw_transform`.
+        The `Voxels`, and tensors by name. `windows` and, if patches are placed at structures, `voxels`: int32 `(n, 4)`,
+        the index of the first voxel or of the voxel in their array, and the number of the patient. `patients` and
+        `structures`: see `augment.draw_voxel`. By patient: `reach` and `bounds`, int32 `(2, 3)`, the lowest and the
+        highest first voxel of a patch before and after it is shifted; `spacing` in mm `(z, y, x)`, float32; and
+        `movable`, see `augment.draw_transform`.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
     _warn(cases, starts, recipe.shape)
@@ -183,7 +197,10 @@ def _load(cases, recipe, modalities, training):
     spacing = np.array([case.spacing for case in cases], np.float32)
     in_space, placed = training and not recipe.in_plane, training and recipe.foreground
     margin = augment.margin(recipe, spacing[:, 1:].min()) + recipe.max_offset[1:] if training else np.zeros(2, int)
-    voxels = [[_some_voxels(mask) for mask in case.masks.values() if mask.any()] if placed else [] for case in cases]
+    most = min(10_000, _VOXELS // (len(cases) * len(cases[0].masks)))
+    voxels = [
+        [_some_voxels(mask, most) for mask in case.masks.values() if mask.any()] if placed else [] for case in cases
+    ]
     reach = [
         _reach(case.shape, first, own, recipe.shape) for case, first, own in zip(cases, starts, voxels, strict=True)
     ]
@@ -196,19 +213,12 @@ def _load(cases, recipe, modalities, training):
     corners = [(min(low[0], 0), *corner) for (low, _), (corner, _) in zip(reach, planes, strict=True)]
     size = np.max([np.subtract(end, corner) for corner, end in planes], axis=0)
     slices = np.array([max(case.shape[0], depth) for case in cases])
-    tops = np.cumsum(slices) - slices
-    channels = len(modalities) + len(cases[0].masks)
-    shape = (slices.sum(), *size, channels) if in_space else (*size, slices.sum(), channels)
-    volume = np.empty(shape, np.float16)
-    for case, corner, top, count in zip(cases, corners, tops, slices, strict=True):
-        block = volume[top : top + count] if in_space else np.moveaxis(volume[:, :, top : top + count], 2, 0)
-        images = case.images_of(modalities)
-        arrays = [(images[name], images[name].min()) for name in modalities]
-        arrays += [(mask, 0) for mask in case.masks.values()]
-        for channel, (array, background) in enumerate(arrays):
-            block[..., channel] = crop(array, corner, block.shape[:3], background)
+    # Half of the memory is for the patients to train on, half for those to validate on.
+    limit = (available_memory() / 4 if recipe.memory is None else 1e9 * recipe.memory) / 2
+    kept = Voxels(cases, modalities, corners, slices, size, in_space, limit)
+    tops = kept.tops
 
-    # From the index in a patient to that in the volume, and behind it the number of the patient.
+    # From the index in a patient to that in the array, and behind it the number of the patient.
     shifts = np.insert(-np.array(corners), 3, range(len(cases)), axis=1)
     shifts[:, 0] += tops
     windows, found = (
@@ -229,7 +239,7 @@ def _load(cases, recipe, modalities, training):
     }
     tables = {name: tf.constant(table, tf.int32) for name, table in tables.items()}
     others = {"spacing": tf.constant(spacing), "movable": tf.constant(movable, tf.float32)}
-    return {"volume": tf.constant(volume), **tables, **others}
+    return kept, tables | others
 
 
 def _reach(size, starts, voxels, shape):
@@ -248,7 +258,7 @@ def _spans(counts):
     return np.stack([np.cumsum(counts) - counts, counts], axis=1)
 
 
-def _some_voxels(mask, most=10_000):
+def _some_voxels(mask, most):
     """Indices of up to `most` voxels of a mask, `(voxels, 3)`."""
     index = np.flatnonzero(mask)
     return np.stack(np.unravel_index(index[:: 1 + len(index) // most], mask.shape), axis=1)
@@ -298,15 +308,6 @@ def _warn(cases, starts, patch_shape):
             f"`patches.stride` in plane covers more",
             stacklevel=3,
         )
-
-
-def _crop(volume, start, margin, recipe):
-    """Crops a patch with a margin in plane: float32 `(height, width, depth, channels)`."""
-    depth, height, width = recipe.shape
-    row, column = tf.unstack(start[1:] - margin)
-    height, width = height + 2 * margin[0], width + 2 * margin[1]
-    box = volume[row : row + height, column : column + width, start[0] : start[0] + depth]
-    return tf.ensure_shape(tf.cast(box, tf.float32), (height, width, depth, volume.shape[-1]))
 
 
 def _split(patch, modalities):

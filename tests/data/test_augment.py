@@ -74,11 +74,11 @@ def test_all_transforms_are_one_linear_interpolation(in_plane, misaligned):
         found = augment.move_in_plane(tf.constant(box), transform, tf.constant(spacing[1:], tf.float32), margin, recipe)
         transform["scale"] = tf.constant([1, 1.2, 1.2])  # not along the slices
     else:
-        slices = tf.constant([3, 9])
+        limits = tf.constant([[3, 0, 0], [9, 43, 51]])
         found = augment.move_in_space(
             tf.constant(volume),
             tf.constant(start, tf.int32),
-            slices,
+            limits,
             transform,
             tf.constant(spacing, tf.float32),
             recipe,

@@ -1,12 +1,13 @@
 import dataclasses
 import itertools
+import warnings
 
 import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import augment, patch_dataset
+from keras_mmfnet.data import augment, cache, patch_dataset
 from keras_mmfnet.data.patches import centre_patches
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import PatchRecipe, Recipe
@@ -250,6 +251,33 @@ def test_a_patch_at_a_structure_stays_where_windows_are(make_case):
     firsts = {tuple(int(images[name][n, 0, 0, 0, 0]) for name in ("t1", "t2", "cet1")) for n in range(80)}
     # Centred on the voxel between the first and the last window.
     assert firsts == {(2, 7, 0), (2, 7, 22), (24, 7, 44)}
+
+
+@pytest.mark.parametrize("in_plane", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_voxels_read_from_files_give_the_same_patches(make_case, tmp_path, in_plane, training):
+    cases = [
+        make_case("anna", (21, 24, 28), seed=1),
+        make_case("bert", (9, 15, 40), seed=2),
+        make_case("cleo", (16, 60, 20), (8, 20, 10), seed=3),
+    ]
+    cases[1].images.pop("t2")
+    recipe = PatchRecipe.strong(
+        shape=(16, 16, 16), stride=(8, None, 8), in_plane=in_plane, flip_axes=(0, 2), misalignment=(1.5, 3.0)
+    )
+    entries = [tmp_path / case.name for case in cases]
+    for case, entry in zip(cases, entries, strict=True):
+        cache.store(case, entry)
+    cases = [cache.load(entry, entry.name) for entry in entries]
+    options = {"modalities": ("t1", "t2"), "training": training, "seed": 3}
+    with warnings.catch_warnings(action="ignore"):  # one is smaller than the patch
+        in_memory = joined(patch_dataset(cases, recipe, **options), 6)
+        read = joined(patch_dataset(cases, recipe.model_copy(update={"memory": 0.0}), **options), 6)
+    for name in ("t1", "t2"):
+        assert np.ptp(read[0][name]) > 1
+        np.testing.assert_array_equal(read[0][name], in_memory[0][name])
+    np.testing.assert_array_equal(read[1], in_memory[1])
+    assert read[1].any()
 
 
 def test_offsets_reach_their_limits_and_no_further(make_case):
