@@ -4,12 +4,14 @@
 
 Patches of 16x256x256 of three modalities and a mask, with random offset, flip and rotation, from patients in memory.
 MONAI's transforms run in a PyTorch DataLoader with two workers. The two take turns. Then each augmentation beyond the
-paper's takes turns with the paper's alone, at the strengths of `PatchRecipe.strong`, by patches per second of one core.
+paper's takes turns with the paper's alone, at the strengths of `PatchRecipe.strong`, by patches per second of one core;
+and so do patches that are read from the files of the patients, `memory=0`.
 """
 
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 from machine import machine, report
 
 from keras_mmfnet.data import Grid, PreprocessedCase
+from keras_mmfnet.data.cache import load, store
 from keras_mmfnet.recipe import PatchRecipe, Recipe
 
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
@@ -36,6 +39,13 @@ def make_cases(count):
             PreprocessedCase(f"patient {number}", images, {"tumour": mask}, grid, grid, tuple(n // 2 for n in SHAPE))
         )
     return cases
+
+
+def from_files(cases, folder):
+    """The patients, whose arrays are in files of a folder."""
+    for case in cases:
+        store(case, folder / case.name)
+    return [load(folder / case.name, case.name) for case in cases]
 
 
 def ours(cases, recipe):
@@ -84,7 +94,8 @@ def augmentations():
     fields = {name: value for name, value in strong if value != getattr(PatchRecipe(), name)}
     kinds = {name: {name: value} for name, value in fields.items()} | {"in_plane=False": {"in_plane": False}}
     together = {"all": fields, "all, in_plane=False": fields | {"in_plane": False}}
-    return {**kinds, "PatchRecipe.strong": dict(PatchRecipe.strong()), **together}
+    files = {"memory=0": {"memory": 0.0}, "memory=0, in_plane=False": {"memory": 0.0, "in_plane": False}}
+    return {**kinds, "PatchRecipe.strong": dict(PatchRecipe.strong()), **together, **files}
 
 
 def rates(contenders, turns, seconds, batch_size, clock=time.perf_counter):
@@ -127,15 +138,16 @@ def main():
     best = max((name for name in medians if name.startswith("monai")), key=medians.get)
     del contenders
 
-    augmented = {}
+    augmented, folder = {}, tempfile.TemporaryDirectory()
+    cases = from_files(cases[:2], Path(folder.name))
     for shape in (recipe.patches.shape, Recipe.small().patches.shape):
         speeds, ratios = [], {}
         paper = recipe.replace({"patches.shape": shape})
         for name, fields in augmentations().items():
             patches = paper.patches.model_copy(update=fields | {"shape": shape})
             pair = {
-                "paper": ours(cases[:2], paper),
-                name: ours(cases[:2], paper.model_copy(update={"patches": patches})),
+                "paper": ours(cases, paper),
+                name: ours(cases, paper.model_copy(update={"patches": patches})),
             }
             pair_rates = rates(
                 pair, parsed.turns // 2, parsed.seconds / 4, recipe.training.batch_size, time.process_time
@@ -146,6 +158,7 @@ def main():
             "patches_per_second_of_a_core": round(statistics.median(speeds), 1),
             "relative": ratios,
         }
+    folder.cleanup()
     result = {
         "machine": machine("tensorflow", "torch", "monai"),
         "load_before": round(load, 1),

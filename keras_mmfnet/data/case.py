@@ -183,7 +183,8 @@ class PreprocessedCase:
 
     def images_of(self, modalities: Iterable[str]) -> dict[str, np.ndarray]:
         """The images of these modalities by name. A missing one is zeros, as in modality dropout."""
-        return {name: self.images.get(name, np.zeros(self.shape, np.float32)) for name in modalities}
+        there = self.images
+        return {name: there[name] if name in there else np.zeros(self.shape, np.float32) for name in modalities}
 
     def to_source(self, array: np.ndarray, threshold: float | None = None) -> sitk.Image:
         """Resamples an array on `grid`, such as a probability map, to the grid of the reference modality's image.
