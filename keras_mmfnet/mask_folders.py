@@ -1,5 +1,6 @@
 """Compares two folders of masks, such as those of a network and of an expert."""
 
+import glob
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from keras_mmfnet.recipe import DataRecipe
 
 _log = logging.getLogger(__name__)
 _MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
+_DEFAULT = DataRecipe().mask
 # What `mmfnet segment` writes beside a mask.
 _OTHERS = re.compile(r"(.+)_(probability|disagreement)(_[\w-]+)?")
 
@@ -35,7 +37,9 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     Args:
         predictions: Folder of the predicted masks.
         truth: Folder of the expert's masks.
-        recipe: The `DataRecipe`, whose `structures` say what is compared; with `allow_empty` masks may be empty.
+        recipe: The `DataRecipe`, whose `structures` say what is compared, and its `mask` what the mask in a patient's
+            folder is called; with `allow_empty` masks may be empty. With the default name, it is the one that the
+            network was trained on, if `PATIENT.json` beside a predicted mask tells, or else the only one.
 
     Returns:
         A dict for each patient and structure that both have: `patient`, `structure` and the numbers of `compare_masks`.
@@ -45,7 +49,13 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
             mask is damaged or has no voxel of the structures, or the masks of a patient do not lie on one grid.
     """
     folders = Path(predictions), Path(truth)
-    predicted, expert = (_find_masks(folder, recipe.named_structures) for folder in folders)
+    predicted = _find_masks(folders[0], recipe)
+    names = {record["mask"] for record in _records(predicted).values() if "mask" in record}
+    if recipe.mask == _DEFAULT and len(names) == 1:
+        name = names.pop()
+        if any(folders[1].glob(f"*/{glob.escape(name)}.*")):
+            recipe = recipe.model_copy(update={"mask": name})
+    expert = _find_masks(folders[1], recipe)
     for lacking, alone in (
         ("prediction", expert.keys() - predicted),
         ("mask of the expert", predicted.keys() - expert),
@@ -66,11 +76,18 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     return rows
 
 
-def _find_masks(folder, named):
+def _records(masks):
+    """What `PATIENT.json` beside a patient's mask says of it, by the patient's name, where there is one."""
+    files = {name: path.parent / f"{name}.json" for name, path in masks.items() if isinstance(path, Path)}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+
+
+def _find_masks(folder, recipe):
     """The mask of each patient by name: a file in the folder, or the one mask in the patient's folder.
 
     Structures that are named, not given by labels, have a file each, `PATIENT_STRUCTURE`.
     """
+    named = recipe.named_structures
     if (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir():
         folder = folder / "labelsTr"
     files = [(image_stem(path), path) for path in sorted(folder.iterdir()) if path.is_file()]
@@ -91,15 +108,15 @@ def _find_masks(folder, named):
     elif len(named) == 1:
         masks = {name: StructureFiles(dict.fromkeys(named, path)) for name, path in masks.items()}
     for patient in sorted(path for path in folder.iterdir() if path.is_dir() and not masks):
-        if source := _mask_in(patient, named):
+        if source := _mask_in(patient, recipe):
             masks[patient.name] = source
     if not masks:
         raise ValueError(f"{folder}: must hold masks, or patients' folders with a mask. Received: a folder without")
     return masks
 
 
-def _mask_in(patient, named):
-    """The mask in a patient's folder or `None`: the structures that are named, or the only one."""
+def _mask_in(patient, recipe):
+    """The mask in a patient's folder or `None`: the named structures, the recipe's mask, or the only one."""
 
     def only(found):
         if len(found) > 1:
@@ -107,8 +124,9 @@ def _mask_in(patient, named):
             raise ValueError(f"{patient}: must hold one mask. Received: {listed}")
         return found[0] if found else None
 
-    stems = {path: image_stem(path) or "" for path in sorted(patient.iterdir())}
-    if not named and (found := [path for path, stem in stems.items() if _MASK.search(stem)]):
+    named, stems = recipe.named_structures, {path: image_stem(path) or "" for path in sorted(patient.iterdir())}
+    is_mask = _MASK.search if recipe.mask == _DEFAULT else re.compile(re.escape(recipe.mask)).fullmatch
+    if not named and (found := [path for path, stem in stems.items() if is_mask(stem)]):
         return only(found)
     series, objects = find_objects(patient, patient.name)
     drawn = drawn_mask(objects, series, named, patient.name, allow_empty=True)
@@ -131,9 +149,8 @@ def _recipe_of_predictions(masks, recipe):
     if others or not isinstance(labels, tuple) or 1 in labels:
         return recipe
     as_one = recipe.model_copy(update={"structures": {name: None}})
-    records = [path.parent / f"{patient}.json" for patient, path in masks.items() if isinstance(path, Path)]
-    if len(records) == len(masks) and all(record.is_file() for record in records):
-        told = [read_json(record).get("labels", {}).get(name) for record in records]
+    if len(records := _records(masks)) == len(masks):
+        told = [record.get("labels", {}).get(name) for record in records.values()]
         if None not in told:
             return as_one if told[0] == [1] else recipe
     for patient, path in masks.items():

@@ -295,7 +295,7 @@ def _plan_alignment(plan, sample):
             found.setdefault(name, []).append(moved)
         progress("registering a sample for the plan", number, len(sample))
     if max(map(len, found.values()), default=0) <= len(sample) / 2:
-        return plan.set("data.align", "header", "no misalignment known: registration failed, or small images")
+        return plan.set("data.align", "header", "misalignment not known: too small images, or registration failed")
     millimetres, degrees = np.max([np.median(moved, axis=0) for moved in found.values()], axis=0)
     apart = f"sequences lie {millimetres:.1f} mm and {degrees:.1f} degrees apart, the median {_of(sample)}"
     apart += f"; registered from {_MOVED:g} mm on"
@@ -464,7 +464,8 @@ def _plan_filters(plan, shape, strides, kernels, spacing):
     reason += "the paper's width" if width == _WIDTHS[-1] else "the width that the time allows"
     plan.set("network.filters", _filters(width, len(strides)), reason)
     voxel = _by(np.round(spacing, 2))
-    reason = f"voxels of {voxel} mm: an axis is pooled once its voxels are less than twice as large as the smallest"
+    reason = f"voxels of {voxel} mm: an axis is pooled once its voxels are less than twice as large as the smallest, "
+    reason += f"while the features keep an edge of {_SHORTEST}"
     plan.set("network.strides", strides, reason)
     reason = (
         f"voxels of {voxel} mm: no convolution along an axis whose voxels are twice as large as the smallest or more"
@@ -477,7 +478,9 @@ def _plan_windows(plan, patients, shape, spacing):
     """The fields of `patches`; returns the step between windows."""
     held = [_holds(patients, axis, shape[axis], None) for axis in (1, 2)]
     sides = _by(np.round(np.multiply(shape, spacing)).astype(int))
-    about = "the window at the body's centre holds every structure" if all(held) else "all that time and memory allow"
+    about = "all that time and memory allow"
+    if all(held):
+        about = "in plane, the window at the body's centre holds every structure"
     plan.set("patches.shape", shape, f"{sides} mm; {about}")
     half = [max(size // 2, 1) for size in shape]
     stride = (half[0], *(None if inside else step for inside, step in zip(held, half[1:], strict=True)))
@@ -532,7 +535,7 @@ def _plan_training(plan, patients, shape, strides, stride, width):
         steps = plan.get("training.steps_per_epoch")
     spent = plan.networks * epochs * seconds * (steps * batch + validation)
     reason = f"about {_duration(spent)} of {_duration(plan.seconds)} per fold, {1000 * seconds:.3g} ms per patch"
-    epochs = plan.set("training.epochs", epochs, f"{reason}; at most the paper's {_EPOCHS}")
+    epochs = plan.set("training.epochs", epochs, f"{reason}, with validation; at most the paper's {_EPOCHS}")
     reason = f"at most the paper's {_STEPS}; each epoch is validated on {validation / _PREDICTION:.0f} windows"
     plan.set("training.steps_per_epoch", steps, reason)
     if batch * size > plan.memory:

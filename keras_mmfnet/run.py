@@ -223,7 +223,7 @@ the groups, folds and donor that were given |
             if same := {name for name, one in self.cohort["images"].items() if one == images}:
                 names, who = same, "this patient"
         seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
-        return f"{who} was in the training set of fold {', '.join(seen)}" if seen else ""
+        return f"{who} was in the training set of fold{'s' * (len(seen) > 1)} {', '.join(seen)}" if seen else ""
 
     def save_bundle(self, path: str | os.PathLike, about: str | None = None) -> None:
         """Writes a bundle to share, of the networks of the recipe's own method: see `Bundle`.

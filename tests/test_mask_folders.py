@@ -32,6 +32,34 @@ def test_two_folders_from_python(tmp_path, caplog):
     assert "no mask of the expert of 1 patient: predicted" in caplog.text
 
 
+def test_the_mask_that_the_network_was_trained_on(tmp_path):
+    patient, predictions = tmp_path / "patients" / "ann", tmp_path / "predicted"
+    patient.mkdir(parents=True)
+    predictions.mkdir()
+    regions = np.zeros((3, 8, 8), np.uint8)
+    regions[:, 2:6, 2:6], regions[:, 3:5, 3:5] = 2, 1
+    for path, array in (
+        (patient / "mask.nii.gz", (regions == 1).astype(np.uint8)),
+        (patient / "regions.nii.gz", regions),
+        (predictions / "ann.nii.gz", regions),
+    ):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+    recipe = DataRecipe(structures={"whole": (1, 2), "core": (1,)})
+    folders = predictions, tmp_path / "patients"
+
+    def dsc(recipe):
+        return {row["structure"]: row["dsc"] for row in compare_folders(*folders, recipe)}
+
+    assert dsc(recipe)["whole"] < 1
+    assert dsc(recipe.model_copy(update={"mask": "regions"})) == {"whole": 1, "core": 1}
+    (predictions / "ann.json").write_text('{"mask": "regions"}')
+    assert dsc(recipe) == {"whole": 1, "core": 1}
+    (patient / "regions.nii.gz").unlink()
+    assert dsc(recipe)["whole"] < 1, "the one mask that there is"
+    with pytest.raises(ValueError, match="must hold masks"):
+        dsc(recipe.model_copy(update={"mask": "regions"}))
+
+
 def test_no_structure_in_common(tmp_path):
     for side, name in (("predicted", "gtv"), ("expert", "ctv")):
         (tmp_path / side).mkdir()

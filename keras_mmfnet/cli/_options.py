@@ -143,8 +143,11 @@ def choose_folds(folds: list[str] | None, count: int, default: list[int]) -> lis
 
 def require_new(path: Path, option: str) -> None:
     """Refuses to overwrite a file or folder, and one in a folder that does not exist."""
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}")
+    problem = "exists already" if path.exists() else None
+    if not path.parent.is_dir():
+        problem = "is in a folder that does not exist"
+    if problem:
+        raise ValueError(f"{option}: a new one in a folder that exists is expected. Received: {path}, which {problem}")
 
 
 def recipe_of_run(folder: Path, what: str = "RUN: the folder of a run"):

@@ -74,10 +74,12 @@ class Outputs:
         from keras_mmfnet._files import read_json
 
         path, there = self._record(case), self.there(case)
-        if there and not (path.exists() and read_json(path) == record):
+        before = read_json(path) if path.exists() else {}
+        if there and before != record:
+            listed = ", ".join(key for key in {**record, **before} if record.get(key) != before.get(key))
             raise ValueError(
                 f"{case.name}: {next(iter(there.values()))}: must be made from the same images, networks and options "
-                "as now; choose another --out. Received: a file made otherwise"
+                f"as now; choose another --out. Received: a file made with another {listed}"
             )
 
     def write_record(self, case, record):

@@ -192,12 +192,13 @@ class Terminal(logging.Handler):
 
 
 @contextlib.contextmanager
-def session(quiet: bool = False, resume_with: str | None = None) -> Iterator[Terminal]:
+def session(quiet: bool = False, resume_with: str | None = None, start_with: str | None = None) -> Iterator[Terminal]:
     """Runs a command: messages to the terminal, one line for a mistake of the user's and for Ctrl-C or SIGTERM.
 
     Args:
         quiet: Show errors only.
         resume_with: The command that resumes this one once it has begun to train; `None`: the same command.
+        start_with: The command that resumes it before; `None`: the same command.
     """
     terminal, root = Terminal(quiet), logging.getLogger()
     progress, levels = logging.getLogger("keras_mmfnet.progress"), (root.level, logging.NOTSET)
@@ -220,7 +221,8 @@ def session(quiet: bool = False, resume_with: str | None = None) -> Iterator[Ter
         now, where = terminal.training, ""
         if now and now.current:
             where = f": {now.position}, after epoch {now.epoch} of {now.epochs}"
-        how = f"resume with: {resume_with}" if now and resume_with else "run the same command again to resume"
+        other = resume_with if now else start_with
+        how = f"resume with: {other}" if other else "run the same command again to resume"
         terminal.console.print(f"stopped{where}; {how}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
     except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of

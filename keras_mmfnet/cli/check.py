@@ -135,15 +135,16 @@ def _show_folds(terminal, cases, rows, recipe, groups, splits):
         terminal.say(
             f"groups: {len(together)} of {counted(len(grouped), 'patient')}, the largest of {max(together.values())}"
         )
-    lines, empty = [], []
+    lines, empty, measured = [], [], any(volume is not None for volume in volumes.values())
     for number, fold in enumerate(folds):
         for part, names in dataclasses.asdict(fold).items():
             counts = {what: len(some.intersection(names)) for what, some in lacking.items()}
             known = [volumes[name] for name in names if volumes[name] is not None]
-            median = f"{statistics.median(known):.1f}" if known else "-"
-            lines.append([str(number), part, str(len(names)), *map(str, counts.values()), median])
+            median = [f"{statistics.median(known):.1f}" if known else "-"] * measured
+            lines.append([str(number), part, str(len(names)), *map(str, counts.values()), *median])
             empty += [f"fold {number}, {part}: all {what}" for what, n in counts.items() if n == len(names)]
-    terminal.table(["fold", "part", "patients", *lacking, "tumour ml, median"], lines)
+    volume = "all structures" if len(recipe.data.structures) > 1 else "tumour"
+    terminal.table(["fold", "part", "patients", *lacking, *[f"{volume} ml, median"] * measured], lines)
     for line in empty:
         terminal.say(f"note: {line}")
 

@@ -42,7 +42,10 @@ def compare(
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Trains and compares methods on the same folds, patches and updates; several processes share the work."""
+    """Trains and compares methods on the same folds, patches and updates; several processes share the work.
+
+    Without --recipe or --paper, it is the recipe of mmfnet train --small, with higher learning rates for few updates.
+    """
     with session(quiet) as terminal:
         if methods != "list":
             if not (data and out):

@@ -32,7 +32,9 @@ def demo(
 ):
     """Makes synthetic patients and trains on them, in a few minutes on two CPU cores."""
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    with session(quiet, resume_with=f"mmfnet train --out {shlex.quote(str(out))} --resume") as terminal:
+    folder = shlex.quote(str(out))
+    commands = {"resume_with": f"mmfnet train --out {folder} --resume", "start_with": f"mmfnet demo --out {folder}"}
+    with session(quiet, **commands) as terminal:
         from keras_mmfnet.recipe import Recipe
 
         recipe = Recipe.small().replace(_SHORT | options.parse_changes(changes))
@@ -46,5 +48,5 @@ def demo(
         make_synthetic_cohort(out / "phantom", seed=recipe.training.seed, modalities=recipe.data.modalities)
         run_training(terminal, out, out / "phantom", recipe, [0])
         patient = shlex.quote(str(out / "phantom" / Run(out).folds[0].test[0]))
-        terminal.say(f"Try it: mmfnet segment {shlex.quote(str(out))} {patient} --out contours --picture")
+        terminal.say(f"Try it: mmfnet segment {folder} {patient} --out contours --picture")
         terminal.say("With your own patients: mmfnet check PATIENTS, then mmfnet train PATIENTS --out RUN")

@@ -13,6 +13,12 @@ def evaluate(
         Path, typer.Argument(metavar="TRUTH", help="Folder of the expert's masks, or of patients' folders with one.")
     ],
     structure: options.Structure = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the mask in a patient's folder, as data.mask.", show_default="the network's"
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each patient's numbers as CSV.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON.")] = None,
     quiet: options.Quiet = False,
@@ -28,7 +34,8 @@ def evaluate(
             options.require_new(path, "--csv, --json")
         for folder in (predictions, truth):
             options.require_folder(folder, "PREDICTIONS, TRUTH")
-        recipe = Recipe().replace({**options.parse_structures(structure), "data.allow_empty": True}).data
+        changes = {**options.parse_structures(structure), "data.allow_empty": True}
+        recipe = Recipe().replace(changes | ({"data.mask": mask} if mask else {})).data
         rows = compare_folders(predictions, truth, recipe)
         if csv:
             write(csv, csv_text(rows))

@@ -52,9 +52,11 @@ def parse_budget(memory: str | None, time: str | None) -> dict[str, float]:
 def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache=None):
     """Plans a recipe and prints it."""
     from keras_mmfnet.data import CaseError, find_cases
+    from keras_mmfnet.methods import method_of
     from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
 
     recipe = given_recipe(given).data
+    method_of(given_recipe(given))  # One sequence is refused before the patients are read.
     cases, errors = find(data, recipe)
     if lacking := [name for name in recipe.modalities if not any(name in case.images for case in cases)]:
         find_cases(data, recipe.model_copy(update={"allow_missing": False}))  # which says what there is instead

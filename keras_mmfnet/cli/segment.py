@@ -86,7 +86,8 @@ def segment(
         hashes = [hashlib.sha256(opened.network(number).read_bytes()).hexdigest() for number in folds]
         todo = []
         for case in cases:
-            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied, "labels": outputs.labels}
+            record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied}
+            record |= {"labels": outputs.labels, "mask": recipe.data.mask}
             try:
                 record["source"] = outputs.source(case, hashes)
                 outputs.require_same(case, record)

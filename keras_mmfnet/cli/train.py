@@ -123,8 +123,10 @@ def run_training(
             run.fold_folder(number).mkdir(exist_ok=True)
         progress = progress_of(run, [method], folds)
         if resume:
-            trained = ", ".join(f"{path.parent.name} {path.name}" for path, share in progress.shares.items() if share)
-            _log.info("Resumed; trained already: %s", trained or "no network")
+            trained = {run.network(number).with_suffix("") for number in run.trained_folds()}
+            trained |= {path for path, share in progress.shares.items() if share}
+            listed = ", ".join(f"{path.parent.name} {path.name}" for path in sorted(trained))
+            _log.info("Resumed; trained already: %s", listed or "no network")
         terminal.follow(progress)
         rows = cross_validate(run, method, folds)
         _log.info("Writing the report")

@@ -7,7 +7,8 @@ preprocess, body, registration    brings a patient onto one grid and scale; body
 cache                             preprocessed patients on disk
 survey, fingerprint               what `mmfnet check` shows; what a plan is made from
 folds                             divides patients into training, validation and test
-windows, augment, patches         windows of a volume; augmented training patches
+windows, voxels                   windows of a volume; voxels in memory or in files
+augment, patches                  augmented training patches
 """
 
 from typing import TYPE_CHECKING

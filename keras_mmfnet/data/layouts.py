@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 # What BraTS calls its files after the patient's name, in 2020 and from 2023.
 _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
-_ALLOW_MISSING = "patients may lack it with `data.allow_missing`"
+_ALLOW_MISSING = "patients may lack it with `data.allow_missing`, and `data.modalities` says which sequences are used"
 # The number of the channel, at the end of the name of a file in a dataset.
 _CHANNEL = re.compile(r"_\d{4}$")
 # What the file of a mask may be called.

@@ -275,18 +275,20 @@ def _raw_notes(case, recipe, intensities):
     """Refuses a patient whose images are said to be z-scores and are raw intensities, on which a network finds nothing.
 
     z-scores lie on both sides of 0, whatever they were multiplied by. Patients are refused of whom no image lies below
-    0 and all have a mean beyond ten standard deviations. Where that is not as plain, there is a note.
+    0 and all have a mean beyond ten standard deviations, or a tenth of their spread. Where that is not as plain, there
+    is a note.
     """
-    scale = f"{recipe.normalised_scale:g}"
+    unit, scale = recipe.normalised_scale, f"{recipe.normalised_scale:g}"
     raw = {modality: one for modality, one in intensities.items() if one.negative <= _OVERSHOOT}
-    if len(raw) == len(recipe.modalities) and all(one.mean > 10 * recipe.normalised_scale for one in raw.values()):
+    if len(raw) == len(recipe.modalities) and all(one.mean > 10 * unit or one.std < unit / 10 for one in raw.values()):
         listed = "; ".join(f"{modality} with {one}" for modality, one in raw.items())
         raise CaseError(
             f"{case.name}: {case.images[next(iter(raw))]}: must be z-scores times {scale}, since the recipe has "
             f"`data.normalised_scale={scale}`; raw intensities need a network trained with "
             f"`--set data.normalised_scale=none`. Received: {listed}"
         )
-    about = f"values on one side of 0; if these are raw intensities, data.normalised_scale={scale} makes the mask wrong"
+    about = f"values on one side of 0; raw intensities are not normalised with data.normalised_scale={scale}, and the "
+    about += "network finds nothing in them"
     return [f"{', '.join(raw)}: {about}"] if raw else []
 
 

@@ -25,4 +25,7 @@ def test_a_patient_of_a_run_is_explained(mmfnet, trained, tmp_path):
     assert {path.stem for path in out.iterdir()} == names | ({"gradcam"} if BACKEND == "tensorflow" else set())
     assert done.stdout.splitlines() == [str(out / line.rpartition("/")[2]) for line in done.stdout.splitlines()]
     assert BACKEND == "tensorflow" or "KERAS_BACKEND=tensorflow" in done.stderr
-    assert f"a new one in a folder that exists is expected. Received: {out}" in mmfnet(*arguments, code=1).stderr
+    assert (
+        f"a new one in a folder that exists is expected. Received: {out}, which exists already"
+        in mmfnet(*arguments, code=1).stderr
+    )

@@ -30,4 +30,6 @@ def test_patients_who_cannot_be_planned_for(mmfnet, tiny_cohort, tmp_path):
     assert "nowhere, which does not exist" in mmfnet("plan", "nowhere", *out, code=1).stderr
     done = mmfnet("plan", tiny_cohort, *out, "--set", "data.modalities=t1,flair", code=1)
     assert "flair: is missing" in done.stderr
+    done = mmfnet("plan", tiny_cohort, *out, "--set", "data.modalities=t1", code=1)
+    assert "must name two or more for MMFNet" in done.stderr
     assert not (tmp_path / "recipe.json").exists()

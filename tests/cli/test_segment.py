@@ -153,6 +153,7 @@ def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatc
     other = mmfnet("segment", trained, patients, "--out", out, "--picture", "--fold", 0, code=1)
     assert "error: not segmented: 4 of 4 patients" in other.stderr
     assert "made from the same images, networks and options" in other.stderr
+    assert "Received: a file made with another folds, source" in other.stderr
     shutil.copy(patients / "patient_02" / "t1.nii.gz", patients / "patient_00" / "t1.nii.gz")
     other = mmfnet("segment", trained, patients, "--out", out, "--picture", code=1)
     assert "error: not segmented: 1 of 4 patients" in other.stderr

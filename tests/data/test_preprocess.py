@@ -395,9 +395,11 @@ def test_raw_intensities_are_refused_where_z_scores_are_expected(tmp_path):
     message = refused(case, Recipe().replace({"data.normalised_scale": 1}), case.images["t1"])
     assert "must be z-scores times 1, since the recipe has `data.normalised_scale=1`" in message
     assert "Received: t1 with values from" in message
+    message = refused(case, Recipe().replace({"data.normalised_scale": 10000}), case.images["t1"])
+    assert "must be z-scores times 10000" in message
     # They could be numbers of another scale: a note.
     (note,) = preprocess_case(case, Recipe().replace({"data.normalised_scale": 1000}).data).notes
-    assert note.startswith("t1, t2, cet1: values on one side of 0; if these are raw")
+    assert note.startswith("t1, t2, cet1: values on one side of 0; raw intensities are not normalised")
     write(case.images["t2"], make_grid(), scored(make_grid(), 1).astype(np.float32))
     (note,) = preprocess_case(case, Recipe().replace({"data.normalised_scale": 1}).data).notes
     assert note.startswith("t1, cet1: values on one side of 0")
