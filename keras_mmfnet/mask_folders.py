@@ -15,7 +15,7 @@ from keras_mmfnet.data.case import StructureFiles
 from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
-from keras_mmfnet.data.preprocess import structures_in
+from keras_mmfnet.data.preprocess import structures_in, unclaimed_labels
 from keras_mmfnet.data.structures import DicomStructures, drawn_mask
 from keras_mmfnet.evaluation import compare_masks, rows_by_structure
 from keras_mmfnet.recipe import DataRecipe
@@ -70,6 +70,11 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     for number, name in enumerate(names, start=1):
         rows += _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
         progress("comparing", number, len(names))
+    # Of one structure, the others are left out on purpose.
+    several = names if len(recipe.structures) > 1 else ()
+    if others := {label for name in several for label in unclaimed_labels(expert[name], recipe, name)}:
+        about = "The expert's masks have labels that belong to no structure and are not compared: %s"
+        _log.warning(about, ", ".join(f"{label:g}" for label in sorted(others)[:10]))
     if not rows:
         raise ValueError(f"{truth}: a structure that the predictions have, too, is expected. Received: none")
     _warn_of_absent(rows, recipe.structures)
@@ -92,11 +97,13 @@ def _find_masks(folder, recipe):
         folder = folder / "labelsTr"
     files = [(image_stem(path), path) for path in sorted(folder.iterdir()) if path.is_file()]
     stems, masks, apart = {stem for stem, _ in files}, {}, {}
+    # A patient's name may end like the one structure there is, unless all do.
+    endings = [name for name in named if len(named) > 1 or all((stem or "").endswith(f"_{name}") for stem in stems)]
     for stem, path in files:
         other = _OTHERS.fullmatch(stem or ".")
         if not stem or stem[0] == "." or (other and (not other[3] or other[1] in stems)):
             continue
-        structure = max((name for name in named if stem.endswith(f"_{name}")), key=len, default=None)
+        structure = max((name for name in endings if stem.endswith(f"_{name}")), key=len, default=None)
         name = stem.removesuffix(f"_{structure}")
         own = apart.setdefault(name, {}) if structure else masks
         key = structure or name

@@ -19,7 +19,7 @@ from keras_mmfnet.data.geometry import upright_grid
 from keras_mmfnet.data.image_io import read_grid
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.data.windows import window_starts
-from keras_mmfnet.recipe import DataRecipe, Recipe
+from keras_mmfnet.recipe import DataRecipe, PatchRecipe, Recipe
 
 _log = logging.getLogger(__name__)
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
@@ -77,7 +77,7 @@ def plan_recipe(
 
     Raises:
         CaseError: Patients cannot be used.
-        ValueError: There is no patient, or none who has one of the modalities, or a change is invalid.
+        ValueError: There is no patient, or none who has one of the modalities or a structure, or a change is invalid.
     """
     plan, bad = _Plan(dict(changes or {}), memory, seconds, speed), []
     _plan_data(plan, cases)
@@ -92,6 +92,8 @@ def plan_recipe(
         raise CaseError.of_several(bad, len(cases))
     for error in bad:
         on_error(error)
+    if not any(patient.box for patient in patients):
+        raise ValueError(f"a patient with a structure is expected. Received: {len(patients)} patients, all without")
     _plan_network(plan, patients)
     return plan.recipe(Recipe())
 
@@ -108,9 +110,24 @@ def given_recipe(changes: Mapping[str, Any]) -> Recipe:
     count = len(levels[0]) if levels and isinstance(levels[0], list | tuple) else 1
     count = max(count, 3) if changes.get("network.deep_supervision") and not levels else count
     able = {"network.filters": (1,) * count, "network.strides": ((1, 1, 1),) * count, "data.spacing": None}
+    if "patches.stride" not in changes:
+        able["patches.stride"] = (None, None, None)
     if "data.allow_missing" not in changes and changes.get("network.modality_dropout", True):
         able |= {"data.allow_missing": True, "network.modality_dropout": 0.3}
+    if "patches.shape" not in changes:  # one that fits what is given
+        steps, strides = changes.get("patches.stride"), changes.get("network.strides") or able["network.strides"]
+        able["patches.shape"] = _multiple(steps, strides)
     return Recipe().replace({**able, **changes})
+
+
+def _multiple(steps, strides):
+    """The smallest shape that the strides of all levels divide and that is no less than the steps between windows."""
+    try:
+        factors = np.prod(strides, axis=0).tolist()
+        pairs = zip(steps or (1, 1, 1), factors, strict=True)
+        return tuple(factor * math.ceil((step or 1) / factor) for step, factor in pairs)
+    except (TypeError, ValueError):  # which the recipe refuses
+        return PatchRecipe().shape
 
 
 def recipe_to_check(cases: Sequence[Case], changes: Mapping[str, Any], voxels: bool = False) -> Recipe:

@@ -291,6 +291,13 @@ class PatchRecipe(_Part):
     foreground: _Fraction = 0.0
     memory: Annotated[float, Field(ge=0)] | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _check_stride(self):
+        if any(step and step > size for step, size in zip(self.stride, self.shape, strict=True)):
+            expected = f"must be at most `patches.shape` {self.shape}, for no voxel may lie between the windows"
+            raise RecipeError({"stride": f"{expected}. Received: {self.stride}"})
+        return self
+
     @classmethod
     def strong(cls, **values: Any) -> Self:
         """Patches with nnU-Net's kinds of augmentation, rotated and scaled less, a bias field, and these values."""

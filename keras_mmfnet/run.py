@@ -330,6 +330,8 @@ the groups, folds and donor that were given |
                 raise CaseError.of_several(bad) from None
             raise
         kept = read_json(run.cohort_file) if run.cohort_file.exists() else {}
+        if "donor" in kept and not _is_file_of(run.donor_file, kept["donor"]["sha256"]):
+            raise ValueError(f"{run.donor_file}: must be the donor this run started from. Received: another or no file")
         groups = kept.get("groups") if groups is None else dict(groups)
         splits = [Fold(**fold) for fold in kept.get("splits", ())] if splits is None else splits
         if splits:
@@ -419,6 +421,10 @@ the groups, folds and donor that were given |
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _is_file_of(path, sha256):
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def _donor(path, recipe):

@@ -60,6 +60,26 @@ def test_the_mask_that_the_network_was_trained_on(tmp_path):
         dsc(recipe.model_copy(update={"mask": "regions"}))
 
 
+def test_a_patient_whose_name_ends_like_the_one_structure(tmp_path):
+    for side in ("predicted", "expert"):
+        (tmp_path / side).mkdir()
+        for name in ("a", "c_gtv"):
+            image = sitk.GetImageFromArray(np.eye(4, dtype=np.uint8)[None])
+            sitk.WriteImage(image, str(tmp_path / side / f"{name}.nii"))
+    rows = compare_folders(tmp_path / "predicted", tmp_path / "expert", DataRecipe(structures={"gtv": "gtv"}))
+    assert [(row["patient"], row["dsc"]) for row in rows] == [("a", 1), ("c_gtv", 1)]
+
+
+def test_labels_that_belong_to_no_structure_are_said(tmp_path, caplog):
+    for side in ("predicted", "expert"):
+        (tmp_path / side).mkdir()
+        labels = np.array([[[1, 2, 3 * (side == "expert"), 0]]], np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / side / "a.nii.gz"))
+    recipe = DataRecipe(structures={"whole": (1, 2, 4), "core": (1, 4)})
+    assert [row["dsc"] for row in compare_folders(tmp_path / "predicted", tmp_path / "expert", recipe)] == [1, 1]
+    assert "labels that belong to no structure and are not compared: 3" in caplog.text
+
+
 def test_no_structure_in_common(tmp_path):
     for side, name in (("predicted", "gtv"), ("expert", "ctv")):
         (tmp_path / side).mkdir()

@@ -136,8 +136,8 @@ def test_what_is_given_stays_and_the_rest_is_planned_around_it():
     recipe = planned(patients, {"network.strides": strides, "network.filters": (4, 6)})
     assert (recipe.network.strides, recipe.network.filters, len(recipe.network.kernel_sizes)) == (strides, (4, 6), 2)
     # A reason is lost with the value that it was given for.
-    assert "patches.shape" not in recipe.replace({"patches.shape": (16, 32, 32)}).reasons
-    assert "network.kernel_sizes" in recipe.replace({"patches.shape": (16, 32, 32)}).reasons
+    assert "patches.shape" not in recipe.replace({"patches.shape": (160, 160, 160)}).reasons
+    assert "network.kernel_sizes" in recipe.replace({"patches.shape": (160, 160, 160)}).reasons
     for changes in ({"training.epoch": 3}, {"data.spacing": -1}, {"network.strides": ((1, 3, 1),)}):
         with pytest.raises(RecipeError):
             given_recipe(changes)
@@ -247,3 +247,17 @@ def test_real_heads_are_all_within_the_windows_that_are_planned(test_data, tmp_p
 
 def test_the_speed_of_this_machine():
     assert 1e-12 < measure_speed((4, 8, 8)) < 1e-3
+
+
+@once
+def test_nothing_is_planned_for_patients_without_a_structure(cohort):
+    for path in cohort.glob("*/mask.nii.gz"):
+        image = sitk.ReadImage(str(path))
+        sitk.WriteImage(image * 0, str(path))
+    with pytest.raises(ValueError, match=r"a patient with a structure is expected\. Received: 6 patients, all without"):
+        plan_of(cohort, {"data.allow_empty": True, "data.align": "header", "patches.misalignment": (0, 0)})
+
+
+def test_given_strides_of_many_levels_need_no_shape():
+    recipe = given_recipe({"network.strides": ((2, 2, 2),) * 6, "patches.stride": (80, None, 40)})
+    assert recipe.patches.shape == (128, 64, 64)

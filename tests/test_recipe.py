@@ -259,3 +259,9 @@ def test_a_recipe_does_not_change():
 def test_structures_that_are_named_have_a_file_each(structures, named, files):
     data = DataRecipe(structures=structures)
     assert (data.named_structures, data.mask_files) == (named, files)
+
+
+def test_no_voxel_lies_between_the_windows():
+    with pytest.raises(RecipeError, match=r"stride` must be at most `patches.shape` \(16, 256, 256\), .* Received"):
+        Recipe().replace({"patches.stride": (17, None, 256)})
+    assert Recipe().replace({"patches.stride": (16, None, 256)}).patches.stride == (16, None, 256)

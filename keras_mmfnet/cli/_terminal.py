@@ -145,8 +145,8 @@ class Terminal(logging.Handler):
             line(row["patient"], row["structure"], (metric.text(row.get(key)) for key, metric in shown.items()))
             for row in rows
         ]
-        structures |= {"all": mean_over_structures(rows)} if several else {}
-        for structure, some in structures.items():
+        means = [*structures.items(), *([("all", mean_over_structures(rows))] if several else [])]
+        for structure, some in means:
             summary = summarise(some)
             # One patient has no interval.
             names = (("mean", f"mean of {len(some)}"), ("low", "95% from"), ("high", "to"))

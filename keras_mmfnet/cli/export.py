@@ -1,3 +1,5 @@
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +39,8 @@ def export(
     """
     with session(quiet) as terminal:
         options.recipe_of_run(run)
-        options.require_new(out, "--out")
+        for path in (out, out.with_suffix(".bin")) if out.suffix == ".xml" else (out,):
+            options.require_new(path, "--out")
         if bundle and (fold is not None or out.suffix not in (".zip", "")):
             raise ValueError(f"--bundle: all folds, and a folder or .zip as --out, are expected. Received: {out}")
         if about and not (bundle and about.is_file()):
@@ -56,8 +59,10 @@ def export(
         folds = options.choose_trained(opened, None if fold is None else [fold])[:1]
         (network,) = options.load_networks(opened, folds)
         try:
-            with silenced():
-                network.export(out, format=_FORMATS[out.suffix], verbose=False)
+            with silenced(), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as hidden:
+                network.export(Path(hidden, out.name), format=_FORMATS[out.suffix], verbose=False)
+                for path in sorted(Path(hidden).iterdir()):  # OpenVINO's .xml is the last of two
+                    os.rename(path, out.parent / path.name)
         except ImportError as error:
             raise ImportError(f"{_FORMATS[out.suffix]} needs the extra: pip install 'keras-mmfnet[export]'") from error
         terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")

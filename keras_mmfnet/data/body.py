@@ -102,12 +102,15 @@ def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
         An array of the volume's shape and dtype.
 
     Raises:
-        ValueError: All values inside the body are equal, or the body is empty.
+        ValueError: All values inside the body are equal or too large, or the body is empty.
     """
     values = volume[body]
-    mean, std = (values.mean(), values.std()) if values.size else (0, 0)
+    with np.errstate(over="ignore"):
+        mean, std = (values.mean(), values.std()) if values.size else (0, 0)
     if not std > 1e-6 * abs(mean):
         raise ValueError(f"the values inside the body must vary. Received: {values.size} voxels, all of {mean:g}")
+    if not np.isfinite(std):
+        raise ValueError(f"the values inside the body must be below 1e18. Received: {np.abs(values).max():g}")
     scored = volume - mean
     scored *= 1 / std
     return scored

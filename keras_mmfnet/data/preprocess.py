@@ -505,6 +505,11 @@ def _read_masks(case, recipe, grid, upright, transforms):
     masks, grids, volumes = _masks_on(case, recipe, grid, transforms)
     first, kept = recipe.modalities[0], {name: _millilitres(mask, grid) for name, mask in masks.items()}
     notes = mask_notes(case, recipe)
+    others = {
+        label for one in mask_sources(case, recipe).values() for label in unclaimed_labels(one, recipe, case.name)
+    }
+    if others:
+        notes.append(f"mask: has labels that belong to no structure: {_listed(sorted(others))}")
     if not any(kept.values()):
         files = [file for source in mask_sources(case, recipe).values() for file in files_of(source)]
         images = [read_image(file, case.name) for file in files]
@@ -523,6 +528,20 @@ def _read_masks(case, recipe, grid, upright, transforms):
         )
         notes.append(f"mask: lies on another grid than {first}, resampled by position: {listed}")
     return masks, notes
+
+
+def unclaimed_labels(source: object, recipe: DataRecipe, patient: str) -> list[float]:
+    """The values in a mask, besides 0, that belong to no structure, where the structures are given by label values.
+
+    Raises:
+        CaseError: The file is damaged.
+    """
+    claimed = [label for some in recipe.structures.values() if isinstance(some, tuple) for label in some]
+    if not claimed or isinstance(source, StructureFiles):
+        return []
+    image = read_image(source, patient)
+    values = sitk.GetArrayViewFromImage(image)
+    return np.unique(values[~np.isin(values, [0, *claimed])]).tolist()
 
 
 def _millilitres(mask, grid):

@@ -140,7 +140,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         labels = attempt(_labels, files, case.name)
         preprocessed = attempt(preprocess_case, case, recipe)
         if preprocessed:
-            notes = [*preprocessed.notes, *_unclaimed(labels, recipe)]
+            notes = [*preprocessed.notes]
             if preprocessed.mask is not None:
                 volume, volumes = preprocessed.tumour_ml, preprocessed.structures_ml
     drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]
@@ -149,13 +149,6 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
     where = ", ".join(map(str, case.mask.values())) if isinstance(case.mask, Mapping) else case.mask and str(case.mask)
     problems, notes = (tuple(dict.fromkeys(texts)) for texts in (problems, notes))
     return CaseSurvey(case.name, images, where, labels, volume, problems, notes, volumes)
-
-
-def _unclaimed(labels, recipe):
-    """A note on labels of a mask that belong to no structure, though structures are given by labels."""
-    claimed = {label for some in recipe.structures.values() if isinstance(some, tuple) for label in some}
-    others = [f"{label:g}" for label in labels or () if label not in claimed]
-    return [f"mask: has labels that belong to no structure: {', '.join(others)}"] if claimed and others else []
 
 
 def _labels(sources, patient):

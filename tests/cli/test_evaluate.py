@@ -157,9 +157,14 @@ def test_several_structures_by_labels(mmfnet, tmp_path):
     assert found["summary"]["inner"]["dsc"]["patients"] == 2
     quiet = mmfnet("evaluate", *folders, "--structure", "whole=2,4", "--structure", "inner=4", "--quiet").stdout
     assert float(quiet) == pytest.approx(found["mean_over_structures"]["dsc"]["mean"])
+    named = mmfnet("evaluate", *folders, "--structure", "all=2,4", "--structure", "inner=4").stdout
+    means = [line.split()[3:5] for line in named.splitlines() if "mean of 3" in line]
+    assert means == [["all", "0.8889"], ["inner", "0.8333"], ["all", "0.8889"]]
     # Labels that nobody predicts are likely others.
     done = mmfnet("evaluate", *folders, "--structure", "whole=2,4", "--structure", "inner=3")
     assert "warning" not in done.stderr
+    done = mmfnet("evaluate", *folders, "--structure", "whole=2", "--structure", "inner=3")
+    assert "The expert's masks have labels that belong to no structure and are not compared: 4" in done.stderr
     regions(tmp_path / "predicted" / "ann.nii.gz", 8, 0)
     regions(tmp_path / "predicted" / "bob.nii.gz", 8, 0)
     regions(tmp_path / "predicted" / "eve.nii.gz", 8, 0)

@@ -31,6 +31,7 @@ def test_a_patient_is_served_by_onnxruntime(mmfnet, trained, tiny_cohort, tmp_pa
     mmfnet("segment", trained, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--fold", 0)
     network, patient, recipe = tmp_path / "network.onnx", tiny_cohort / "patient_00", trained / "recipe.json"
     assert mmfnet("export", trained, "--out", network).stdout.splitlines()[-1] == str(network)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out", "network.onnx"}
     assert serve(network, recipe, patient, tmp_path / "b.nii").returncode == 0
     images = (sitk.ReadImage(str(tmp_path / name)) for name in ("out/patient_00.nii.gz", "b.nii"))
     one, other = map(sitk.GetArrayFromImage, images)
@@ -51,5 +52,8 @@ def test_what_cannot_be_exported(mmfnet, trained, tmp_path):
     assert "ends with .onnx or .xml" in mmfnet("export", trained, "--out", tmp_path / "n.h5", code=1).stderr
     (tmp_path / "n.onnx").touch()
     assert "Received: " in mmfnet("export", trained, "--out", tmp_path / "n.onnx", code=1).stderr
+    (tmp_path / "m.bin").write_text("the user's")
+    assert "m.bin, which exists" in mmfnet("export", trained, "--out", tmp_path / "m.xml", code=1).stderr
+    assert (tmp_path / "m.bin").read_text() == "the user's"
     done = mmfnet("export", trained, "--out", tmp_path / "m.onnx", "--fold", 4, code=1)
     assert "that is trained (0, 1) is expected. Received: 4" in done.stderr

@@ -219,6 +219,9 @@ def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started,
     assert (out / "donor.keras").read_bytes() == (started / "fold_1" / "mmfnet.keras").read_bytes()
     path.unlink()  # which a resumed run does not need
     mmfnet("train", "--out", out, "--resume", code=1)
+    (out / "donor.keras").write_bytes((started / "fold_1" / "mmfnet.keras").read_bytes() + b" ")
+    changed = mmfnet("train", "--out", out, "--resume", code=1).stderr
+    assert "donor.keras: must be the donor this run started from. Received: another or no file" in changed
     other = mmfnet("train", tiny_cohort, "--out", tmp_path / "other", "--from", started, code=1)
     assert donated == [["cet1", "t2"], ["cet1", "t2"], ["t1", "t2", "cet1"]]
     fold = json.loads((started / "cohort.json").read_text(encoding="utf-8"))["folds"][1]

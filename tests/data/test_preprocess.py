@@ -290,6 +290,8 @@ def test_z_score_refuses_what_does_not_vary():
         z_score(np.full((2, 2, 2), 3, np.float32), np.ones((2, 2, 2), bool))
     with pytest.raises(ValueError, match=r"must vary. Received: 0 voxels"):
         z_score(np.zeros((2, 2, 2), np.float32), np.zeros((2, 2, 2), bool))
+    with pytest.raises(ValueError, match=r"must be below 1e18. Received: 7e\+30"):
+        z_score(np.arange(8, dtype=np.float32).reshape(2, 2, 2) * np.float32(1e30), np.ones((2, 2, 2), bool))
 
 
 def test_images_are_scored_inside_the_body_and_clipped(tmp_path):
