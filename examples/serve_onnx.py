@@ -53,6 +53,8 @@ def main():
         if not parsed.network.is_file():
             raise ValueError(f"--network: a network exported as ONNX is expected. Received: {parsed.network}")
         recipe = Recipe.load(parsed.recipe)
+        if recipe.training.postprocess:
+            print("not applied: the post-processing of the run, which `mmfnet export` prints", file=sys.stderr)
         session = open_network(parsed.network, recipe)
         case = preprocess_case(read_case_folder(parsed.patient, recipe.data, require_mask=False), recipe.data)
         found = segment_case(lambda batch: session.run(None, batch)[0], case, recipe)

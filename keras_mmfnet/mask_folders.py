@@ -22,6 +22,7 @@ from keras_mmfnet.recipe import DataRecipe
 
 _log = logging.getLogger(__name__)
 _MASK = re.compile(r"(^|[_-])(mask|seg|segmentation|gtv|roi|label)$", re.IGNORECASE)
+# What the mask in a patient's folder is called if nobody says.
 _DEFAULT = DataRecipe().mask
 # What `mmfnet segment` writes beside a mask.
 _OTHERS = re.compile(r"(.+)_(probability|disagreement)(_[\w-]+)?")
@@ -50,9 +51,9 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     """
     folders = Path(predictions), Path(truth)
     predicted = _find_masks(folders[0], recipe)
-    names = {record["mask"] for record in _records(predicted).values() if "mask" in record}
-    if recipe.mask == _DEFAULT and len(names) == 1:
-        name = names.pop()
+    told = {record["mask"] for record in _records(predicted).values() if "mask" in record}
+    if recipe.mask == _DEFAULT and len(told) == 1:
+        name = told.pop()
         if any(folders[1].glob(f"*/{glob.escape(name)}.*")):
             recipe = recipe.model_copy(update={"mask": name})
     expert = _find_masks(folders[1], recipe)
@@ -66,13 +67,12 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     names = sorted(predicted.keys() & expert)
     if not names:
         raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
-    of_predictions, rows = _recipe_of_predictions(predicted, recipe), []
+    of_predictions, rows, others = _recipe_of_predictions(predicted, recipe), [], set()
     for number, name in enumerate(names, start=1):
-        rows += _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
+        compared, unclaimed = _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
+        rows, others = rows + compared, others | unclaimed
         progress("comparing", number, len(names))
-    # Of one structure, the others are left out on purpose.
-    several = names if len(recipe.structures) > 1 else ()
-    if others := {label for name in several for label in unclaimed_labels(expert[name], recipe, name)}:
+    if others and len(recipe.structures) > 1:  # From one structure, the others are left out on purpose.
         about = "The expert's masks have labels that belong to no structure and are not compared: %s"
         _log.warning(about, ", ".join(f"{label:g}" for label in sorted(others)[:10]))
     if not rows:
@@ -168,7 +168,10 @@ def _recipe_of_predictions(masks, recipe):
 
 
 def _compare(name, predicted, expert):
-    """The numbers of one patient, a row for each structure that both have; each is a source and its recipe."""
+    """The numbers of one patient, a row for each structure that both have; each is a source and its recipe.
+
+    Also the expert's labels that belong to no structure.
+    """
     rows, sources, structures = [], (predicted[0], expert[0]), list(expert[1].structures)
     for who, source in zip(("prediction", "mask of the expert"), sources, strict=True):
         if isinstance(source, StructureFiles) and (lacking := [one for one in structures if one not in source.files]):
@@ -192,7 +195,7 @@ def _compare(name, predicted, expert):
             raise ValueError(f"{name}: both masks must lie on one grid. Received: {listed} with {sizes}")
         numbers = compare_masks(inside, truth, grids[0].spacing[::-1])
         rows.append({"patient": name, "structure": structure, **numbers})
-    return rows
+    return rows, unclaimed_labels(found[1], expert[1])
 
 
 def _warn_of_absent(rows, structures):

@@ -19,7 +19,7 @@ from keras_mmfnet.data.geometry import upright_grid
 from keras_mmfnet.data.image_io import read_grid
 from keras_mmfnet.data.preprocess import preprocess_case
 from keras_mmfnet.data.windows import window_starts
-from keras_mmfnet.recipe import DataRecipe, PatchRecipe, Recipe
+from keras_mmfnet.recipe import DataRecipe, Recipe
 
 _log = logging.getLogger(__name__)
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
@@ -127,7 +127,7 @@ def _multiple(steps, strides):
         pairs = zip(steps or (1, 1, 1), factors, strict=True)
         return tuple(factor * math.ceil((step or 1) / factor) for step, factor in pairs)
     except (TypeError, ValueError):  # which the recipe refuses
-        return PatchRecipe().shape
+        return 1, 1, 1
 
 
 def recipe_to_check(cases: Sequence[Case], changes: Mapping[str, Any], voxels: bool = False) -> Recipe:

@@ -34,7 +34,7 @@ Modules = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out patients that cannot be used, and list them.")]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="When resuming, compare files by their contents, not by size and time.")
+    bool, typer.Option("--verify", help="Compare the files of a run that is resumed by content, not by size and time.")
 ]
 Groups = Annotated[
     Path | None, typer.Option(metavar="FILE", help="CSV with columns patient and group; a group is never divided.")
@@ -171,14 +171,6 @@ def open_bundle(path: Path, what: str = "RUN"):
 def left_out(skip_bad: bool):
     """The argument `on_error` of `Run.start` for the option `--skip-bad`."""
     return functools.partial(_log.warning, "Left out: %s") if skip_bad else None
-
-
-def verify_cache(cache: Path) -> None:
-    """What the option `--verify` does before a run is resumed."""
-    from keras_mmfnet.data.cache import forget_times
-
-    if damaged := forget_times(cache):
-        _log.warning("Damaged in the cache, and preprocessed again: %d", len(damaged))
 
 
 def require_folder(path: Path, what: str) -> None:

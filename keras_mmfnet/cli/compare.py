@@ -54,6 +54,7 @@ def compare(
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
         start_backend(device)
         from keras_mmfnet._log import log_to_file
+        from keras_mmfnet.data import cache
         from keras_mmfnet.methods import METHODS
         from keras_mmfnet.report import write_comparison
         from keras_mmfnet.run import Run, compare_methods
@@ -75,7 +76,7 @@ def compare(
         with log_to_file(before.log_file):
             log_command()
             if verify:
-                options.verify_cache(before.cache)
+                cache.verify(before.cache)
             resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
             run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
             terminal.follow(progress_of(run, compared, folds))

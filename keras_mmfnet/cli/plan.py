@@ -55,8 +55,9 @@ def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
 
-    recipe = given_recipe(given).data
-    method_of(given_recipe(given))  # One sequence is refused before the patients are read.
+    recipe = given_recipe(given)
+    method_of(recipe)  # One sequence is refused before the patients are read.
+    recipe = recipe.data
     cases, errors = find(data, recipe)
     if lacking := [name for name in recipe.modalities if not any(name in case.images for case in cases)]:
         find_cases(data, recipe.model_copy(update={"allow_missing": False}))  # which says what there is instead

@@ -81,9 +81,12 @@ def train(
             folds = choose_folds()  # A wrong number is found before the long work.
         start_backend(device)
         options.import_files(modules)
+        from keras_mmfnet.data import cache
         from keras_mmfnet.run import Run
 
         before, opened = Run(out), opened or (source and Run(source))
+        if verify:
+            cache.verify(before.cache)
         if planned:
             before.require_none()
             chosen = plan_patients(terminal, data, given, budget, skip_bad, before.cache)
@@ -92,8 +95,6 @@ def train(
             begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
             folds = options.choose_folds(fold, len(before.folds), begun or [0])
             # What was left out before is left out again.
-            if verify:
-                options.verify_cache(before.cache)
             data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
         run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
 

@@ -105,7 +105,7 @@ def z_score(volume: np.ndarray, body: np.ndarray) -> np.ndarray:
         ValueError: All values inside the body are equal or too large, or the body is empty.
     """
     values = volume[body]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         mean, std = (values.mean(), values.std()) if values.size else (0, 0)
     if not std > 1e-6 * abs(mean):
         raise ValueError(f"the values inside the body must vary. Received: {values.size} voxels, all of {mean:g}")

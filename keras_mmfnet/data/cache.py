@@ -1,6 +1,6 @@
 """Preprocessed patients on disk. Each is a folder, which appears only when it is complete.
 
-A file is taken for unchanged while its size and time are the same; `forget_times` has contents compared again.
+A file is taken for unchanged while its size and time are the same; `verify` compares contents.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -29,6 +30,7 @@ from keras_mmfnet.data.registration import RigidTransform
 from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
 
+_log = logging.getLogger(__name__)
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
@@ -98,13 +100,14 @@ def _state(file):
     return about.st_size, about.st_mtime_ns
 
 
-def forget_times(cache: str | os.PathLike) -> list[str]:
-    """Removes the entries whose contents are not those that were written, and what is known of the patients' files.
+def verify(cache: str | os.PathLike) -> list[str]:
+    """Removes the entries whose contents are not those that were written, so that they are made again.
 
-    Their sizes and times may be the same although a disk has damaged them, or a copy has kept an older time.
+    The patients' own files are read again when they are needed next: a file may have changed, or be damaged, although
+    its size and time are the same.
 
     Args:
-        cache: The folder of the cache.
+        cache: The folder of the cache, which may be missing.
 
     Returns:
         The names of the entries that were removed.
@@ -113,6 +116,7 @@ def forget_times(cache: str | os.PathLike) -> list[str]:
     entries = [path.parent for path in sorted(Path(cache).glob("*/case.json"))]
     damaged = [entry for entry in entries if _read(entry, by_time=False) is None]
     for entry in damaged:
+        _log.warning("%s: is damaged and was removed; the patient is preprocessed again", entry)
         shutil.rmtree(entry)
     return [entry.name for entry in damaged]
 
@@ -215,7 +219,7 @@ def _read(entry, by_time=True):
         description = json.loads((entry / "case.json").read_text(encoding="utf-8"))
         for name, (size, changed, checksum) in description["files"].items():
             now = _state(entry / name)
-            same = now == (size, changed) if by_time else False
+            same = by_time and now == (size, changed)
             if not same and (now[0] != size or _checksum(entry / name) != checksum):
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

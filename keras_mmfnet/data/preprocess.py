@@ -275,8 +275,8 @@ def _raw_notes(case, recipe, intensities):
     """Refuses a patient whose images are said to be z-scores and are raw intensities, on which a network finds nothing.
 
     z-scores lie on both sides of 0, whatever they were multiplied by. Patients are refused of whom no image lies below
-    0 and all have a mean beyond ten standard deviations, or a tenth of their spread. Where that is not as plain, there
-    is a note.
+    0 and all have a mean of more than ten times the scale or a standard deviation of less than a tenth of it. Where
+    that is not as plain, there is a note.
     """
     unit, scale = recipe.normalised_scale, f"{recipe.normalised_scale:g}"
     raw = {modality: one for modality, one in intensities.items() if one.negative <= _OVERSHOOT}
@@ -414,14 +414,18 @@ def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
 
 
 def _masks_on(case, recipe, grid, transforms):
-    """The structures on `grid`, the grids of their files in the order of the patient's axes, and their volumes there.
+    """The structures on `grid`, the grids of their files in the order of the patient's axes, their volumes there, and
+    the labels that belong to no structure.
 
     Of masks drawn on several modalities the one that counts, or what is in any or in all of them. A mask moves with the
     modality it was drawn on.
     """
     sources, grids, found = mask_sources(case, recipe), [], {name: [] for name in recipe.structures}
+    others = set()
     for modality, source in sources.items():
-        for name, (image, inside) in structures_in(source, recipe, case.name).items():
+        there = structures_in(source, recipe, case.name)
+        others |= unclaimed_labels(there, recipe)
+        for name, (image, inside) in there.items():
             image = apply_transform(image, transforms[modality]) if modality in transforms else image
             grids.append(Grid.from_image(image))
             found[name].append(_one_on(f"{case.name}: {source}", name, inside, grids[-1], recipe, grid))
@@ -440,7 +444,8 @@ def _masks_on(case, recipe, grid, transforms):
         for name, inside in masks.items():
             masks[name] = inside & ~taken
             taken |= inside
-    return {name: inside.astype(np.uint8) for name, inside in masks.items()}, [upright_grid(g) for g in grids], volumes
+    masks = {name: inside.astype(np.uint8) for name, inside in masks.items()}
+    return masks, [upright_grid(g) for g in grids], volumes, others
 
 
 def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str, tuple[sitk.Image, np.ndarray]]:
@@ -482,6 +487,20 @@ def structures_in(source: object, recipe: DataRecipe, patient: str) -> dict[str,
     return {name: found.get(name, nothing) for name in names}
 
 
+def unclaimed_labels(found: Mapping[str, tuple[sitk.Image, np.ndarray]], recipe: DataRecipe) -> set[float]:
+    """The values in a mask, besides 0, that belong to no structure, where the structures are given by label values.
+
+    Args:
+        found: What `structures_in` returns for the mask.
+        recipe: The `DataRecipe`.
+    """
+    if not any(isinstance(labels, tuple) for labels in recipe.structures.values()):
+        return set()
+    [image, *_], inside = zip(*found.values(), strict=True)  # all are read from one image
+    values = sitk.GetArrayViewFromImage(image)
+    return set(np.unique(values[(values != 0) & ~np.any(inside, axis=0)]).tolist())
+
+
 def _one_on(where, name, inside, own, recipe, grid):
     """Whether each voxel of `grid` is inside a structure, given on its `own` grid; and its volume there."""
     if not inside.any():
@@ -502,12 +521,9 @@ def _one_on(where, name, inside, own, recipe, grid):
 
 def _read_masks(case, recipe, grid, upright, transforms):
     """The masks on `grid` and notes on them; `upright` is the reference modality's own grid in the order of `grid`."""
-    masks, grids, volumes = _masks_on(case, recipe, grid, transforms)
+    masks, grids, volumes, others = _masks_on(case, recipe, grid, transforms)
     first, kept = recipe.modalities[0], {name: _millilitres(mask, grid) for name, mask in masks.items()}
     notes = mask_notes(case, recipe)
-    others = {
-        label for one in mask_sources(case, recipe).values() for label in unclaimed_labels(one, recipe, case.name)
-    }
     if others:
         notes.append(f"mask: has labels that belong to no structure: {_listed(sorted(others))}")
     if not any(kept.values()):
@@ -528,20 +544,6 @@ def _read_masks(case, recipe, grid, upright, transforms):
         )
         notes.append(f"mask: lies on another grid than {first}, resampled by position: {listed}")
     return masks, notes
-
-
-def unclaimed_labels(source: object, recipe: DataRecipe, patient: str) -> list[float]:
-    """The values in a mask, besides 0, that belong to no structure, where the structures are given by label values.
-
-    Raises:
-        CaseError: The file is damaged.
-    """
-    claimed = [label for some in recipe.structures.values() if isinstance(some, tuple) for label in some]
-    if not claimed or isinstance(source, StructureFiles):
-        return []
-    image = read_image(source, patient)
-    values = sitk.GetArrayViewFromImage(image)
-    return np.unique(values[~np.isin(values, [0, *claimed])]).tolist()
 
 
 def _millilitres(mask, grid):

@@ -140,7 +140,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
         labels = attempt(_labels, files, case.name)
         preprocessed = attempt(preprocess_case, case, recipe)
         if preprocessed:
-            notes = [*preprocessed.notes]
+            notes = list(preprocessed.notes)
             if preprocessed.mask is not None:
                 volume, volumes = preprocessed.tumour_ml, preprocessed.structures_ml
     drawn = case.mask.values() if isinstance(case.mask, Mapping) else [case.mask]

@@ -45,7 +45,7 @@ class Voxels:
         self.tops = np.cumsum(slices) - slices
         self.channels = len(modalities) + len(cases[0].masks)
         self.shape = (int(slices.sum()), *map(int, plane))
-        self._background = functools.cache(self._background)
+        self.background = functools.cache(self._background)
         self.volume = None
         if 2 * np.prod(self.shape, dtype=np.int64) * self.channels <= memory:
             depth, height, width = self.shape
@@ -57,10 +57,10 @@ class Voxels:
             self.volume = tf.constant(volume if slices_first else volume.transpose(1, 2, 0, 3))
 
     def crop(self, patient: tf.Tensor, start: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-        """Crops a box that lies within the array and within the slices of a patient.
+        """Crops a box that lies within the array.
 
         Args:
-            patient: Number of the patient.
+            patient: Number of the patient, beyond whose slices the values are of no meaning.
             start: First voxel `(z, y, x)` in the array, int32.
             shape: `(depth, height, width)` of the box.
 
@@ -102,7 +102,7 @@ class Voxels:
         """Fills a box `(depth, height, width, channels)` from a voxel of the patient on."""
         inside = all(0 <= a <= n - b for a, b, n in zip(start, box.shape[:3], self.cases[patient].shape, strict=True))
         for channel, array in enumerate(self._arrays(patient)):
-            fill = 0 if inside else self._background(patient, channel)
+            fill = 0 if inside else self.background(patient, channel)
             box[..., channel] = crop(array, start, box.shape[:3], fill)
 
     def _arrays(self, patient):

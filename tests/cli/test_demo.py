@@ -1,7 +1,10 @@
 import json
+import signal
 
 import numpy as np
 import pytest
+
+from keras_mmfnet import synthetic
 
 
 @pytest.mark.slow
@@ -18,3 +21,9 @@ def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
     assert np.isfinite(summary["hd95"]["mean"])
     again = mmfnet("demo", "--out", tmp_path / "run", code=1)
     assert "resume with mmfnet train" in again.stderr
+
+
+def test_a_demonstration_stopped_before_the_training_goes_on(mmfnet, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "make_synthetic_cohort", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    done = mmfnet("demo", "--out", tmp_path / "run", code=130)
+    assert done.stderr.splitlines()[-1] == f"stopped; resume with: mmfnet demo --out {tmp_path / 'run'}"

@@ -91,6 +91,8 @@ def test_the_expert_in_the_patients_folders(mmfnet, folders):
     write(folders / "patients" / "eve" / "mask.nii.gz", 3)
     twice = mmfnet("evaluate", folders / "predicted", folders / "patients", code=1)
     assert "eve: must hold one mask. Received: " in twice.stderr
+    one = mmfnet("evaluate", folders / "predicted", folders / "patients", "--mask", "eve_seg")
+    assert "no mask of the expert of 2 patients: ann, bob" in one.stderr
 
 
 def test_what_cannot_be_compared_is_named(mmfnet, folders, tmp_path):

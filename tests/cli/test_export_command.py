@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from keras_mmfnet.models._network import Network
 from keras_mmfnet.recipe import Recipe
 
 SERVE = Path(__file__).parents[2] / "examples" / "serve_onnx.py"
@@ -52,8 +53,24 @@ def test_what_cannot_be_exported(mmfnet, trained, tmp_path):
     assert "ends with .onnx or .xml" in mmfnet("export", trained, "--out", tmp_path / "n.h5", code=1).stderr
     (tmp_path / "n.onnx").touch()
     assert "Received: " in mmfnet("export", trained, "--out", tmp_path / "n.onnx", code=1).stderr
+
+
+def test_an_interrupted_export_leaves_nothing(mmfnet, trained, tmp_path, monkeypatch):
+    def export(network, path, **_):
+        Path(path).write_bytes(b"a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Network, "export", export)
+    mmfnet("export", trained, "--out", tmp_path / "out.onnx", code=130)
+    assert not list(tmp_path.glob("*out.onnx*"))
+
+
+def test_no_file_is_overwritten(mmfnet, trained, tmp_path):
     (tmp_path / "m.bin").write_text("the user's")
     assert "m.bin, which exists" in mmfnet("export", trained, "--out", tmp_path / "m.xml", code=1).stderr
     assert (tmp_path / "m.bin").read_text() == "the user's"
+
+
+def test_a_fold_that_is_not_trained(mmfnet, trained, tmp_path):
     done = mmfnet("export", trained, "--out", tmp_path / "m.onnx", "--fold", 4, code=1)
     assert "that is trained (0, 1) is expected. Received: 4" in done.stderr

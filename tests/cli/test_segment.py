@@ -53,6 +53,9 @@ def test_several_structures(mmfnet, regions, tmp_path):
     done = mmfnet("segment", regions, patient, "--out", out, *options)
     ends = (".json", ".nii.gz", ".png", "_rtstruct.dcm", "_seg.dcm", *(f"_probability_{name}.nii.gz" for name in names))
     assert sorted(path.name for path in out.iterdir()) == sorted(f"ann{end}" for end in ends)
+    record = json.loads((out / "ann.json").read_text(encoding="utf-8"))
+    assert record["mask"] == "mask", "for evaluate"
+    assert record["labels"].keys() == set(names)
     # One label image holds all of them; a region within another has the inner one's label.
     masks = split_labels(read(out / "ann.nii.gz"), Recipe.load(regions / "recipe.json").data.structures)
     assert masks["enhancing"].any()

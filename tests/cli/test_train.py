@@ -180,9 +180,9 @@ def test_a_finished_run_is_not_done_again(mmfnet, tiny_cohort, started, tiny, tm
     content[-1] ^= 1
     damaged.write_bytes(content)
     os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "Damaged" not in mmfnet("train", "--out", started, "--resume").stderr
+    assert "damaged" not in mmfnet("train", "--out", started, "--resume").stderr
     verified = mmfnet("train", "--out", started, "--resume", "--verify").stderr
-    assert "Damaged in the cache, and preprocessed again: 1" in verified
+    assert f"{damaged.parent}: is damaged and was removed; the patient is preprocessed again" in verified
     other = mmfnet("train", "--out", started, "--resume", "--set", "training.epochs=5", code=1)
     assert "another recipe. Received: training.epochs: 2 before, 5 now" in other.stderr
     # The patients' folder may have moved.

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import os
 import warnings
 
 import keras
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.data import augment, cache, patch_dataset
+from keras_mmfnet._machine import available_memory
+from keras_mmfnet.data import augment, cache, patch_dataset, patches
 from keras_mmfnet.data.patches import centre_patches
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.recipe import PatchRecipe, Recipe
@@ -278,6 +280,21 @@ def test_voxels_read_from_files_give_the_same_patches(make_case, tmp_path, in_pl
         np.testing.assert_array_equal(read[0][name], in_memory[0][name])
     np.testing.assert_array_equal(read[1], in_memory[1])
     assert read[1].any()
+
+
+def test_voxels_are_in_memory_if_they_take_less_than_half_of_what_is_given(make_case, monkeypatch):
+    def in_memory(memory):
+        recipe = RECIPE.patches.model_copy(update={"memory": memory})
+        return patches._load([make_case()], recipe, ("t1", "t2"), training=False)[0].volume is not None
+
+    size = 20 * 16 * 16 * 3 * 2  # slices, rows and columns of the windows, channels, bytes
+    assert [in_memory(2.1 * size / 1e9), in_memory(1.9 * size / 1e9)] == [True, False]
+    # Without a number, a quarter of the machine's memory.
+    assert 1e8 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(patches, "available_memory", lambda: 7.9 * size)
+    assert not in_memory(None)
+    monkeypatch.setattr(patches, "available_memory", lambda: 8.1 * size)
+    assert in_memory(None)
 
 
 def test_offsets_reach_their_limits_and_no_further(make_case):
