@@ -140,8 +140,7 @@ def test_files_of_the_same_size_and_time_are_not_read_again(tmp_path, monkeypatc
     age(*files)
     preprocess_case(case, RAW.data, folder)
     (entry,) = entries(folder)
-    for name in ("file_digest", "crc32"):
-        module = cache_files.hashlib if name == "file_digest" else cache_files.zlib
+    for module, name in ((cache_files.hashlib, "file_digest"), (cache_files.zlib, "crc32")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a file was read"))
     preprocess_case(case, RAW.data, folder)
     monkeypatch.undo()
@@ -166,8 +165,10 @@ def test_files_of_the_same_size_and_time_are_not_read_again(tmp_path, monkeypatc
     assert_same(preprocess_case(case, RAW.data, folder), preprocess_case(case, RAW.data))
 
 
-def test_more_patients_than_files_may_be_open(tmp_path):
+def test_more_patients_than_files_may_be_open(tmp_path, no_preprocessing):
     case, folder = make_case(tmp_path / "a"), tmp_path / "cache"
+    preprocess_case(case, RAW.data, folder)
+    no_preprocessing()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = len(os.listdir("/proc/self/fd")) + 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
