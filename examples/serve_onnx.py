@@ -33,10 +33,8 @@ def open_network(path, recipe):
     wanted = {name: [*recipe.patches.shape, 1] for name in recipe.data.modalities}
     if found != wanted or channels != len(structures):
         expected = f"a network over patches {recipe.patches.shape} of {', '.join(recipe.data.modalities)} is expected"
-        received = f"{found} and {channels} channels"
-        raise ValueError(
-            f"{path}: {expected}, with a channel for each of {', '.join(structures)}. Received: {received}"
-        )
+        expected += f", with a channel for each of {', '.join(structures)}"
+        raise ValueError(f"{path}: {expected}. Received: {found} and {channels} channels")
     return session
 
 

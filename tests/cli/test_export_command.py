@@ -40,10 +40,11 @@ def test_a_patient_is_served_by_onnxruntime(mmfnet, trained, tiny_cohort, tmp_pa
     assert np.mean(one != other) < 1e-3
     again = serve(network, recipe, patient, tmp_path / "b.nii")
     assert "a new file in a folder that exists is expected. Received: " in again.stderr
-    recipe.write_text(Recipe.small().replace({"patches.shape": (16, 32, 16)}).to_json())
+    recipe.write_text(Recipe.small().replace({"patches.shape": (16, 32, 16), "training.postprocess": True}).to_json())
     other = serve(network, recipe, patient, tmp_path / "c.nii")
     assert "network.onnx: a network over patches (16, 32, 16) of " in other.stderr
     assert "Received: {'cet1'" in other.stderr
+    assert "not applied: the post-processing of the run" in other.stderr
     network.write_bytes(b"damaged")
     damaged = serve(network, recipe, patient, tmp_path / "c.nii")
     assert "network.onnx: an undamaged network as ONNX is expected. Received: " in damaged.stderr
