@@ -52,6 +52,17 @@ NOT_PARSED = {
     "export KERAS_BACKEND=torch",
     "python -m sphinx -W docs docs/_build",
 }
+TINY = {
+    "data.spacing": 4.0,
+    "patches.shape": (16, 16, 16),
+    "network.filters": (2,),
+    "network.reduction": 2,
+    "training.folds": 3,
+    "training.batch_size": 1,
+    "training.epochs": 1,
+    "training.warmup_epochs": 1,
+    "training.steps_per_epoch": 1,
+}
 NAMES = ("anna", "bert", "carl", "dora", "emil", "faye")
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="once is enough")
 
@@ -96,9 +107,16 @@ def test_the_layer_runs_as_the_readme_has_it():
     assert names["model"].output_shape == (None, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="takes too long on a CPU with the other backends")
-def test_the_training_runs_as_the_readme_has_it(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny_recipe(monkeypatch):
+    """Makes the recipe that pages start from small enough for a test."""
+    small = Recipe.small.__func__
+    monkeypatch.setattr(Recipe, "small", classmethod(lambda cls: small(cls).replace(TINY)))
+
+
+@pytest.mark.filterwarnings("ignore:part of the tumour lies outside:UserWarning")  # the patches are small
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="once is enough")
+def test_the_training_runs_as_the_readme_has_it(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(README[1], names)
@@ -206,21 +224,8 @@ def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
 
 
 # Small enough for a test; the rest of the recipe is as the commands say.
-TINY = {
-    "data.spacing": 4.0,
-    "patches.shape": (16, 16, 16),
-    "network.filters": (2,),
-    "network.reduction": 2,
-    "training.folds": 3,
-    "training.batch_size": 1,
-    "training.epochs": 1,
-    "training.warmup_epochs": 1,
-    "training.steps_per_epoch": 1,
-}
-
-
 @pytest.fixture
-def users_folder(tiny_cohort, tmp_path, monkeypatch):
+def users_folder(tiny_recipe, tiny_cohort, tmp_path, monkeypatch):
     """The current folder as the commands have it: cohorts in several layouts, and recipes small enough for a test."""
     monkeypatch.chdir(tmp_path)
     series = {"t1_tra": "t1", "t2_tse": "t2", "t1_gd": "cet1", "flair": "t2"}
@@ -245,8 +250,6 @@ def users_folder(tiny_cohort, tmp_path, monkeypatch):
         labels = np.select([inner, core, whole > 0], [4, 1, 2]).astype(np.uint8)
         labels = Grid.from_image(images["mask"]).image(labels)
         sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
-    small = Recipe.small.__func__
-    monkeypatch.setattr(Recipe, "small", classmethod(lambda cls: small(cls).replace(TINY)))
     # A plan of the same size, and of this machine's speed without measuring it.
     monkeypatch.setattr(plan, "measure_speed", lambda: 1e-8)
     monkeypatch.setattr(plan, "plan_recipe", lambda cases, given, **_: Recipe.small().replace(given))
