@@ -11,16 +11,27 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
+from keras_mmfnet import devices
+
 
 def _sums(y_true, y_pred, per_patch):
-    """Sums of `y_true * y_pred`, `y_pred` and `y_true` over the voxels, `(structures,)` or `(batch, structures)`."""
+    """Sums of `y_true * y_pred`, `y_pred` and `y_true` over the voxels, `(structures,)` or `(batch, structures)`.
+
+    Those of a batch are over all devices.
+    """
     if len(y_true.shape) != len(y_pred.shape) or y_true.shape[-1] != y_pred.shape[-1]:
         raise ValueError(
             "`y_true` and `y_pred` must have the same shape (batch, ..., structures). "
             f"Received: {tuple(y_true.shape)} and {tuple(y_pred.shape)}"
         )
     axes = tuple(range(1 if per_patch else 0, len(y_pred.shape) - 1))
-    return [ops.sum(values, axis=axes) for values in (y_true * y_pred, y_pred, y_true)]
+    sums = [ops.sum(values, axis=axes) for values in (y_true * y_pred, y_pred, y_true)]
+    return sums if per_patch else [devices.sum_over_devices(values) for values in sums]
+
+
+def _of_batch(values):
+    """The mean as a tensor of one value: a scalar is not divided by the number of devices by Keras on TensorFlow."""
+    return ops.reshape(ops.mean(values), (1,))
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -79,7 +90,7 @@ class DiceLoss(keras.losses.Loss):
     def call(self, y_true, y_pred):
         intersection, predicted, truth = _sums(y_true, y_pred, self.per_patch)
         smooth = self.smooth if self.formula == "standard" else 2 * self.smooth
-        return ops.mean(1 - (2 * intersection + smooth) / (predicted + truth + self.smooth))
+        return _of_batch(1 - (2 * intersection + smooth) / (predicted + truth + self.smooth))
 
     def get_config(self) -> dict[str, Any]:
         own = {"smooth": self.smooth, "formula": self.formula, "per_patch": self.per_patch}
@@ -125,7 +136,7 @@ class TverskyLoss(keras.losses.Loss):
         weighted = self.alpha * (predicted - intersection) + self.beta * (truth - intersection)
         loss = weighted / (intersection + weighted + self.smooth)
         # The slope of a root is infinite at 0.
-        return ops.mean(loss if self.gamma == 1 else ops.maximum(loss, keras.config.epsilon()) ** (1 / self.gamma))
+        return _of_batch(loss if self.gamma == 1 else ops.maximum(loss, keras.config.epsilon()) ** (1 / self.gamma))
 
     def get_config(self) -> dict[str, Any]:
         own = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "smooth": self.smooth}
@@ -179,7 +190,7 @@ class DiceCrossEntropy(CrossEntropy):
         super().__init__(exclusive, name, **kwargs)
 
     def call(self, y_true, y_pred):
-        return DiceLoss()(y_true, y_pred) + ops.mean(super().call(y_true, y_pred))
+        return DiceLoss().call(y_true, y_pred) + _of_batch(super().call(y_true, y_pred))
 
 
 def _check_positive(argument, value):

@@ -4,6 +4,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mmfnet import devices
 from keras_mmfnet.losses import with_background
 
 
@@ -76,8 +77,8 @@ class DiceScore(keras.metrics.Metric):
         if self.per_patch:
             there = ops.cast(true > 0, "float32")
             twice, total = ops.sum(there * twice / ops.maximum(total, 1e-12), axis=0), ops.sum(there, axis=0)
-        self.numerator.assign_add(twice)
-        self.denominator.assign_add(total)
+        self.numerator.assign_add(devices.sum_over_devices(twice))
+        self.denominator.assign_add(devices.sum_over_devices(total))
 
     def result(self) -> Any:
         """The coefficient, a float32 scalar in [0, 1]."""
@@ -132,7 +133,7 @@ class AveragePrecision(keras.metrics.Metric):
         for histogram, counts in ((self.positives, y_true * weights), (self.negatives, (1 - y_true) * weights)):
             # The sums are float32: the counts of one batch are exact up to 2 ** 24.
             sums = ops.segment_sum(ops.reshape(counts, (-1,)), level, num_segments=self.structures * self.bins)
-            histogram.assign_add(ops.reshape(sums, histogram.shape))
+            histogram.assign_add(devices.sum_over_devices(ops.reshape(sums, histogram.shape)))
 
     def result(self) -> Any:
         """The average precision, a float32 scalar in [0, 1]."""

@@ -31,6 +31,7 @@ from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.labels import split_labels
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
+from keras_mmfnet.devices import check_batch_size
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
@@ -311,15 +312,18 @@ the groups, folds and donor that were given |
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
                 twice; the groups or folds do not fit the patients; a fold has nobody to train or to validate a network
-                on; no loss has the recipe's name; the donor has none of the sequences, or encoders of another kind; or
-                the backend cannot compute in the precision wanted.
+                on; no loss has the recipe's name; the batch size is no multiple of the number of devices; the donor has
+                none of the sequences, or encoders of another kind; or the backend cannot compute in the precision
+                wanted.
         """
         run, data = cls(folder), Path(data).absolute()
         if not resume:
             run.require_none()
         methods = [method_of(recipe)] if methods is None else methods
         for method in methods:
-            make_loss(method.adapt(recipe).training.loss)  # An unknown one is refused before the long work.
+            # Refused before the long work.
+            make_loss(method.adapt(recipe).training.loss)
+            check_batch_size(method.adapt(recipe).training.batch_size)
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
         given = donor and _donor(Path(donor), recipe)
         bad = []

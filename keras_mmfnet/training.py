@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_mmfnet import devices
 from keras_mmfnet._files import csv_text, write
 from keras_mmfnet._log import progress
 from keras_mmfnet._precision import dtype_policy
@@ -54,14 +56,17 @@ def train_method(
 
     Raises:
         ValueError: A network in the directory is damaged or does not match the recipe, no patient to train or to
-            validate on has the method's modalities, or no loss has the recipe's name.
+            validate on has the method's modalities, no loss has the recipe's name, or the batch size is no multiple of
+            the number of devices.
         FloatingPointError: The training diverged.
         OSError: The disk is full.
     """
     recipe, path = method.adapt(recipe), Path(directory) / f"{method.name}.keras"
     if path.exists():
         return load_network(path, recipe if method.samples == "volumes" else None)
-    make_loss(recipe.training.loss)  # An unknown one is refused before the encoders are trained.
+    # Refused before the encoders are trained.
+    make_loss(recipe.training.loss)
+    devices.check_batch_size(recipe.training.batch_size)
     if encoders is None:
         encoders = {
             modality: train_method(find_method(name), training, validation, recipe, directory)
@@ -85,10 +90,9 @@ def train_method(
 
     model = build()
     if encoders and settings.warmup_epochs:
-        for modality, donor in encoders.items():
-            model.encoder(modality).trainable = donor is None
-        epochs = min(settings.warmup_epochs, settings.epochs)
-        trainer.fit(model, name="encoders frozen", learning_rate=settings.warmup_learning_rate, epochs=epochs)
+        frozen = [modality for modality, donor in encoders.items() if donor is not None]
+        epochs, rate = min(settings.warmup_epochs, settings.epochs), settings.warmup_learning_rate
+        trainer.fit(model, name="encoders frozen", learning_rate=rate, epochs=epochs, frozen=frozen)
         # A new model: `fit` starts at the epoch at which it last resumed the same model.
         model, warm = build(), model
         model.set_weights(warm.get_weights())
@@ -102,6 +106,27 @@ def train_method(
             rate = schedules.PolynomialDecay(rate, updates, end_learning_rate=0.0, power=0.9)
         trainer.fit(model, name="all", learning_rate=rate, epochs=epochs)
     return trainer.finish(model)
+
+
+def follow() -> None:
+    """Takes part in the trainings of the first process, until that one closes its devices; see `devices`."""
+    while (job := devices.get_devices().broadcast()) is not None:
+        trainer, live, *arguments = job
+        with tempfile.TemporaryDirectory() as own:  # Only the first process writes the training's files.
+            shutil.copytree(live, own, dirs_exist_ok=True)
+            _fit_on_devices(trainer, Path(own), *arguments)
+
+
+def _fit_on_devices(trainer, live, kind, config, weights, arguments):
+    """Trains a network in each process of the devices; returns its weights, which are the same in all of them."""
+    group, seed = devices.get_devices(), trainer.recipe.training.seed
+    # Layers draw for their share of a batch, not the same for all shares.
+    keras.utils.set_random_seed(seed + group.process if group.shares else seed)
+    with devices.scope():
+        model = kind.from_config(config)
+        model.set_weights(weights)
+        trainer.fit_epochs(model, live, **arguments)
+        return model.get_weights()
 
 
 def _objective(recipe, samples):
@@ -144,7 +169,8 @@ class _Trainer:
 
     def _patches(self, model, training, first_batch=0):
         """The batches to train or to validate a model on."""
-        settings = self.recipe.training
+        settings, group = self.recipe.training, devices.in_use()
+        part = (group.process, group.processes)
         dataset = patch_dataset(
             self.training if training else self.validation,
             self.recipe.patches,
@@ -153,15 +179,18 @@ class _Trainer:
             training=training,
             seed=settings.seed,
             first_batch=first_batch,
+            part=part,
+            multiple=group.number,
         )
         if self.samples == "centres":
-            return centre_patches(dataset, model.patch_shape, seed=settings.seed, first_batch=first_batch)
+            return centre_patches(dataset, model.patch_shape, seed=settings.seed, first_batch=first_batch, part=part)
         return dataset
 
-    def fit(self, model, name, learning_rate, epochs):
+    def fit(self, model, name, learning_rate, epochs, frozen=()):
         """Trains one stage, or what remains of it, and adds its epochs to `history`.
 
-        The model ends with the weights of the stage's last epoch; those of its best epoch are saved.
+        The encoders of the `frozen` modalities keep their weights. The model ends with the weights of the stage's last
+        epoch; those of its best epoch are saved.
         """
         settings, folder = self.recipe.training, self._folder(name)
         live = folder / "live"
@@ -176,7 +205,12 @@ class _Trainer:
         if len(rows) >= epochs or stopped:
             model.load_weights(live / "backup" / "latest.weights.h5")
         else:
-            self._fit_epochs(model, rows, learning_rate, epochs, live)
+            arguments = {"rows": rows, "learning_rate": learning_rate, "epochs": epochs, "frozen": frozen}
+            if devices.get_devices().number == 1:
+                self.fit_epochs(model, live, **arguments)
+            else:
+                job = self, live, type(model), model.get_config(), model.get_weights(), arguments
+                model.set_weights(_fit_on_devices(*devices.get_devices().broadcast(job)))
             rows = read_history(live / "history.csv")
         for number, row in enumerate(rows):
             rate = learning_rate
@@ -189,8 +223,11 @@ class _Trainer:
                 f"the training diverged: the loss must be finite; try a lower learning rate. Received: {last}"
             )
 
-    def _fit_epochs(self, model, rows, learning_rate, epochs, live):
+    def fit_epochs(self, model, live, rows, learning_rate, epochs, frozen):
         """Calls `model.fit` for the epochs after those in `rows`; the callbacks write their files to `live`."""
+        group = devices.in_use()
+        for modality in frozen:
+            model.encoder(modality).trainable = False
         settings, past, network = self.recipe.training, len(self.history), self.path.with_suffix("")
         steps = settings.steps_per_epoch
         if rows:
@@ -199,10 +236,12 @@ class _Trainer:
         model.compile(_optimizer(settings, learning_rate), loss=loss, metrics=metrics)
         # If `fit` creates the optimizer's variables, TensorFlow traces the training step twice.
         model.optimizer.build(model.trainable_variables)
+        group.average_gradients(model)
         logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
         by_loss = settings.choose_by == "loss"
         chosen = {"monitor": "val_loss" if by_loss else "val_dice_score", "mode": "min" if by_loss else "max"}
         callbacks = [
+            _SameLogs(group),
             keras.callbacks.TerminateOnNaN(),
             _Progress(network, past, steps, settings.epochs),
             _RoomOnDisk(live.parent, settings.weight_average),
@@ -216,8 +255,9 @@ class _Trainer:
             ),
             keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
             _LastWeights(live, settings.weight_average),
-            _SaveState(live),
         ]
+        if group.process == 0:
+            callbacks.append(_SaveState(live))
         if settings.patience:
             callbacks.append(_EarlyStopping(rows, **chosen, patience=settings.patience))
         training = self._patches(model, training=True, first_batch=len(rows) * steps)
@@ -267,6 +307,21 @@ class _Trainer:
             model.set_weights(average.get_weights())
         line = "The mean of the last %d epochs is %s than the best one: validation loss %.4f and DSC %.4f"
         _log.info(line, len(epochs), "better" if better else "not better", found["loss"], found["dice_score"])
+
+
+class _SameLogs(keras.callbacks.Callback):
+    """Replaces what was measured by the mean over the processes, so that each takes the same decisions."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.group.processes > 1:
+            logs.update({name: self.group.mean(value) for name, value in sorted(logs.items())})
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.on_train_batch_end(epoch, logs)
 
 
 class _Progress(keras.callbacks.Callback):

@@ -50,6 +50,10 @@ NOT_PARSED = {
     "python -m pytest tests/layers -m not slow",
     "python -m pytest -m gpu",
     "export KERAS_BACKEND=torch",
+    "export KERAS_DISTRIBUTION_JOB_ADDRESSES=node1:29500,node2:29500 KERAS_DISTRIBUTION_NUM_PROCESSES=2",
+    "export KERAS_DISTRIBUTION_PROCESS_ID=0",
+    "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500 -m keras_mmfnet.cli train "
+    "patients --out run --devices all",
     "python -m sphinx -W docs docs/_build",
 }
 TINY = {

@@ -52,6 +52,17 @@ Structure = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu, gpu or gpu:1.")]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="N|all", help="Train on several GPUs, which share each batch.", show_default="1"),
+]
+SyncBatchNorm = Annotated[
+    bool,
+    typer.Option(
+        "--sync-batch-norm/--no-sync-batch-norm",
+        help="With --devices: batch normalization over the whole batch, or over each device's share.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")]
 
 
@@ -108,6 +119,29 @@ def parse_amount(text: str, option: str, units: dict[str, float]) -> float:
     if not unit or not float(found[1]):
         raise ValueError(f"{option}: a number with one of {', '.join(units)} is expected. Received: {text}")
     return float(found[1]) * unit
+
+
+def use_devices(number: str | None, sync_batch_norm: bool) -> None:
+    """Sets the devices to train on; a process that another one leads ends here, after its work."""
+    from keras_mmfnet.devices import set_devices
+    from keras_mmfnet.training import follow
+
+    if number is None:
+        return
+    if number != "all" and not (number.isdecimal() and int(number)):
+        raise ValueError(f"--devices: a number of 1 or more, or all, is expected. Received: {number}")
+    group = set_devices(number if number == "all" else int(number), sync_batch_norm)
+    if group.process:
+        follow()
+        raise typer.Exit()
+    _log.info("Training on %d device%s", group.number, "s" * (group.number > 1))
+
+
+def release_devices() -> None:
+    """Ends what `use_devices` began."""
+    from keras_mmfnet.devices import set_devices
+
+    set_devices(1)
 
 
 def import_files(files: list[Path] | None) -> None:

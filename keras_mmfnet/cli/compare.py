@@ -40,6 +40,8 @@ def compare(
     verify: options.Verify = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
+    devices: options.Devices = None,
+    sync_batch_norm: options.SyncBatchNorm = True,
     quiet: options.Quiet = False,
 ):
     """Trains and compares methods on the same folds, patches and updates; several processes share the work.
@@ -63,6 +65,7 @@ def compare(
         if methods == "list":
             terminal.say("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()), always=True)
             return
+        options.use_devices(devices, sync_batch_norm)
         names = list(METHODS) if methods == "all" else methods.split(",")
         if unknown := sorted({*names, baseline} - set(METHODS)):
             expected = "--methods, --baseline: names from --methods list are expected"
@@ -83,6 +86,7 @@ def compare(
             compare_methods(run, compared, folds)
             _log.info("Writing the report")
             page = write_comparison(run, baseline)
+        options.release_devices()
         table = run.folder / "table.md"
         terminal.say(f"\n{table.read_text(encoding='utf-8')}")
         terminal.say(table if quiet else f"Report: {page}", always=True)

@@ -40,6 +40,8 @@ def train(
     verify: options.Verify = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
+    devices: options.Devices = None,
+    sync_batch_norm: options.SyncBatchNorm = True,
     quiet: options.Quiet = False,
 ):
     """Trains MMFNet by cross-validation on a folder of patients and segments the test patients.
@@ -48,6 +50,8 @@ def train(
     """
     again = shlex.join(
         ["mmfnet", "train", "--out", str(out), "--resume", *(f"--import={file}" for file in modules or ())]
+        + [f"--devices={devices}"] * bool(devices)
+        + ["--no-sync-batch-norm"] * (not sync_batch_norm)
     )
     with session(quiet, resume_with=again) as terminal:
         if data is None and not resume:
@@ -81,6 +85,7 @@ def train(
             folds = choose_folds()  # A wrong number is found before the long work.
         start_backend(device)
         options.import_files(modules)
+        options.use_devices(devices, sync_batch_norm)
         from keras_mmfnet.data import cache
         from keras_mmfnet.run import Run
 
@@ -97,6 +102,7 @@ def train(
             # What was left out before is left out again.
             data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
         run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
+        options.release_devices()
 
 
 def run_training(

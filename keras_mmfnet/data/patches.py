@@ -47,6 +47,8 @@ def patch_dataset(
     training: bool = True,
     seed: int = 0,
     first_batch: int = 0,
+    part: tuple[int, int] = (0, 1),
+    multiple: int = 1,
 ) -> tf.data.Dataset:
     """Creates a `tf.data.Dataset` of batches of 3D patches of preprocessed patients, on every backend (section IV-A).
 
@@ -65,19 +67,24 @@ def patch_dataset(
         training: Whether the dataset is random and endless.
         seed: Seed of the order of the windows and of the augmentation.
         first_batch: Number of the first batch, for resuming a training.
+        part: `(number, of)`: of each batch only this one of as many equal parts, for training in several processes.
+        multiple: The sizes of all batches are multiples of this number, as several devices need it: the last batch for
+            validation is filled up with the first windows.
 
     Returns:
         A dataset of `({modality: float32 (batch, depth, height, width, 1)}, masks)`, the masks uint8
         `(batch, depth, height, width, structures)`.
 
     Raises:
-        ValueError: There is no patient, or a patient has no mask.
+        ValueError: There is no patient, a patient has no mask, or `batch_size` is no multiple of `multiple`.
 
     Warns:
         UserWarning: A volume is smaller than the patch and is padded with its lowest value, or part of a tumour lies
             outside all windows.
     """
     cases = list(cases)
+    if batch_size % multiple:
+        raise ValueError(f"`batch_size` must be a multiple of {multiple}. Received: {batch_size}")
     if not cases:
         raise ValueError("`cases` must hold at least one patient. Received: []")
     modalities = tuple(modalities or dict.fromkeys(name for case in cases for name in case.images))
@@ -86,7 +93,7 @@ def patch_dataset(
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
     # The pipeline captures tensors by reference and does not copy them into its graph.
-    voxels, tables = _load(cases, recipe, modalities, training)
+    voxels, tables = _load(cases, recipe, modalities, training, part[1])
     spacing = tables["spacing"].numpy()
     margin = augment.margin(recipe, spacing[:, 1:].min())
     plane = np.add(recipe.shape, [0, *2 * margin])
@@ -126,10 +133,18 @@ def patch_dataset(
         box = tf.cast(voxels.crop(window[3], window[:3], recipe.shape), tf.float32)
         return _split(tf.transpose(box, (3, 2, 0, 1)), modalities)
 
-    last = np.iinfo(np.int64).max if training else len(tables["windows"])
-    samples = tf.data.Dataset.range(first_batch * batch_size, last)
+    number, parts = part
+    own = batch_size // parts
+    if training:
+        # The samples of the batches before, and of the other parts of this one, are passed over.
+        count = tf.data.Dataset.range(first_batch * own, np.iinfo(np.int64).max)
+        samples = count.map(lambda n: n // own * batch_size + number * own + n % own)
+    else:
+        samples = tf.data.Dataset.from_tensor_slices(
+            _validation_samples(len(tables["windows"]), batch_size, part, multiple)
+        )
     patches = samples.map(random_patch if training else patch, num_parallel_calls=tf.data.AUTOTUNE)
-    return patches.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    return patches.batch(own).prefetch(tf.data.AUTOTUNE)
 
 
 def centre_patches(
@@ -138,6 +153,7 @@ def centre_patches(
     count: int = 16,
     seed: int = 0,
     first_batch: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Crops 2D patches from batches of 3D patches, labelled by the class of their centre pixel (section IV-D).
 
@@ -150,6 +166,7 @@ def centre_patches(
         count: 2D patches per 3D patch.
         seed: Seed of the random centres. They depend only on it and on the number of the batch.
         first_batch: Number of the dataset's first batch.
+        part: The `part` of the batches that the dataset has.
 
     Returns:
         A dataset of `({modality: float32 (batch * count, height, width, 1)}, uint8 (batch * count, 1, 1, structures))`.
@@ -163,7 +180,8 @@ def centre_patches(
         shape = tf.shape(mask)[:4]
         tumour = tf.reshape(tf.reduce_any(mask > 0, axis=-1), (shape[0], -1))
         # The voxels with the largest random numbers, of the tumour and of the background.
-        noise = tf.random.stateless_uniform(tf.shape(tumour), tf.stack([seed, number]))
+        size = [shape[0] * part[1], tf.shape(tumour)[1]]
+        noise = tf.random.stateless_uniform(size, tf.stack([seed, number]))[shape[0] * part[0] :][: shape[0]]
         inside = tf.math.top_k(tf.where(tumour, noise, noise - 1), count // 2).indices
         outside = tf.math.top_k(tf.where(tumour, noise - 1, noise), count - count // 2).indices
         chosen = tf.reshape(tf.concat([inside, outside], axis=1), [-1])
@@ -181,7 +199,15 @@ def centre_patches(
     return dataset.enumerate(first_batch).map(choose, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _load(cases, recipe, modalities, training):
+def _validation_samples(windows, batch_size, part, multiple):
+    """The numbers of the windows in a part of each batch; the last batch is filled up to a multiple."""
+    number, parts = part
+    batches = [np.arange(first, min(first + batch_size, windows)) for first in range(0, windows, batch_size)]
+    batches[-1] = np.append(batches[-1], np.arange(-len(batches[-1]) % multiple) % windows)
+    return np.concatenate([np.split(batch, parts)[number] for batch in batches])
+
+
+def _load(cases, recipe, modalities, training, parts=1):
     """Finds the voxels that a patch can reach, and lists where in them a patch can be.
 
     Returns:
@@ -213,8 +239,8 @@ def _load(cases, recipe, modalities, training):
     corners = [(min(low[0], 0), *corner) for (low, _), (corner, _) in zip(reach, planes, strict=True)]
     size = np.max([np.subtract(end, corner) for corner, end in planes], axis=0)
     slices = np.array([max(case.shape[0], depth) for case in cases])
-    # Half of the memory is for the patients to train on, half for those to validate on.
-    limit = (available_memory() / 4 if recipe.memory is None else 1e9 * recipe.memory) / 2
+    # Half of the memory is for the patients to train on, half for those to validate on, of each process.
+    limit = (available_memory() / 4 if recipe.memory is None else 1e9 * recipe.memory) / 2 / parts
     kept = Voxels(cases, modalities, corners, slices, size, in_space, limit)
     tops = kept.tops
 

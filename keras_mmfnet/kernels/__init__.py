@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 
+from keras_mmfnet import devices
 from keras_mmfnet.kernels import reference
 
 STATISTICS = ("avg", "max", "std")
@@ -156,13 +157,23 @@ def batch_norm_relu(
         beta: Offset of each channel, float32.
         epsilon: Added to the variance.
         axis: Axis of the channels.
-        moments: `(mean, variance)` of each channel; `None` computes them from `x`.
+        moments: `(mean, variance)` of each channel; `None` computes them from `x` or, where several devices share a
+            batch, over them, unless they are not to be synchronised.
         relu: `False` leaves ReLU out; only `reference` implements this.
 
     Returns:
         `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the moments used (population variance),
         in float32 and without a gradient.
     """
+    if moments is None:
+        if shared := devices.moments_over_devices(x, axis):
+            return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, shared, relu)
+        y, mean, variance = _batch_norm_relu(x, gamma, beta, epsilon, axis, None, relu)
+        return y, devices.mean_over_devices(mean), devices.mean_over_devices(variance)
+    return _batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu)
+
+
+def _batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu):
     if not relu:
         return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu)
     return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)

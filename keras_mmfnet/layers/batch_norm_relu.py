@@ -9,7 +9,9 @@ from keras_mmfnet import kernels
 class BatchNormReLU(keras.layers.Layer):
     """Batch normalization and ReLU: `relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 
-    The moments are those of the batch in training; in inference, or if the layer is frozen, the moving averages.
+    The moments are those of the batch in training; in inference, or if the layer is frozen, the moving averages. Where
+    several devices share a batch, they are those of the whole batch, or of each share with `sync_batch_norm=False`; see
+    `keras_mmfnet.devices`.
 
     Args:
         axis: Axis of the channels.

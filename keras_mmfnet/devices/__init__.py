@@ -1,0 +1,173 @@
+"""Trains one network on several devices, each with its share of every batch (data parallelism).
+
+The gradients are averaged over the devices. The sums of the losses and the moments of batch normalization are those of
+the whole batch, so a training ends with the weights that one device would give, but for rounding.
+
+| backend | by | processes |
+|---|---|---|
+| TensorFlow | `tf.distribute.MirroredStrategy` | one |
+| JAX | `keras.distribution.DataParallel` | one for each machine |
+| PyTorch | `torch.distributed` | one for each device |
+
+The first process leads: it alone reads and writes the files of a run. The others take part in its trainings, see
+`keras_mmfnet.training.follow`.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class Devices:
+    """The devices of a training; this class is one device. The backends' modules have subclasses of it.
+
+    Args:
+        sync_batch_norm: Whether the moments of batch normalization are those of the whole batch.
+    """
+
+    number = 1
+    """Devices of all processes together."""
+    process, processes = 0, 1
+    """Number of this process, and how many there are."""
+    shares = False
+    """Whether the layers and losses see a device's share of a batch instead of the whole."""
+
+    def __init__(self, sync_batch_norm: bool = True):
+        self.sync_batch_norm = sync_batch_norm
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """The context in which a network is built and trained."""
+        return contextlib.nullcontext()
+
+    def sum(self, x: Any) -> Any:
+        """The sum of a tensor over the devices, with its gradient."""
+        return x
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Sends an object from the first process to all others; returns it in each."""
+        return value
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        return value
+
+    def average_gradients(self, model: keras.Model) -> None:
+        """Makes each backward pass average the gradients over the processes, where the backend's trainer does not."""
+
+    def close(self) -> None:
+        """Ends the work of the other processes, of which the first one decides."""
+        if self.processes > 1 and self.process == 0:
+            self.broadcast(None)
+
+
+_chosen, _inside = Devices(), False
+
+
+def set_devices(number: int | str = "all", sync_batch_norm: bool = True) -> Devices:
+    """Sets the devices that the networks of this process are trained on.
+
+    On PyTorch it starts a process for each further device, which runs the same command, unless `torchrun` started this
+    one. On JAX it connects to the processes of other machines if the environment variables of
+    `keras.distribution.initialize` are set.
+
+    Args:
+        number: How many devices, or `"all"`: all GPUs of all processes, or one CPU.
+        sync_batch_norm: Whether the moments of batch normalization are those of the whole batch, instead of those of
+            each device's share of it. On JAX they always are.
+
+    Returns:
+        The `Devices`.
+
+    Raises:
+        ValueError: There are not as many devices, or the backend cannot do what is asked for.
+    """
+    global _chosen
+    if number != "all" and (not isinstance(number, int) or number < 1):
+        raise ValueError(f"`number` of devices must be 'all' or an integer of 1 or more. Received: {number!r}")
+    _chosen.close()
+    _chosen = Devices()
+    if number == 1:
+        return _chosen
+    module = importlib.import_module(f"{__name__}._{keras.backend.backend()}")
+    _chosen = module.make_devices(number, sync_batch_norm)
+    return _chosen
+
+
+def choose(number, names):
+    """Returns the first `number` of the names of devices, or all; raises `ValueError` if there are fewer."""
+    if number == "all":
+        return names
+    if number > len(names):
+        raise ValueError(f"`number` must be at most the number of devices, {', '.join(names)}. Received: {number}")
+    return names[:number]
+
+
+def get_devices() -> Devices:
+    """Returns the devices that are set; without `set_devices`, one."""
+    return _chosen
+
+
+def in_use() -> Devices:
+    """Returns the devices of the training that is under way; one outside of `scope`."""
+    return _chosen if _inside else Devices()
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[Devices]:
+    """The context in which a network is built and trained on the devices that are set."""
+    global _inside
+    with _chosen.scope():
+        _inside = True
+        try:
+            yield _chosen
+        finally:
+            _inside = False
+
+
+def sum_over_devices(x: Any) -> Any:
+    """Sums a tensor of each device's share of a batch over the devices, with its gradient.
+
+    Args:
+        x: A tensor.
+
+    Returns:
+        The sum; `x` where it is of the whole batch.
+    """
+    return _chosen.sum(x) if _inside and _chosen.shares else x
+
+
+def mean_over_devices(x: Any) -> Any:
+    """The mean over the devices, see `sum_over_devices`."""
+    return _chosen.sum(x) / _chosen.number if _inside and _chosen.shares else x
+
+
+def moments_over_devices(x: Any, axis: int) -> tuple[Any, Any] | None:
+    """The moments of each channel of a whole batch, of which each device has a share.
+
+    Args:
+        x: The tensor of a share.
+        axis: Axis of the channels.
+
+    Returns:
+        `(mean, variance)`, the population variance, in float32 and with their gradients. `None` where the moments are
+        those of `x` alone.
+    """
+    if not (_inside and _chosen.shares and _chosen.sync_batch_norm):
+        return None
+    x, axes = ops.cast(x, "float32"), [number for number in range(len(x.shape)) if number != axis % len(x.shape)]
+    mean = mean_over_devices(ops.mean(x, axis=axes, keepdims=True))
+    variance = mean_over_devices(ops.mean(ops.square(x - mean), axis=axes))
+    return ops.squeeze(mean, axes), variance
+
+
+def check_batch_size(size: int) -> None:
+    """Raises `ValueError` if the devices cannot share batches of this size equally."""
+    if size % _chosen.number:
+        raise ValueError(
+            f"`training.batch_size` must be a multiple of the {_chosen.number} devices, which share each batch. "
+            f"Received: {size}"
+        )

@@ -1,0 +1,35 @@
+import os
+
+import tensorflow as tf
+
+from keras_mmfnet.devices import Devices, choose
+
+
+class _Mirrored(Devices):
+    """Several devices of this machine, in one process."""
+
+    shares = True
+
+    def __init__(self, names, sync_batch_norm):
+        super().__init__(sync_batch_norm)
+        self.number, self.strategy = len(names), tf.distribute.MirroredStrategy(names)
+
+    def scope(self):
+        return self.strategy.scope()
+
+    def sum(self, x):
+        context = tf.distribute.get_replica_context()
+        # There is none while the model is built.
+        return x if context is None else context.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+
+def make_devices(number, sync_batch_norm):
+    """Returns the devices; see `set_devices`."""
+    if "TF_CONFIG" in os.environ:
+        raise ValueError(
+            "Keras trains on one machine with TensorFlow; use JAX or PyTorch for several. Received: TF_CONFIG="
+            f"{os.environ['TF_CONFIG']}"
+        )
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    names = choose(number, [device.name for device in devices])
+    return _Mirrored(names, sync_batch_norm) if len(names) > 1 else Devices()
