@@ -389,11 +389,17 @@ the groups, folds and donor that were given |
         run.folder.mkdir(parents=True, exist_ok=True)
         if donor and not kept:
             write(run.donor_file, Path(donor).read_bytes())
-        write_once(run.recipe_file, recipe.to_json(), "another recipe")
+
+        def keep_recipe():
+            write_once(run.recipe_file, recipe.to_json(), "another recipe")
+
+        if run.recipe_file.exists():
+            keep_recipe()
         text = json.dumps(cohort, indent=2) + "\n"
         # The folder of the patients may have moved, of which the errors tell too.
         other = "another donor, other patients, groups or folds"
         write_once(run.cohort_file, text, other, free=("data", "skipped"))
+        keep_recipe()  # Of a new run it is the last file: a folder with a recipe is a run.
         run.cases = {case.name: case for case in cases if case.name in patients}
         return run
 

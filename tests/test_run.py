@@ -261,6 +261,15 @@ def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
         cross(folder, tiny_cohort)
 
 
+def test_a_start_that_was_killed_is_started_again(tiny_cohort, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "to_json", lambda self: (tmp_path / "nowhere" / "killed").read_text())
+        with pytest.raises(FileNotFoundError):
+            Run.start(tmp_path / "run", tiny_cohort, COARSE)
+    assert (tmp_path / "run" / "cohort.json").exists()
+    assert Run.start(tmp_path / "run", tiny_cohort, COARSE).recipe == Recipe.small()
+
+
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
     other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})
