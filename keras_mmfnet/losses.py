@@ -30,7 +30,7 @@ def _sums(y_true, y_pred, per_patch):
 
 
 def _of_batch(values):
-    """The mean as a tensor of one value: a scalar is not divided by the number of devices by Keras on TensorFlow."""
+    """The mean as a tensor of shape (1,): on TensorFlow Keras does not scale a scalar by the number of devices."""
     return ops.reshape(ops.mean(values), (1,))
 
 
@@ -213,7 +213,9 @@ def register_loss(name: str, factory: Callable[[bool], keras.losses.Loss]) -> No
     Args:
         name: Its name.
         factory: Function `factory(exclusive)` that returns the `keras.losses.Loss` for masks and probabilities of shape
-            `(batch, ..., structures)`. `exclusive` says whether no voxel belongs to two structures.
+            `(batch, ..., structures)`. `exclusive` says whether no voxel belongs to two structures. The loss's `call`
+            returns a value for each sample, or one of shape (1,) for the batch: on several devices with TensorFlow,
+            Keras does not scale scalars.
 
     Raises:
         ValueError: The name is already registered.

@@ -31,7 +31,7 @@ from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.labels import split_labels
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
-from keras_mmfnet.devices import check_batch_size
+from keras_mmfnet.devices import check_recipe
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
 from keras_mmfnet.inference import segment_case
@@ -312,7 +312,7 @@ the groups, folds and donor that were given |
             CaseError: A patient cannot be used.
             ValueError: The folder holds another run; there are too few patients for the folds; a patient occurs
                 twice; the groups or folds do not fit the patients; a fold has nobody to train or to validate a network
-                on; no loss has the recipe's name; the batch size is no multiple of the number of devices; the donor has
+                on; no loss has the recipe's name; the devices cannot train this recipe; the donor has
                 none of the sequences, or encoders of another kind; or the backend cannot compute in the precision
                 wanted.
         """
@@ -323,7 +323,7 @@ the groups, folds and donor that were given |
         for method in methods:
             # Refused before the long work.
             make_loss(method.adapt(recipe).training.loss)
-            check_batch_size(method.adapt(recipe).training.batch_size)
+            check_recipe(method.adapt(recipe))
         _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
         given = donor and _donor(Path(donor), recipe)
         bad = []

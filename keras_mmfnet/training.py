@@ -56,8 +56,8 @@ def train_method(
 
     Raises:
         ValueError: A network in the directory is damaged or does not match the recipe, no patient to train or to
-            validate on has the method's modalities, no loss has the recipe's name, or the batch size is no multiple of
-            the number of devices.
+            validate on has the method's modalities, no loss has the recipe's name, or the devices cannot train this
+            recipe.
         FloatingPointError: The training diverged.
         OSError: The disk is full.
     """
@@ -66,7 +66,7 @@ def train_method(
         return load_network(path, recipe if method.samples == "volumes" else None)
     # Refused before the encoders are trained.
     make_loss(recipe.training.loss)
-    devices.check_batch_size(recipe.training.batch_size)
+    devices.check_recipe(recipe)
     if encoders is None:
         encoders = {
             modality: train_method(find_method(name), training, validation, recipe, directory)
@@ -112,8 +112,9 @@ def follow() -> None:
     """Takes part in the trainings of the first process, until that one closes its devices; see `devices`."""
     while (job := devices.get_devices().broadcast()) is not None:
         trainer, live, *arguments = job
-        with tempfile.TemporaryDirectory() as own:  # Only the first process writes the training's files.
-            shutil.copytree(live, own, dirs_exist_ok=True)
+        with tempfile.TemporaryDirectory() as own:
+            if (live / "backup").exists():
+                shutil.copytree(live / "backup", Path(own, "backup"))
             _fit_on_devices(trainer, Path(own), *arguments)
 
 
@@ -180,7 +181,7 @@ class _Trainer:
             seed=settings.seed,
             first_batch=first_batch,
             part=part,
-            multiple=group.number,
+            multiple=devices.get_devices().number,
         )
         if self.samples == "centres":
             return centre_patches(dataset, model.patch_shape, seed=settings.seed, first_batch=first_batch, part=part)
@@ -240,9 +241,7 @@ class _Trainer:
         logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
         by_loss = settings.choose_by == "loss"
         chosen = {"monitor": "val_loss" if by_loss else "val_dice_score", "mode": "min" if by_loss else "max"}
-        callbacks = [
-            _SameLogs(group),
-            keras.callbacks.TerminateOnNaN(),
+        files = [
             _Progress(network, past, steps, settings.epochs),
             _RoomOnDisk(live.parent, settings.weight_average),
             logger,
@@ -255,9 +254,12 @@ class _Trainer:
             ),
             keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
             _LastWeights(live, settings.weight_average),
+            _SaveState(live),
         ]
-        if group.process == 0:
-            callbacks.append(_SaveState(live))
+        if group.process:  # which only restores the state of the first one
+            restore = {"save_freq": 2**60, "delete_checkpoint": False}
+            files = [keras.callbacks.BackupAndRestore(str(live / "backup"), **restore)]
+        callbacks = [_SameLosses(group), keras.callbacks.TerminateOnNaN(), *files]
         if settings.patience:
             callbacks.append(_EarlyStopping(rows, **chosen, patience=settings.patience))
         training = self._patches(model, training=True, first_batch=len(rows) * steps)
@@ -309,16 +311,16 @@ class _Trainer:
         _log.info(line, len(epochs), "better" if better else "not better", found["loss"], found["dice_score"])
 
 
-class _SameLogs(keras.callbacks.Callback):
-    """Replaces what was measured by the mean over the processes, so that each takes the same decisions."""
+class _SameLosses(keras.callbacks.Callback):
+    """Replaces the losses by their mean over the processes, so that all decide the same; their metrics are equal."""
 
     def __init__(self, group):
         super().__init__()
         self.group = group
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.group.processes > 1:
-            logs.update({name: self.group.mean(value) for name, value in sorted(logs.items())})
+        for name in {"loss", "val_loss"} & logs.keys() if self.group.processes > 1 else ():
+            logs[name] = self.group.mean(logs[name])
 
     def on_epoch_end(self, epoch, logs=None):
         self.on_train_batch_end(epoch, logs)

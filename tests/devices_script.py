@@ -1,4 +1,4 @@
-"""Trains on one or two devices of a CPU for `test_devices.py`: `devices_script.py FOLDER one|two|own|machines`."""
+"""Trains on one or two devices of a CPU for `test_devices.py`: `devices_script.py FOLDER one|two|own`."""
 
 import os
 import signal
@@ -71,7 +71,8 @@ def train(folder, die=False):
             os.kill(os.getpid(), signal.SIGKILL)
 
     training._Trainer.fit_epochs, training._SaveState.on_epoch_end = fit_epochs, on_epoch_end
-    if devices.get_devices().process:
+    if number := devices.get_devices().process:
+        (folder.parent / f"process_{number}").write_text(str(os.getpid()))
         return training.follow()
     cases = [make_case(f"patient_{n}", n) for n in range(4)]
     model = training.train_method(method_of(RECIPE), cases[:3], cases[3:], RECIPE, folder)
@@ -88,8 +89,7 @@ def main(folder, what):
 
         cpus = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
-    # Of two processes on JAX, each has one device.
-    devices.set_devices("all" if what == "machines" else 2, sync_batch_norm=what != "own")
+    devices.set_devices(2, sync_batch_norm=what == "two")
     train(folder / what)
     if what == "two" and not devices.get_devices().process:
         train(folder / "killed", die=True)

@@ -1,8 +1,9 @@
-import json
+import importlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -11,6 +12,7 @@ import pytest
 from devices_script import RECIPE
 
 from keras_mmfnet import devices
+from keras_mmfnet.cli._options import use_devices
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.recipe import PatchRecipe
 from keras_mmfnet.training import read_history
@@ -18,16 +20,16 @@ from keras_mmfnet.training import read_history
 BACKEND = keras.backend.backend()
 
 
-RECIPE_OF_COMMAND = {
-    "data.modalities": ["t1", "t2"],
-    "data.spacing": 4.0,
-    "patches.shape": [16, 16, 16],
-    "network.filters": [2],
-    "network.reduction": 2,
-    "training.epochs": 1,
-    "training.steps_per_epoch": 2,
-    "training.self_transfer": False,
-}
+CHANGES = [
+    "--set=data.modalities=t1,t2",
+    "--set=data.spacing=4",
+    "--set=patches.shape=16,16,16",
+    "--set=network.filters=[2]",
+    "--set=network.reduction=2",
+    "--set=training.epochs=1",
+    "--set=training.steps_per_epoch=2",
+    "--set=training.self_transfer=false",
+]
 SCRIPT = [sys.executable, Path(__file__).with_name("devices_script.py")]
 
 
@@ -43,6 +45,11 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     killed = run_script(folder, "two")
     assert killed.returncode == -9, killed.stderr
+    for file in folder.glob("process_*"):  # ends with the first one
+        deadline = time.monotonic() + 60
+        while Path("/proc", file.read_text()).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert not (folder / "killed" / "mmfnet.keras").exists()
     alone = run_script(folder, "one")
     assert alone.returncode == 0, alone.stderr
@@ -78,40 +85,6 @@ def test_two_devices_give_the_weights_of_one(trained, name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
-def test_two_processes_as_of_two_machines(trained):
-    """Of `torchrun`, or with the environment variables of `keras.distribution.initialize`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for number in "01":
-        prefix = "KERAS_DISTRIBUTION_"
-        environment = {
-            "RANK": number,
-            "LOCAL_RANK": number,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            f"{prefix}PROCESS_ID": number,
-            f"{prefix}NUM_PROCESSES": "2",
-            f"{prefix}JOB_ADDRESSES": f"127.0.0.1:{port}",
-        }
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen([*SCRIPT, trained, "machines"], env=os.environ | environment, **output))
-    try:
-        for process in processes:
-            words, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, words
-    finally:
-        for process in processes:
-            process.kill()
-    one, two = (read(trained / "machines" / f"device_{n}.npz") for n in range(2))
-    require_equal(one, two)
-    require_equal(read(trained / "one" / "weights.npz"), read(trained / "machines" / "weights.npz"), 1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "jax", reason="each layer sees the whole batch")
 def test_moments_of_each_devices_share(trained, tmp_path):
     alone = run_script(tmp_path, "own")
@@ -122,34 +95,66 @@ def test_moments_of_each_devices_share(trained, tmp_path):
     assert max(np.abs(a - b).max() for a, b in zip(one, whole, strict=True)) > 1e-3
 
 
-def run_command(tmp_path, *arguments):
+def start_command(folder, *arguments, **environment):
     command = [sys.executable, "-m", "keras_mmfnet.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=os.environ | environment, **options)
+
+
+def end(process, status=0):
+    """Waits for a process; returns what it printed."""
+    try:
+        words, _ = process.communicate(timeout=300)
+        assert process.returncode == status, words
+    finally:
+        process.kill()
+    return " ".join(words.split())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="the devices of a CPU are processes on PyTorch alone")
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
 def test_the_command(tiny_cohort, tmp_path):
-    changes = [f"--set={field}={json.dumps(value)}" for field, value in RECIPE_OF_COMMAND.items()]
-    done = run_command(tmp_path, "train", tiny_cohort, "--out", "run", "--small", "--devices", 2, *changes)
-    assert done.returncode == 0, done.stderr
-    assert "Training on 2 devices" in done.stderr
-    assert (tmp_path / "run" / "fold_0" / "mmfnet.keras").exists()
-    assert not list((tmp_path / "run" / "fold_0").glob(".mmfnet"))
-    odd = run_command(tmp_path, "train", tiny_cohort, "--out", "odd", "--small", "--devices", 3, *changes)
-    assert odd.returncode == 1
-    assert "must be a multiple of the 3 devices, which share each batch. Received: 4" in odd.stderr
-    assert not (tmp_path / "odd" / "cache").exists()
+    """On one device, on two of PyTorch, and in two processes as of two machines."""
+
+    def train(out, *options, **environment):
+        return start_command(tmp_path, "train", tiny_cohort, "--out", out, "--small", *CHANGES, *options, **environment)
+
+    end(train("one"))
+    runs = ["machines"]
+    if BACKEND == "torch":
+        runs.append("two")
+        words = end(train("two", "--devices", 2))
+        assert "Training on 2 devices" in words
+        words = end(train("odd", "--devices", 3), status=1)
+        assert "must be a multiple of the 3 devices, which share each batch. Received: 4" in words
+        assert not (tmp_path / "odd" / "cache").exists()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {
+        # Of `torchrun`, and of `keras.distribution.initialize`.
+        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        **{"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}"},
+    }
+    processes = [
+        train("machines", "--devices", "all", **address, **dict.fromkeys(("RANK", "KERAS_DISTRIBUTION_PROCESS_ID"), n))
+        for n in "01"
+    ]
+    for process in processes:
+        end(process)
+    one, *others = (read_history(tmp_path / run / "fold_0" / "mmfnet_history.csv") for run in ("one", *runs))
+    for other in others:
+        assert [row["val_loss"] for row in other] == pytest.approx([row["val_loss"] for row in one], abs=1e-4)
+    for run in runs:
+        assert not list((tmp_path / run / "fold_0").glob(".mmfnet"))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the devices of a CPU are processes on PyTorch alone")
 def test_a_process_that_ends(tiny_cohort, tmp_path):
     (tmp_path / "ends.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('no memory')")
     options = ("--out", "run", "--small", "--devices", 2, "--import", "ends.py")
-    done = run_command(tmp_path, "train", tiny_cohort, *options)
-    assert done.returncode == 1
-    expected = "the process of device 1 must run as long as the first. Received: its end with status 1: no memory"
-    assert expected in " ".join(done.stderr.split())
+    words = end(start_command(tmp_path, "train", tiny_cohort, *options), status=1)
+    assert "the process of device 1 must run until the end. Received: status 1: no memory" in words
 
 
 def test_devices_that_are_not_there():
@@ -171,9 +176,9 @@ def test_several_machines_with_tensorflow(monkeypatch):
 
 def test_a_batch_that_cannot_be_shared(monkeypatch):
     monkeypatch.setattr(devices.Devices, "number", 3)
-    devices.check_batch_size(6)
+    devices.check_recipe(RECIPE.replace({"training.batch_size": 6}))
     with pytest.raises(ValueError, match=r"a multiple of the 3 devices, which share each batch. Received: 4"):
-        devices.check_batch_size(4)
+        devices.check_recipe(RECIPE)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -203,5 +208,25 @@ def test_parts_of_batches_make_whole_ones(make_case, training, centres):
 
 
 def test_a_batch_size_that_does_not_fit(make_case):
-    with pytest.raises(ValueError, match=r"`batch_size` must be a multiple of 2. Received: 3"):
-        patch_dataset([make_case()], PatchRecipe(shape=(4, 8, 8)), batch_size=3, multiple=2)
+    for size, part in ((3, (0, 1)), (4, (0, 4))):
+        with pytest.raises(ValueError, match=rf"`batch_size` must be.*Received: {size}, 2 and {part[1]}"):
+            patch_dataset([make_case()], PatchRecipe(shape=(4, 8, 8)), batch_size=size, multiple=2, part=part)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
+def test_settings_that_tensorflow_cannot_train_with_on_several_devices(monkeypatch):
+    monkeypatch.setattr(
+        devices.Devices, "check", importlib.import_module("keras_mmfnet.devices._tensorflow")._Mirrored.check
+    )
+    devices.check_recipe(RECIPE)
+    with pytest.raises(ValueError, match=r"`training.clip_norm` must be null.*Received: 1.0"):
+        devices.check_recipe(RECIPE.replace({"training.clip_norm": 1.0}))
+
+
+def test_one_of_several_processes_needs_the_option(monkeypatch):
+    name = {"torch": "WORLD_SIZE", "jax": "KERAS_DISTRIBUTION_NUM_PROCESSES"}.get(BACKEND, "nothing")
+    monkeypatch.setenv(name, "2")
+    assert devices.started_with_others() == (BACKEND != "tensorflow")
+    if BACKEND != "tensorflow":
+        with pytest.raises(ValueError, match=r"--devices: all is expected.*Received: nothing"), use_devices(None, True):
+            pass

@@ -1,10 +1,13 @@
 """Options that several subcommands have, and what they mean."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -121,26 +124,28 @@ def parse_amount(text: str, option: str, units: dict[str, float]) -> float:
     return float(found[1]) * unit
 
 
-def use_devices(number: str | None, sync_batch_norm: bool) -> None:
-    """Sets the devices to train on; a process that another one leads ends here, after its work."""
-    from keras_mmfnet.devices import set_devices
+@contextlib.contextmanager
+def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
+    """Trains on these devices in the block. In any process but the first, the block is replaced by its trainings."""
+    from keras_mmfnet.devices import set_devices, started_with_others
     from keras_mmfnet.training import follow
 
-    if number is None:
-        return
-    if number != "all" and not (number.isdecimal() and int(number)):
+    if number not in (None, "all") and not (number.isdecimal() and int(number)):
         raise ValueError(f"--devices: a number of 1 or more, or all, is expected. Received: {number}")
+    if number in (None, "1"):
+        if started_with_others():
+            raise ValueError(
+                "--devices: all is expected, as this is one of several processes that were started together. "
+                f"Received: {number or 'nothing'}"
+            )
+        yield
+        return
     group = set_devices(number if number == "all" else int(number), sync_batch_norm)
     if group.process:
         follow()
         raise typer.Exit()
     _log.info("Training on %d device%s", group.number, "s" * (group.number > 1))
-
-
-def release_devices() -> None:
-    """Ends what `use_devices` began."""
-    from keras_mmfnet.devices import set_devices
-
+    yield
     set_devices(1)
 
 
@@ -149,8 +154,10 @@ def import_files(files: list[Path] | None) -> None:
     for path in files or ():
         if not path.is_file():
             raise ValueError(f"--import: a Python file is expected. Received: {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec = importlib.util.spec_from_file_location(f"mmfnet_import_{path.stem}", path)
+        # Under this name the other processes of a training find its classes.
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 def read_division(groups: Path | None, splits: Path | None) -> dict:

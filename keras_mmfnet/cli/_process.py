@@ -45,6 +45,9 @@ def start_backend(device: str | None = None) -> str:
         import keras
 
         from keras_mmfnet.cli.memory import keep_freed_memory
+        from keras_mmfnet.devices import connect
+
+        connect()  # before the backend is used
 
         # The patches need TensorFlow on every backend; it must not take the GPU's memory from another one.
         with contextlib.suppress(ImportError):

@@ -225,7 +225,7 @@ def session(quiet: bool = False, resume_with: str | None = None, start_with: str
         how = f"resume with: {other}" if other else "run the same command again to resume"
         terminal.console.print(f"stopped{where}; {how}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None
-    except BrokenPipeError:  # `mmfnet check DATA | head`, which Typer takes care of
+    except (BrokenPipeError, typer.Exit):  # `mmfnet check DATA | head`, which Typer takes care of; an end as planned
         raise
     except _MISTAKES as error:
         terminal.console.print(f"error: {error}", markup=False, soft_wrap=True)

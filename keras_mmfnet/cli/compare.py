@@ -65,7 +65,6 @@ def compare(
         if methods == "list":
             terminal.say("\n".join(f"{name:26}{method.title}" for name, method in METHODS.items()), always=True)
             return
-        options.use_devices(devices, sync_batch_norm)
         names = list(METHODS) if methods == "all" else methods.split(",")
         if unknown := sorted({*names, baseline} - set(METHODS)):
             expected = "--methods, --baseline: names from --methods list are expected"
@@ -76,7 +75,7 @@ def compare(
         count = len(division["splits"] or known)
         folds = options.choose_folds(fold, count, list(range(count)))
         compared = [METHODS[name] for name in names]
-        with log_to_file(before.log_file):
+        with options.use_devices(devices, sync_batch_norm), log_to_file(before.log_file):
             log_command()
             if verify:
                 cache.verify(before.cache)
@@ -86,7 +85,6 @@ def compare(
             compare_methods(run, compared, folds)
             _log.info("Writing the report")
             page = write_comparison(run, baseline)
-        options.release_devices()
         table = run.folder / "table.md"
         terminal.say(f"\n{table.read_text(encoding='utf-8')}")
         terminal.say(table if quiet else f"Report: {page}", always=True)

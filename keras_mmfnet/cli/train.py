@@ -85,24 +85,24 @@ def train(
             folds = choose_folds()  # A wrong number is found before the long work.
         start_backend(device)
         options.import_files(modules)
-        options.use_devices(devices, sync_batch_norm)
         from keras_mmfnet.data import cache
         from keras_mmfnet.run import Run
 
         before, opened = Run(out), opened or (source and Run(source))
-        if verify:
-            cache.verify(before.cache)
-        if planned:
+        if not resume:
             before.require_none()
-            chosen = plan_patients(terminal, data, given, budget, skip_bad, before.cache)
-            folds = choose_folds()  # Few patients have fewer folds.
-        if resume:
-            begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
-            folds = options.choose_folds(fold, len(before.folds), begun or [0])
-            # What was left out before is left out again.
-            data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
-        run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
-        options.release_devices()
+        with options.use_devices(devices, sync_batch_norm):
+            if verify:
+                cache.verify(before.cache)
+            if planned:
+                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, before.cache))
+                folds = choose_folds()  # Few patients have fewer folds.
+            if resume:
+                begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
+                folds = options.choose_folds(fold, len(before.folds), begun or [0])
+                # What was left out before is left out again.
+                data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
+            run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
 
 
 def run_training(
@@ -143,6 +143,19 @@ def run_training(
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
         terminal.say(run.folder / "metrics.csv", always=True)
+
+
+def fit_batch(recipe):
+    """A planned recipe, whose batches the devices can share: a share is not larger than the batch that was planned."""
+    from keras_mmfnet.devices import get_devices
+
+    number, size = get_devices().number, recipe.training.batch_size
+    if size % number == 0:
+        return recipe
+    _log.info(
+        "training.batch_size is %d instead of %d, which %d devices share", -(-size // number) * number, size, number
+    )
+    return recipe.replace({"training.batch_size": -(-size // number) * number})
 
 
 def log_command() -> None:

@@ -67,24 +67,29 @@ def patch_dataset(
         training: Whether the dataset is random and endless.
         seed: Seed of the order of the windows and of the augmentation.
         first_batch: Number of the first batch, for resuming a training.
-        part: `(number, of)`: of each batch only this one of as many equal parts, for training in several processes.
-        multiple: The sizes of all batches are multiples of this number, as several devices need it: the last batch for
-            validation is filled up with the first windows.
+        part: `(index, count)`: only part `index` of each batch, which is split into `count` equal parts for as many
+            processes.
+        multiple: The last batch for validation is padded with the first windows to a multiple of this number, that of
+            the devices.
 
     Returns:
         A dataset of `({modality: float32 (batch, depth, height, width, 1)}, masks)`, the masks uint8
         `(batch, depth, height, width, structures)`.
 
     Raises:
-        ValueError: There is no patient, a patient has no mask, or `batch_size` is no multiple of `multiple`.
+        ValueError: There is no patient, a patient has no mask, or the batches cannot be split equally.
 
     Warns:
         UserWarning: A volume is smaller than the patch and is padded with its lowest value, or part of a tumour lies
             outside all windows.
     """
     cases = list(cases)
-    if batch_size % multiple:
-        raise ValueError(f"`batch_size` must be a multiple of {multiple}. Received: {batch_size}")
+    number, parts = part
+    if batch_size % multiple or multiple % parts:
+        raise ValueError(
+            "`batch_size` must be a multiple of `multiple`, and that of the number of parts. "
+            f"Received: {batch_size}, {multiple} and {parts}"
+        )
     if not cases:
         raise ValueError("`cases` must hold at least one patient. Received: []")
     modalities = tuple(modalities or dict.fromkeys(name for case in cases for name in case.images))
@@ -93,7 +98,7 @@ def patch_dataset(
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
     # The pipeline captures tensors by reference and does not copy them into its graph.
-    voxels, tables = _load(cases, recipe, modalities, training, part[1])
+    voxels, tables = _load(cases, recipe, modalities, training, parts)
     spacing = tables["spacing"].numpy()
     margin = augment.margin(recipe, spacing[:, 1:].min())
     plane = np.add(recipe.shape, [0, *2 * margin])
@@ -133,7 +138,6 @@ def patch_dataset(
         box = tf.cast(voxels.crop(window[3], window[:3], recipe.shape), tf.float32)
         return _split(tf.transpose(box, (3, 2, 0, 1)), modalities)
 
-    number, parts = part
     own = batch_size // parts
     if training:
         # The samples of the batches before, and of the other parts of this one, are passed over.
@@ -200,7 +204,7 @@ def centre_patches(
 
 
 def _validation_samples(windows, batch_size, part, multiple):
-    """The numbers of the windows in a part of each batch; the last batch is filled up to a multiple."""
+    """The numbers of the windows in a part of each batch; the last batch is padded to a multiple."""
     number, parts = part
     batches = [np.arange(first, min(first + batch_size, windows)) for first in range(0, windows, batch_size)]
     batches[-1] = np.append(batches[-1], np.arange(-len(batches[-1]) % multiple) % windows)

@@ -1,7 +1,7 @@
 """Trains one network on several devices, each with its share of every batch (data parallelism).
 
 The gradients are averaged over the devices. The sums of the losses and the moments of batch normalization are those of
-the whole batch, so a training ends with the weights that one device would give, but for rounding.
+the whole batch, so the weights equal those of training on one device, up to rounding.
 
 | backend | by | processes |
 |---|---|---|
@@ -9,17 +9,21 @@ the whole batch, so a training ends with the weights that one device would give,
 | JAX | `keras.distribution.DataParallel` | one for each machine |
 | PyTorch | `torch.distributed` | one for each device |
 
-The first process leads: it alone reads and writes the files of a run. The others take part in its trainings, see
+Only the first process writes the files of a run. The others take part in its trainings by
 `keras_mmfnet.training.follow`.
 """
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
+
+if TYPE_CHECKING:
+    from keras_mmfnet.recipe import Recipe, TrainingRecipe
 
 
 class Devices:
@@ -48,18 +52,21 @@ class Devices:
         return x
 
     def broadcast(self, value: Any = None) -> Any:
-        """Sends an object from the first process to all others; returns it in each."""
+        """Broadcasts an object from the first process. Every process returns it."""
         return value
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes."""
         return value
 
+    def check(self, settings: "TrainingRecipe") -> None:
+        """Raises `ValueError` if the backend cannot train with these settings."""
+
     def average_gradients(self, model: keras.Model) -> None:
         """Makes each backward pass average the gradients over the processes, where the backend's trainer does not."""
 
     def close(self) -> None:
-        """Ends the work of the other processes, of which the first one decides."""
+        """Stops the other processes if this is the first."""
         if self.processes > 1 and self.process == 0:
             self.broadcast(None)
 
@@ -70,9 +77,9 @@ _chosen, _inside = Devices(), False
 def set_devices(number: int | str = "all", sync_batch_norm: bool = True) -> Devices:
     """Sets the devices that the networks of this process are trained on.
 
-    On PyTorch it starts a process for each further device, which runs the same command, unless `torchrun` started this
-    one. On JAX it connects to the processes of other machines if the environment variables of
-    `keras.distribution.initialize` are set.
+    On PyTorch it starts a process for each further device, which runs the same script from its start, unless `torchrun`
+    started this one. On JAX it connects to the processes of other machines if the environment variables of
+    `keras.distribution.initialize` are set; call it before the backend is used.
 
     Args:
         number: How many devices, or `"all"`: all GPUs of all processes, or one CPU.
@@ -95,6 +102,21 @@ def set_devices(number: int | str = "all", sync_batch_norm: bool = True) -> Devi
     module = importlib.import_module(f"{__name__}._{keras.backend.backend()}")
     _chosen = module.make_devices(number, sync_batch_norm)
     return _chosen
+
+
+def connect() -> None:
+    """Connects to the processes of other machines on JAX, which must be done before the backend is used.
+
+    It does so if the environment variables of `keras.distribution.initialize` are set.
+    """
+    if keras.backend.backend() == "jax" and started_with_others():
+        keras.distribution.initialize()
+
+
+def started_with_others() -> bool:
+    """Whether `torchrun` or the variables of `keras.distribution.initialize` make this process one of several."""
+    name = {"torch": "WORLD_SIZE", "jax": "KERAS_DISTRIBUTION_NUM_PROCESSES"}.get(keras.backend.backend())
+    return int(os.environ.get(name, 1)) > 1 if name else False
 
 
 def choose(number, names):
@@ -164,10 +186,12 @@ def moments_over_devices(x: Any, axis: int) -> tuple[Any, Any] | None:
     return ops.squeeze(mean, axes), variance
 
 
-def check_batch_size(size: int) -> None:
-    """Raises `ValueError` if the devices cannot share batches of this size equally."""
+def check_recipe(recipe: "Recipe") -> None:
+    """Raises `ValueError` if the devices that are set cannot train a recipe."""
+    size = recipe.training.batch_size
     if size % _chosen.number:
         raise ValueError(
             f"`training.batch_size` must be a multiple of the {_chosen.number} devices, which share each batch. "
             f"Received: {size}"
         )
+    _chosen.check(recipe.training)

@@ -1,4 +1,3 @@
-import os
 import pickle
 
 import jax
@@ -6,7 +5,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
-from keras_mmfnet.devices import Devices, choose
+from keras_mmfnet.devices import Devices, choose, connect
 
 
 class _DataParallel(Devices):
@@ -35,8 +34,8 @@ def make_devices(number, sync_batch_norm):
         raise ValueError(
             "`sync_batch_norm` must be True on JAX, where each layer sees the whole batch. Received: False"
         )
-    if "KERAS_DISTRIBUTION_JOB_ADDRESSES" in os.environ and not jax.distributed.is_initialized():
-        keras.distribution.initialize()
+    if not jax.distributed.is_initialized():
+        connect()
     names = keras.distribution.list_devices()
     if jax.process_count() > 1 and number not in ("all", len(names)):
         raise ValueError(f"`number` must be 'all' or {len(names)}, the devices of all processes. Received: {number}")

@@ -2,6 +2,7 @@ import os
 
 import tensorflow as tf
 
+from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.devices import Devices, choose
 
 
@@ -16,6 +17,19 @@ class _Mirrored(Devices):
 
     def scope(self):
         return self.strategy.scope()
+
+    def check(self, settings):
+        # Keras clips the gradient of each device, and looks for overflow on the first one, before it sums them.
+        if settings.clip_norm is not None:
+            raise ValueError(
+                "`training.clip_norm` must be null for several devices on TensorFlow; PyTorch and JAX clip the sum. "
+                f"Received: {settings.clip_norm}"
+            )
+        if "float16" in str(dtype_policy(settings.mixed_precision)).replace("bfloat16", ""):
+            raise ValueError(
+                "`training.mixed_precision` must be bfloat16 or off for several devices on TensorFlow. "
+                f"Received: {settings.mixed_precision}"
+            )
 
     def sum(self, x):
         context = tf.distribute.get_replica_context()

@@ -157,8 +157,8 @@ def batch_norm_relu(
         beta: Offset of each channel, float32.
         epsilon: Added to the variance.
         axis: Axis of the channels.
-        moments: `(mean, variance)` of each channel; `None` computes them from `x` or, where several devices share a
-            batch, over them, unless they are not to be synchronised.
+        moments: `(mean, variance)` of each channel; `None` computes them from the batch, over all devices if their
+            batch normalization is synchronised.
         relu: `False` leaves ReLU out; only `reference` implements this.
 
     Returns:
@@ -166,6 +166,7 @@ def batch_norm_relu(
         in float32 and without a gradient.
     """
     if moments is None:
+        # The faster implementations have no gradient for given moments.
         if shared := devices.moments_over_devices(x, axis):
             return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, shared, relu)
         y, mean, variance = _batch_norm_relu(x, gamma, beta, epsilon, axis, None, relu)
