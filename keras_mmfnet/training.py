@@ -113,8 +113,7 @@ def follow() -> None:
     while (job := devices.get_devices().broadcast()) is not None:
         trainer, live, *arguments = job
         with tempfile.TemporaryDirectory() as own:
-            if (live / "backup").exists():
-                shutil.copytree(live / "backup", Path(own, "backup"))
+            shutil.copytree(live, own, dirs_exist_ok=True)
             _fit_on_devices(trainer, Path(own), *arguments)
 
 
@@ -241,9 +240,12 @@ class _Trainer:
         logger = keras.callbacks.CSVLogger(live / "history.csv", append=True)
         by_loss = settings.choose_by == "loss"
         chosen = {"monitor": "val_loss" if by_loss else "val_dice_score", "mode": "min" if by_loss else "max"}
-        files = [
+        # Every process writes files, as reading the weights takes all of them on JAX; those of the first one are kept.
+        callbacks = [
+            _SameLosses(group),
+            keras.callbacks.TerminateOnNaN(),
             _Progress(network, past, steps, settings.epochs),
-            _RoomOnDisk(live.parent, settings.weight_average),
+            *([] if group.process else [_RoomOnDisk(live.parent, settings.weight_average)]),
             logger,
             keras.callbacks.ModelCheckpoint(
                 str(live / "best.weights.h5"),
@@ -254,12 +256,8 @@ class _Trainer:
             ),
             keras.callbacks.BackupAndRestore(str(live / "backup"), delete_checkpoint=False),
             _LastWeights(live, settings.weight_average),
-            _SaveState(live),
+            *([] if group.process else [_SaveState(live)]),
         ]
-        if group.process:  # which only restores the state of the first one
-            restore = {"save_freq": 2**60, "delete_checkpoint": False}
-            files = [keras.callbacks.BackupAndRestore(str(live / "backup"), **restore)]
-        callbacks = [_SameLosses(group), keras.callbacks.TerminateOnNaN(), *files]
         if settings.patience:
             callbacks.append(_EarlyStopping(rows, **chosen, patience=settings.patience))
         training = self._patches(model, training=True, first_batch=len(rows) * steps)
@@ -319,8 +317,9 @@ class _SameLosses(keras.callbacks.Callback):
         self.group = group
 
     def on_train_batch_end(self, batch, logs=None):
-        for name in {"loss", "val_loss"} & logs.keys() if self.group.processes > 1 else ():
-            logs[name] = self.group.mean(logs[name])
+        for name in ("loss", "val_loss"):  # in the same order in all of them
+            if name in logs and self.group.processes > 1:
+                logs[name] = self.group.mean(logs[name])
 
     def on_epoch_end(self, epoch, logs=None):
         self.on_train_batch_end(epoch, logs)
