@@ -154,12 +154,16 @@ def readers_folder(tiny_cohort, tmp_path, monkeypatch):
     Path("run/recipe.json").write_text(recipe.to_json())
 
 
-@pytest.mark.filterwarnings("ignore:part of the tumour lies outside:UserWarning")  # the patients are small
+@pytest.mark.filterwarnings(  # the patients are small
+    "ignore:part of the tumour lies outside:UserWarning", "ignore:volumes smaller than the patch:UserWarning"
+)
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
-def test_python_runs_as_the_docs_have_it(readers_folder, page):
+def test_python_runs_as_the_docs_have_it(readers_folder, page, request):
     """One block after the other, as a reader would; what they assert holds."""
-    if page.stem == "own_data" and keras.backend.backend() != "tensorflow":
-        pytest.skip("trains, which takes long")
+    if page.stem == "own_data":
+        if keras.backend.backend() != "tensorflow":
+            pytest.skip("trains, which takes long")
+        request.getfixturevalue("tiny_recipe")
     known = dict(METHODS)
     try:
         names = {}
