@@ -87,6 +87,8 @@ ITEMS = {
         "training.pretrain_learning_rate": 1e-2,
     },
     "adamw": {"training.optimizer": "adamw"},
+    "rate_0.003": {"training.pretrain_learning_rate": 3e-3},
+    "rate_0.01": {"training.pretrain_learning_rate": 1e-2},
     "average_of_5_epochs": {"training.weight_average": 5},
     "clip_norm_1": {"training.clip_norm": 1.0},
     "choose_by_dsc": {"training.choose_by": "dsc"},

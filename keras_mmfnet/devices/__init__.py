@@ -16,7 +16,7 @@ Only the first process writes the files of a run. The others take part in its tr
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -119,8 +119,19 @@ def started_with_others() -> bool:
     return int(os.environ.get(name, 1)) > 1 if name else False
 
 
-def choose(number, names):
-    """Returns the first `number` of the names of devices, or all; raises `ValueError` if there are fewer."""
+def choose(number: int | str, names: Sequence[str]) -> Sequence[str]:
+    """Chooses devices by their number.
+
+    Args:
+        number: How many, or `"all"`.
+        names: Names of the devices that there are.
+
+    Returns:
+        The first of the names.
+
+    Raises:
+        ValueError: There are not as many.
+    """
     if number == "all":
         return names
     if number > len(names):

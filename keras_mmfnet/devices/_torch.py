@@ -2,6 +2,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -152,7 +153,7 @@ def _join(gpus):
 def _end_with_first():
     """Ends this process when the first one ends, which holds the other end of the pipe."""
     sys.stdin.buffer.read()
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)  # It may wait for the first one in a computation that no exception ends.
 
 
 def _connect(gpus, **options):
