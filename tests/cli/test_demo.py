@@ -9,9 +9,10 @@ from keras_mmfnet import synthetic
 
 @pytest.mark.slow
 def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
-    done = mmfnet("demo", "--out", tmp_path / "run")
+    """With a bit more than half of the updates, to be shorter."""
+    done = mmfnet("demo", "--out", tmp_path / "run", "--set", "training.steps_per_epoch=25")
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["summary"]
-    assert summary["dsc"]["mean"] >= 0.75
+    assert summary["dsc"]["mean"] >= 0.7
     assert "mean of" in done.stdout
     assert "Try it: mmfnet segment" in done.stdout
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
