@@ -145,8 +145,10 @@ def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
         follow()
         raise typer.Exit()
     _log.info("Training on %d device%s", group.number, "s" * (group.number > 1))
-    yield
-    set_devices(1)
+    try:
+        yield
+    finally:
+        set_devices(1)
 
 
 def import_files(files: list[Path] | None) -> None:

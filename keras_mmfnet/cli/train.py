@@ -150,12 +150,11 @@ def fit_batch(recipe):
     from keras_mmfnet.devices import get_devices
 
     number, size = get_devices().number, recipe.training.batch_size
-    if size % number == 0:
+    if not size % number:
         return recipe
-    _log.info(
-        "training.batch_size is %d instead of %d, which %d devices share", -(-size // number) * number, size, number
-    )
-    return recipe.replace({"training.batch_size": -(-size // number) * number})
+    fitting = size + -size % number
+    _log.info("training.batch_size is %d instead of %d, which %d devices share", fitting, size, number)
+    return recipe.replace({"training.batch_size": fitting})
 
 
 def log_command() -> None:

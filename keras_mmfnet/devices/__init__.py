@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
-from keras import ops
 
 if TYPE_CHECKING:
     from keras_mmfnet.recipe import Recipe, TrainingRecipe
@@ -41,7 +40,7 @@ class Devices:
     """Whether the layers and losses see a device's share of a batch instead of the whole."""
 
     def __init__(self, sync_batch_norm: bool = True):
-        self.sync_batch_norm = sync_batch_norm
+        self.sync_batch_norm, self.ended = sync_batch_norm, False
 
     def scope(self) -> contextlib.AbstractContextManager:
         """The context in which a network is built and trained."""
@@ -66,8 +65,8 @@ class Devices:
         """Makes each backward pass average the gradients over the processes, where the backend's trainer does not."""
 
     def close(self) -> None:
-        """Stops the other processes if this is the first."""
-        if self.processes > 1 and self.process == 0:
+        """Stops the other processes if this is the first, unless a training failed, in which they wait for this one."""
+        if self.processes > 1 and self.process == 0 and not self.ended:
             self.broadcast(None)
 
 
@@ -157,6 +156,9 @@ def scope() -> Iterator[Devices]:
         _inside = True
         try:
             yield _chosen
+        except BaseException:
+            _chosen.ended = True
+            raise
         finally:
             _inside = False
 
@@ -178,23 +180,9 @@ def mean_over_devices(x: Any) -> Any:
     return _chosen.sum(x) / _chosen.number if _inside and _chosen.shares else x
 
 
-def moments_over_devices(x: Any, axis: int) -> tuple[Any, Any] | None:
-    """The moments of each channel of a whole batch, of which each device has a share.
-
-    Args:
-        x: The tensor of a share.
-        axis: Axis of the channels.
-
-    Returns:
-        `(mean, variance)`, the population variance, in float32 and with their gradients. `None` where the moments are
-        those of `x` alone.
-    """
-    if not (_inside and _chosen.shares and _chosen.sync_batch_norm):
-        return None
-    x, axes = ops.cast(x, "float32"), [number for number in range(len(x.shape)) if number != axis % len(x.shape)]
-    mean = mean_over_devices(ops.mean(x, axis=axes, keepdims=True))
-    variance = mean_over_devices(ops.mean(ops.square(x - mean), axis=axes))
-    return ops.squeeze(mean, axes), variance
+def synchronises_batch_norm() -> bool:
+    """Whether the moments of batch normalization are computed over the devices."""
+    return _inside and _chosen.shares and _chosen.sync_batch_norm
 
 
 def check_recipe(recipe: "Recipe") -> None:

@@ -25,7 +25,7 @@ class _Mirrored(Devices):
                 "`training.clip_norm` must be null for several devices on TensorFlow; PyTorch and JAX clip the sum. "
                 f"Received: {settings.clip_norm}"
             )
-        if "float16" in str(dtype_policy(settings.mixed_precision)).replace("bfloat16", ""):
+        if dtype_policy(settings.mixed_precision) == "mixed_float16":
             raise ValueError(
                 "`training.mixed_precision` must be bfloat16 or off for several devices on TensorFlow. "
                 f"Received: {settings.mixed_precision}"

@@ -43,7 +43,7 @@ class _Processes(Devices):
     def __init__(self, sync_batch_norm, followers=()):
         super().__init__(sync_batch_norm)
         self.process, self.processes = distributed.get_rank(), distributed.get_world_size()
-        self.number, self.followers, self.ended = self.processes, followers, False
+        self.number, self.followers = self.processes, followers
         self.waiting = distributed.new_group(backend="gloo", timeout=_LONG_PATIENCE)
 
     def sum(self, x):
@@ -89,8 +89,7 @@ class _Processes(Devices):
                 process.kill()
 
     def close(self):
-        if not self.ended:
-            super().close()
+        super().close()
         distributed.destroy_process_group()
         for process, _ in self.followers:
             process.wait()

@@ -157,25 +157,16 @@ def batch_norm_relu(
         beta: Offset of each channel, float32.
         epsilon: Added to the variance.
         axis: Axis of the channels.
-        moments: `(mean, variance)` of each channel; `None` computes them from the batch, over all devices if their
-            batch normalization is synchronised.
+        moments: `(mean, variance)` of each channel; `None` computes them from `x`, over all devices if their batch
+            normalization is synchronised.
         relu: `False` leaves ReLU out; only `reference` implements this.
 
     Returns:
         `(outputs, mean, variance)`: the outputs in the dtype of `x`, and the moments used (population variance),
         in float32 and without a gradient.
     """
-    if moments is None:
-        # The faster implementations have no gradient for given moments.
-        if shared := devices.moments_over_devices(x, axis):
-            return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, shared, relu)
-        y, mean, variance = _batch_norm_relu(x, gamma, beta, epsilon, axis, None, relu)
-        return y, devices.mean_over_devices(mean), devices.mean_over_devices(variance)
-    return _batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu)
-
-
-def _batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu):
-    if not relu:
+    # Only `reference` computes moments over several devices.
+    if not relu or (moments is None and devices.synchronises_batch_norm()):
         return reference.batch_norm_relu(x, gamma, beta, epsilon, axis, moments, relu)
     return _implementation("batch_norm_relu")(x, gamma, beta, epsilon, axis, moments)
 

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_mmfnet import devices
+
 # ruff: noqa: D103  (documented in `kernels`)
 
 # Added to the variance, so that the gradient of the standard deviation is finite at a variance of 0.
@@ -52,8 +54,9 @@ def batch_norm_relu(x, gamma, beta, epsilon, axis, moments=None, relu=True):
     dtype, x = x.dtype, ops.cast(x, "float32")
     if moments is None:
         axes = [number for number in range(len(x.shape)) if number != axis % len(x.shape)]
-        mean = ops.mean(x, axis=axes, keepdims=True)
-        moments = ops.squeeze(mean, axes), ops.mean(ops.square(x - mean), axis=axes)
+        over = devices.mean_over_devices if devices.synchronises_batch_norm() else (lambda values: values)
+        mean = over(ops.mean(x, axis=axes, keepdims=True))
+        moments = ops.squeeze(mean, axes), over(ops.mean(ops.square(x - mean), axis=axes))
     y = ops.batch_normalization(x, *moments, axis, offset=beta, scale=gamma, epsilon=epsilon)
     return ops.cast(ops.relu(y) if relu else y, dtype), *map(ops.stop_gradient, moments)
 

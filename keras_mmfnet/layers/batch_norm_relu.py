@@ -2,7 +2,7 @@ from typing import Any
 
 import keras
 
-from keras_mmfnet import kernels
+from keras_mmfnet import devices, kernels
 
 
 @keras.saving.register_keras_serializable(package="keras_mmfnet")
@@ -58,6 +58,8 @@ class BatchNormReLU(keras.layers.Layer):
             inputs, self.gamma.value, self.beta.value, self.epsilon, self.axis, moments, self.relu
         )
         if of_batch:
+            if not devices.synchronises_batch_norm():
+                mean, variance = devices.mean_over_devices(mean), devices.mean_over_devices(variance)
             for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
                 average.assign(average.value * self.momentum + value * (1 - self.momentum))
         return outputs
