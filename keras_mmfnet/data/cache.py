@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 10
+_VERSION = 11
 # Folder of what is known of the patients' own files, in a cache.
 _KNOWN = ".known"
 # A file may change again within a step of the file system's clock, in nanoseconds.
@@ -142,12 +143,12 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
     """Writes a case to a folder, which appears only when it is complete."""
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     replaced = temporary.with_name(f"{temporary.name}.replaced")
-    arrays = {f"image_{modality}.npy": image for modality, image in preprocessed.images.items()}
-    arrays |= {f"mask_{structure}.npy": mask for structure, mask in (preprocessed.masks or {}).items()}
+    arrays = {f"image_{modality}.npy": (image, np.float32) for modality, image in preprocessed.images.items()}
+    arrays |= {f"mask_{structure}.npy": (mask, np.uint8) for structure, mask in (preprocessed.masks or {}).items()}
     try:
         temporary.mkdir(parents=True)
-        for file, array in arrays.items():
-            np.save(temporary / file, array)
+        for file, (array, dtype) in arrays.items():
+            np.save(temporary / file, np.ascontiguousarray(array, dtype))
         description = {
             "modalities": list(preprocessed.images),
             "structures": preprocessed.masks and list(preprocessed.masks),
@@ -174,13 +175,19 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
 
 
 class _Arrays(Mapping):
-    """Arrays in files by name, memory-mapped when they are looked up: a cohort has more files than may be open."""
+    """Arrays in files by name, memory-mapped when they are looked up: a cohort has more files than may be open.
 
-    def __init__(self, files):
-        self.files = files
+    The headers of the files are not read: `np.load` parses them as Python, which Python 3.11 cannot do in several
+    threads.
+    """
+
+    def __init__(self, files, shape, dtype):
+        self.files, self.shape, self.dtype = files, shape, np.dtype(dtype)
 
     def __getitem__(self, name):
-        return np.load(self.files[name], mmap_mode="r")
+        path = self.files[name]
+        header = path.stat().st_size - math.prod(self.shape) * self.dtype.itemsize
+        return np.memmap(path, self.dtype, "r", header, self.shape)
 
     def __iter__(self):
         return iter(self.files)
@@ -194,12 +201,14 @@ def load(entry: Path, name: str) -> PreprocessedCase | None:
     if (description := _read(entry)) is None:
         return None
     try:
-        names = description["structures"]
+        names, grid = description["structures"], Grid.from_dict(description["grid"])
+        images = {modality: entry / f"image_{modality}.npy" for modality in description["modalities"]}
+        masks = names and {one: entry / f"mask_{one}.npy" for one in names}
         return PreprocessedCase(
             name=name,
-            images=_Arrays({modality: entry / f"image_{modality}.npy" for modality in description["modalities"]}),
-            masks=names and _Arrays({one: entry / f"mask_{one}.npy" for one in names}),
-            grid=Grid.from_dict(description["grid"]),
+            images=_Arrays(images, grid.shape, np.float32),
+            masks=masks and _Arrays(masks, grid.shape, np.uint8),
+            grid=grid,
             source=Grid.from_dict(description["source"]),
             centre=tuple(description["centre"]),
             notes=tuple(description["notes"]),

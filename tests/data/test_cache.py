@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import os
 import resource
@@ -62,6 +63,22 @@ def test_the_cache_gives_the_same_case(tmp_path, no_preprocessing):
     assert expected.tumour_ml == np.count_nonzero(expected.mask) * np.prod(expected.spacing) / 1000
     renamed = preprocess_case(dataclasses.replace(case, name="bob"), recipe.data, cache)
     assert renamed.name == "bob"
+
+
+def test_arrays_of_any_type_and_order_are_read_in_several_threads(make_case, tmp_path, monkeypatch):
+    case = make_case()
+    case.images["t1"] = np.asfortranarray(case.images["t1"].astype(np.float16))
+    cache_files.store(case, tmp_path / "entry")
+    cached = cache_files.load(tmp_path / "entry", case.name)
+    # `np.load` parses a header as Python, which in several threads is now and then an error on Python 3.11.
+    parse, parsed = ast.parse, []
+    monkeypatch.setattr(ast, "parse", lambda *args, **kwargs: parsed.append(args) or parse(*args, **kwargs))
+    with ThreadPoolExecutor(2) as pool:
+        images = list(pool.map(cached.images.__getitem__, case.images))
+    assert not parsed
+    for image, expected in zip(images, case.images.values(), strict=True):
+        assert image.dtype == np.float32
+        np.testing.assert_array_equal(image, expected)
 
 
 def test_the_cache_knows_content_and_recipe(tmp_path):
