@@ -7,6 +7,11 @@ import platform
 from pathlib import Path
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def available_memory() -> float:
     """Bytes of memory that this machine has, or the container that this process runs in."""
     try:
@@ -33,7 +38,6 @@ def machine(*packages: str) -> dict[str, str]:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     libc, preloaded = " ".join(platform.libc_ver()), os.environ.get("LD_PRELOAD", "")
     versions = {}
     for name in packages:
@@ -42,7 +46,7 @@ def machine(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "processor": f"{processor}, {cores} cores",
+        "processor": f"{processor}, {available_cores()} cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         # The allocator affects the memory and the time of a training step.
         "allocator": Path(preloaded).name if "malloc" in preloaded else libc,

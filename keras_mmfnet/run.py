@@ -69,6 +69,7 @@ the groups, folds and donor that were given |
 `<patient>_<structure>.nii.gz` if each structure has a file of its own |
     | `metrics.json`, `metrics.csv` | the numbers of one method over all folds run so far |
     | `run.log`, `report.html` | what was said, and the report |
+    | `jobs/` | the jobs that were started for the run, and their logs |
 
     Args:
         folder: The folder; `Run.start` makes a new one.
@@ -82,6 +83,7 @@ the groups, folds and donor that were given |
         self.cache = self.folder / "cache"
         self.log_file = self.folder / "run.log"
         self.report_file = self.folder / "report.html"
+        self.jobs = self.folder / "jobs"
 
     def __str__(self):
         return str(self.folder)
@@ -214,6 +216,11 @@ the groups, folds and donor that were given |
         donor = self.cohort.get("donor", {"modalities": []})
         return dict.fromkeys(donor["modalities"], self.donor_file) if method.name == "mmfnet" else {}
 
+    def borrowed(self, method: Method) -> dict[str, str]:
+        """The networks of a fold that a method's other encoders are borrowed from: `{modality: name}`."""
+        donated = self.donated(method)
+        return {modality: name for modality, name in method.encoders.items() if modality not in donated}
+
     def seen_in_training(self, case: Case, folds: Iterable[int]) -> str:
         """Says that networks of some folds were trained on a patient, or chosen by it; empty text if none was."""
         if not self.cohort_file.is_file():
@@ -316,92 +323,85 @@ the groups, folds and donor that were given |
                 none of the sequences, or encoders of another kind; or the backend cannot compute in the precision
                 wanted.
         """
-        run, data = cls(folder), Path(data).absolute()
-        if not resume:
-            run.require_none()
-        methods = [method_of(recipe)] if methods is None else methods
-        for method in methods:
-            # Refused before the long work.
-            make_loss(method.adapt(recipe).training.loss)
-            check_recipe(method.adapt(recipe))
-        _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
-        given = donor and _donor(Path(donor), recipe)
-        bad = []
-        try:
-            cases = find_cases(data, recipe.data, on_error=bad.append)
-        except ValueError:
-            if bad:
-                raise CaseError.of_several(bad) from None
-            raise
-        kept = read_json(run.cohort_file) if run.cohort_file.exists() else {}
-        if "donor" in kept and not _is_file_of(run.donor_file, kept["donor"]["sha256"]):
-            raise ValueError(f"{run.donor_file}: must be the donor this run started from. Received: another or no file")
-        groups = kept.get("groups") if groups is None else dict(groups)
-        splits = [Fold(**fold) for fold in kept.get("splits", ())] if splits is None else splits
-        if splits:
-            used = set().union(*(fold.names for fold in splits))
-            if unused := [case.name for case in cases if case.name not in used]:
-                _log.info("In no fold, and not used: %s", ", ".join(unused))
-            cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
-        grouped = group_patients(cases, recipe.training.group, groups)
-
-        def divide(names, structures=None):
-            volumes = structures and {name: patients[name].tumour_ml for name in structures}
-            left_out = [error.patient for error in bad]
-            division = divide_patients(names, recipe.training, grouped, splits, volumes, left_out)
-            _check_folds(division, cases, structures, recipe, methods)
-            return division
-
-        divide([case.name for case in cases])  # Too few patients are found before the long work.
-        if len(recipe.data.mask_files) > 1:
-            files = Counter(f"{case.name}_{structure}" for case in cases for structure in recipe.data.mask_files)
-            if twice := [file for file, count in files.items() if count > 1]:
-                expected = "names of patients and structures must not join to the same name of a file"
-                raise ValueError(f"{expected}. Received: {twice[0]} twice")
-        patients = {}
-        for number, case in enumerate(cases, start=1):
+        run = cls(folder)
+        start = _check_start(run, data, recipe, resume, groups, splits, methods, donor)
+        patients, bad = {}, start.bad
+        for number, case in enumerate(start.cases, start=1):
             try:
                 patients[case.name] = preprocess_case(case, recipe.data, run.cache)
             except CaseError as error:
                 bad.append(error)
-            progress("preprocessing", number, len(cases))
-        _log.info("Preprocessed %d of %d patients", len(patients), len(cases))
+            progress("preprocessing", number, len(start.cases))
+        _log.info("Preprocessed %d of %d patients", len(patients), len(start.cases))
         for line in group_messages(f"{name}: {note}" for name, patient in patients.items() for note in patient.notes):
             _log.info("%s", line)
         if bad and on_error is None:
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
             on_error(error)
-        folds = divide(patients, {name: patient.structures_ml for name, patient in patients.items()})
+        cases = {case.name: case for case in start.cases if case.name in patients}
+        folds = start.divide(patients)
         cohort = {
-            "data": str(data),
+            "data": str(Path(data).absolute()),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             # Those of a resumed run must be the same, not only their names.
-            "images": {
-                case.name: key(case, recipe_of(case, recipe.data), run.cache) for case in cases if case.name in patients
-            },
+            "images": {name: key(case, recipe_of(case, recipe.data), run.cache) for name, case in cases.items()},
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in folds],
-            **({} if groups is None else {"groups": groups}),
-            **({"splits": [dataclasses.asdict(fold) for fold in splits]} if splits else {}),
-            **({"donor": given} if (given := given or kept.get("donor")) else {}),
+            **({} if start.groups is None else {"groups": start.groups}),
+            **({"splits": [dataclasses.asdict(fold) for fold in start.splits]} if start.splits else {}),
+            **({"donor": start.donor} if start.donor else {}),
         }
         run.folder.mkdir(parents=True, exist_ok=True)
-        if donor and not kept:
+        if donor and not run.cohort_file.exists():
             write(run.donor_file, Path(donor).read_bytes())
-
-        def keep_recipe():
-            write_once(run.recipe_file, recipe.to_json(), "another recipe")
-
-        if run.recipe_file.exists():
-            keep_recipe()
         text = json.dumps(cohort, indent=2) + "\n"
         # The folder of the patients may have moved, of which the errors tell too.
         other = "another donor, other patients, groups or folds"
         write_once(run.cohort_file, text, other, free=("data", "skipped"))
-        keep_recipe()  # Of a new run it is the last file: a folder with a recipe is a run.
-        run.cases = {case.name: case for case in cases if case.name in patients}
+        _keep_recipe(run, recipe)  # Of a new run it is the last file: a folder with a recipe is a run.
+        run.cases = cases
         return run
+
+    @classmethod
+    def check_start(
+        cls,
+        folder: str | os.PathLike,
+        data: str | os.PathLike,
+        recipe: Recipe,
+        resume: bool = False,
+        on_error: Callable[[CaseError], None] | None = None,
+        groups: Mapping[str, str] | None = None,
+        splits: Sequence[Fold] | None = None,
+        methods: Sequence[Method] | None = None,
+        donor: str | os.PathLike | None = None,
+    ) -> list[Case]:
+        """Checks all that `start` checks before it preprocesses; nothing is written.
+
+        Args:
+            folder: As for `start`.
+            data: As for `start`.
+            recipe: As for `start`.
+            resume: As for `start`.
+            on_error: As for `start`.
+            groups: As for `start`.
+            splits: As for `start`.
+            methods: As for `start`.
+            donor: As for `start`.
+
+        Returns:
+            The patients that are to be preprocessed.
+
+        Raises:
+            CaseError: As from `start`.
+            ValueError: As from `start`.
+        """
+        start = _check_start(cls(folder), data, recipe, resume, groups, splits, methods, donor)
+        if start.bad and on_error is None:
+            raise CaseError.of_several(start.bad)
+        for error in start.bad:
+            on_error(error)
+        return start.cases
 
     @contextlib.contextmanager
     def claim(self, fold: int, name: str, wait: bool = False) -> Iterator[None]:
@@ -431,6 +431,74 @@ the groups, folds and donor that were given |
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+@dataclasses.dataclass
+class _Start:
+    """What a run starts from: the patients' files, the `CaseError`s of those that cannot be used, and the rest."""
+
+    recipe: Recipe
+    methods: Sequence[Method]
+    cases: list[Case]
+    bad: list[CaseError]
+    groups: Mapping[str, str] | None
+    splits: Sequence[Fold]
+    donor: dict | None
+
+    def divide(self, patients=None):
+        """The folds; of preprocessed patients, whose tumours are known, if they are given."""
+        names = [case.name for case in self.cases] if patients is None else patients
+        grouped = group_patients(self.cases, self.recipe.training.group, self.groups)
+        volumes = patients and {name: patient.tumour_ml for name, patient in patients.items()}
+        left_out = [error.patient for error in self.bad]
+        folds = divide_patients(names, self.recipe.training, grouped, self.splits, volumes, left_out)
+        structures = patients and {name: patient.structures_ml for name, patient in patients.items()}
+        _check_folds(folds, self.cases, structures, self.recipe, self.methods)
+        return folds
+
+
+def _check_start(run, data, recipe, resume, groups, splits, methods, donor):
+    """Finds the patients of a run, and refuses what can be refused before the long work; nothing is written."""
+    if not resume:
+        run.require_none()
+    elif run.recipe_file.exists():
+        _keep_recipe(run, recipe)
+    methods = [method_of(recipe)] if methods is None else methods
+    for method in methods:
+        make_loss(method.adapt(recipe).training.loss)
+        check_recipe(method.adapt(recipe))
+    _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
+    given = donor and _donor(Path(donor), recipe)
+    bad = []
+    try:
+        cases = find_cases(data, recipe.data, on_error=bad.append)
+    except ValueError:
+        if bad:
+            raise CaseError.of_several(bad) from None
+        raise
+    kept = read_json(run.cohort_file) if run.cohort_file.exists() else {}
+    if "donor" in kept and not _is_file_of(run.donor_file, kept["donor"]["sha256"]):
+        raise ValueError(f"{run.donor_file}: must be the donor this run started from. Received: another or no file")
+    groups = kept.get("groups") if groups is None else dict(groups)
+    splits = [Fold(**fold) for fold in kept.get("splits", ())] if splits is None else splits
+    if splits:
+        used = set().union(*(fold.names for fold in splits))
+        if unused := [case.name for case in cases if case.name not in used]:
+            _log.info("In no fold, and not used: %s", ", ".join(unused))
+        cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
+    start = _Start(recipe, methods, cases, bad, groups, splits, given or kept.get("donor"))
+    start.divide()  # Too few patients are found before the long work.
+    if len(recipe.data.mask_files) > 1:
+        files = Counter(f"{case.name}_{structure}" for case in cases for structure in recipe.data.mask_files)
+        if twice := [file for file, count in files.items() if count > 1]:
+            expected = "names of patients and structures must not join to the same name of a file"
+            raise ValueError(f"{expected}. Received: {twice[0]} twice")
+    return start
+
+
+def _keep_recipe(run, recipe):
+    """Writes the recipe of a run; refuses another than the run has already."""
+    write_once(run.recipe_file, recipe.to_json(), "another recipe")
 
 
 def _is_file_of(path, sha256):
@@ -549,6 +617,20 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     return result
 
 
+def train_donor(run: Run, fold: int, name: str) -> None:
+    """Trains the single-modality network of a fold from which others borrow the encoder; once, for all of them.
+
+    Args:
+        run: The `Run`.
+        fold: Number of the fold, from 0.
+        name: Name of the network, such as `unet3d_t1`. Another process that trains it is waited for.
+    """
+    with run.claim(fold, name, wait=True):
+        if not run.network(fold, name).exists():
+            patients = (run.patients(getattr(run.folds[fold], part)) for part in _LEARNING)
+            train_method(find_method(name), *patients, run.recipe, run.fold_folder(fold))
+
+
 def _parts(run, method, fold):
     """The patients of a fold to train on, to validate on and to test, who have one of the method's sequences."""
     parts = [run.patients(names) for names in dataclasses.astuple(run.folds[fold])]
@@ -566,10 +648,9 @@ def _learn(run, method, fold, training, validation, test):
     if method.train:
         return *method.train(method, training, validation, recipe, folder), {}
     finished, donated = run.network(fold, method.name).exists(), run.donated(method)
-    own = {modality: name for modality, name in method.encoders.items() if modality not in donated}
+    own = run.borrowed(method)
     for name in () if finished else own.values():
-        with run.claim(fold, name, wait=True):
-            train_method(find_method(name), training, validation, run.recipe, folder)
+        train_donor(run, fold, name)
     encoders = dict.fromkeys(run.recipe.data.modalities) | donated if donated else None
     encoders = encoders and encoders | {modality: run.network(fold, name) for modality, name in own.items()}
     network = train_method(method, training, validation, run.recipe, folder, encoders)

@@ -33,7 +33,15 @@ _ONCE = {
         "test_postprocess.py",
         "cli/test_demo.py",
     ],
-    "torch": ["cli", "test_bundle.py", "test_plots.py", "test_report.py", "test_run.py", "test_synthetic.py"],
+    "torch": [
+        "cli",
+        "test_bundle.py",
+        "test_jobs.py",
+        "test_plots.py",
+        "test_report.py",
+        "test_run.py",
+        "test_synthetic.py",
+    ],
 }
 _ON_EVERY_BACKEND = {
     "test_augment.py",

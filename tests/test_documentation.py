@@ -43,6 +43,7 @@ NOT_PARSED = {
     "pip install -e .[test]",
     "pip install -e .[tensorflow,benchmarks]",
     "pip install keras-mmfnet[torch]",
+    "pip install keras-mmfnet[torch,cluster]",
     "pip install .[docs]",
     "pip install -e .[dev]",
     "pre-commit install",

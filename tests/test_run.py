@@ -271,6 +271,24 @@ def test_a_start_that_was_killed_is_started_again(tiny_cohort, tmp_path, monkeyp
     assert run.recipe_file.read_text() == COARSE.to_json()
 
 
+def test_a_start_is_checked_and_nothing_is_written(run, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_mmfnet.run.preprocess_case", lambda *_: pytest.fail("preprocessed"))
+    cases = Run.check_start(tmp_path / "run", tiny_cohort, COARSE)
+    assert [case.name for case in cases] == sorted(path.name for path in tiny_cohort.iterdir())
+    with pytest.raises(ValueError, match="patients"):
+        Run.check_start(tmp_path / "run", tiny_cohort, COARSE.replace({"training.folds": 9}))
+    with pytest.raises(ValueError, match="another recipe"):
+        Run.check_start(run[0], tiny_cohort, COARSE.replace({"training.epochs": 7}), resume=True)
+    shutil.copytree(tiny_cohort, tmp_path / "patients")
+    (tmp_path / "patients" / "patient_00" / "mask.nii.gz").unlink()
+    with pytest.raises(CaseError, match="patient_00"):
+        Run.check_start(tmp_path / "run", tmp_path / "patients", COARSE)
+    refused = []
+    assert len(Run.check_start(tmp_path / "run", tmp_path / "patients", COARSE, on_error=refused.append)) == 5
+    assert [error.patient for error in refused] == ["patient_00"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
     other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})

@@ -66,6 +66,14 @@ SyncBatchNorm = Annotated[
         help="With --devices: batch normalization over the whole batch, or over each device's share.",
     ),
 ]
+Jobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Preprocess and train by jobs, N at a time, which Snakemake starts."),
+]
+Profile = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="With --jobs: a profile of Snakemake, such as one for Slurm.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="With --jobs: only show the jobs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")]
 
 

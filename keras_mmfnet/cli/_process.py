@@ -36,6 +36,7 @@ def start_backend(device: str | None = None) -> str:
         ValueError: There is no such device.
     """
     from keras_mmfnet._backend import configured_backend
+    from keras_mmfnet._machine import available_cores
 
     _choose_device(device, configured_backend())
     # TensorFlow leaves oneDNN off on some processors; a step takes a third of the time with it.
@@ -60,9 +61,8 @@ def start_backend(device: str | None = None) -> str:
         import keras_mmfnet.run  # noqa: F401
     if gpu is None and device and device != "cpu":
         raise ValueError(f"--device: a GPU that {keras.backend.backend()} can use is expected. Received: {device}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     unused = "; there is a GPU, which it does not use" if device != "cpu" and not gpu and _has_gpu() else ""
-    computes_on = f"{keras.backend.backend()} on {gpu or f'the CPU, {cores} cores{unused}'}"
+    computes_on = f"{keras.backend.backend()} on {gpu or f'the CPU, {available_cores()} cores{unused}'}"
     _log.info("Computing with %s", computes_on)
     return computes_on
 

@@ -89,7 +89,7 @@ class Terminal(logging.Handler):
 
     def __init__(self, quiet: bool = False):
         super().__init__(logging.ERROR if quiet else logging.DEBUG)
-        self.quiet, self.training, self.stopped = quiet, None, None
+        self.quiet, self.training, self.stopped, self.begun = quiet, None, None, False
         self.console = rich.console.Console(stderr=True, highlight=False)
         columns = ("{task.description}", rich.progress.BarColumn(), "{task.fields[left]}")
         self.bar = rich.progress.Progress(*columns, console=self.console, transient=True, redirect_stdout=False)
@@ -98,7 +98,7 @@ class Terminal(logging.Handler):
 
     def follow(self, training: TrainingProgress) -> None:
         """Shows from now on how far the training of these networks is."""
-        self.training = training
+        self.training, self.begun = training, True
         self._show("Training", training.done, training.total)
 
     def say(self, text: object, always: bool = False) -> None:
@@ -221,7 +221,7 @@ def session(quiet: bool = False, resume_with: str | None = None, start_with: str
         now, where = terminal.training, ""
         if now and now.current:
             where = f": {now.position}, after epoch {now.epoch} of {now.epochs}"
-        other = resume_with if now else start_with
+        other = resume_with if terminal.begun else start_with
         how = f"resume with: {other}" if other else "run the same command again to resume"
         terminal.console.print(f"stopped{where}; {how}", soft_wrap=True)
         raise typer.Exit(128 + (terminal.stopped or signal.SIGINT)) from None

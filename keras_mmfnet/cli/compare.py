@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._jobs import choose_jobs
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
 from keras_mmfnet.cli.train import log_command, progress_of
@@ -42,6 +43,9 @@ def compare(
     device: options.Device = None,
     devices: options.Devices = None,
     sync_batch_norm: options.SyncBatchNorm = True,
+    jobs: options.Jobs = None,
+    profile: options.Profile = None,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
 ):
     """Trains and compares methods on the same folds, patches and updates; several processes share the work.
@@ -54,6 +58,7 @@ def compare(
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
+        scheduled = choose_jobs(jobs, profile, dry_run, modules, device, devices, sync_batch_norm)
         start_backend(device)
         from keras_mmfnet._log import log_to_file
         from keras_mmfnet.data import cache
@@ -75,19 +80,25 @@ def compare(
         count = len(division["splits"] or known)
         folds = options.choose_folds(fold, count, list(range(count)))
         compared = [METHODS[name] for name in names]
-        with options.use_devices(devices, sync_batch_norm), log_to_file(before.log_file):
+        with options.use_devices(None if scheduled else devices, sync_batch_norm), log_to_file(before.log_file):
             log_command()
             if verify:
                 cache.verify(before.cache)
             resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
+            if scheduled:
+                wanted = {"methods": names, "baseline": baseline, "skip_bad": skip_bad, **division}
+                if not scheduled.run(terminal, out, data, chosen, folds, resume, **wanted):
+                    return
+                resume = True  # All is done: what follows reads it.
             run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
             terminal.follow(progress_of(run, compared, folds))
             compare_methods(run, compared, folds)
-            _log.info("Writing the report")
-            page = write_comparison(run, baseline)
+            if not scheduled:
+                _log.info("Writing the report")
+                write_comparison(run, baseline)
         table = run.folder / "table.md"
         terminal.say(f"\n{table.read_text(encoding='utf-8')}")
-        terminal.say(table if quiet else f"Report: {page}", always=True)
+        terminal.say(table if quiet else f"Report: {run.report_file}", always=True)
 
 
 def default_recipe():

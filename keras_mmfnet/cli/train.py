@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._jobs import choose_jobs
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import Terminal, TrainingProgress, session
 from keras_mmfnet.cli.plan import parse_budget, plan_patients
@@ -42,6 +43,9 @@ def train(
     device: options.Device = None,
     devices: options.Devices = None,
     sync_batch_norm: options.SyncBatchNorm = True,
+    jobs: options.Jobs = None,
+    profile: options.Profile = None,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
 ):
     """Trains MMFNet by cross-validation on a folder of patients and segments the test patients.
@@ -52,6 +56,8 @@ def train(
         ["mmfnet", "train", "--out", str(out), "--resume", *(f"--import={file}" for file in modules or ())]
         + [f"--devices={devices}"] * bool(devices)
         + ["--no-sync-batch-norm"] * (not sync_batch_norm)
+        + [f"--jobs={jobs}"] * bool(jobs)
+        + [f"--profile={profile}"] * bool(profile)
     )
     with session(quiet, resume_with=again) as terminal:
         if data is None and not resume:
@@ -77,6 +83,7 @@ def train(
             default = options.recipe_of_run(out) if resume else default
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
+        scheduled = choose_jobs(jobs, profile, dry_run, modules, device, devices, sync_batch_norm)
 
         def choose_folds():
             return options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
@@ -91,24 +98,28 @@ def train(
         before, opened = Run(out), opened or (source and Run(source))
         if not resume:
             before.require_none()
-        with options.use_devices(devices, sync_batch_norm):
+        with options.use_devices(None if scheduled else devices, sync_batch_norm):
             if verify:
                 cache.verify(before.cache)
             if planned:
-                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, before.cache))
+                cache_folder = None if dry_run else before.cache
+                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, cache_folder))
                 folds = choose_folds()  # Few patients have fewer folds.
             if resume:
                 begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
                 folds = options.choose_folds(fold, len(before.folds), begun or [0])
                 # What was left out before is left out again.
                 data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
-            run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, **division)
+            run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, scheduled, **division)
 
 
 def run_training(
-    terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, source=None, **division
+    terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, source=None, jobs=None, **division
 ) -> None:
-    """Cross-validates a recipe, writes the report and prints the numbers; `source` is a run or bundle to start from."""
+    """Cross-validates a recipe, writes the report and prints the numbers.
+
+    `source` is a run or bundle to start from, `jobs` the `Jobs` by which it is done.
+    """
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.report import write_report
@@ -119,6 +130,11 @@ def run_training(
         log_command()
         first = options.choose_trained(source)[:1] if source else []
         donor = source.network(first[0]) if source else None
+        if jobs:
+            done = jobs.run(terminal, out, data, recipe, folds, resume, donor=donor, skip_bad=skip_bad, **division)
+            if not done:
+                return
+            resume = True  # All is done: what follows reads it.
         run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), donor=donor, **division)
         if source:
             sequences = ", ".join(run.donated(method))
@@ -129,17 +145,18 @@ def run_training(
         for number in folds:  # --resume resumes the folds that have a folder.
             run.fold_folder(number).mkdir(exist_ok=True)
         progress = progress_of(run, [method], folds)
-        if resume:
+        if resume and not jobs:
             trained = {run.network(number).with_suffix("") for number in run.trained_folds()}
             trained |= {path for path, share in progress.shares.items() if share}
             listed = ", ".join(f"{path.parent.name} {path.name}" for path in sorted(trained))
             _log.info("Resumed; trained already: %s", listed or "no network")
         terminal.follow(progress)
         rows = cross_validate(run, method, folds)
-        _log.info("Writing the report")
-        page = write_report(run)
+        if not jobs:
+            _log.info("Writing the report")
+            write_report(run)
     terminal.metrics(rows)
-    terminal.say(f"Networks, masks and numbers: {run}\nReport: {page}")
+    terminal.say(f"Networks, masks and numbers: {run}\nReport: {run.report_file}")
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
         terminal.say(run.folder / "metrics.csv", always=True)
@@ -169,9 +186,7 @@ def progress_of(run, methods, folds) -> TrainingProgress:
     weights, done = {}, []
     for fold in folds:
         for method in methods:
-            donated = run.donated(method)
-            own = [find_method(name) for modality, name in method.encoders.items() if modality not in donated]
-            for one in (*own, method):
+            for one in (*map(find_method, run.borrowed(method).values()), method):
                 path = run.fold_folder(fold) / one.name
                 weights[path] = len(one.adapt(run.recipe).data.modalities)
                 if run.network(fold, one.name).exists() or run.result(fold, one.name).exists():
