@@ -106,6 +106,10 @@ the groups, folds and donor that were given |
         """JSON file of a method's numbers on the test patients of a fold."""
         return self.fold_folder(fold) / f"{name}.json"
 
+    def owner(self, fold: int, name: str) -> Path:
+        """Text file that names the process that computes a network; it stays if that process is killed."""
+        return self.fold_folder(fold) / f".{name}.owner"
+
     def masks(self, fold: int, name: str, patient: str) -> dict[str | None, Path]:
         """The files of what a method predicted for a test patient: by structure, or one for all under `None`."""
         folder = self.fold_folder(fold) / "masks" / name
@@ -417,7 +421,7 @@ the groups, folds and donor that were given |
         """
         folder = self.fold_folder(fold)
         folder.mkdir(parents=True, exist_ok=True)
-        owner = folder / f".{name}.owner"
+        owner = self.owner(fold, name)
         lock = filelock.FileLock(folder / f".{name}.lock", timeout=-1 if wait else 0)
         try:
             lock.acquire()

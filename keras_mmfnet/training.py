@@ -29,6 +29,8 @@ from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 
 _log = logging.getLogger(__name__)
+# The stages of a training, in this order: the first one if it starts from other networks' encoders.
+_STAGES = ("encoders frozen", "all")
 
 
 def train_method(
@@ -92,7 +94,7 @@ def train_method(
     if encoders and settings.warmup_epochs:
         frozen = [modality for modality, donor in encoders.items() if donor is not None]
         epochs, rate = min(settings.warmup_epochs, settings.epochs), settings.warmup_learning_rate
-        trainer.fit(model, name="encoders frozen", learning_rate=rate, epochs=epochs, frozen=frozen)
+        trainer.fit(model, name=_STAGES[0], learning_rate=rate, epochs=epochs, frozen=frozen)
         # A new model: `fit` starts at the epoch at which it last resumed the same model.
         model, warm = build(), model
         model.set_weights(warm.get_weights())
@@ -104,7 +106,7 @@ def train_method(
             rate = schedules.CosineDecay(rate, updates)
         elif settings.schedule == "polynomial":
             rate = schedules.PolynomialDecay(rate, updates, end_learning_rate=0.0, power=0.9)
-        trainer.fit(model, name="all", learning_rate=rate, epochs=epochs)
+        trainer.fit(model, name=_STAGES[1], learning_rate=rate, epochs=epochs)
     return trainer.finish(model)
 
 
@@ -160,9 +162,6 @@ class _Trainer:
     validation: Sequence[PreprocessedCase]
     history: list[dict] = dataclasses.field(default_factory=list)
 
-    def _folder(self, stage):
-        return self.path.with_name(f".{self.path.stem}") / stage.replace(" ", "_")
-
     def _cost(self, row):
         """The quantity that the best epoch minimises."""
         return row["val_loss"] if self.recipe.training.choose_by == "loss" else -row["val_dice_score"]
@@ -192,7 +191,7 @@ class _Trainer:
         The encoders of the `frozen` modalities keep their weights. The model ends with the weights of the stage's last
         epoch; those of its best epoch are saved.
         """
-        settings, folder = self.recipe.training, self._folder(name)
+        settings, folder = self.recipe.training, _folder_of(self.path, name)
         live = folder / "live"
         shutil.rmtree(live, ignore_errors=True)
         if state := _last_state(folder):
@@ -281,8 +280,8 @@ class _Trainer:
         best = min(self.history, key=self._cost)
         # A new model, without the optimizer and without frozen layers.
         model = type(model).from_config(model.get_config() | {"trainable": True})
-        model.load_weights(self._folder(best["stage"]) / "live" / "best.weights.h5")
-        last = self._folder(self.history[-1]["stage"]) / "live"
+        model.load_weights(_folder_of(self.path, best["stage"]) / "live" / "best.weights.h5")
+        last = _folder_of(self.path, self.history[-1]["stage"]) / "live"
         if paths := sorted(last.glob("weights-*.npz")):
             self._average(model, [np.load(path) for path in paths], best)
         write(self.path.with_name(f"{self.path.stem}_history.csv"), csv_text(self.history))
@@ -420,6 +419,11 @@ def _checksums(state):
     return {path.relative_to(state).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
 
 
+def _folder_of(path, stage):
+    """The hidden folder with the states of a stage of a network's training."""
+    return path.with_name(f".{path.stem}") / stage.replace(" ", "_")
+
+
 def _last_state(work):
     """The folder of the last undamaged state, or `None`. Damaged states are removed."""
     for state in sorted(work.glob("epoch-*"), reverse=True):
@@ -447,3 +451,22 @@ def read_history(path: str | os.PathLike) -> list[dict]:
     kinds = {"epoch": int, "stage": str}
     with open(path, newline="", encoding="utf-8") as file:
         return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_epochs(path: str | os.PathLike) -> list[dict]:
+    """Reads the epochs of a training that may not be finished.
+
+    Args:
+        path: The `<network>.keras` that is or will be written.
+
+    Returns:
+        The complete epochs, as from `read_history`. Until the training is finished, `epoch` starts at 0 in each stage,
+        and there is no `stage`.
+    """
+    path = Path(path)
+    if rows := read_history(path.with_name(f"{path.stem}_history.csv")):
+        return rows
+    for stage in _STAGES:
+        if states := sorted(_folder_of(path, stage).glob("epoch-*")):
+            rows += read_history(states[-1] / "history.csv")
+    return rows

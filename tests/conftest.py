@@ -40,6 +40,7 @@ _ONCE = {
         "test_plots.py",
         "test_report.py",
         "test_run.py",
+        "test_status.py",
         "test_synthetic.py",
     ],
 }

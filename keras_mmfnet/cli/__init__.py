@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, plan, report, segment, train
+from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, plan, report, segment, status, train
 from keras_mmfnet.version import __version__
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ _EXAMPLES = {
     check.check: "mmfnet check PATIENTS --csv patients.csv",
     plan.plan: "mmfnet plan PATIENTS --out recipe.json --memory 8GB --time 2h",
     train.train: "mmfnet train PATIENTS --out RUN --set training.epochs=20 --fold all",
+    status.status: "mmfnet status RUN --watch",
     segment.segment: "mmfnet segment RUN PATIENTS --out CONTOURS --rtstruct --picture",
     evaluate.evaluate: "mmfnet evaluate CONTOURS EXPERT --csv dice.csv",
     compare.compare: "mmfnet compare PATIENTS --out RUN --methods multi_encoder,mmfnet_mlp_std",

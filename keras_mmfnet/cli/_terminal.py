@@ -69,10 +69,24 @@ class TrainingProgress:
         """The time that the rest takes, such as `about 2 min left`; nothing before an update was made."""
         if not self.worked:
             return ""
-        seconds = (time.monotonic() - self.begin) / self.worked * (self.total - self.done)
-        if seconds < 60:
-            return "less than a minute left"
-        return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+        return f"{time_left((time.monotonic() - self.begin) / self.worked * (self.total - self.done))} left"
+
+
+def time_left(seconds: float) -> str:
+    """A time such as `about 2 min`."""
+    if seconds < 60:
+        return "less than a minute"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def make_table(header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> rich.table.Table:
+    """A table, the first columns to the left."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold", no_wrap=not number)
+    for row in rows:
+        table.add_row(*map(rich.markup.escape, row))
+    return table
 
 
 def counted(number: int, noun: str) -> str:
@@ -109,11 +123,7 @@ class Terminal(logging.Handler):
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
         """Prints a table in place of the bar, the first columns to the left; not if quiet."""
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number < left else "right", overflow="fold", no_wrap=not number)
-        for row in rows:
-            table.add_row(*map(rich.markup.escape, row))
+        table = make_table(header, rows, left)
         self.bar.stop()
         if not self.quiet:
             console = rich.console.Console(highlight=False)

@@ -1,0 +1,52 @@
+import contextlib
+import time
+from typing import Annotated
+
+import rich.live
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced
+from keras_mmfnet.cli._terminal import make_table, session, time_left
+
+_SECONDS = 5
+
+
+def status(
+    run: options.RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, until all is done.")] = False,
+):
+    """Shows how far each network of a run is: what runs where, its epoch and loss, the time left, and what failed."""
+    with session() as terminal:
+        options.recipe_of_run(run)
+        with silenced():
+            from keras_mmfnet.run import Run
+            from keras_mmfnet.status import network_states
+        if not watch:
+            terminal.table(_HEADER, _lines(network_states(Run(run))), left=3)
+            return
+        terminal.bar.stop()
+        with rich.live.Live(refresh_per_second=1) as live, contextlib.suppress(KeyboardInterrupt):
+            while True:
+                states = network_states(Run(run))
+                live.update(make_table(_HEADER, _lines(states), left=3))
+                if not {"running", "waiting"} & {state.state for state in states}:
+                    return
+                time.sleep(_SECONDS)
+
+
+_HEADER = ("fold", "network", "state", "epoch", "val. loss", "val. DSC", "left", "")
+
+
+def _lines(states):
+    """A line of the table for each `NetworkState`."""
+    for state in states:
+        yield (
+            str(state.fold),
+            state.name,
+            state.state,
+            f"{state.epochs} of {state.total}",
+            *("" if number is None else f"{number:.4f}" for number in (state.val_loss, state.val_dice)),
+            "" if state.seconds_left is None else time_left(state.seconds_left),
+            state.about,
+        )

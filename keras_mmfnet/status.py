@@ -1,0 +1,119 @@
+"""How far the networks of a run are, from its files alone: the run may be computed by other processes and machines."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+
+from keras_mmfnet.methods import METHODS, method_of
+from keras_mmfnet.run import Run
+from keras_mmfnet.training import read_epochs
+
+STATES = ("done", "running", "stopped", "waiting", "failed")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkState:
+    """How far a network of a fold is.
+
+    Args:
+        fold: Number of the fold.
+        name: Name of the network.
+        state: `"done"`: trained and, unless it only lends its encoder, evaluated; `"running"`; `"stopped"`: begun, but
+            not running; `"waiting"`: not begun; or `"failed"`: its job failed.
+        epochs: Epochs that are done.
+        total: Epochs of the recipe; fewer are trained if the training stops early.
+        val_loss: Validation loss of the last epoch, `None` before the first one.
+        val_dice: Soft DSC of the validation patches at the last epoch, `None` before the first one.
+        seconds_left: Seconds that the epochs left will take if they take as long as the last one; `None` if it is not
+            running or before the first epoch.
+        about: The process that computes it, or why it failed.
+    """
+
+    fold: int
+    name: str
+    state: str
+    epochs: int
+    total: int
+    val_loss: float | None = None
+    val_dice: float | None = None
+    seconds_left: float | None = None
+    about: str = ""
+
+
+def network_states(run: Run) -> list[NetworkState]:
+    """How far the networks of a run are that were begun, or that begun ones need, or that have a job.
+
+    Args:
+        run: The `Run`.
+
+    Returns:
+        A `NetworkState` for each, by fold; the networks from which others borrow come first.
+    """
+    own, jobs, failed = method_of(run.recipe), *_last_jobs(run)
+    methods = METHODS | {own.name: own}
+    states = []
+    for folder in sorted(run.folder.glob("fold_*"), key=lambda path: int(path.name[5:])):
+        fold = int(folder.name[5:])
+        begun = [path.name[1 : -len(".lock")] for path in sorted(folder.glob(".*.lock"))]
+        planned = [name.split("_", 2)[2] for name in jobs if name.startswith(f"method_{fold}_")]
+        tested = dict.fromkeys(name for name in (*begun, *planned) if name in methods)
+        borrowed = dict.fromkeys(name for method in tested for name in run.borrowed(methods[method]).values())
+        for name in dict.fromkeys([*borrowed, *begun, *planned]):
+            reason = failed.get(f"method_{fold}_{name}") or failed.get(f"network_{fold}_{name}")
+            states.append(_state(run, fold, name, name in borrowed, reason))
+    return states
+
+
+def _state(run, fold, name, borrowed, reason):
+    """The state of a network; one that others borrow from need not be tested."""
+    network, rows = run.network(fold, name), read_epochs(run.network(fold, name))
+    holder = _holder(run.owner(fold, name))
+    if run.result(fold, name).exists() or (borrowed and network.exists() and not holder):
+        state = "done"
+    elif holder:
+        state = "running"
+    elif reason:
+        state = "failed"
+    else:
+        state = "stopped" if rows or network.exists() else "waiting"
+    total, last = run.recipe.training.epochs, rows[-1] if rows else {}
+    training = state == "running" and last and not network.exists()
+    return NetworkState(
+        fold=fold,
+        name=name,
+        state=state,
+        epochs=len(rows),
+        total=total,
+        val_loss=last.get("val_loss"),
+        val_dice=last.get("val_dice_score"),
+        seconds_left=(total - len(rows)) * last["seconds"] if training else None,
+        about={"running": holder, "failed": reason}.get(state) or "",
+    )
+
+
+def _holder(owner):
+    """The process that computes a network, empty if none does; one of another machine is taken at its word."""
+    try:
+        text = owner.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    number, node = re.match(r"process (\d+) on (\S+)", text).groups()
+    if node == platform.node():
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+    return text
+
+
+def _last_jobs(run):
+    """The jobs that were started last: their names, and why those failed that did."""
+    folders = sorted(path.parent for path in run.jobs.glob("*/jobs.json"))
+    if not folders:
+        return [], {}
+    names = json.loads((folders[-1] / "jobs.json").read_text(encoding="utf-8"))
+    return list(names), {path.name: path.read_text(encoding="utf-8") for path in (folders[-1] / "refused").glob("*")}

@@ -1,0 +1,109 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from keras_mmfnet.cli import app
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run
+from keras_mmfnet.status import network_states
+
+RECIPE = Recipe().replace({"data.modalities": ("t1", "t2"), "training.epochs": 40})
+HEADER = "epoch,average_precision,dice_score,loss,seconds,val_average_precision,val_dice_score,val_loss"
+
+
+def epochs(folder, count, seconds=30.0):
+    """The state of a training after some epochs, and that of the epoch before."""
+    for number in (count - 1, count):
+        state = folder / f"epoch-{number:05d}"
+        state.mkdir(parents=True)
+        rows = [f"{n},0.1,0.2,0.8,{seconds},0.1,{n / 100},{1 - n / 100}" for n in range(number)]
+        (state / "history.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run as it is on disk while fold 0 is trained, fold 1 was killed, and fold 2 was refused."""
+    run = Run(tmp_path)
+    run.recipe_file.write_text(RECIPE.to_json())
+    run.cohort_file.write_text('{"patients": {}, "folds": []}')
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for fold, number in ((0, os.getpid()), (1, int(ended.stdout))):
+        folder = run.fold_folder(fold)
+        folder.mkdir()
+        for name in ("unet3d_t1", "unet3d_t2", "mmfnet"):
+            (folder / f".{name}.lock").touch()
+        run.network(fold, "unet3d_t1").touch()
+        rows = [f"{n},0.1,0.2,0.8,30,0.1,0.5,0.4,all,0.001" for n in range(12)]  # it stopped early
+        run.history(fold, "unet3d_t1").write_text("\n".join([f"{HEADER},stage,learning_rate", *rows]) + "\n")
+        for name in ("unet3d_t2", "mmfnet"):
+            run.owner(fold, name).write_text(f"process {number} on {platform.node()} since 2026-01-01 00:00:00")
+        epochs(folder / ".unet3d_t2" / "encoders_frozen", 2)
+        epochs(folder / ".unet3d_t2" / "all", 8)
+    run.fold_folder(2).mkdir()
+    for when, refused in (("2026-01-01_00-00-00", "network_0_unet3d_t2"), ("2026-01-02_00-00-00", "method_2_mmfnet")):
+        (run.jobs / when / "refused").mkdir(parents=True)
+        (run.jobs / when / "jobs.json").write_text('{"method_2_mmfnet": {}, "network_2_unet3d_t1": {}}')
+        (run.jobs / when / "refused" / refused).write_text("why")
+    return run
+
+
+def test_each_network_of_a_run(run):
+    found = [(s.fold, s.name, s.state, s.epochs, s.seconds_left) for s in network_states(run)]
+    assert found == [
+        (0, "unet3d_t1", "done", 12, None),
+        (0, "unet3d_t2", "running", 10, 900.0),
+        (0, "mmfnet", "running", 0, None),
+        (1, "unet3d_t1", "done", 12, None),
+        (1, "unet3d_t2", "stopped", 10, None),
+        (1, "mmfnet", "waiting", 0, None),
+        (2, "unet3d_t1", "waiting", 0, None),
+        (2, "unet3d_t2", "waiting", 0, None),
+        (2, "mmfnet", "failed", 0, None),
+    ]
+    t2, failed = network_states(run)[1], network_states(run)[-1]
+    assert (t2.total, t2.val_loss, t2.val_dice) == (40, pytest.approx(0.93), 0.07)
+    assert t2.about == f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00"
+    assert failed.about == "why"
+    # Of another machine it is not known whether its process still is.
+    run.owner(1, "mmfnet").write_text("process 1 on node7 since 2026-01-01 00:00:00")
+    assert network_states(run)[5].state == "running"
+    # A trained method is done when its test patients are evaluated.
+    run.network(2, "mmfnet").touch()
+    assert network_states(run)[-1].state == "failed"
+    run.result(2, "mmfnet").write_text("{}")
+    assert network_states(run)[-1].state == "done"
+
+
+def test_the_command(run):
+    result = CliRunner().invoke(app, ["status", str(run)])
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[3:6]] == [
+        ["0", "unet3d_t1", "done"],
+        ["0", "unet3d_t2", "running"],
+        ["0", "mmfnet", "running"],
+    ]
+    assert "10 of 40" in lines[4]
+    assert "0.9300" in lines[4]
+    assert "about 15 min" in lines[4]
+
+
+def test_watching_ends_when_nothing_is_left_to_do(run):
+    for fold in range(3):
+        for name in ("unet3d_t1", "unet3d_t2"):
+            run.network(fold, name).touch()
+            run.owner(fold, name).unlink(missing_ok=True)
+        run.result(fold, "mmfnet").write_text("{}")
+    result = CliRunner().invoke(app, ["status", str(run), "--watch"])
+    assert result.exit_code == 0
+    assert result.stdout.count("done") == 9
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "RUN: the folder of a run, with a recipe.json, is expected. Received:" in result.stderr
