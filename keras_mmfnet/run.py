@@ -115,6 +115,11 @@ the groups, folds and donor that were given |
         folder = self.fold_folder(fold) / "masks" / name
         return {one: folder / f"{patient}{f'_{one}' * bool(one)}.nii.gz" for one in self.recipe.data.mask_files}
 
+    def lost_masks(self, fold: int, name: str) -> list[str]:
+        """The test patients of a method's result of whom a mask is gone."""
+        names = dict.fromkeys(row["patient"] for row in read_json(self.result(fold, name))["patients"])
+        return [one for one in names if not all(mask.exists() for mask in self.masks(fold, name, one).values())]
+
     def read_masks(self, fold: int, name: str, patient: str) -> dict[str, sitk.Image]:
         """What a method predicted for a test patient, by structure."""
         images = {one: sitk.ReadImage(str(path)) for one, path in self.masks(fold, name, patient).items()}
@@ -581,12 +586,10 @@ def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:
     path = run.result(fold, method.name)
     with run.claim(fold, method.name, wait):
         if path.exists():
-            names = dict.fromkeys(row["patient"] for row in read_json(path)["patients"])
-            masks = {name: run.masks(fold, method.name, name).values() for name in names}
-            gone = [name for name in names if not all(mask.exists() for mask in masks[name])]
+            gone = run.lost_masks(fold, method.name)
             if not gone:
                 return read_json(path)
-            lost = f"{method.title}, fold {fold}: {len(gone)} of {len(names)} masks are gone"
+            lost = f"{method.title}, fold {fold}: the masks of {', '.join(gone)} are gone"
             if not run.network(fold, method.name).exists():
                 _log.warning("%s and so is the network; the fold is computed again once %s is deleted", lost, path)
                 return read_json(path)

@@ -36,7 +36,7 @@ head -c 1024 /dev/urandom > "$folder/key"
 chmod 600 "$folder/key"
 munged --force --foreground --key-file="$folder/key" --socket="$folder/munge" --pid-file="$folder/run/munged" \
   --log-file="$folder/munged.log" --seed-file="$folder/seed" 2> "$folder/munged.out" &
-until [ -S "$folder/munge" ]; do sleep 0.1; done
+timeout 60 bash -c 'until [ -S "$0" ]; do sleep 0.1; done' "$folder/munge"
 slurmctld -D 2> "$folder/slurmctld.out" &
 for node in one two; do slurmd -D -N $node 2> "$folder/$node.out" & done
 timeout 60 bash -c 'until [ "$(sinfo --noheader --states=idle --format=%D)" = 2 ]; do sleep 0.2; done'

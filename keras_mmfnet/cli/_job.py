@@ -1,28 +1,70 @@
-"""Does one job of `--jobs`; the scheduler calls `python -m keras_mmfnet.cli._job FOLDER NAME`."""
+"""Runs one job of `--jobs`: Snakemake calls `python -m keras_mmfnet.cli._job FOLDER NAME`."""
 
 import contextlib
+import itertools
+import os
+import platform
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import typer
 
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
 
+# Seconds to wait for a GPU before the next one is tried.
+_SECONDS = 0.5
+
 
 def do_job(folder: Path, name: str) -> None:
-    """Does a job of a folder in `RUN/jobs`."""
+    """Runs a job of a folder in `RUN/jobs`."""
     with session():
-        from keras_mmfnet.jobs import Request, own_gpu, run_job
+        from keras_mmfnet.jobs import Request, refusal, run_job
 
         request = Request.load(folder)
-        trains = name.startswith(("network", "method")) and not (request.device or request.devices)
-        with own_gpu(folder.parent) if trains else contextlib.nullcontext(request.device) as device:
-            start_backend(device)
+        trains = name.startswith(("network", "method"))
+        chooses = trains and not (request.device or request.devices)
+        with refusal(folder, name), own_gpu(folder.parent) if chooses else contextlib.nullcontext() as gpu:
+            start_backend(gpu or request.device)
             options.import_files(request.modules)
-            with options.use_devices(request.devices, request.sync_batch_norm):
-                run_job(folder, name)
+            with options.use_devices(request.devices if trains else None, request.sync_batch_norm):
+                run_job(request, name)
+
+
+@contextlib.contextmanager
+def own_gpu(folder: Path) -> Iterator[str | None]:
+    """Holds one of the GPUs of this machine, which no other job of the run holds; waits for one.
+
+    Yields the GPU as `--device` has it, or `None` if there are not several to choose from.
+    """
+    count = _visible_gpus()
+    if count < 2:
+        yield None
+        return
+    for number in itertools.cycle(range(count)):
+        lock = filelock.FileLock(folder / f".{platform.node()}_gpu_{number}.lock", timeout=_SECONDS)
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire()
+            break
+    try:
+        yield f"gpu:{number}"
+    finally:
+        lock.release()
+
+
+def _visible_gpus():
+    """How many GPUs of NVIDIA this process may use."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in named.split(",") if name not in ("", "-1")])
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    except OSError:
+        return 0
+    return len(listed.splitlines())
 
 
 if __name__ == "__main__":

@@ -1,64 +1,77 @@
-"""Commands that hand their trainings to Snakemake as jobs."""
+"""Commands that run their trainings as jobs."""
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._terminal import Terminal, counted
 
-# Patients are preprocessed by this many jobs at most.
-_BLOCKS = 100
+# Jobs that preprocess patients: at most this many for each that runs at a time, and at most so many in all.
+_BLOCKS, _ALL_BLOCKS = 4, 100
 
 
 @dataclasses.dataclass
 class Jobs:
-    """The options `--jobs`, `--profile` and `--dry-run`, and those that each job has."""
+    """The options of `--jobs`, and those that each job has."""
 
     number: int
     profile: Path | None
     dry_run: bool
-    modules: list[Path] | None
-    device: str | None
-    devices: str | None
-    sync_batch_norm: bool
+    for_each: dict
+    environment: dict = dataclasses.field(default_factory=lambda: dict(os.environ))
 
-    def run(self, terminal: Terminal, out: Path, data, recipe, folds, resume, **request) -> bool:
-        """Does the jobs; `False` if they were only shown. What can be refused is refused before."""
-        from keras_mmfnet.jobs import Request, schedule
+    def request(self, out: Path, data, recipe, folds, **options):
+        """The `Request`, and the patients that are to be preprocessed; refuses what can be refused before the work."""
+        from keras_mmfnet.jobs import Request
         from keras_mmfnet.run import Run
 
         request = Request(
-            run=out.absolute(),
-            data=Path(data).absolute(),
-            recipe=recipe,
-            folds=folds,
-            modules=[path.absolute() for path in self.modules or ()],
-            device=self.device,
-            devices=self.devices,
-            sync_batch_norm=self.sync_batch_norm,
-            **request,
+            run=out.absolute(), data=Path(data).absolute(), recipe=recipe, folds=folds, **options, **self.for_each
         )
-        run = Run(request.run)
-        cases = Run.check_start(run.folder, data, recipe, resume, request.on_error, **request.start)
+        for name in (method.name for method in request.compared):
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"--jobs: a method named by letters, digits and _.+- is expected. Received: {name}")
+        for method in request.compared:
+            size, devices = method.adapt(recipe).training.batch_size, request.devices or "1"
+            if devices.isdecimal() and size % int(devices):
+                raise ValueError(f"`training.batch_size` must be a multiple of {devices} devices. Received: {size}")
+        run = Run(out)
+        cases = Run.check_start(
+            out, data, recipe, run.recipe_file.exists(), request.on_error, **request.start_arguments
+        )
         if not run.recipe_file.exists():
             names = [case.name for case in cases]
-            size = -(-len(names) // _BLOCKS)
+            size = -(-len(names) // min(_BLOCKS * self.number, _ALL_BLOCKS))
             blocks = tuple(tuple(names[start : start + size]) for start in range(0, len(names), size))
             request = request.model_copy(update={"patients": blocks})
+        return request, cases
+
+    def run(self, terminal: Terminal, request) -> None:
+        """Runs the jobs."""
+        from keras_mmfnet.jobs import schedule
+        from keras_mmfnet.run import Run
+
         try:
-            jobs = schedule(request, self.number, self.profile, self.dry_run)
+            schedule(request, self.number, self.profile, self.environment)
         finally:
-            terminal.begun = run.recipe_file.exists()
-        if self.dry_run:
-            terminal.table(["job", "after"], [[name, ", ".join(needs)] for name, needs in jobs.items()], left=2)
-            terminal.say(f"{counted(len(jobs), 'job')}; nothing was started")
-        return not self.dry_run
+            terminal.begun = Run(request.run).recipe_file.exists()
+
+    def show(self, terminal: Terminal, request) -> None:
+        """Prints the jobs, which Snakemake checks; nothing is written."""
+        from keras_mmfnet.jobs import check_jobs
+
+        jobs = check_jobs(request, self.number, self.profile, self.environment)
+        terminal.table(["job", "after"], [[name, ", ".join(needs)] for name, needs in jobs.items()], left=2)
+        terminal.say(f"{counted(len(jobs), 'job')}; nothing was started")
 
 
-def choose_jobs(
-    number: int | None, profile: Path | None, dry_run: bool, modules, device, devices, sync_batch_norm
-) -> Jobs | None:
-    """The jobs that are wanted; `None` without `--jobs`."""
+def choose_jobs(number: int | None, profile: Path | None, dry_run: bool, **for_each) -> Jobs | None:
+    """The options of `--jobs`; `None` without it. `for_each` are those of each job.
+
+    The environment of the jobs is that before the backend is started.
+    """
     if number is None:
         if profile or dry_run:
             option = "--profile" if profile else "--dry-run"
@@ -66,4 +79,6 @@ def choose_jobs(
         return None
     if profile is not None:
         options.require_folder(profile, "--profile")
-    return Jobs(number, profile and profile.absolute(), dry_run, modules, device, devices, sync_batch_norm)
+    options.check_devices(for_each["devices"])
+    for_each["modules"] = tuple(path.absolute() for path in for_each["modules"] or ())
+    return Jobs(number, profile and profile.absolute(), dry_run, for_each)

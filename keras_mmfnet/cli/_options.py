@@ -68,7 +68,7 @@ SyncBatchNorm = Annotated[
 ]
 Jobs = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Preprocess and train by jobs, N at a time, which Snakemake starts."),
+    typer.Option(metavar="N", min=1, help="Run preprocessing and training as Snakemake jobs, N at a time."),
 ]
 Profile = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="With --jobs: a profile of Snakemake, such as one for Slurm.")
@@ -138,8 +138,7 @@ def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
     from keras_mmfnet.devices import set_devices, started_with_others
     from keras_mmfnet.training import follow
 
-    if number not in (None, "all") and not (number.isdecimal() and int(number)):
-        raise ValueError(f"--devices: a number of 1 or more, or all, is expected. Received: {number}")
+    check_devices(number)
     if number in (None, "1"):
         if started_with_others():
             raise ValueError(
@@ -157,6 +156,12 @@ def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
         yield
     finally:
         set_devices(1)
+
+
+def check_devices(number: str | None) -> None:
+    """Refuses what is not a value of `--devices`."""
+    if number not in (None, "all") and not (number.isdecimal() and int(number)):
+        raise ValueError(f"--devices: a number of 1 or more, or all, is expected. Received: {number}")
 
 
 def import_files(files: list[Path] | None) -> None:

@@ -58,8 +58,9 @@ def compare(
                 raise ValueError(f"DATA and --out are expected. Received: DATA {data}, --out {out}")
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
-        scheduled = choose_jobs(jobs, profile, dry_run, modules, device, devices, sync_batch_norm)
-        start_backend(device)
+        for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
+        scheduled = choose_jobs(jobs, profile, dry_run, **for_each)
+        start_backend("cpu" if scheduled else device)
         from keras_mmfnet._log import log_to_file
         from keras_mmfnet.data import cache
         from keras_mmfnet.methods import METHODS
@@ -80,20 +81,24 @@ def compare(
         count = len(division["splits"] or known)
         folds = options.choose_folds(fold, count, list(range(count)))
         compared = [METHODS[name] for name in names]
+        if scheduled:
+            arguments = {"methods": names, "baseline": baseline, "skip_bad": skip_bad, **division}
+            request, _ = scheduled.request(out, data, chosen, folds, **arguments)
+            if dry_run:
+                scheduled.show(terminal, request)
+                return
         with options.use_devices(None if scheduled else devices, sync_batch_norm), log_to_file(before.log_file):
             log_command()
             if verify:
                 cache.verify(before.cache)
-            resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
             if scheduled:
-                wanted = {"methods": names, "baseline": baseline, "skip_bad": skip_bad, **division}
-                if not scheduled.run(terminal, out, data, chosen, folds, resume, **wanted):
-                    return
-                resume = True  # All is done: what follows reads it.
-            run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
-            terminal.follow(progress_of(run, compared, folds))
-            compare_methods(run, compared, folds)
-            if not scheduled:
+                scheduled.run(terminal, request)
+                run = before
+            else:
+                resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
+                run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
+                terminal.follow(progress_of(run, compared, folds))
+                compare_methods(run, compared, folds)
                 _log.info("Writing the report")
                 write_comparison(run, baseline)
         table = run.folder / "table.md"

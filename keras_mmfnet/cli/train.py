@@ -54,6 +54,7 @@ def train(
     """
     again = shlex.join(
         ["mmfnet", "train", "--out", str(out), "--resume", *(f"--import={file}" for file in modules or ())]
+        + [f"--device={device}"] * bool(device)
         + [f"--devices={devices}"] * bool(devices)
         + ["--no-sync-batch-norm"] * (not sync_batch_norm)
         + [f"--jobs={jobs}"] * bool(jobs)
@@ -83,14 +84,18 @@ def train(
             default = options.recipe_of_run(out) if resume else default
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
-        scheduled = choose_jobs(jobs, profile, dry_run, modules, device, devices, sync_batch_norm)
+        for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
+        scheduled = choose_jobs(jobs, profile, dry_run, **for_each)
+        if scheduled and planned:
+            expected = "one of --recipe, --paper, --small, --from and --resume is expected with it"
+            raise ValueError(f"--jobs: {expected}; mmfnet plan makes a recipe. Received: none")
 
         def choose_folds():
             return options.choose_folds(fold, len(division["splits"] or range(chosen.training.folds)), [0])
 
         if not resume:
             folds = choose_folds()  # A wrong number is found before the long work.
-        start_backend(device)
+        start_backend("cpu" if scheduled else device)
         options.import_files(modules)
         from keras_mmfnet.data import cache
         from keras_mmfnet.run import Run
@@ -99,67 +104,79 @@ def train(
         if not resume:
             before.require_none()
         with options.use_devices(None if scheduled else devices, sync_batch_norm):
-            if verify:
+            if verify and not dry_run:
                 cache.verify(before.cache)
             if planned:
-                cache_folder = None if dry_run else before.cache
-                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, cache_folder))
+                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, before.cache))
                 folds = choose_folds()  # Few patients have fewer folds.
             if resume:
                 begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
                 folds = options.choose_folds(fold, len(before.folds), begun or [0])
                 # What was left out before is left out again.
                 data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
-            run_training(terminal, out, data, chosen, folds, resume, skip_bad, opened, scheduled, **division)
+            arguments = {"skip_bad": skip_bad, **division}
+            if scheduled and dry_run:
+                request, _ = scheduled.request(out, data, chosen, folds, **_donor_of(opened), **arguments)
+                scheduled.show(terminal, request)
+            else:
+                run_training(terminal, out, data, chosen, folds, resume, opened, scheduled, **arguments)
 
 
 def run_training(
-    terminal: Terminal, out: Path, data, recipe, folds, resume=False, skip_bad=False, source=None, jobs=None, **division
+    terminal: Terminal, out: Path, data, recipe, folds, resume=False, source=None, jobs=None, skip_bad=False, **division
 ) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers.
 
-    `source` is a run or bundle to start from, `jobs` the `Jobs` by which it is done.
+    `source` is a run or bundle to start from; `jobs`: run the trainings as these `Jobs`.
     """
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.report import write_report
     from keras_mmfnet.run import Run, cross_validate
 
-    method = method_of(recipe)
-    with log_to_file(Run(out).log_file):
+    method, donor, run = method_of(recipe), _donor_of(source), Run(out)
+    with log_to_file(run.log_file):
         log_command()
-        first = options.choose_trained(source)[:1] if source else []
-        donor = source.network(first[0]) if source else None
         if jobs:
-            done = jobs.run(terminal, out, data, recipe, folds, resume, donor=donor, skip_bad=skip_bad, **division)
-            if not done:
-                return
-            resume = True  # All is done: what follows reads it.
-        run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), donor=donor, **division)
-        if source:
-            sequences = ", ".join(run.donated(method))
-            _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first[0])
-            if seen := [case.name for case in run.cases.values() if source.seen_in_training(case, first)]:
-                about = "That network was trained on %s: if they are test patients here, their numbers are too good"
-                _log.warning(about, ", ".join(seen))
-        for number in folds:  # --resume resumes the folds that have a folder.
-            run.fold_folder(number).mkdir(exist_ok=True)
-        progress = progress_of(run, [method], folds)
-        if resume and not jobs:
-            trained = {run.network(number).with_suffix("") for number in run.trained_folds()}
-            trained |= {path for path, share in progress.shares.items() if share}
-            listed = ", ".join(f"{path.parent.name} {path.name}" for path in sorted(trained))
-            _log.info("Resumed; trained already: %s", listed or "no network")
-        terminal.follow(progress)
-        rows = cross_validate(run, method, folds)
-        if not jobs:
+            request, cases = jobs.request(out, data, recipe, folds, **donor, skip_bad=skip_bad, **division)
+            _warn_of_seen(source, cases)
+            jobs.run(terminal, request)
+        else:
+            run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **donor, **division)
+            if source:
+                sequences, first = ", ".join(run.donated(method)), options.choose_trained(source)[0]
+                _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first)
+            _warn_of_seen(source, run.cases.values())
+            for number in folds:  # --resume resumes the folds that have a folder.
+                run.fold_folder(number).mkdir(exist_ok=True)
+            progress = progress_of(run, [method], folds)
+            if resume:
+                trained = {run.network(number).with_suffix("") for number in run.trained_folds()}
+                trained |= {path for path, share in progress.shares.items() if share}
+                listed = ", ".join(f"{path.parent.name} {path.name}" for path in sorted(trained))
+                _log.info("Resumed; trained already: %s", listed or "no network")
+            terminal.follow(progress)
+            cross_validate(run, method, folds)
             _log.info("Writing the report")
             write_report(run)
-    terminal.metrics(rows)
+    terminal.metrics(run.rows(method.name))
     terminal.say(f"Networks, masks and numbers: {run}\nReport: {run.report_file}")
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
         terminal.say(run.folder / "metrics.csv", always=True)
+
+
+def _donor_of(source):
+    """The argument `donor` of `Run.start`: the first trained network of a run or bundle."""
+    return {"donor": source.network(options.choose_trained(source)[0])} if source else {}
+
+
+def _warn_of_seen(source, cases):
+    """Warns of patients on whom the network to start from was trained."""
+    first = options.choose_trained(source)[:1] if source else []
+    if seen := [case.name for case in cases if source and source.seen_in_training(case, first)]:
+        about = "That network was trained on %s: if they are test patients here, their numbers are too good"
+        _log.warning(about, ", ".join(seen))
 
 
 def fit_batch(recipe):

@@ -6,24 +6,22 @@ killed, repeated, or started by two schedulers at once.
 """
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
-import itertools
 import json
 import logging
 import os
-import platform
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import pydantic
 
 from keras_mmfnet._backend import configured_backend
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # How often a job is repeated that failed or whose machine was taken away.
 _RETRIES = 2
+# Seconds between two looks at the jobs.
 _SECONDS = 0.5
 _REQUEST = "request.json"
 
@@ -87,7 +86,7 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def compared(self) -> "list[Method]":
-        """The `Method`s."""
+        """The methods to train, from the registry or the recipe."""
         from keras_mmfnet.methods import METHODS, method_of
 
         return [METHODS[name] for name in self.methods] or [method_of(self.recipe)]
@@ -98,8 +97,8 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
         return functools.partial(_log.warning, "Left out: %s") if self.skip_bad else None
 
     @property
-    def start(self) -> dict:
-        """The arguments of `Run.start` besides the folder, the patients and the recipe."""
+    def start_arguments(self) -> dict:
+        """Arguments of `Run.start`: the groups, the folds, the donor and the methods."""
         return {"groups": self.groups, "splits": self.splits, "donor": self.donor, "methods": self.compared}
 
 
@@ -120,7 +119,7 @@ def plan_jobs(request: Request) -> dict[str, list[str]]:
     jobs["cohort_all"] = list(jobs)
     for fold in request.folds:
         for method in request.compared:
-            if run.result(fold, method.name).exists():
+            if run.result(fold, method.name).exists() and not run.lost_masks(fold, method.name):
                 continue
             trained = run.network(fold, method.name).exists()
             names = run.borrowed(method) if run.cohort_file.exists() else method.encoders
@@ -137,48 +136,55 @@ def plan_jobs(request: Request) -> dict[str, list[str]]:
     return jobs
 
 
-def run_job(folder: Path, name: str) -> None:
-    """Does a job.
+def run_job(request: Request, name: str) -> None:
+    """Runs a job.
 
     Args:
-        folder: The folder that `schedule` made.
-        name: The job's name.
+        request: The `Request`.
+        name: The job's name, as in `plan_jobs`.
 
     Raises:
         CaseError: A patient cannot be used.
         ValueError: As from `Run.start` and `run_fold`.
+        FloatingPointError: A training diverged.
     """
     from keras_mmfnet.run import Run, run_fold, train_donor
 
-    request = Request.load(folder)
     kind, _, rest = name.partition("_")
-    fold, _, what = rest.partition("_")
+    number, _, what = rest.partition("_")
     run = Run(request.run)
-    with log_to_file(run.log_file), _refusal(folder / "refused" / name):
+    with log_to_file(run.log_file):
         _log.info("Job %s", name)
         if kind == "patients":
-            _preprocess(request, request.patients[int(fold)])
+            _preprocess(request, request.patients[int(number)])
         elif kind == "cohort":
-            Run.start(run.folder, request.data, request.recipe, resume=True, on_error=request.on_error, **request.start)
-            for number in request.folds:  # --resume resumes the folds that have a folder
-                run.fold_folder(number).mkdir(exist_ok=True)
+            arguments = request.start_arguments
+            Run.start(run.folder, request.data, request.recipe, resume=True, on_error=request.on_error, **arguments)
+            for fold in request.folds:  # --resume resumes the folds that have a folder
+                run.fold_folder(fold).mkdir(exist_ok=True)
         elif kind == "network":
-            # A donor's encoder may be there instead.
+            # With a donor this network may not be needed.
             if any(what in run.borrowed(method).values() for method in request.compared):
-                train_donor(run, int(fold), what)
+                train_donor(run, int(number), what)
         elif kind == "method":
             [method] = (one for one in request.compared if one.name == what)
-            run_fold(run, method, int(fold), wait=True)
+            run_fold(run, method, int(number), wait=True)
         else:
             _report(run, request)
 
 
 @contextlib.contextmanager
-def _refusal(path):
-    """Keeps the message of a mistake of the user's: such a job is not repeated."""
+def refusal(folder: Path, name: str) -> Iterator[None]:
+    """Writes the message of an error that would come again to a file. The job is then not repeated.
+
+    Args:
+        folder: The folder that `schedule` made.
+        name: The job's name.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
+        path = folder / "refused" / name
         path.parent.mkdir(exist_ok=True)
         write(path, str(error))
         raise
@@ -191,7 +197,7 @@ def _preprocess(request, names):
     from keras_mmfnet.run import Run
 
     bad = []
-    # Who else cannot be used is said by the job that divides the patients into folds.
+    # Patients whose files are missing are reported by the cohort job.
     for case in find_cases(request.data, request.recipe.data, on_error=lambda error: None):
         if case.name in names:
             try:
@@ -214,61 +220,95 @@ def _report(run, request):
         write_report(run)
 
 
-def schedule(request: Request, number: int, profile: Path | None = None, dry_run: bool = False) -> dict[str, list[str]]:
-    """Starts the jobs of a request, and returns when all are done.
-
-    The jobs, their logs and that of Snakemake are in a new folder of `RUN/jobs`. The call may be interrupted and
-    repeated.
+def check_jobs(
+    request: Request, number: int, profile: Path | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Lets Snakemake check the jobs and the profile. Nothing is started, and nothing is written.
 
     Args:
-        request: The `Request`.
-        number: Jobs at a time. On this machine each has its share of the cores.
-        profile: A profile of Snakemake, which says where jobs run and what they may use; `None` for this machine.
-        dry_run: Only let Snakemake check the jobs and the profile; nothing is written.
+        request: As for `schedule`.
+        number: As for `schedule`.
+        profile: As for `schedule`.
+        environment: As for `schedule`.
 
     Returns:
         The jobs, as from `plan_jobs`.
 
     Raises:
         ImportError: Snakemake is not installed.
+        RuntimeError: Snakemake refuses the jobs or the profile.
+    """
+    _require_snakemake()
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = _prepare(Path(folder), request)
+        command = [*_snakemake(Path(folder), number, profile), "--dry-run", "--quiet", "all"]
+        checked = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if checked.returncode:
+        raise RuntimeError(f"Snakemake must accept the jobs. Received: {checked.stderr.strip()}")
+    return jobs
+
+
+def schedule(
+    request: Request, number: int, profile: Path | None = None, environment: Mapping[str, str] | None = None
+) -> None:
+    """Starts the jobs of a request, and returns when all are done.
+
+    The jobs, their logs and that of Snakemake are in a new folder of `RUN/jobs`. The call may be interrupted, which
+    cancels the jobs, and repeated.
+
+    Args:
+        request: The `Request`.
+        number: Jobs at a time. On this machine each has its share of the cores.
+        profile: A profile of Snakemake, which says where jobs run and what they may use; `None` for this machine.
+        environment: The environment variables of the jobs; `None` for those of this process.
+
+    Raises:
+        ImportError: Snakemake is not installed.
         RunLocked: Another process schedules jobs of this run.
         RuntimeError: Jobs failed. The message says why each did.
     """
-    from keras_mmfnet.run import Run, RunLocked
+    from keras_mmfnet.run import Run
 
-    if importlib.util.find_spec("snakemake") is None:
-        raise ImportError("--jobs needs Snakemake: pip install 'keras-mmfnet[cluster]'. Received: no module snakemake")
-    if dry_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            names = _prepare(Path(temporary), request)
-            command = [*_snakemake(Path(temporary), number, profile), "--dry-run", "--quiet", "all"]
-            checked = subprocess.run(command, capture_output=True, text=True)
-        if checked.returncode:
-            raise RuntimeError(f"Snakemake must accept the jobs. Received: {checked.stderr.strip()}")
-        return names
+    _require_snakemake()
     jobs = Run(request.run).jobs
     jobs.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(jobs / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        expected = "no other process may schedule jobs of this run"
-        raise RunLocked(f"{request.run}: {expected}. Received: {lock.lock_file}, which is held") from None
-    try:
-        folder = jobs / time.strftime("%Y-%m-%d_%H-%M-%S")
+    with _hold(jobs / ".lock") as lock:
+        folder = jobs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
         folder.mkdir()
         names = _prepare(folder, request)
-        _run_snakemake(_snakemake(folder, number, profile), folder, names)
-    finally:
-        lock.release()
-    return names
+        _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names)
 
 
-def _run_snakemake(command, folder, names):
-    """Runs Snakemake, and reports the jobs that are done until it ends."""
+def _require_snakemake():
+    if importlib.util.find_spec("snakemake") is None:
+        raise ImportError("--jobs needs Snakemake: pip install 'keras-mmfnet[cluster]'. Received: no module snakemake")
+
+
+@contextlib.contextmanager
+def _hold(path):
+    """Locks a file; yields its descriptor. A child process that inherits it holds the lock, too."""
+    from keras_mmfnet.run import RunLocked
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            expected = "no other process may schedule jobs of this run"
+            raise RunLocked(f"{path.parent.parent}: {expected}. Received: {path}, which is locked") from None
+        yield file.fileno()
+
+
+def _run_snakemake(command, environment, lock, folder, names):
+    """Runs Snakemake, which holds the lock, and reports the jobs that are done until it ends."""
     with open(folder / "snakemake.log", "wb") as log:
-        # Ctrl-C is for this process, which passes it on.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C is for this process, which passes it on
+        )
     done = set()
     try:
         while process.poll() is None:
@@ -279,47 +319,12 @@ def _run_snakemake(command, folder, names):
                     _log.info("Job %s is done", path.name)
             progress("jobs", len(done), len(names))
     except BaseException:
-        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise
     if process.returncode:
         raise RuntimeError(_failures(folder, names))
-
-
-@contextlib.contextmanager
-def own_gpu(folder: Path) -> Iterator[str | None]:
-    """Holds one of the GPUs of this machine, which no other job of the run holds; waits for one.
-
-    Args:
-        folder: The folder of the run's jobs.
-
-    Yields:
-        The GPU, as for `mmfnet train --device`; `None` if there are not several to choose from.
-    """
-    count = _visible_gpus()
-    if count < 2:
-        yield None
-        return
-    for number in itertools.cycle(range(count)):
-        lock = filelock.FileLock(folder / f".{platform.node()}_gpu_{number}.lock", timeout=_SECONDS)
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire()
-            break
-    try:
-        yield f"gpu:{number}"
-    finally:
-        lock.release()
-
-
-def _visible_gpus():
-    """How many GPUs of NVIDIA this process may use."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in named.split(",") if name not in ("", "-1")])
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
-    except OSError:
-        return 0
-    return len(listed.splitlines())
 
 
 def _prepare(folder, request):
@@ -329,37 +334,42 @@ def _prepare(folder, request):
         donor = folder / "donor.keras"
         donor.write_bytes(request.donor.read_bytes())
         request = request.model_copy(update={"donor": donor})
-    (folder / _REQUEST).write_text(request.model_dump_json(indent=2))
+    (folder / _REQUEST).write_text(request.model_dump_json(indent=2), encoding="utf-8")
     command = [f"KERAS_BACKEND={configured_backend()}", sys.executable, "-m", "keras_mmfnet.cli._job", str(folder)]
     entries = {name: {"needs": needs, "command": shlex.join([*command, name])} for name, needs in jobs.items()}
-    (folder / "jobs.json").write_text(json.dumps(entries, indent=2))
+    (folder / "jobs.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
     return jobs
 
 
 def _snakemake(folder, number, profile):
     """The command of Snakemake."""
     threads = 1 if profile else max(1, available_cores() // number)
-    where = ["--profile", str(profile), "--jobs", str(number)] if profile else ["--cores", str(number * threads)]
+    where = ["--jobs", str(number)] if profile else ["--cores", str(number * threads)]
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))),
         *("--directory", str(folder), "--config", f"threads={threads}", *where),
+        # No other profile is looked for.
+        *("--profile", str(profile or "none"), "--workflow-profile", "none"),
         *("--keep-going", "--rerun-incomplete", "--retries", str(_RETRIES), "--scheduler", "greedy", "--nocolor"),
     ]
 
 
 def _failures(folder, jobs):
-    """What is said of the jobs that failed."""
-    done = {path.name for path in (folder / "done").glob("*")}
-    failed = [name for name, needs in jobs.items() if name not in done and done.issuperset(needs)]
-    lines = [f"{name}: {_last_words(folder, name)}" for name in failed]
-    lines = lines or [f"Snakemake: see {folder / 'snakemake.log'}"]
-    return f"all jobs must succeed. Received: {len(failed)} that failed\n" + "\n".join(lines)
+    """The error message for failed jobs."""
+    reasons = []
+    for name in jobs:
+        log, refused = folder / "logs" / f"{name}.log", folder / "refused" / name
+        if refused.exists():
+            reasons.append(f"{name}: {refused.read_text(encoding='utf-8')}")
+        elif log.exists() and not (folder / "done" / name).exists():
+            reasons.append(f"{name}: ended without an error; the last line of {log} is: {_last_line(log)}")
+    log = folder / "snakemake.log"
+    count = f"{len(reasons)} failed job{'s' * (len(reasons) != 1)}" if reasons else "a failure of Snakemake"
+    reasons = reasons or [f"the last line of {log} is: {_last_line(log)}"]
+    return "\n".join([f"all jobs must succeed. Received: {count}", *reasons])
 
 
-def _last_words(folder, name):
-    """Why a job failed."""
-    if (refusal := folder / "refused" / name).exists():
-        return refusal.read_text()
-    log = folder / "logs" / f"{name}.log"
-    said = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return f"{next((line for line in reversed(said) if line.strip()), 'no word')} (see {log})"
+def _last_line(file):
+    """The last line of a file that is not empty."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "")
