@@ -247,7 +247,8 @@ class _Trainer:
             *([] if group.process else [_RoomOnDisk(live.parent, settings.weight_average)]),
             logger,
             keras.callbacks.ModelCheckpoint(
-                str(live / "best.weights.h5"),
+                # Keras formats this text.
+                str(live / "best.weights.h5").replace("{", "{{").replace("}", "}}"),
                 **chosen,
                 save_best_only=True,
                 save_weights_only=True,

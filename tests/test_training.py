@@ -87,7 +87,8 @@ def donors():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_case):
     """The folder of an undisturbed training with self-transfer, its patients and its network."""
-    folder, parts = tmp_path_factory.mktemp("trained"), some_patients(make_case)
+    # A path may have what Keras would format.
+    folder, parts = tmp_path_factory.mktemp("trained") / "{fold}", some_patients(make_case)
     pretrain_encoders(*parts, ONE, folder)
     return folder, parts, train_mmfnet(*parts, TINY, folder, donors())
 
