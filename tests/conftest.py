@@ -55,7 +55,8 @@ _ON_EVERY_BACKEND = {
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests that do not depend on the backend, with all backends but one."""
+    """Skips tests that do not depend on the backend, with all backends but one; slow tests come first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     only = {_HERE / name: backend for backend, names in _ONCE.items() for name in names}
     for item in items:
         backend = only.get(item.path, only.get(item.path.parent))

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from keras_mmfnet import jobs
 from keras_mmfnet.cli import app
-from keras_mmfnet.cli._job import own_gpu
+from keras_mmfnet.cli.job import own_gpu
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.jobs import Request, plan_jobs, schedule
 from keras_mmfnet.methods import METHODS, method_of
@@ -197,6 +198,14 @@ def workers(folder, name=""):
     return found
 
 
+def kill(processes):
+    """Kills processes, of which one may end with another."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes)
+
+
 def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
@@ -227,30 +236,25 @@ def check_killed_jobs(request_of, tiny_cohort, tmp_path, profile=None):
     cross_validate(expected, method_of(RECIPE), [0])
     torch.set_num_threads(threads)
 
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(RECIPE.to_json())
-    run = Run(tmp_path / "run")
-    command = [sys.executable, "-m", "keras_mmfnet.cli", "train", tiny_cohort, "--out", run, "--recipe", recipe]
-    options = ["--jobs", "2", *(["--profile", profile] if profile else [])]
+    run = Run.start(tmp_path / "run", tiny_cohort, RECIPE)
+    command = [sys.executable, "-m", "keras_mmfnet.cli", "train", "--out", run, "--resume", "--jobs", "2"]
+    options = ["--profile", profile] if profile else []
     first = subprocess.Popen([*map(str, [*command, *options])], stderr=subprocess.DEVNULL)
     wait_for(lambda: any(run.folder.glob("fold_0/.unet3d_t*/*")) or first.poll() is not None)
     with pytest.raises(RunLocked, match="no other process may schedule jobs of this run"):
-        schedule(request_of(), 2)  # another one by mistake
+        schedule(request_of(patients=()), 2)  # another one by mistake
     # Snakemake goes on if only the command is killed.
     first.kill()
     first.wait()
     with pytest.raises(RunLocked):
-        schedule(request_of(), 2)
+        schedule(request_of(patients=()), 2)
     # It is killed, and on this machine its jobs: a cluster goes on with them.
-    for process in workers(run.jobs, "snakemake --snakefile" if profile else ""):
-        process.kill()
-        process.wait()
+    kill(workers(run.jobs, "snakemake --snakefile" if profile else ""))
     assert not run.result(0, "mmfnet").exists()
 
     def kill_the_training():
         wait_for(lambda: any(run.folder.glob("fold_0/.mmfnet/*/epoch*")))
-        for process in workers(run.jobs, "keras_mmfnet.cli._job"):
-            process.kill()
+        kill(workers(run.jobs, "keras_mmfnet.cli.job"))
 
     killer = threading.Thread(target=kill_the_training)
     killer.start()

@@ -109,7 +109,7 @@ def plan_jobs(request: Request) -> dict[str, list[str]]:
         request: The `Request`.
 
     Returns:
-        The names of the jobs that each job needs, by its name: `patients_<block>`, `cohort_all`,
+        The names of the jobs that each job needs, by its name: `patients_<number>`, `cohort_all`,
         `network_<fold>_<name>`, `method_<fold>_<name>` and `report_all`.
     """
     from keras_mmfnet.run import Run
@@ -335,7 +335,7 @@ def _prepare(folder, request):
         donor.write_bytes(request.donor.read_bytes())
         request = request.model_copy(update={"donor": donor})
     (folder / _REQUEST).write_text(request.model_dump_json(indent=2), encoding="utf-8")
-    command = [f"KERAS_BACKEND={configured_backend()}", sys.executable, "-m", "keras_mmfnet.cli._job", str(folder)]
+    command = [f"KERAS_BACKEND={configured_backend()}", sys.executable, "-m", "keras_mmfnet.cli.job", str(folder)]
     entries = {name: {"needs": needs, "command": shlex.join([*command, name])} for name, needs in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
     return jobs

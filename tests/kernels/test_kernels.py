@@ -228,7 +228,7 @@ def test_no_private_name_of_another_library():
     found = {}
     for path in sources:
         text = re.sub(r"from keras_mmfnet\S* |\._replace\(", "", path.read_text(encoding="utf-8"))  # of named tuples
-        found[path.name] = PRIVATE.findall(text)
+        found[str(path.relative_to(folder))] = PRIVATE.findall(text)
     assert {name: names for name, names in found.items() if names} == {}
     for private in ("tensor._base", "node.arguments._x", "keras.src.ops", "self.layers[0]._y", "gc.collect()"):
         assert PRIVATE.search(f"x = {private}"), private

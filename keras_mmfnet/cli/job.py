@@ -1,4 +1,4 @@
-"""Runs one job of `--jobs`: Snakemake calls `python -m keras_mmfnet.cli._job FOLDER NAME`."""
+"""Runs one job of `--jobs`: Snakemake calls `python -m keras_mmfnet.cli.job FOLDER NAME`."""
 
 import contextlib
 import itertools
