@@ -47,7 +47,7 @@ NOT_PARSED = {
     "pip install .[docs]",
     "pip install -e .[dev]",
     "pre-commit install",
-    "python -m pytest -n 2",
+    "python -m pytest -n 2 --dist worksteal",
     "python -m pytest tests/layers -m not slow",
     "python -m pytest -m gpu",
     "export KERAS_BACKEND=torch",

@@ -7,7 +7,6 @@ The processes are forks of one that has imported everything, so that ten of them
 
 import csv
 import importlib
-import json
 import os
 import random
 import signal
@@ -142,57 +141,6 @@ def test_killed_at_ten_moments_and_started_again(tiny_cohort, tmp_path):
             continue
         compared += 1
     assert compared == 4 + 4 + 2
-
-
-def mmfnet(*arguments):
-    return [sys.executable, "-m", "keras_mmfnet.cli", *map(str, arguments)]
-
-
-def run(*arguments, code=0):
-    done = subprocess.run(mmfnet(*arguments), capture_output=True, encoding="utf-8", timeout=900, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_resumed_and_segments_a_patient(cohort, tmp_path):
-    quick = "data.spacing=4 patches.shape=16,32,32 training.batch_size=1 training.steps_per_epoch=2 training.epochs=2"
-    changes = [part for change in [*quick.split(), "training.seed=3"] for part in ("--set", change)] + ["--small"]
-    # Killed in the second epoch of the second network.
-    folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        mmfnet("train", cohort, *changes, "--out", folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while process.poll() is None and not (folder / "fold_0/.unet3d_t2/all/epoch-00001").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    said = process.communicate()[1].decode()
-    assert process.returncode == -signal.SIGKILL
-    # Nothing but what the command says, from the backend's start on.
-    assert not [line for line in said.splitlines() if "WARNING" in line or "0000 00:00" in line]
-
-    # The recipe and the data are the run's, so that they need not be said again.
-    resumed = run("train", "--out", folder, "--resume", "--quiet")
-    assert resumed.stdout == f"{folder / 'metrics.csv'}\n"
-    assert resumed.stderr == ""
-
-    # The page about the run is whole, and the log goes on where it was stopped.
-    assert "Patients, worst first" in (folder / "report.html").read_text(encoding="utf-8")
-    log = (folder / "run.log").read_text(encoding="utf-8")
-    assert log.count("Preprocessed 6 of 6 patients") == 2
-    assert "Segmented patient 2 of 2: DSC" in log
-
-    # The folder is enough to segment a patient.
-    patient = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["patients"][0]["patient"]
-    run("segment", folder, cohort / patient, "--out", tmp_path / "out", "--picture")
-    mask = folder / "fold_0" / "masks" / "mmfnet" / f"{patient}.nii.gz"
-    np.testing.assert_array_equal(read(tmp_path / "out" / f"{patient}.nii.gz"), read(mask))
-    assert (tmp_path / "out" / f"{patient}.png").stat().st_size > 1000
-
-
-def read(path):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 if __name__ == "__main__":
