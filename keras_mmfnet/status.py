@@ -51,15 +51,16 @@ def network_states(run: Run) -> list[NetworkState]:
     Returns:
         A `NetworkState` for each, by fold; the networks from which others borrow come first.
     """
-    own, jobs, failed = method_of(run.recipe), *_last_jobs(run)
-    methods = METHODS | {own.name: own}
+    jobs, failed = _last_jobs(run)
     states = []
-    for folder in sorted(run.folder.glob("fold_*"), key=lambda path: int(path.name[5:])):
-        fold = int(folder.name[5:])
+    numbers = [path.name[len("fold_") :] for path in run.folder.glob("fold_*")]
+    for fold in sorted(int(number) for number in numbers if number.isdecimal()):
+        folder = run.fold_folder(fold)
         begun = [path.name[1 : -len(".lock")] for path in sorted(folder.glob(".*.lock"))]
         planned = [name.split("_", 2)[2] for name in jobs if name.startswith(f"method_{fold}_")]
-        tested = dict.fromkeys(name for name in (*begun, *planned) if name in methods)
-        borrowed = dict.fromkeys(name for method in tested for name in run.borrowed(methods[method]).values())
+        known = (name for name in dict.fromkeys([*begun, *planned]) if name in METHODS or name == "mmfnet")
+        methods = [METHODS.get(name) or method_of(run.recipe) for name in known]
+        borrowed = dict.fromkeys(name for method in methods for name in run.borrowed(method).values())
         for name in dict.fromkeys([*borrowed, *begun, *planned]):
             reason = failed.get(f"method_{fold}_{name}") or failed.get(f"network_{fold}_{name}")
             states.append(_state(run, fold, name, name in borrowed, reason))

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from keras_mmfnet import training
+from keras_mmfnet._start import check_start
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.evaluation import metrics_json
@@ -276,20 +277,19 @@ def test_a_start_that_was_killed_is_started_again(tiny_cohort, tmp_path, monkeyp
 
 def test_a_start_is_checked_and_nothing_is_written(run, tiny_cohort, tmp_path, monkeypatch):
     monkeypatch.setattr("keras_mmfnet.run.preprocess_case", lambda *_: pytest.fail("preprocessed"))
-    cases = Run.check_start(tmp_path / "run", tiny_cohort, COARSE)
-    assert [case.name for case in cases] == sorted(path.name for path in tiny_cohort.iterdir())
+    new = Run(tmp_path / "run")
+    start = check_start(new, tiny_cohort, COARSE)
+    assert [case.name for case in start.cases] == sorted(path.name for path in tiny_cohort.iterdir())
+    assert not start.bad
     with pytest.raises(ValueError, match="patients"):
-        Run.check_start(tmp_path / "run", tiny_cohort, COARSE.replace({"training.folds": 9}))
+        check_start(new, tiny_cohort, COARSE.replace({"training.folds": 9}))
     with pytest.raises(ValueError, match="another recipe"):
-        Run.check_start(run[0], tiny_cohort, COARSE.replace({"training.epochs": 7}), resume=True)
+        check_start(Run(run[0]), tiny_cohort, COARSE.replace({"training.epochs": 7}), resume=True)
     shutil.copytree(tiny_cohort, tmp_path / "patients")
     (tmp_path / "patients" / "patient_00" / "mask.nii.gz").unlink()
-    with pytest.raises(CaseError, match="patient_00"):
-        Run.check_start(tmp_path / "run", tmp_path / "patients", COARSE)
-    refused = []
-    assert len(Run.check_start(tmp_path / "run", tmp_path / "patients", COARSE, on_error=refused.append)) == 5
-    assert [error.patient for error in refused] == ["patient_00"]
-    assert not (tmp_path / "run").exists()
+    start = check_start(new, tmp_path / "patients", COARSE)
+    assert [len(start.cases), *(error.patient for error in start.bad)] == [5, "patient_00"]
+    assert not new.folder.exists()
 
 
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):

@@ -78,6 +78,19 @@ def test_each_network_of_a_run(run):
     assert network_states(run)[-1].state == "done"
 
 
+def test_a_comparison_of_one_sequence(tmp_path):
+    run = Run(tmp_path)
+    run.recipe_file.write_text(RECIPE.replace({"data.modalities": ("t1",)}).to_json())
+    run.cohort_file.write_text('{"patients": {}, "folds": []}')
+    for folder in (run.fold_folder(10), run.fold_folder(2), tmp_path / "fold_2 copy"):
+        folder.mkdir()
+        (folder / ".unet3d_t1.lock").touch()
+    assert [(one.fold, one.name, one.state) for one in network_states(run)] == [
+        (2, "unet3d_t1", "waiting"),
+        (10, "unet3d_t1", "waiting"),
+    ]
+
+
 def test_the_command(run):
     result = CliRunner().invoke(app, ["status", str(run)])
     assert result.exit_code == 0

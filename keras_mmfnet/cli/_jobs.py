@@ -1,6 +1,7 @@
 """Commands that run their trainings as jobs."""
 
 import dataclasses
+import logging
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._terminal import Terminal, counted
 
+_log = logging.getLogger(__name__)
 # Jobs that preprocess patients: at most this many for each that runs at a time, and at most so many in all.
 _BLOCKS, _ALL_BLOCKS = 4, 100
 
@@ -24,6 +26,8 @@ class Jobs:
 
     def request(self, out: Path, data, recipe, folds, **options):
         """The `Request`, and the patients that are to be preprocessed; refuses what can be refused before the work."""
+        from keras_mmfnet._start import check_start
+        from keras_mmfnet.data import CaseError
         from keras_mmfnet.jobs import Request
         from keras_mmfnet.run import Run
 
@@ -38,15 +42,17 @@ class Jobs:
             if devices.isdecimal() and size % int(devices):
                 raise ValueError(f"`training.batch_size` must be a multiple of {devices} devices. Received: {size}")
         run = Run(out)
-        cases = Run.check_start(
-            out, data, recipe, run.recipe_file.exists(), request.on_error, **request.start_arguments
-        )
+        start = check_start(run, data, recipe, run.recipe_file.exists(), **request.start_arguments)
+        if start.bad and not request.skip_bad:
+            raise CaseError.of_several(start.bad)
+        for error in start.bad:
+            _log.warning("Left out: %s", error)
         if not run.recipe_file.exists():
-            names = [case.name for case in cases]
+            names = [case.name for case in start.cases]
             size = -(-len(names) // min(_BLOCKS * self.number, _ALL_BLOCKS))
             blocks = tuple(tuple(names[start : start + size]) for start in range(0, len(names), size))
             request = request.model_copy(update={"patients": blocks})
-        return request, cases
+        return request, start.cases
 
     def run(self, terminal: Terminal, request) -> None:
         """Runs the jobs."""

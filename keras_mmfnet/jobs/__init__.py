@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,11 +92,6 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
         return [METHODS[name] for name in self.methods] or [method_of(self.recipe)]
 
     @property
-    def on_error(self) -> Callable | None:
-        """The argument of that name of `Run.start`."""
-        return functools.partial(_log.warning, "Left out: %s") if self.skip_bad else None
-
-    @property
     def start_arguments(self) -> dict:
         """Arguments of `Run.start`: the groups, the folds, the donor and the methods."""
         return {"groups": self.groups, "splits": self.splits, "donor": self.donor, "methods": self.compared}
@@ -158,8 +153,9 @@ def run_job(request: Request, name: str) -> None:
         if kind == "patients":
             _preprocess(request, request.patients[int(number)])
         elif kind == "cohort":
+            left_out = functools.partial(_log.warning, "Left out: %s") if request.skip_bad else None
             arguments = request.start_arguments
-            Run.start(run.folder, request.data, request.recipe, resume=True, on_error=request.on_error, **arguments)
+            Run.start(run.folder, request.data, request.recipe, resume=True, on_error=left_out, **arguments)
             for fold in request.folds:  # --resume resumes the folds that have a folder
                 run.fold_folder(fold).mkdir(exist_ok=True)
         elif kind == "network":
