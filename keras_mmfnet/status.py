@@ -8,7 +8,7 @@ import re
 
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.run import Run
-from keras_mmfnet.training import read_epochs
+from keras_mmfnet.training import last_epoch_end, read_epochs
 
 STATES = ("done", "running", "stopped", "waiting", "failed")
 
@@ -21,14 +21,16 @@ class NetworkState:
         fold: Number of the fold.
         name: Name of the network.
         state: `"done"`: trained and, unless it only lends its encoder, evaluated; `"running"`; `"stopped"`: begun, but
-            not running; `"waiting"`: not begun; or `"failed"`: its job failed.
+            not running; `"waiting"`: not begun, or for networks to borrow from; or `"failed"`: its job failed.
         epochs: Epochs that are done.
         total: Epochs of the recipe; fewer are trained if the training stops early.
         val_loss: Validation loss of the last epoch, `None` before the first one.
         val_dice: Soft DSC of the validation patches at the last epoch, `None` before the first one.
+        updated: When the last epoch ended, in seconds since 1970 by the clock of the disk; `None` if it is not training
+            or before the first epoch.
         seconds_left: Seconds that the epochs left will take if they take as long as the last one; `None` if it is not
             running or before the first epoch.
-        about: The process that computes it, or why it failed.
+        about: The process that computes it, the networks it waits for, or why it failed.
     """
 
     fold: int
@@ -38,6 +40,7 @@ class NetworkState:
     total: int
     val_loss: float | None = None
     val_dice: float | None = None
+    updated: float | None = None
     seconds_left: float | None = None
     about: str = ""
 
@@ -60,27 +63,30 @@ def network_states(run: Run) -> list[NetworkState]:
         planned = [name.split("_", 2)[2] for name in jobs if name.startswith(f"method_{fold}_")]
         known = (name for name in dict.fromkeys([*begun, *planned]) if name in METHODS or name == "mmfnet")
         methods = [METHODS.get(name) or method_of(run.recipe) for name in known]
-        borrowed = dict.fromkeys(name for method in methods for name in run.borrowed(method).values())
+        needed = {method.name: dict.fromkeys(run.borrowed(method).values()) for method in methods}
+        borrowed = dict.fromkeys(name for names in needed.values() for name in names)
         for name in dict.fromkeys([*borrowed, *begun, *planned]):
             reason = failed.get(f"method_{fold}_{name}") or failed.get(f"network_{fold}_{name}")
-            states.append(_state(run, fold, name, name in borrowed, reason))
+            missing = [one for one in needed.get(name, ()) if not run.network(fold, one).exists()]
+            states.append(_state(run, fold, name, name in borrowed, missing, reason))
     return states
 
 
-def _state(run, fold, name, borrowed, reason):
+def _state(run, fold, name, borrowed, missing, reason):
     """The state of a network; one that others borrow from need not be tested."""
     network, rows = run.network(fold, name), read_epochs(run.network(fold, name))
     holder = _holder(run.owner(fold, name))
     if run.result(fold, name).exists() or (borrowed and network.exists() and not holder):
         state = "done"
     elif holder:
-        state = "running"
+        state = "waiting" if missing and not rows and not network.exists() else "running"
     elif reason:
         state = "failed"
     else:
         state = "stopped" if rows or network.exists() else "waiting"
     total, last = run.recipe.training.epochs, rows[-1] if rows else {}
     training = state == "running" and last and not network.exists()
+    waits = f"for {', '.join(missing)}" if missing else ""
     return NetworkState(
         fold=fold,
         name=name,
@@ -89,8 +95,9 @@ def _state(run, fold, name, borrowed, reason):
         total=total,
         val_loss=last.get("val_loss"),
         val_dice=last.get("val_dice_score"),
+        updated=last_epoch_end(network) if training else None,
         seconds_left=(total - len(rows)) * last["seconds"] if training else None,
-        about={"running": holder, "failed": reason}.get(state) or "",
+        about={"running": holder, "waiting": waits, "failed": reason}.get(state, ""),
     )
 
 

@@ -1,5 +1,6 @@
 """Trains one network with `model.fit`. A training can be interrupted at any moment and resumed."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -27,6 +28,7 @@ from keras_mmfnet.methods import Method, find_method
 from keras_mmfnet.metrics import AveragePrecision, DiceScore
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.tracking import trackers
 
 _log = logging.getLogger(__name__)
 # The stages of a training, in this order: the first one if it starts from other networks' encoders.
@@ -262,16 +264,18 @@ class _Trainer:
             callbacks.append(_EarlyStopping(rows, **chosen, patience=settings.patience))
         training = self._patches(model, training=True, first_batch=len(rows) * steps)
         validation = self._patches(model, training=False)
+        tracked = contextlib.nullcontext([]) if group.process else trackers(self.path, live.parent, self.recipe)
         try:
-            model.fit(
-                training,
-                validation_data=validation,
-                steps_per_epoch=steps,
-                epochs=epochs,
-                shuffle=False,  # the dataset is shuffled
-                callbacks=callbacks,
-                verbose=0,
-            )
+            with tracked as more:
+                model.fit(
+                    training,
+                    validation_data=validation,
+                    steps_per_epoch=steps,
+                    epochs=epochs,
+                    shuffle=False,  # the dataset is shuffled
+                    callbacks=[*callbacks, *more],
+                    verbose=0,
+                )
         finally:
             # Closes the CSV file, which would stay open if `fit` is interrupted.
             logger.on_train_end()
@@ -471,3 +475,16 @@ def read_epochs(path: str | os.PathLike) -> list[dict]:
         if states := sorted(_folder_of(path, stage).glob("epoch-*")):
             rows += read_history(states[-1] / "history.csv")
     return rows
+
+
+def last_epoch_end(path: str | os.PathLike) -> float | None:
+    """When the last complete epoch of a training that is not finished ended.
+
+    Args:
+        path: The `<network>.keras` that will be written.
+
+    Returns:
+        Seconds since 1970 by the clock of the disk, or `None`.
+    """
+    states = (state for stage in _STAGES for state in _folder_of(Path(path), stage).glob("epoch-*"))
+    return max((state.stat().st_mtime for state in states), default=None)

@@ -44,6 +44,8 @@ NOT_PARSED = {
     "pip install -e .[tensorflow,benchmarks]",
     "pip install keras-mmfnet[torch]",
     "pip install keras-mmfnet[torch,cluster]",
+    "pip install keras-mmfnet[tensorboard]",
+    "tensorboard --logdir run",
     "pip install .[docs]",
     "pip install -e .[dev]",
     "pre-commit install",

@@ -258,11 +258,12 @@ def check_killed_jobs(request_of, tiny_cohort, tmp_path, profile=None):
 
     killer = threading.Thread(target=kill_the_training)
     killer.start()
-    schedule(request_of(patients=()), 2, profile)
+    schedule(request_of(patients=(), track="tensorboard"), 2, profile)
     killer.join()
     [log] = sorted(run.jobs.glob("*/snakemake.log"))[1:]
     assert "Trying to restart job" in log.read_text()
     assert run.report_file.exists()
+    assert (run.fold_folder(0) / "tensorboard" / "mmfnet" / "all").is_dir()
     same_results(run, expected)
     for name in ("unet3d_t1", "unet3d_t2", "mmfnet"):
         assert len(run.history(0, name).read_text().splitlines()) == 1 + RECIPE.training.epochs

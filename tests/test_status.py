@@ -56,7 +56,7 @@ def test_each_network_of_a_run(run):
     assert found == [
         (0, "unet3d_t1", "done", 12, None),
         (0, "unet3d_t2", "running", 10, 900.0),
-        (0, "mmfnet", "running", 0, None),
+        (0, "mmfnet", "waiting", 0, None),
         (1, "unet3d_t1", "done", 12, None),
         (1, "unet3d_t2", "stopped", 10, None),
         (1, "mmfnet", "waiting", 0, None),
@@ -67,10 +67,12 @@ def test_each_network_of_a_run(run):
     t2, failed = network_states(run)[1], network_states(run)[-1]
     assert (t2.total, t2.val_loss, t2.val_dice) == (40, pytest.approx(0.93), 0.07)
     assert t2.about == f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00"
+    assert t2.updated == (run.fold_folder(0) / ".unet3d_t2" / "all" / "epoch-00008").stat().st_mtime
+    assert network_states(run)[2].about == "for unet3d_t2"
     assert failed.about == "why"
     # Of another machine it is not known whether its process still is.
-    run.owner(1, "mmfnet").write_text("process 1 on node7 since 2026-01-01 00:00:00")
-    assert network_states(run)[5].state == "running"
+    run.owner(1, "unet3d_t2").write_text("process 1 on node7 since 2026-01-01 00:00:00")
+    assert network_states(run)[4].state == "running"
     # A trained method is done when its test patients are evaluated.
     run.network(2, "mmfnet").touch()
     assert network_states(run)[-1].state == "failed"
@@ -92,17 +94,18 @@ def test_a_comparison_of_one_sequence(tmp_path):
 
 
 def test_the_command(run):
-    result = CliRunner().invoke(app, ["status", str(run)])
+    result = CliRunner().invoke(app, ["status", str(run)], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert [line.split()[:3] for line in lines[3:6]] == [
         ["0", "unet3d_t1", "done"],
         ["0", "unet3d_t2", "running"],
-        ["0", "mmfnet", "running"],
+        ["0", "mmfnet", "waiting"],
     ]
     assert "10 of 40" in lines[4]
     assert "0.9300" in lines[4]
     assert "about 15 min" in lines[4]
+    assert "less than a minute ago" in lines[4]
 
 
 def test_watching_ends_when_nothing_is_left_to_do(run):

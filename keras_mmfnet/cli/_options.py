@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 _log = logging.getLogger(__name__)
+# Bytes that preprocessing a large patient takes, and seconds after which an idle process ends.
+_MEMORY, _IDLE = 4e9, 10
 
 DATA = typer.Argument(metavar="DATA", help="Folder of patients, or a dataset of nnU-Net or Decathlon.")
 Data = Annotated[Path, DATA]
@@ -74,6 +76,16 @@ Profile = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="With --jobs: a profile of Snakemake, such as one for Slurm.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="With --jobs: only show the jobs.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Most processes that read patients.", show_default="the cores, and 4 GB of memory each"
+    ),
+]
+Track = Annotated[
+    str | None,
+    typer.Option(metavar="TOOL", help="Follow the trainings in tensorboard or mlflow; see the docs on large runs."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")]
 
 
@@ -156,6 +168,16 @@ def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
         yield
     finally:
         set_devices(1)
+
+
+def use_workers(number: int | None):
+    """Reads patients in so many processes in the block."""
+    import joblib
+
+    from keras_mmfnet._machine import available_cores, available_memory
+
+    number = number or max(1, min(available_cores(), int(available_memory() // _MEMORY)))
+    return joblib.parallel_config("loky", n_jobs=number, idle_worker_timeout=_IDLE)
 
 
 def check_devices(number: str | None) -> None:

@@ -69,10 +69,10 @@ class TrainingProgress:
         """The time that the rest takes, such as `about 2 min left`; nothing before an update was made."""
         if not self.worked:
             return ""
-        return f"{time_left((time.monotonic() - self.begin) / self.worked * (self.total - self.done))} left"
+        return f"{roughly((time.monotonic() - self.begin) / self.worked * (self.total - self.done))} left"
 
 
-def time_left(seconds: float) -> str:
+def roughly(seconds: float) -> str:
     """A time such as `about 2 min`."""
     if seconds < 60:
         return "less than a minute"

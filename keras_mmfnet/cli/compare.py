@@ -46,6 +46,8 @@ def compare(
     jobs: options.Jobs = None,
     profile: options.Profile = None,
     dry_run: options.DryRun = False,
+    track: options.Track = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ):
     """Trains and compares methods on the same folds, patches and updates; several processes share the work.
@@ -59,13 +61,14 @@ def compare(
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
         for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
-        scheduled = choose_jobs(jobs, profile, dry_run, **for_each)
+        scheduled = choose_jobs(jobs, profile, dry_run, track=track, **for_each)
         start_backend("cpu" if scheduled else device)
         from keras_mmfnet._log import log_to_file
         from keras_mmfnet.data import cache
         from keras_mmfnet.methods import METHODS
         from keras_mmfnet.report import write_comparison
         from keras_mmfnet.run import Run, compare_methods
+        from keras_mmfnet.tracking import tracked_with
 
         options.import_files(modules)
         if methods == "list":
@@ -87,7 +90,12 @@ def compare(
             if dry_run:
                 scheduled.show(terminal, request)
                 return
-        with options.use_devices(None if scheduled else devices, sync_batch_norm), log_to_file(before.log_file):
+        with (
+            options.use_devices(None if scheduled else devices, sync_batch_norm),
+            options.use_workers(workers),
+            tracked_with(track),
+            log_to_file(before.log_file),
+        ):
             log_command()
             if verify:
                 cache.verify(before.cache)

@@ -24,6 +24,7 @@ def do_job(folder: Path, name: str) -> None:
     """Runs a job of a folder in `RUN/jobs`."""
     with session():
         from keras_mmfnet.jobs import Request, refusal, run_job
+        from keras_mmfnet.tracking import tracked_with
 
         request = Request.load(folder)
         trains = name.startswith(("network", "method"))
@@ -31,7 +32,8 @@ def do_job(folder: Path, name: str) -> None:
         with refusal(folder, name), own_gpu(folder.parent) if chooses else contextlib.nullcontext() as gpu:
             start_backend(gpu or request.device)
             options.import_files(request.modules)
-            with options.use_devices(request.devices if trains else None, request.sync_batch_norm):
+            devices = request.devices if trains else None
+            with options.use_devices(devices, request.sync_batch_norm), tracked_with(request.track):
                 run_job(request, name)
 
 

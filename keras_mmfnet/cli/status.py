@@ -7,7 +7,7 @@ import typer
 
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import silenced
-from keras_mmfnet.cli._terminal import make_table, session, time_left
+from keras_mmfnet.cli._terminal import make_table, roughly, session
 
 _SECONDS = 5
 
@@ -35,7 +35,7 @@ def status(
                 time.sleep(_SECONDS)
 
 
-_HEADER = ("fold", "network", "state", "epoch", "val. loss", "val. DSC", "left", "")
+_HEADER = ("fold", "network", "state", "epoch", "val. loss", "val. DSC", "left", "last epoch", "")
 
 
 def _lines(states):
@@ -47,6 +47,7 @@ def _lines(states):
             state.state,
             f"{state.epochs} of {state.total}",
             *("" if number is None else f"{number:.4f}" for number in (state.val_loss, state.val_dice)),
-            "" if state.seconds_left is None else time_left(state.seconds_left),
+            "" if state.seconds_left is None else roughly(state.seconds_left),
+            "" if state.updated is None else f"{roughly(max(0.0, time.time() - state.updated))} ago",
             state.about,
         )

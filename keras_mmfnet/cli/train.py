@@ -46,6 +46,8 @@ def train(
     jobs: options.Jobs = None,
     profile: options.Profile = None,
     dry_run: options.DryRun = False,
+    track: options.Track = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ):
     """Trains MMFNet by cross-validation on a folder of patients and segments the test patients.
@@ -59,6 +61,8 @@ def train(
         + ["--no-sync-batch-norm"] * (not sync_batch_norm)
         + [f"--jobs={jobs}"] * bool(jobs)
         + [f"--profile={profile}"] * bool(profile)
+        + [f"--track={track}"] * bool(track)
+        + [f"--workers={workers}"] * bool(workers)
     )
     with session(quiet, resume_with=again) as terminal:
         if data is None and not resume:
@@ -85,7 +89,7 @@ def train(
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
         for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
-        scheduled = choose_jobs(jobs, profile, dry_run, **for_each)
+        scheduled = choose_jobs(jobs, profile, dry_run, track=track, **for_each)
         if scheduled and planned:
             expected = "one of --recipe, --paper, --small, --from and --resume is expected with it"
             raise ValueError(f"--jobs: {expected}; mmfnet plan makes a recipe. Received: none")
@@ -99,11 +103,16 @@ def train(
         options.import_files(modules)
         from keras_mmfnet.data import cache
         from keras_mmfnet.run import Run
+        from keras_mmfnet.tracking import tracked_with
 
         before, opened = Run(out), opened or (source and Run(source))
         if not resume:
             before.require_none()
-        with options.use_devices(None if scheduled else devices, sync_batch_norm):
+        with (
+            options.use_devices(None if scheduled else devices, sync_batch_norm),
+            options.use_workers(workers),
+            tracked_with(track),
+        ):
             if verify and not dry_run:
                 cache.verify(before.cache)
             if planned:

@@ -61,6 +61,7 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
         device: What a job computes on, as for `mmfnet train --device`.
         devices: How many devices a job trains on, as for `mmfnet train --devices`.
         sync_batch_norm: As for `mmfnet train --sync-batch-norm`.
+        track: As for `mmfnet train --track`.
     """
 
     run: Path
@@ -78,6 +79,7 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
     device: str | None = None
     devices: str | None = None
     sync_batch_norm: bool = True
+    track: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Request":

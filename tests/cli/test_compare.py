@@ -36,7 +36,7 @@ def test_from_patients_to_a_table(mmfnet, tiny, tiny_cohort, tmp_path, registry,
     (tmp_path / "mine.py").write_text(MINE)
     out, names = tmp_path / "out", ["mmfnet_t1_t2", "unet3d_t1", "multi_encoder", "mine"]
     arguments = ["compare", tiny_cohort, "--out", out, *tiny, "--fold", 0, "--methods", ",".join(names)]
-    done = mmfnet(*arguments, "--import", tmp_path / "mine.py")
+    done = mmfnet(*arguments, "--import", tmp_path / "mine.py", "--track", "tensorboard")
     assert "| My U-net |" in done.stdout
     assert f"Report: {out / 'report.html'}" in done.stdout
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (out / "fold_0").glob("*.json")}
@@ -57,6 +57,8 @@ def test_from_patients_to_a_table(mmfnet, tiny, tiny_cohort, tmp_path, registry,
     assert [name for name, result in results.items() if result["shares"]] == ["mmfnet_t1_t2"]
     # The single-modality networks are trained once, for the row of their own and for the one that borrows them.
     assert (out / "fold_0" / "unet3d_t2.keras").exists()
+    followed = sorted(path.name for path in (out / "fold_0" / "tensorboard").iterdir())
+    assert followed == sorted([*names, "unet3d_t2"])
     assert "| **Multi-encoder multi-modality network** | 0.7005 |" in (out / "table.md").read_text(encoding="utf-8")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3
