@@ -1,5 +1,6 @@
 """Compares two folders of masks, such as those of a network and of an expert."""
 
+import functools
 import glob
 import logging
 import os
@@ -10,8 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json
-from keras_mmfnet._log import progress
-from keras_mmfnet.data.case import StructureFiles
+from keras_mmfnet._parallel import map_patients
+from keras_mmfnet.data.case import CaseError, StructureFiles
 from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
@@ -67,11 +68,15 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
     names = sorted(predicted.keys() & expert)
     if not names:
         raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
-    of_predictions, rows, others = _recipe_of_predictions(predicted, recipe), [], set()
-    for number, name in enumerate(names, start=1):
-        compared, unclaimed = _compare(name, (predicted[name], of_predictions), (expert[name], recipe))
+    rows, others, recipes = [], set(), (_recipe_of_predictions(predicted, recipe), recipe)
+    pairs = [(name, predicted[name], expert[name]) for name in names]
+    for found in map_patients(functools.partial(_compare, recipes=recipes), pairs, names, "comparing"):
+        if isinstance(found, CaseError):
+            raise found
+        compared, unclaimed, notes = found
         rows, others = rows + compared, others | unclaimed
-        progress("comparing", number, len(names))
+        for note in notes:
+            _log.warning("%s", note)
     if others and len(recipe.structures) > 1:  # From one structure, the others are left out on purpose.
         about = "The expert's masks have labels that belong to no structure and are not compared: %s"
         _log.warning(about, ", ".join(f"{label:g}" for label in sorted(others)[:10]))
@@ -167,20 +172,26 @@ def _recipe_of_predictions(masks, recipe):
     return as_one
 
 
-def _compare(name, predicted, expert):
-    """The numbers of one patient, a row for each structure that both have; each is a source and its recipe.
+def _compare(patient, recipes):
+    """The numbers of one patient, a row for each structure that both have; and the expert's labels of no structure.
 
-    Also the expert's labels that belong to no structure.
+    Args:
+        patient: The name, the prediction and the mask of the expert.
+        recipes: That of the predictions and that of the expert's masks.
+
+    Returns:
+        The rows, the labels and what is to be said of it.
     """
-    rows, sources, structures = [], (predicted[0], expert[0]), list(expert[1].structures)
+    name, *sources = patient
+    rows, notes, expert, structures = [], [], sources[1], list(recipes[1].structures)
     for who, source in zip(("prediction", "mask of the expert"), sources, strict=True):
         if isinstance(source, StructureFiles) and (lacking := [one for one in structures if one not in source.files]):
-            _log.warning("%s: no %s of %s, which is not compared", name, who, ", ".join(lacking))
+            notes.append(f"{name}: no {who} of {', '.join(lacking)}, which is not compared")
             structures = [one for one in structures if one not in lacking]
-    found = [structures_in(source, recipe, name) for source, recipe in (predicted, expert)]
+    found = [structures_in(source, recipe, name) for source, recipe in zip(sources, recipes, strict=True)]
     for structure in structures:
         (image, inside), (own, truth) = (masks[structure] for masks in found)
-        source = expert[0].files[structure] if isinstance(expert[0], StructureFiles) else expert[0]
+        source = expert.files[structure] if isinstance(expert, StructureFiles) else expert
         grids = [Grid.from_image(one) for one in (image, own)]
         if isinstance(source, DicomStructures):
             # A segmentation may have the slices with tumour alone: the others are added where no voxel is lost by it.
@@ -195,7 +206,7 @@ def _compare(name, predicted, expert):
             raise ValueError(f"{name}: both masks must lie on one grid. Received: {listed} with {sizes}")
         numbers = compare_masks(inside, truth, grids[0].spacing[::-1])
         rows.append({"patient": name, "structure": structure, **numbers})
-    return rows, unclaimed_labels(found[1], expert[1])
+    return rows, unclaimed_labels(found[1], recipes[1]), notes
 
 
 def _warn_of_absent(rows, structures):

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import logging
 import math
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_mmfnet._log import progress
+from keras_mmfnet._parallel import map_patients
 from keras_mmfnet.data.case import Case, CaseError, ZScoreError
 from keras_mmfnet.data.fingerprint import fingerprint_case, intensities, misalignment
 from keras_mmfnet.data.geometry import upright_grid
@@ -81,13 +83,10 @@ def plan_recipe(
     """
     plan, bad = _Plan(dict(changes or {}), memory, seconds, speed), []
     _plan_data(plan, cases)
-    recipe, patients = plan.data(), []
-    for number, case in enumerate(cases, start=1):
-        try:
-            patients.append(fingerprint_case(preprocess_case(case, recipe, cache)))
-        except CaseError as error:
-            bad.append(error)
-        progress("reading patients for the plan", number, len(cases))
+    read = functools.partial(_fingerprint, recipe=plan.data(), cache=cache)
+    patients = []
+    for found in map_patients(read, cases, [case.name for case in cases], "reading patients for the plan"):
+        (bad if isinstance(found, CaseError) else patients).append(found)
     if bad and (on_error is None or not patients):
         raise CaseError.of_several(bad, len(cases))
     for error in bad:
@@ -96,6 +95,10 @@ def plan_recipe(
         raise ValueError(f"a patient with a structure is expected. Received: {len(patients)} patients, all without")
     _plan_network(plan, patients)
     return plan.recipe(Recipe())
+
+
+def _fingerprint(case, recipe, cache):
+    return fingerprint_case(preprocess_case(case, recipe, cache))
 
 
 def given_recipe(changes: Mapping[str, Any]) -> Recipe:

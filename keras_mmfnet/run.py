@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
+from keras_mmfnet._parallel import map_patients
 from keras_mmfnet._start import LEARNING, check_start, keep_recipe
 from keras_mmfnet.bundle import write_bundle
 from keras_mmfnet.data import find_cases, preprocess_case
@@ -328,13 +329,13 @@ the groups, folds and donor that were given |
         """
         run = cls(folder)
         start = check_start(run, data, recipe, resume, groups, splits, methods, donor)
-        patients, bad = {}, start.bad
-        for number, case in enumerate(start.cases, start=1):
-            try:
-                patients[case.name] = preprocess_case(case, recipe.data, run.cache)
-            except CaseError as error:
-                bad.append(error)
-            progress("preprocessing", number, len(start.cases))
+        names, patients, bad = [case.name for case in start.cases], {}, start.bad
+        preprocess = functools.partial(preprocess_case, recipe=recipe.data, cache=run.cache)
+        for name, found in zip(names, map_patients(preprocess, start.cases, names, "preprocessing"), strict=True):
+            if isinstance(found, CaseError):
+                bad.append(found)
+            else:
+                patients[name] = found
         _log.info("Preprocessed %d of %d patients", len(patients), len(start.cases))
         for line in group_messages(f"{name}: {note}" for name, patient in patients.items() for note in patient.notes):
             _log.info("%s", line)

@@ -21,8 +21,8 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-# Tests that do not depend on the backend run with one: files, masks, metrics and the demo with TensorFlow; the command
-# line and run folders with PyTorch, which starts fastest. The docs' commands run with TensorFlow.
+# Tests that do not depend on the backend run with one: files, masks and metrics with TensorFlow; the command line and
+# run folders with PyTorch, which starts fastest. The docs' commands run with TensorFlow.
 _HERE = Path(__file__).parent
 _ONCE = {
     "tensorflow": [
@@ -31,7 +31,6 @@ _ONCE = {
         "test_evaluation.py",
         "test_mask_folders.py",
         "test_postprocess.py",
-        "cli/test_demo.py",
     ],
     "torch": [
         "cli",

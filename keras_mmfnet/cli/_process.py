@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-# Passes on what is no line of the log of TensorFlow's or XLA's C++ code.
+# Passes on what is no line of the log of TensorFlow's or XLA's C++ code, until this line: other processes may keep the
+# pipe open.
+_END = b"\0end\n"
 _FILTER = r"""
 import re, sys
 noise = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before absl|To enable the following instr")
 for line in sys.stdin.buffer:
+    if line.endswith(b"\0end\n"):
+        break
     if not noise.match(line):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
@@ -107,6 +111,8 @@ def without_chatter() -> Iterator[None]:
         try:
             yield
         finally:
+            with contextlib.suppress(OSError):
+                os.write(2, _END)
             os.dup2(terminal, 2)
             os.close(terminal)
             sys.stderr = stream

@@ -24,6 +24,7 @@ def check(
     structure: options.Structure = None,
     groups: options.Groups = None,
     splits: options.Splits = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ):
     """Lists patients and their grids, what would be resampled or refused and why, and the folds of a training.
@@ -51,7 +52,8 @@ def check(
             if reason := whole.reasons.get("data.normalised_scale"):
                 terminal.say(f"note: {reason}, and are used as they are")
         chosen = whole.data
-        rows = survey(cases, chosen, deep)
+        with options.use_workers(workers):
+            rows = survey(cases, chosen, deep)
         if not no_mask:
             lacking = "a mask is needed to train on this patient; --no-mask checks patients to be segmented"
             for index, row in enumerate(rows):

@@ -21,6 +21,7 @@ def evaluate(
     ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each patient's numbers as CSV.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON.")] = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ):
     """Compares two folders of masks, patient by patient, with 95% intervals of the means."""
@@ -36,7 +37,8 @@ def evaluate(
             options.require_folder(folder, "PREDICTIONS, TRUTH")
         changes = {**options.parse_structures(structure), "data.allow_empty": True}
         recipe = Recipe().replace(changes | ({"data.mask": mask} if mask else {})).data
-        rows = compare_folders(predictions, truth, recipe)
+        with options.use_workers(workers):
+            rows = compare_folders(predictions, truth, recipe)
         if csv:
             write(csv, csv_text(rows))
         if as_json:

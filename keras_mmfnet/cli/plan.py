@@ -25,6 +25,7 @@ def plan(
     structure: options.Structure = None,
     skip_bad: options.SkipBad = False,
     device: options.Device = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ):
     """Reads the patients and plans a recipe for them, with the reason for each number."""
@@ -35,7 +36,8 @@ def plan(
         start_backend(device)
         from keras_mmfnet._files import write
 
-        write(out, plan_patients(terminal, data, given, budget, skip_bad).to_json())
+        with options.use_workers(workers):
+            write(out, plan_patients(terminal, data, given, budget, skip_bad).to_json())
         terminal.say(f"Train it: mmfnet train {shlex.quote(str(data))} --recipe {shlex.quote(str(out))} --out RUN")
         if quiet:
             terminal.say(out, always=True)

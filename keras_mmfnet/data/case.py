@@ -70,6 +70,9 @@ class ZScoreError(CaseError):
         super().__init__(message)
         self.scale = scale
 
+    def __reduce__(self):
+        return type(self), (str(self), self.scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class StructureFiles:

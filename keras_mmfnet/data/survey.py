@@ -1,13 +1,13 @@
 """Surveys a cohort for `mmfnet check`: its geometry, and what preprocessing would change or refuse."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet._log import progress
+from keras_mmfnet._parallel import map_patients
 from keras_mmfnet.data.case import Case, CaseError, files_of
 from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
@@ -72,7 +72,7 @@ class CaseSurvey:
 
 
 def survey(cases: Sequence[Case], recipe: DataRecipe, deep: bool = False) -> list[CaseSurvey]:
-    """Surveys patients in parallel.
+    """Surveys patients, in parallel processes within `joblib.parallel_config`.
 
     Args:
         cases: The patients.
@@ -82,13 +82,8 @@ def survey(cases: Sequence[Case], recipe: DataRecipe, deep: bool = False) -> lis
     Returns:
         One `CaseSurvey` per patient, in the order of `cases`.
     """
-    rows = []
-    # Preprocessing a patient takes gigabytes and several threads.
-    with ThreadPoolExecutor(2 if deep else None) as pool:
-        for row in pool.map(lambda case: survey_case(case, recipe, deep), cases):
-            rows.append(row)
-            progress("checking", len(rows), len(cases))
-    return rows
+    names = [case.name for case in cases]
+    return list(map_patients(functools.partial(survey_case, recipe=recipe, deep=deep), cases, names, "checking"))
 
 
 def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurvey:

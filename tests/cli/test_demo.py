@@ -9,8 +9,8 @@ from keras_mmfnet import synthetic
 
 @pytest.mark.slow
 def test_the_demonstration_learns_to_segment(mmfnet, tmp_path):
-    """With a bit more than half of the updates, to be shorter."""
-    done = mmfnet("demo", "--out", tmp_path / "run", "--set", "training.steps_per_epoch=25")
+    """With a third of the updates, to be shorter."""
+    done = mmfnet("demo", "--out", tmp_path / "run", "--set", "training.steps_per_epoch=13")
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["summary"]
     assert summary["dsc"]["mean"] >= 0.7
     assert "mean of" in done.stdout

@@ -107,6 +107,20 @@ with without_chatter():
     assert sorted(python(code).stderr.splitlines()) == ["afterwards", "before a crash", "of Python", "the last words"]
 
 
+def test_a_process_that_goes_on_is_not_waited_for():
+    code = """
+import subprocess, sys
+from keras_mmfnet.cli._process import without_chatter
+with without_chatter():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
+    print("the last words", file=sys.stderr)
+assert process.poll() is None
+process.kill()
+"""
+    done = python(code)
+    assert (done.returncode, done.stderr) == (0, "the last words\n")
+
+
 def test_the_device(monkeypatch):
     environment = {}
     monkeypatch.setattr(_process.os, "environ", environment)
