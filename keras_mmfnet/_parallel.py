@@ -32,7 +32,7 @@ def map_patients(function: Callable, patients: Sequence[Any], names: Sequence[st
     Raises:
         RuntimeError: A process crashed or was killed. The message names the patients that were in work.
     """
-    processes = min(joblib.effective_n_jobs(), len(patients) // _LEAST)
+    processes = min(joblib.effective_n_jobs(None), len(patients) // _LEAST)
     if processes <= 1:
         results = (_attempt(function, patient) for patient in patients)
         yield from _with_progress(results, len(names), what)

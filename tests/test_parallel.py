@@ -49,6 +49,11 @@ def test_results_are_in_order_and_errors_among_them(processes):
     assert os.getpid() not in {process for _, process in found}
 
 
+def test_one_process_does_all_unless_there_are_to_be_several(monkeypatch):
+    monkeypatch.setattr(_parallel, "_LEAST", 1)
+    assert list(map_patients(look, [1, 2], names([1, 2]), "looking")) == [(1, os.getpid()), (2, os.getpid())]
+
+
 def test_few_patients_are_not_divided():
     with joblib.parallel_config("loky", n_jobs=2):
         found = list(map_patients(look, [1, 2], names([1, 2]), "looking"))
