@@ -9,7 +9,7 @@ from pathlib import Path
 
 from keras_mmfnet._files import read_json, write_once
 from keras_mmfnet._precision import dtype_policy
-from keras_mmfnet.data import find_cases, group_patients
+from keras_mmfnet.data import find_cases, find_duplicates, group_patients, refuse_duplicates
 from keras_mmfnet.data.case import Case, CaseError
 from keras_mmfnet.data.folds import Fold, divide_patients
 from keras_mmfnet.devices import check_recipe
@@ -25,12 +25,24 @@ LEARNING = ("train", "validation")
 
 @dataclasses.dataclass
 class Start:
-    """What a run starts from: the patients' files, the `CaseError`s of those that cannot be used, and the rest."""
+    """What a run starts from.
+
+    Args:
+        recipe: The `Recipe`.
+        methods: The methods that are to be trained.
+        cases: The patients' files.
+        bad: The `CaseError`s of patients that cannot be used.
+        grouped: The group of each patient who is in one, as from `group_patients`.
+        groups: The groups that were given, as for `Run.start`.
+        splits: The folds that were given, as for `Run.start`.
+        donor: What `cohort.json` says of the donor.
+    """
 
     recipe: Recipe
     methods: Sequence[Method]
     cases: list[Case]
     bad: list[CaseError]
+    grouped: Mapping[str, str]
     groups: Mapping[str, str] | None
     splits: Sequence[Fold]
     donor: dict | None
@@ -38,10 +50,9 @@ class Start:
     def divide(self, patients=None):
         """The folds; those of preprocessed patients, whose tumours are known, if they are given."""
         names = [case.name for case in self.cases] if patients is None else patients
-        grouped = group_patients(self.cases, self.recipe.training.group, self.groups)
         volumes = patients and {name: patient.tumour_ml for name, patient in patients.items()}
         left_out = [error.patient for error in self.bad]
-        folds = divide_patients(names, self.recipe.training, grouped, self.splits, volumes, left_out)
+        folds = divide_patients(names, self.recipe.training, self.grouped, self.splits, volumes, left_out)
         structures = patients and {name: patient.structures_ml for name, patient in patients.items()}
         _check_folds(folds, self.cases, structures, self.recipe, self.methods)
         return folds
@@ -79,7 +90,10 @@ def check_start(run, data, recipe, resume=False, groups=None, splits=None, metho
         if unused := [case.name for case in cases if case.name not in used]:
             _log.info("In no fold, and not used: %s", ", ".join(unused))
         cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
-    start = Start(recipe, methods, cases, bad, groups, splits, given or kept.get("donor"))
+    grouped = group_patients(cases, recipe.training.group, groups)
+    if not kept:  # The images of a run are the same when it is resumed, or it is refused.
+        refuse_duplicates(find_duplicates(cases), grouped)
+    start = Start(recipe, methods, cases, bad, grouped, groups, splits, given or kept.get("donor"))
     start.divide()  # Too few patients are found before the long work.
     if len(recipe.data.mask_files) > 1:
         files = Counter(f"{case.name}_{structure}" for case in cases for structure in recipe.data.mask_files)

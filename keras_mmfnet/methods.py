@@ -66,7 +66,7 @@ class Method:
 
     def serves(self, images: Iterable[str], recipe: Recipe) -> bool:
         """Whether a patient with images of these modalities has one that the method takes."""
-        return not set(self.adapt(recipe).data.modalities).isdisjoint(images)
+        return not set(self.changes.get("data.modalities", recipe.data.modalities)).isdisjoint(images)
 
     def over_volumes(self, network: keras.Model, recipe: Recipe) -> keras.Model:
         """Returns the trained network as one that `predict_volume` can call."""

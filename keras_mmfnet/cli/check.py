@@ -69,14 +69,15 @@ def check(
             texts = [(row.name, text.removeprefix(f"{row.name}: ")) for row in rows for text in getattr(row, field)]
             for line in group_messages(f"{name}: {text}" for name, text in texts):
                 terminal.say(f"{kind}: {line}")
-        for copies in find_duplicates(cases):
-            terminal.say(f"the same images: {', '.join(copies)}")
+        copies = find_duplicates(cases)
+        for same in copies:
+            terminal.say(f"the same images: {', '.join(same)}")
         if csv:
             write(csv, csv_text([_columns(row, chosen.modalities, names) for row in rows]))
         if as_json:
             write(as_json, json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
         if not no_mask:
-            _show_folds(terminal, cases, rows, whole, **division)
+            _show_folds(terminal, cases, rows, whole, copies, **division)
         unusable = [row.name for row in rows if row.problems]
         if unusable:
             remedy = "" if no_mask or len(unusable) == len(rows) else "; mmfnet train --skip-bad leaves them out"
@@ -104,11 +105,11 @@ def find(data, recipe, no_mask=False):
         raise
 
 
-def _show_folds(terminal, cases, rows, recipe, groups, splits):
+def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
     """Who lacks what, and what the folds of a training would hold."""
     import statistics
 
-    from keras_mmfnet.data.folds import divide_patients, group_patients
+    from keras_mmfnet.data.folds import divide_patients, group_patients, refuse_duplicates
 
     usable = {row.name: row for row in rows if not row.problems}
     modalities = recipe.data.modalities
@@ -127,6 +128,7 @@ def _show_folds(terminal, cases, rows, recipe, groups, splits):
         return terminal.say("the folds are balanced by volume, which --deep reads")
     try:
         grouped = group_patients([case for case in cases if case.name in used], recipe.training.group, groups)
+        refuse_duplicates([same for names in copies if len(same := used.intersection(names)) > 1], grouped)
         folds = divide_patients(used, recipe.training, grouped, splits, volumes, [r.name for r in rows if r.problems])
     except ValueError as error:
         if groups or splits:

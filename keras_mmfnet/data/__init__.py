@@ -22,6 +22,7 @@ from keras_mmfnet.data.folds import (
     group_patients,
     read_groups,
     read_splits,
+    refuse_duplicates,
 )
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
@@ -57,4 +58,5 @@ __all__ = [
     "read_case_folder",
     "read_groups",
     "read_splits",
+    "refuse_duplicates",
 ]

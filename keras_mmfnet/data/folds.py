@@ -281,7 +281,7 @@ def _hold_back(units, fraction, volumes, *key):
 def group_patients(
     cases: Sequence[Case], pattern: str | None = None, groups: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Groups patients by a list or by their names; without a group for them, refuses duplicates.
+    """Groups patients by a list or by their names.
 
     Args:
         cases: The patients.
@@ -293,8 +293,7 @@ def group_patients(
         Names that do not match are left out.
 
     Raises:
-        ValueError: `find_duplicates` finds patients without a group; the pattern matches none; `groups` lack a
-            patient; or there are both.
+        ValueError: The pattern matches none; `groups` lack a patient; or there are both.
     """
     if groups is not None:
         if pattern is not None:
@@ -308,8 +307,20 @@ def group_patients(
         raise ValueError(
             f"`training.group` must match the names of patients. Received: {pattern!r}, which matches none"
         )
-    # Where the pattern matches, the names tell who is who.
-    apart = [names for names in find_duplicates(cases) if not groups.keys() >= set(names)]
+    return groups
+
+
+def refuse_duplicates(copies: Sequence[Collection[str]], groups: Collection[str]) -> None:
+    """Refuses patients who occur several times, unless they are in groups, which tell who is who.
+
+    Args:
+        copies: The names of each patient who occurs more than once, as from `find_duplicates`.
+        groups: The names of the patients who are in a group, as from `group_patients`.
+
+    Raises:
+        ValueError: One of them is in no group.
+    """
+    apart = [sorted(names) for names in copies if not set(groups) >= set(names)]
     if apart:
         listed = "; ".join(" = ".join(names) for names in apart[:20])
         raise ValueError(
@@ -317,7 +328,6 @@ def group_patients(
             "`training.group`, a regular expression for the part of a name that tells the patient, or --groups. "
             f"Received: {listed}{f'; ... and {len(apart) - 20} more' if len(apart) > 20 else ''}"
         )
-    return groups
 
 
 def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from keras_mmfnet.data.folds import (
     group_patients,
     read_groups,
     read_splits,
+    refuse_duplicates,
 )
 from keras_mmfnet.data.image_io import Volume
 from keras_mmfnet.data.layouts import find_cases
@@ -214,7 +215,8 @@ def test_duplicates_are_refused_unless_they_are_one_group(tmp_path, voxels):
     cases += [Case("p8", {"t1": save(tmp_path / "other.nii", voxels + 1)})]
     for pattern in (None, "before", "p7_before|p8"):
         with pytest.raises(ValueError, match=r"give `training.group`, .*Received: p7_after = p7_before$"):
-            group_patients(cases, pattern)
+            refuse_duplicates(find_duplicates(cases), group_patients(cases, pattern))
+    refuse_duplicates(find_duplicates(cases), group_patients(cases, r"^p7"))
     assert group_patients(cases, r"^(p\d+)") == {"p7_before": "p7", "p7_after": "p7", "p8": "p8"}
     # The names are trusted: copies that were made anonymous to one ID.
     assert group_patients(cases, ".+") == {name: name for name in ("p7_before", "p7_after", "p8")}
