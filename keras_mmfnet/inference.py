@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import PreprocessedCase
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
 from keras_mmfnet.postprocess import PostProcessing
@@ -206,6 +208,25 @@ def segment_ensemble(
         disagreements,
         None if labels is None else image(labels),
     )
+
+
+def read_segmentation(
+    files: Mapping[str | None, str | os.PathLike], structures: Mapping[str, Any]
+) -> dict[str, sitk.Image]:
+    """Reads the masks of a patient that were written as one label image, or as a file for each structure.
+
+    Args:
+        files: The files by structure, or one under `None`.
+        structures: `DataRecipe.structures`.
+
+    Returns:
+        `{structure: uint8 {0, 1}}`.
+    """
+    images = {one: sitk.ReadImage(str(path)) for one, path in files.items()}
+    if None not in images:
+        return images
+    image, labels = Grid.from_image(images[None]).image, sitk.GetArrayFromImage(images[None])
+    return {one: image(mask.astype(np.uint8)) for one, mask in split_labels(labels, structures).items()}
 
 
 def masks_of(

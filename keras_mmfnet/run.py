@@ -26,13 +26,11 @@ from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold
-from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import write_image
-from keras_mmfnet.data.labels import split_labels
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
-from keras_mmfnet.inference import segment_case
+from keras_mmfnet.inference import read_segmentation, segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.postprocess import PostProcessing, choose
@@ -117,12 +115,7 @@ the groups, folds and donor that were given |
 
     def read_masks(self, fold: int, name: str, patient: str) -> dict[str, sitk.Image]:
         """What a method predicted for a test patient, by structure."""
-        images = {one: sitk.ReadImage(str(path)) for one, path in self.masks(fold, name, patient).items()}
-        if None not in images:
-            return images
-        labels, structures = sitk.GetArrayFromImage(images[None]), self.recipe.data.structures
-        image = Grid.from_image(images[None]).image
-        return {one: image(mask.astype(np.uint8)) for one, mask in split_labels(labels, structures).items()}
+        return read_segmentation(self.masks(fold, name, patient), self.recipe.data.structures)
 
     def postprocessing(self, folds: Sequence[int]) -> PostProcessing:
         """How masks are made of the mean probability of the MMFNets of some folds.

@@ -3,7 +3,12 @@ from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import session
 
 
-def report(run: options.RunFolder, device: options.Device = None, quiet: options.Quiet = False):
+def report(
+    run: options.RunFolder,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    quiet: options.Quiet = False,
+):
     """Writes report.html in the folder of a run, also of one that is not finished."""
     with session(quiet) as terminal:
         options.recipe_of_run(run)
@@ -13,4 +18,5 @@ def report(run: options.RunFolder, device: options.Device = None, quiet: options
 
         opened = Run(run)
         write = write_comparison if opened.results() and "mmfnet" not in opened.results() else write_report
-        terminal.say(write(opened), always=True)
+        with options.use_workers(workers):
+            terminal.say(write(opened), always=True)

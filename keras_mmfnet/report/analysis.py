@@ -1,18 +1,16 @@
 """What a report shows, section by section."""
 
-import io
 import json
 from pathlib import Path
 
 import keras
 import numpy as np
-import SimpleITK as sitk
-from matplotlib.image import imsave
 
 from keras_mmfnet._machine import machine
 from keras_mmfnet.evaluation import METRICS, defined_metrics, mean_over_structures, rows_by_structure, summarise
 from keras_mmfnet.methods import METHODS, method_of
-from keras_mmfnet.plots import plot_attention, plot_boxes, plot_learning_curves, plot_training, slice_strips
+from keras_mmfnet.plots import plot_attention, plot_boxes, plot_learning_curves, plot_training
+from keras_mmfnet.plots._strips import encoded_strips
 from keras_mmfnet.postprocess import MaskRule
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import _comparison as comparison
@@ -20,8 +18,6 @@ from keras_mmfnet.report import _page as page
 from keras_mmfnet.run import Run
 
 _PACKAGES = ("keras-mmfnet", "keras", "tensorflow", "torch", "jax", "numpy", "SimpleITK", "scikit-learn", "matplotlib")
-# Of all strips of slices together; base64 takes a third more.
-_STRIP_BYTES = 3_300_000
 # The metrics beside a patient's slices.
 _SHOWN = ("dsc", "hd95", "sensitivity", "precision", "volume_ml", "predicted_ml", "false_positive_ml")
 _BOXES = "DSC of the test patients{of}: quartiles, and a dot for each patient; in brackets how many they are."
@@ -261,43 +257,25 @@ def _postprocessing(results):
 
 def _patients(run, method, rows, every):
     """A block for each test patient, with the slices about the tumour."""
-    paths = {row["patient"]: run.masks(row["fold"], method, row["patient"]).values() for row in rows}
-    gone = [name for name, files in paths.items() if not all(path.exists() for path in files)]
+    paths = {row["patient"]: run.masks(row["fold"], method, row["patient"]) for row in rows}
+    gone = [name for name, files in paths.items() if not all(path.exists() for path in files.values())]
     blocks = [page.texts(f"Without pictures, because their masks are gone: {', '.join(gone)}.")] if gone else []
-    for row in rows:
-        if row["patient"] in gone:
-            continue
-        (patient,) = run.patients([row["patient"]])
-        predicted = {
-            name: patient.grid.resample(sitk.Cast(mask, sitk.sitkFloat32)) >= 0.5
-            for name, mask in run.read_masks(row["fold"], method, patient.name).items()
-        }
-        for side in (200, 160, 128, 96, 72):
-            strip, marks, numbers = slice_strips(patient.images, predicted, patient.masks, patient.spacing, side)
-            jpeg, png = io.BytesIO(), io.BytesIO()
-            imsave(jpeg, strip, format="jpeg", pil_kwargs={"quality": 65})
-            imsave(png, marks, format="png", pil_kwargs={"optimize": True})
-            if len(jpeg.getvalue()) + len(png.getvalue()) <= _STRIP_BYTES / len(rows):
-                break
-        anything = np.any([*predicted.values(), patient.mask > 0], axis=0)
-        largest = np.count_nonzero(anything[numbers], axis=(1, 2)).argmax()
+    shown = [row for row in rows if row["patient"] not in gone]
+    patients = run.patients([row["patient"] for row in shown])
+    strips = encoded_strips([(one, paths[one.name]) for one in patients], run.recipe.data.structures)
+    for row, patient, strip in zip(shown, patients, strips, strict=True):
         own = rows_by_structure([one for one in every if one["patient"] == patient.name])
-        blocks.append(
-            {
-                "kind": "patient",
-                "name": patient.name,
-                "fold": row["fold"],
-                "numbers": {name: _numbers(one) for name, (one,) in own.items()},
-                "modalities": list(patient.images),
-                "strip": page.uri(jpeg, "jpeg"),
-                "marks": page.uri(png, "png"),
-                "slices": [number + 1 for number in numbers],
-                "start": int(largest),
-                "depth": patient.shape[0],
-                "width": strip.shape[1],
-                "height": strip.shape[0] // len(numbers),
-            }
-        )
+        block = {
+            "kind": "patient",
+            "name": patient.name,
+            "fold": row["fold"],
+            "numbers": {name: _numbers(one) for name, (one,) in own.items()},
+            "modalities": list(patient.images),
+            "strip": page.uri(strip["strip"], "jpeg"),
+            "marks": page.uri(strip["marks"], "png"),
+            "slices": [number + 1 for number in strip["slices"]],
+        }
+        blocks.append({**strip, **block})
     return blocks
 
 
