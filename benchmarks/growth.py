@@ -23,12 +23,14 @@ import numpy as np
 import psutil
 import SimpleITK as sitk
 from machine import machine, report
+from matplotlib.figure import Figure
 
 from keras_mmfnet._machine import available_cores
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 STAGES = ("check", "preprocess on one core", "preprocess", "resume", "patches", "segment", "evaluate", "report")
-WITH_VOXELS, BATCHES = 16, 100
+# Millions of voxels of each of many patients; patients of many voxels; batches that are timed.
+SMALL, WITH_VOXELS, BATCHES = 0.22, 16, 100
 
 
 def make_patients(folder, count, shape):
@@ -41,7 +43,7 @@ def make_patients(folder, count, shape):
         patient = folder / f"patient_{number:05d}"
         patient.mkdir(parents=True)
         for name in ("t1", "t2", "mask"):
-            array = mask if name == "mask" else (100 + 200 * mask + rng.normal(0, 20, shape)).astype(np.int16)
+            array = mask if name == "mask" else (100 + 200.0 * mask + rng.normal(0, 20, shape)).astype(np.int16)
             image = sitk.GetImageFromArray(array)
             image.SetSpacing((1.0, 1.0, 4.0))
             sitk.WriteImage(image, str(patient / f"{name}.nii.gz"))
@@ -57,10 +59,10 @@ def recipe_of():
 
 
 def threshold(method, training, validation, recipe, folder):
-    """Takes the place of a training: a voxel is tumour as it is bright."""
+    """Takes the place of a training: the brighter a voxel, the higher its probability."""
 
     def predict(images):
-        return 1 / (1 + np.exp(-4 * (np.asarray(images["t1"]) - 1.5)))
+        return 1 / (1 + np.exp(-20 * (np.asarray(images["t1"]) - 0.8)))
 
     return predict, 0, []
 
@@ -119,7 +121,7 @@ def measure(stage, folder):
     """Runs a stage in this process; the cores are one or all."""
     one = stage.endswith("one core")
     if one:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on Linux
     found = {}
     watcher = threading.Thread(target=watch, args=(found,))
     watcher.start()
@@ -145,6 +147,29 @@ def stages_of(count, shape):
         return found
 
 
+def draw(result, path):
+    """Draws the seconds and the memory of each stage against the patients and their voxels."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col")
+    axes = {"patients": f"patients of {SMALL} million voxels", "voxels": f"million voxels, {WITH_VOXELS} patients"}
+    for column, (key, label) in zip(panels.T, axes.items(), strict=True):
+        for panel, quantity in zip(column, ("seconds", "mb"), strict=True):
+            for number, stage in enumerate(STAGES):
+                x = [float(one) for one in result[key]]
+                y = [stages[stage][quantity] for stages in result[key].values()]
+                style = "--" if "core" in stage else "-"
+                panel.plot(x, y, style, marker="o", markersize=3, color=f"C{number}", label=stage)
+            panel.set_xscale("log")
+            panel.set_yscale("log" if quantity == "seconds" else "linear")
+            panel.grid(alpha=0.3)
+        column[0].set_ylabel("seconds")
+        column[1].set_ylabel("memory, MB")
+        column[1].set_ylim(bottom=0)
+        column[1].set_xlabel(label)
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patients", default="10,30,100,300,1000", metavar="N,..", help="(%(default)s)")
@@ -163,6 +188,7 @@ def main():
         width = round((millions * 1e6 / 32) ** 0.5)
         result["voxels"][f"{millions:g}"] = stages_of(WITH_VOXELS, (32, width, width))
     report(result, parsed.out)
+    draw(json.loads(parsed.out.read_text()), parsed.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The modules, which are imported on first use:
     recipe, plan                     all settings of a run; planned from the patients
     data                             finds patients, preprocesses them, makes patches
     methods, training, run           train networks, cross-validate, compare methods
-    devices                          train one network on several devices
+    devices, jobs                    train one network on several devices, many networks as jobs
+    status, tracking                 follow trainings
     inference, postprocess, export   segment, clean the masks, write files
     bundle                           networks to share, with their recipe and results
     evaluation, mask_folders         compare with the expert

@@ -1,5 +1,6 @@
-"""Divides work among processes by patients, as many as `joblib.parallel_config` says; without it, one does all."""
+"""Maps a function over patients, in the number of processes that `joblib.parallel_config` sets; by default in one."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -13,44 +14,55 @@ from keras_mmfnet._log import progress
 from keras_mmfnet._machine import available_cores
 from keras_mmfnet.data.case import CaseError
 
-# Patients for each process at least: it takes a second to start.
+# The fewest patients for each process; to start one takes a second.
 _LEAST = 4
 
 
 def map_patients(function: Callable, patients: Sequence[Any], names: Sequence[str], what: str) -> Iterator[Any]:
-    """Applies a function to each patient, and reports the progress. Few patients are in memory at a time.
+    """Applies a function to each patient, and reports the progress.
 
     Args:
-        function: A function of one patient that can be pickled, as its argument and its result can.
+        function: A function of one patient. It, its argument and its result must be picklable. Results that are
+            finished wait in memory for those before them, and should be small.
         patients: The patients.
         names: Their names.
         what: What is done, such as `"preprocessing"`.
 
     Yields:
-        The results in the order of the patients, or the `CaseError` that was raised instead.
+        The results in the order of the patients.
 
     Raises:
-        RuntimeError: A process crashed or was killed. The message names the patients that were in work.
+        RuntimeError: A process crashed or was killed. The message names the patients that were being processed.
     """
     processes = min(joblib.effective_n_jobs(None), len(patients) // _LEAST)
     if processes <= 1:
-        results = (_attempt(function, patient) for patient in patients)
-        yield from _with_progress(results, len(names), what)
+        yield from _with_progress(map(function, patients), len(names), what)
         return
     threads = max(1, available_cores() // processes)
     with tempfile.TemporaryDirectory() as folder:
         marks = [Path(folder) / str(number) for number in range(len(patients))]
         work = joblib.delayed(_in_process)
         calls = (work(function, patient, mark, threads) for patient, mark in zip(patients, marks, strict=True))
+        results = joblib.Parallel(processes, backend="loky", return_as="generator")(calls)
         try:
-            results = joblib.Parallel(processes, return_as="generator")(calls)
-            yield from _with_progress(results, len(names), what)
+            with contextlib.closing(results):
+                yield from _with_progress(results, len(names), what)
         except BrokenProcessPool as error:
             begun = " or ".join(name for name, mark in zip(names, marks, strict=True) if mark.exists())
+            if not begun:
+                raise
             raise RuntimeError(
-                f"{what} {begun}: a process must end by itself; if the memory was full, use fewer --workers. "
-                f"Received: {type(error).__name__}"
+                f"{what} {begun}: a process was killed, perhaps because the memory was full; fewer processes take less "
+                f"(--workers, or `n_jobs` of `joblib.parallel_config`). Received: {_exit_codes(error)}"
             ) from None
+
+
+def attempt(function: Callable, patient: Any) -> Any:
+    """The result of a function of a patient, or the `CaseError` that it raised."""
+    try:
+        return function(patient)
+    except CaseError as error:
+        return error
 
 
 def _with_progress(results, total, what):
@@ -63,13 +75,12 @@ def _in_process(function, patient, mark, threads):
     """Applies the function. The mark stays if the process crashes."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     mark.touch()
-    result = _attempt(function, patient)
-    mark.unlink()
-    return result
-
-
-def _attempt(function, patient):
     try:
         return function(patient)
-    except CaseError as error:
-        return error
+    finally:
+        mark.unlink()
+
+
+def _exit_codes(error):
+    """How the processes ended, the last words of joblib's message."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -59,7 +59,7 @@ class Start:
 
 
 def check_start(run, data, recipe, resume=False, groups=None, splits=None, methods=None, donor=None):
-    """Finds the patients of a run, and raises what `Run.start` with these arguments raises before it preprocesses.
+    """Finds the patients of a run, and makes all checks that `Run.start` makes before it preprocesses.
 
     Nothing is written. Patients who cannot be used are listed in the `Start` that is returned.
     """
@@ -91,7 +91,7 @@ def check_start(run, data, recipe, resume=False, groups=None, splits=None, metho
             _log.info("In no fold, and not used: %s", ", ".join(unused))
         cases, bad = [case for case in cases if case.name in used], [one for one in bad if one.patient in used]
     grouped = group_patients(cases, recipe.training.group, groups)
-    if not kept:  # The images of a run are the same when it is resumed, or it is refused.
+    if not kept:  # A run that is resumed must have the same images, which were checked at its start.
         refuse_duplicates(find_duplicates(cases), grouped)
     start = Start(recipe, methods, cases, bad, grouped, groups, splits, given or kept.get("donor"))
     start.divide()  # Too few patients are found before the long work.

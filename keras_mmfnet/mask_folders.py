@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet._parallel import map_patients
-from keras_mmfnet.data.case import CaseError, StructureFiles
+from keras_mmfnet.data.case import StructureFiles
 from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
@@ -70,10 +70,8 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
         raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")
     rows, others, recipes = [], set(), (_recipe_of_predictions(predicted, recipe), recipe)
     pairs = [(name, predicted[name], expert[name]) for name in names]
-    for found in map_patients(functools.partial(_compare, recipes=recipes), pairs, names, "comparing"):
-        if isinstance(found, CaseError):
-            raise found
-        compared, unclaimed, notes = found
+    compare = functools.partial(_compare, recipes=recipes)
+    for compared, unclaimed, notes in map_patients(compare, pairs, names, "comparing"):
         rows, others = rows + compared, others | unclaimed
         for note in notes:
             _log.warning("%s", note)

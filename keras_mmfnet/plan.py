@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_mmfnet._log import progress
-from keras_mmfnet._parallel import map_patients
+from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet.data.case import Case, CaseError, ZScoreError
 from keras_mmfnet.data.fingerprint import fingerprint_case, intensities, misalignment
 from keras_mmfnet.data.geometry import upright_grid
@@ -83,7 +83,7 @@ def plan_recipe(
     """
     plan, bad = _Plan(dict(changes or {}), memory, seconds, speed), []
     _plan_data(plan, cases)
-    read = functools.partial(_fingerprint, recipe=plan.data(), cache=cache)
+    read = functools.partial(attempt, functools.partial(_fingerprint, recipe=plan.data(), cache=cache))
     patients = []
     for found in map_patients(read, cases, [case.name for case in cases], "reading patients for the plan"):
         (bad if isinstance(found, CaseError) else patients).append(found)

@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine
-from keras_mmfnet._parallel import map_patients
+from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet._start import LEARNING, check_start, keep_recipe
 from keras_mmfnet.bundle import write_bundle
 from keras_mmfnet.data import find_cases, preprocess_case
@@ -60,6 +60,7 @@ the groups, folds and donor that were given |
     | `fold_<n>/<method>.json` | the numbers of a method's test patients |
     | `fold_<n>/masks/<method>/<patient>.nii.gz` | their predicted masks, each on the reference modality's own grid; \
 `<patient>_<structure>.nii.gz` if each structure has a file of its own |
+    | `fold_<n>/tensorboard/<method>/` | the losses for TensorBoard, with `tracking` |
     | `metrics.json`, `metrics.csv` | the numbers of one method over all folds run so far |
     | `run.log`, `report.html` | what was said, and the report |
     | `jobs/` | the jobs that were started for the run, and their logs |
@@ -324,6 +325,7 @@ the groups, folds and donor that were given |
         start = check_start(run, data, recipe, resume, groups, splits, methods, donor)
         names, patients, bad = [case.name for case in start.cases], {}, start.bad
         preprocess = functools.partial(preprocess_case, recipe=recipe.data, cache=run.cache)
+        preprocess = functools.partial(attempt, preprocess)
         for name, found in zip(names, map_patients(preprocess, start.cases, names, "preprocessing"), strict=True):
             if isinstance(found, CaseError):
                 bad.append(found)

@@ -86,7 +86,7 @@ def _state(run, fold, name, borrowed, missing, reason):
         state = "stopped" if rows or network.exists() else "waiting"
     total, last = run.recipe.training.epochs, rows[-1] if rows else {}
     training = state == "running" and last and not network.exists()
-    waits = f"for {', '.join(missing)}" if missing else ""
+    waits = f"waits for {', '.join(missing)}" if missing else ""
     return NetworkState(
         fold=fold,
         name=name,

@@ -5,6 +5,7 @@ Each stage of a network's training is a run of its own there: the epochs with fr
 
 import contextlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import keras
 from keras_mmfnet._files import write
 from keras_mmfnet.recipe import Recipe
 
+_log = logging.getLogger(__name__)
 TOOLS = ("tensorboard", "mlflow")
 _tool = None
 
@@ -24,8 +26,9 @@ def tracked_with(tool: str | None) -> Iterator[None]:
 
     Args:
         tool: `"tensorboard"`: files in `tensorboard/<network>/<stage>` beside the networks; `"mlflow"`: the server or
-            database of the environment variable `MLFLOW_TRACKING_URI`, in the experiment `MLFLOW_EXPERIMENT_NAME` or
-            else that of the run folder's name, with the recipe as parameters; `None`: nothing is sent.
+            database of the environment variable `MLFLOW_TRACKING_URI`, with the recipe as parameters, in the experiment
+            of `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME` or else one named as the run folder; `None`: nothing
+            is sent.
 
     Raises:
         ValueError: There is no such tool.
@@ -48,27 +51,51 @@ def trackers(network: Path, stage: Path, recipe: Recipe) -> Iterator[list[keras.
     """Yields the callbacks that follow one stage of a network's training, while it is trained in the block.
 
     Args:
-        network: The file that the network will be saved as.
+        network: The file that the network will be saved as, in the folder of its fold.
         stage: The folder of the stage, where what is needed to resume is kept.
         recipe: The `Recipe`.
 
     Yields:
-        A list of callbacks; empty outside of `tracked_with`.
+        A list of callbacks; empty outside of `tracked_with`, or if MLflow cannot be used, of which a warning tells.
     """
-    folder = network.absolute().parent
-    if _tool == "tensorboard":
-        yield [keras.callbacks.TensorBoard(folder / "tensorboard" / network.stem / stage.name, write_graph=False)]
-    elif _tool == "mlflow":
-        import mlflow.keras
+    network = network.absolute()
+    with contextlib.ExitStack() as stack:
+        callbacks = []
+        if _tool == "tensorboard":
+            folder = network.parent / "tensorboard" / network.stem / stage.name
+            callbacks = [keras.callbacks.TensorBoard(folder, write_graph=False)]
+        elif _tool == "mlflow":
+            import mlflow.keras
+            from mlflow.exceptions import MlflowException
 
-        if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
-            mlflow.set_experiment(folder.parent.name)
-        kept = stage / "mlflow_run"
-        known = kept.read_text(encoding="utf-8") if kept.exists() else None
-        with mlflow.start_run(known, run_name=f"{folder.name}/{network.stem}/{stage.name}", nested=True) as run:
-            write(kept, run.info.run_id)
-            parts = recipe.model_dump(exclude={"reasons"})
-            mlflow.log_params({f"{part}.{name}": value for part in parts for name, value in parts[part].items()})
-            yield [mlflow.keras.MlflowCallback()]
-    else:
-        yield []
+            try:
+                run = _mlflow_run(network, stage)
+                stack.enter_context(mlflow.start_run(run.info.run_id, nested=True))
+                parts = recipe.model_dump(exclude={"reasons"})
+                mlflow.log_params({f"{part}.{name}": value for part in parts for name, value in parts[part].items()})
+                callbacks = [mlflow.keras.MlflowCallback()]
+            except MlflowException as error:
+                _log.warning("%s: is trained without MLflow: %s", network.with_suffix(""), error)
+        yield callbacks
+
+
+def _mlflow_run(network, stage):
+    """The MLflow run of a stage: the one that was begun, if it is still there, or a new one."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client, kept = mlflow.MlflowClient(), stage / "mlflow_run"
+    if kept.exists():
+        try:
+            return client.get_run(kept.read_text(encoding="utf-8"))
+        except MlflowException as error:
+            _log.warning("%s: goes on in a new run of MLflow: %s", network.with_suffix(""), error)
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if experiment is None:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", network.parent.parent.name)
+        with contextlib.suppress(MlflowException):  # it exists
+            client.create_experiment(name)
+        experiment = client.get_experiment_by_name(name).experiment_id
+    run = client.create_run(experiment, run_name=f"{network.parent.name}/{network.stem}/{stage.name}")
+    write(kept, run.info.run_id)
+    return run

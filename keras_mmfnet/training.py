@@ -486,5 +486,8 @@ def last_epoch_end(path: str | os.PathLike) -> float | None:
     Returns:
         Seconds since 1970 by the clock of the disk, or `None`.
     """
-    states = (state for stage in _STAGES for state in _folder_of(Path(path), stage).glob("epoch-*"))
-    return max((state.stat().st_mtime for state in states), default=None)
+    for stage in reversed(_STAGES):
+        for state in sorted(_folder_of(Path(path), stage).glob("epoch-*"), reverse=True):
+            with contextlib.suppress(FileNotFoundError):  # it was replaced by a later one at this moment
+                return state.stat().st_mtime
+    return None

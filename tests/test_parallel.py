@@ -1,12 +1,15 @@
+import functools
 import os
 import pickle
 import signal
 
 import joblib
 import pytest
+from typer.testing import CliRunner
 
 from keras_mmfnet import _parallel
-from keras_mmfnet._parallel import map_patients
+from keras_mmfnet._parallel import attempt, map_patients
+from keras_mmfnet.cli import app
 from keras_mmfnet.data import CaseError, find_cases
 from keras_mmfnet.data.case import ZScoreError
 from keras_mmfnet.data.survey import survey
@@ -43,7 +46,7 @@ def names(numbers):
 
 def test_results_are_in_order_and_errors_among_them(processes):
     numbers = [5, 2, 3, 9, 1]
-    found = list(map_patients(look, numbers, names(numbers), "looking"))
+    found = list(map_patients(functools.partial(attempt, look), numbers, names(numbers), "looking"))
     assert str(found.pop(2)) == "patient 3: must be another. Received: 3"
     assert [number for number, _ in found] == [5, 2, 9, 1]
     assert os.getpid() not in {process for _, process in found}
@@ -62,7 +65,9 @@ def test_few_patients_are_not_divided():
 
 def test_a_process_that_dies_names_its_patient(processes):
     numbers = list(range(8))
-    with pytest.raises(RuntimeError, match=r"looking .*patient 3.*use fewer --workers. Received: TerminatedWorker"):
+    with pytest.raises(CaseError, match="patient 3: must be another"):
+        list(map_patients(look, numbers, names(numbers), "looking"))
+    with pytest.raises(RuntimeError, match=r"^looking .*patient 3.*: a process was killed.* Received: .*SIGKILL"):
         list(map_patients(crash, numbers, names(numbers), "looking"))
     # The next work has new processes.
     assert list(map_patients(crash, [1, 2], names([1, 2]), "looking")) == [1, 2]
@@ -90,3 +95,13 @@ def test_the_same_as_in_one_process(tiny_cohort, tmp_path, request):
     one = results(tmp_path / "one")
     request.getfixturevalue("processes")
     assert results(tmp_path / "two") == one
+
+
+def test_the_option_of_the_command(tiny_cohort, monkeypatch):
+    monkeypatch.setattr(_parallel, "_LEAST", 1)
+    numbers, parallel = [], joblib.Parallel
+    monkeypatch.setattr(joblib, "Parallel", lambda n, **options: numbers.append(n) or parallel(n, **options))
+    for options in (["--workers", "2"], ["--workers", "1"]):
+        done = CliRunner().invoke(app, ["check", str(tiny_cohort), "--no-mask", *options])
+        assert "6 patients can be used" in done.stdout
+    assert numbers == [2]

@@ -187,9 +187,10 @@ def test_strips_of_slices_and_what_to_mark():
     assert at(14, 12)[3] == 0
     drawn = {tuple(pixel[:3]) for pixel in third[third[..., 3] == 255]}
     assert drawn == {tuple(np.round(np.multiply(colors.to_rgb(c), 255))) for c in (TRUTH_COLOUR, PREDICTION_COLOUR)}
-    small, _, few = slice_strips(images, prediction, truth, side=10, most=2)
-    assert few == [1, 4]
-    assert max(small.shape[0] / 2, small.shape[1] / 2) == 10
+    small, _, few = slice_strips(images, prediction, truth, side=10, most=3)
+    assert few == [1, 3, 5]
+    assert max(small.shape[0] / 3, small.shape[1] / 2) == 10
+    assert slice_strips(images, prediction, truth, side=10, most=2)[2] == [3]  # the largest
     # Without any tumour, whole slices.
     assert slice_strips(images, 0 * prediction, 0 * truth)[2] == list(range(6))
     with pytest.raises(ValueError, match="the same shape"):

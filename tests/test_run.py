@@ -292,6 +292,13 @@ def test_a_start_is_checked_and_nothing_is_written(run, tiny_cohort, tmp_path, m
     assert not new.folder.exists()
 
 
+def test_duplicates_are_looked_for_once(run, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_mmfnet._start.find_duplicates", lambda cases: [("patient_00", "patient_01")])
+    assert len(check_start(Run(run[0]), tiny_cohort, COARSE, resume=True).cases) == 6
+    with pytest.raises(ValueError, match="patient_00 = patient_01"):
+        check_start(Run(tmp_path / "run"), tiny_cohort, COARSE, resume=True)
+
+
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
     other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})

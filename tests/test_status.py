@@ -68,7 +68,7 @@ def test_each_network_of_a_run(run):
     assert (t2.total, t2.val_loss, t2.val_dice) == (40, pytest.approx(0.93), 0.07)
     assert t2.about == f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00"
     assert t2.updated == (run.fold_folder(0) / ".unet3d_t2" / "all" / "epoch-00008").stat().st_mtime
-    assert network_states(run)[2].about == "for unet3d_t2"
+    assert network_states(run)[2].about == "waits for unet3d_t2"
     assert failed.about == "why"
     # Of another machine it is not known whether its process still is.
     run.owner(1, "unet3d_t2").write_text("process 1 on node7 since 2026-01-01 00:00:00")

@@ -63,7 +63,7 @@ def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    mlflow.set_tracking_uri((tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
     with tracked_with("mlflow"):
         losses = train()
     client = mlflow.MlflowClient()
@@ -73,6 +73,16 @@ def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
     assert run.data.params["training.epochs"] == "3"
     found = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "val_loss")}
     assert found == pytest.approx({0: losses[0], 2: losses[2]})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_training_goes_on_without_mlflow(train, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())  # which MLflow refuses
+    with tracked_with("mlflow"):
+        assert len(train()) == 3
+    assert "fold_0/unet3d_t1: is trained without MLflow: " in caplog.text
 
 
 def test_tools_that_are_not_there(monkeypatch):

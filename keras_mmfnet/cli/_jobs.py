@@ -50,7 +50,7 @@ class Jobs:
         if not run.recipe_file.exists():
             names = [case.name for case in start.cases]
             size = -(-len(names) // min(_BLOCKS * self.number, _ALL_BLOCKS))
-            blocks = tuple(tuple(names[start : start + size]) for start in range(0, len(names), size))
+            blocks = tuple(tuple(names[first : first + size]) for first in range(0, len(names), size))
             request = request.model_copy(update={"patients": blocks})
         return request, start.cases
 
@@ -73,7 +73,9 @@ class Jobs:
         terminal.say(f"{counted(len(jobs), 'job')}; nothing was started")
 
 
-def choose_jobs(number: int | None, profile: Path | None, dry_run: bool, **for_each) -> Jobs | None:
+def choose_jobs(
+    number: int | None, profile: Path | None, dry_run: bool, workers: int | None, **for_each
+) -> Jobs | None:
     """The options of `--jobs`; `None` without it. `for_each` are those of each job.
 
     The environment of the jobs is that before the backend is started.
@@ -86,5 +88,10 @@ def choose_jobs(number: int | None, profile: Path | None, dry_run: bool, **for_e
     if profile is not None:
         options.require_folder(profile, "--profile")
     options.check_devices(for_each["devices"])
+    if workers:
+        raise ValueError(f"--workers: no --jobs is expected with it, as each job is a process. Received: {workers}")
+    if for_each["track"] == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+        expected = "the address of a server in the environment variable MLFLOW_TRACKING_URI is expected with --jobs"
+        raise ValueError(f"--track mlflow: {expected}. Received: none")
     for_each["modules"] = tuple(path.absolute() for path in for_each["modules"] or ())
     return Jobs(number, profile and profile.absolute(), dry_run, for_each)

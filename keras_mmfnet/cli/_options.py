@@ -79,12 +79,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="With --jobs: only show 
 Workers = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help="Most processes that read patients.", show_default="the cores, and 4 GB of memory each"
+        metavar="N", min=1, help="Largest number of processes that read patients.", show_default="by cores and memory"
     ),
 ]
 Track = Annotated[
     str | None,
-    typer.Option(metavar="TOOL", help="Follow the trainings in tensorboard or mlflow; see the docs on large runs."),
+    typer.Option(metavar="TOOL", help="Send the losses of each epoch to a tool: tensorboard or mlflow."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")]
 
@@ -171,13 +171,19 @@ def use_devices(number: str | None, sync_batch_norm: bool) -> Iterator[None]:
 
 
 def use_workers(number: int | None):
-    """Reads patients in so many processes in the block."""
+    """Reads patients in up to `number` processes in the block; by default as cores and half of the memory allow."""
     import joblib
 
     from keras_mmfnet._machine import available_cores, available_memory
 
-    number = number or max(1, min(available_cores(), int(available_memory() // _MEMORY)))
+    number = number or max(1, min(available_cores(), int(available_memory() / 2 // _MEMORY)))
     return joblib.parallel_config("loky", n_jobs=number, idle_worker_timeout=_IDLE)
+
+
+def check_track(tool: str | None) -> None:
+    """Refuses what is not a value of `--track`."""
+    if tool not in (None, "tensorboard", "mlflow"):
+        raise ValueError(f"--track: tensorboard or mlflow is expected. Received: {tool}")
 
 
 def check_devices(number: str | None) -> None:

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-# Passes on what is no line of the log of TensorFlow's or XLA's C++ code, until this line: other processes may keep the
-# pipe open.
+# Ends the filter. Other processes may keep its pipe open.
 _END = b"\0end\n"
+# Passes on what is no line of the log of TensorFlow's or XLA's C++ code.
 _FILTER = r"""
 import re, sys
 noise = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before absl|To enable the following instr")
 for line in sys.stdin.buffer:
-    if line.endswith(b"\0end\n"):
-        break
+    last, line = line.endswith(b"\0end\n"), line.removesuffix(b"\0end\n")
     if not noise.match(line):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
+    if last:
+        break
 """
 
 

@@ -61,7 +61,8 @@ def compare(
             options.require_folder(data, "DATA")
         chosen = options.choose_recipe(recipe, paper, changes, structure, default_recipe())
         for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
-        scheduled = choose_jobs(jobs, profile, dry_run, track=track, **for_each)
+        options.check_track(track)
+        scheduled = choose_jobs(jobs, profile, dry_run, workers, track=track, **for_each)
         start_backend("cpu" if scheduled else device)
         from keras_mmfnet._log import log_to_file
         from keras_mmfnet.data import cache

@@ -89,7 +89,8 @@ def train(
             chosen = options.choose_recipe(recipe, paper, changes, structure, None if small else default)
         division = options.read_division(groups, splits)
         for_each = {"modules": modules, "device": device, "devices": devices, "sync_batch_norm": sync_batch_norm}
-        scheduled = choose_jobs(jobs, profile, dry_run, track=track, **for_each)
+        options.check_track(track)
+        scheduled = choose_jobs(jobs, profile, dry_run, workers, track=track, **for_each)
         if scheduled and planned:
             expected = "one of --recipe, --paper, --small, --from and --resume is expected with it"
             raise ValueError(f"--jobs: {expected}; mmfnet plan makes a recipe. Received: none")

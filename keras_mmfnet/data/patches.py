@@ -251,6 +251,7 @@ def _load(cases, recipe, modalities, training, parts=1):
     # From the index in a patient to that in the array, and behind it the number of the patient.
     shifts = np.insert(-np.array(corners), 3, range(len(cases)), axis=1)
     shifts[:, 0] += tops
+    shifts = shifts.astype(np.int32)
     windows, found = (
         [np.insert(index, 3, 0, axis=1) + shift for own, shift in zip(several, shifts, strict=True) for index in own]
         for several in ([[first] for first in starts], voxels)
@@ -261,7 +262,7 @@ def _load(cases, recipe, modalities, training, parts=1):
     movable = [[name != next(iter(case.images)) for name in modalities] + fixed for case in cases]
     tables = {
         "windows": np.concatenate(windows),
-        "voxels": np.concatenate([np.zeros((0, 4)), *found]),
+        "voxels": np.concatenate([np.zeros((0, 4), np.int32), *found]),
         "structures": _spans([len(index) for index in found]),
         "patients": _spans([len(own) for own in voxels if own]),
         "reach": np.array(reach) + shifts[:, None, :3],
@@ -291,7 +292,7 @@ def _spans(counts):
 def _some_voxels(mask, most):
     """Indices of up to `most` voxels of a mask, `(voxels, 3)`."""
     index = np.flatnonzero(mask)
-    return np.stack(np.unravel_index(index[:: 1 + len(index) // most], mask.shape), axis=1)
+    return np.stack(np.unravel_index(index[:: 1 + len(index) // most], mask.shape), axis=1).astype(np.int32)
 
 
 def _place(sample, tables, recipe, seed):

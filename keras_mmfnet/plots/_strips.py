@@ -15,9 +15,9 @@ from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.inference import read_segmentation
 from keras_mmfnet.plots.slices import slice_strips
 
-# Of all strips together: a page of 5 MB, or of up to 20 MB where a patient would have too little of it.
-_BYTES, _MOST_BYTES, _OF_A_PATIENT = 3_300_000, 12_000_000, 24_000
-# Pixels of a slice's side, and how many slices are left of many at least.
+# Of all strips together, which gives a page of about 5 MB; of many patients 24 kB each, up to a page of about 17 MB.
+_BYTES, _OF_A_PATIENT, _MOST_BYTES = 3_300_000, 24_000, 12_000_000
+# Pixels of a slice's side; and to how few slices their number is reduced, even if they take more bytes.
 _SMALLEST, _LARGEST, _FEWEST = 72, 200, 4
 
 
@@ -55,13 +55,17 @@ def _encoded(pair, structures, most_bytes):
         imsave(png, marks, format="png", pil_kwargs={"optimize": True})
         return strip, jpeg, png, numbers
 
-    strip, jpeg, png, numbers = draw(_SMALLEST)
-    # The bytes grow a bit less than the area.
-    share = most_bytes / (len(jpeg.getvalue()) + len(png.getvalue()))
-    if share < 1 and len(numbers) > _FEWEST:
-        strip, jpeg, png, numbers = draw(_SMALLEST, max(_FEWEST, int(share * len(numbers))))
-    elif (side := min(_LARGEST, int(_SMALLEST * share**0.6))) > _SMALLEST:
-        strip, jpeg, png, numbers = draw(side)
+    drawn = draw(_SMALLEST)
+    share = most_bytes / _size(drawn)
+    if share < 1:
+        slices = len(drawn[-1])
+        drawn = draw(_SMALLEST, max(_FEWEST, int(share * slices))) if slices > _FEWEST else drawn
+    else:
+        side = min(_LARGEST, _SMALLEST * share**0.6)  # the bytes grow a bit less than the area, as a rule
+        while side > _SMALLEST and _size(larger := draw(round(side))) > most_bytes:
+            side *= 0.9
+        drawn = larger if side > _SMALLEST else drawn
+    strip, jpeg, png, numbers = drawn
     anything = np.any([*predicted.values(), patient.mask > 0], axis=0)
     return {
         "strip": jpeg,
@@ -72,3 +76,9 @@ def _encoded(pair, structures, most_bytes):
         "width": strip.shape[1],
         "height": strip.shape[0] // len(numbers),
     }
+
+
+def _size(drawn):
+    """Bytes of the two images."""
+    _, jpeg, png, _ = drawn
+    return len(jpeg.getvalue()) + len(png.getvalue())

@@ -231,7 +231,8 @@ def slice_strips(
         spacing_zyx: Voxel size in mm.
         side: Largest height and width of a slice of one modality in pixels.
         margin: Margin around the masks in plane in mm; along z it is two slices.
-        most: Largest number of slices; if there are more, only every second, third, ... is shown.
+        most: Largest number of slices; if there are more, only every second, third, ... is shown, among them the one
+            with the largest masks.
 
     Returns:
         `(strip, marks, numbers)`: the images, uint8 `(slices * height, modalities * width, 3)`; the contours of all
@@ -248,7 +249,8 @@ def slice_strips(
     view = _view(either.any(axis=0), spacing_zyx, margin)
     held = np.flatnonzero(either.any(axis=(1, 2))) if either.any() else np.arange(len(either))
     numbers = np.arange(max(held[0] - 2, 0), min(held[-1] + 3, len(either)))
-    numbers = numbers[:: math.ceil(len(numbers) / most)]
+    step = math.ceil(len(numbers) / most)
+    numbers = numbers[_largest(either[numbers]) % step :: step]
     part = (numbers, *view)
     size = np.array([(index.stop - index.start) * step for index, step in zip(view, spacing_zyx[1:], strict=True)])
     # Pixels are not smaller than those of the images.

@@ -274,8 +274,9 @@ def _patients(run, method, rows, every):
             "strip": page.uri(strip["strip"], "jpeg"),
             "marks": page.uri(strip["marks"], "png"),
             "slices": [number + 1 for number in strip["slices"]],
+            **{key: strip[key] for key in ("start", "depth", "width", "height")},
         }
-        blocks.append({**strip, **block})
+        blocks.append(block)
     return blocks
 
 

@@ -42,7 +42,7 @@ def tiny(tiny):
         (["{cohort}", "--groups", "{cohort}/patient_00/t1.nii.gz"], "groups must be CSV in UTF-8"),
         ([], "DATA: a folder of patients is expected"),
         (["--resume"], "the folder of a run, with a recipe.json, is expected"),
-        (["{cohort}", "--small", "--track", "wandb"], "`tool` must be one of tensorboard, mlflow. Received: wandb"),
+        (["{cohort}", "--small", "--track", "wandb"], "--track: tensorboard or mlflow is expected. Received: wandb"),
         (["{cohort}", "--device", "tpu"], "--device: cpu, gpu or gpu:<number> is expected. Received: tpu"),
     ],
 )

@@ -1,10 +1,12 @@
 import dataclasses
 import itertools
 import os
+import sys
 import warnings
 
 import keras
 import numpy as np
+import psutil
 import pytest
 import SimpleITK as sitk
 
@@ -295,6 +297,27 @@ def test_voxels_are_in_memory_if_they_take_less_than_half_of_what_is_given(make_
     assert not in_memory(None)
     monkeypatch.setattr(patches, "available_memory", lambda: 8.1 * size)
     assert in_memory(None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory without mapped files is known on Linux only")
+def test_memory_does_not_grow_with_the_number_of_patients(make_case, tmp_path):
+    cache.store(make_case("anna", (32, 64, 64)), tmp_path / "entry")
+    recipe = RECIPE.patches.model_copy(update={"memory": 0.05})
+
+    def memory():
+        now = psutil.Process().memory_info()
+        return (now.rss - now.shared) / 1e6  # without mapped files
+
+    def read(count):
+        # Their voxels take 0.65 MB each in memory, 3.3 GB in all.
+        cases = [cache.load(tmp_path / "entry", f"patient {number}") for number in range(count)]
+        patches = iter(patch_dataset(cases, recipe, batch_size=4, seed=0))
+        for _ in range(500):
+            next(patches)
+        return memory()
+
+    few = read(50)
+    assert read(5000) < few + 300
 
 
 def test_offsets_reach_their_limits_and_no_further(make_case):
