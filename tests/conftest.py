@@ -36,6 +36,7 @@ _ONCE = {
         "cli",
         "test_bundle.py",
         "test_jobs.py",
+        "test_parallel.py",
         "test_plots.py",
         "test_report.py",
         "test_run.py",

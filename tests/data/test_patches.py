@@ -300,6 +300,7 @@ def test_voxels_are_in_memory_if_they_take_less_than_half_of_what_is_given(make_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory without mapped files is known on Linux only")
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same on every backend")
 def test_memory_does_not_grow_with_the_number_of_patients(make_case, tmp_path):
     cache.store(make_case("anna", (32, 64, 64)), tmp_path / "entry")
     recipe = RECIPE.patches.model_copy(update={"memory": 0.05})
