@@ -150,9 +150,10 @@ def stages_of(count, shape):
 
 def draw(result, path):
     """Draws the seconds and the memory of each stage against the patients and their voxels."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col")
     axes = {"patients": f"patients of {SMALL} million voxels", "voxels": f"million voxels, {WITH_VOXELS} patients"}
+    axes = {key: label for key, label in axes.items() if result[key]}
+    figure = Figure(figsize=(5.5 * len(axes), 7), layout="constrained")
+    panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
     for column, (key, label) in zip(panels.T, axes.items(), strict=True):
         for panel, quantity in zip(column, ("seconds", "mb"), strict=True):
             for number, stage in enumerate(STAGES):
@@ -188,7 +189,7 @@ def main():
     for millions in map(float, filter(None, parsed.voxels.split(","))):
         width = round((millions * 1e6 / 32) ** 0.5)
         result["voxels"][f"{millions:g}"] = stages_of(WITH_VOXELS, (32, width, width))
-    report(result, parsed.out)
+    report(result, parsed.out)  # of which the keys are texts
     draw(json.loads(parsed.out.read_text()), parsed.out.with_suffix(".png"))
 
 
