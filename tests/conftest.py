@@ -22,7 +22,7 @@ from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
 # Tests that do not depend on the backend run with one: files, masks and metrics with TensorFlow; the command line and
-# run folders with PyTorch, which starts fastest. The docs' commands run with TensorFlow.
+# run folders with PyTorch, which starts fastest.
 _HERE = Path(__file__).parent
 _ONCE = {
     "tensorflow": [

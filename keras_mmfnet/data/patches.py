@@ -323,7 +323,7 @@ def _warn(cases, starts, patch_shape):
     small = [case.name for case in cases if any(n < p for n, p in zip(case.shape, patch_shape, strict=True))]
     if small:
         warnings.warn(
-            f"volumes smaller than the patch {patch_shape} are padded with their background: {', '.join(small)}",
+            f"volumes smaller than the patch {patch_shape} are padded with their background: {_listed(small)}",
             stacklevel=3,
         )
     outside = []
@@ -335,10 +335,14 @@ def _warn(cases, starts, patch_shape):
             outside.append(f"{case.name} ({1 - seen / whole:.0%})")
     if outside:
         warnings.warn(
-            f"part of the tumour lies outside all windows: {', '.join(outside)}; a larger `patches.shape` or a "
+            f"part of the tumour lies outside all windows: {_listed(outside)}; a larger `patches.shape` or a "
             f"`patches.stride` in plane covers more",
             stacklevel=3,
         )
+
+
+def _listed(names, most=20):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _split(patch, modalities):
