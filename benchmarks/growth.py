@@ -24,6 +24,7 @@ import psutil
 import SimpleITK as sitk
 from machine import machine, report
 from matplotlib.figure import Figure
+from scipy import special
 
 from keras_mmfnet._machine import available_cores
 
@@ -63,7 +64,7 @@ def threshold(method, training, validation, recipe, folder):
 
     def predict(images):
         darker = np.minimum(images["t1"], images["t2"])
-        return 1 / (1 + np.exp(-40 * (darker - 0.95)))
+        return special.expit(40 * (darker - 0.95))
 
     return predict, 0, []
 
