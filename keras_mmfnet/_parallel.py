@@ -1,6 +1,7 @@
 """Maps a function over patients, in the number of processes that `joblib.parallel_config` sets; by default in one."""
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -82,5 +83,6 @@ def _in_process(function, patient, mark, threads):
 
 
 def _exit_codes(error):
-    """How the processes ended, the last words of joblib's message."""
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    """How the processes ended, such as `{SIGKILL(-9)}`, if joblib's message tells."""
+    found = re.search(r"\{.*?\}", str(error))
+    return found[0] if found else type(error).__name__
