@@ -30,8 +30,8 @@ from keras_mmfnet._machine import available_cores
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 STAGES = ("check", "preprocess on one core", "preprocess", "resume", "patches", "segment", "evaluate", "report")
-# Millions of voxels of each of many patients; patients of many voxels; batches that are timed.
-SMALL, WITH_VOXELS, BATCHES = 0.22, 16, 100
+# The shape of each of many patients; how many patients of many voxels; and how many batches are timed.
+SHAPE, WITH_VOXELS, BATCHES = (24, 96, 96), 16, 100
 
 
 def make_patients(folder, count, shape):
@@ -151,7 +151,10 @@ def stages_of(count, shape):
 
 def draw(result, path):
     """Draws the seconds and the memory of each stage against the patients and their voxels."""
-    axes = {"patients": f"patients of {SMALL} million voxels", "voxels": f"million voxels, {WITH_VOXELS} patients"}
+    axes = {
+        "patients": f"patients of {np.prod(SHAPE) / 1e6:.2g} million voxels",
+        "voxels": f"million voxels, {WITH_VOXELS} patients",
+    }
     axes = {key: label for key, label in axes.items() if result[key]}
     figure = Figure(figsize=(5.5 * len(axes), 7), layout="constrained")
     panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
@@ -186,7 +189,7 @@ def main():
         return
     result = {"machine": machine("keras-mmfnet", "numpy", "SimpleITK", "tensorflow"), "patients": {}, "voxels": {}}
     for count in map(int, filter(None, parsed.patients.split(","))):
-        result["patients"][count] = stages_of(count, (24, 96, 96))
+        result["patients"][count] = stages_of(count, SHAPE)
     for millions in map(float, filter(None, parsed.voxels.split(","))):
         width = round((millions * 1e6 / 32) ** 0.5)
         result["voxels"][f"{millions:g}"] = stages_of(WITH_VOXELS, (32, width, width))

@@ -9,11 +9,13 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import keras
+from typing import TYPE_CHECKING
 
 from keras_mmfnet._files import write
 from keras_mmfnet.recipe import Recipe
+
+if TYPE_CHECKING:
+    import keras
 
 _log = logging.getLogger(__name__)
 TOOLS = ("tensorboard", "mlflow")
@@ -47,7 +49,7 @@ def tracked_with(tool: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trackers(network: Path, stage: Path, recipe: Recipe) -> Iterator[list[keras.callbacks.Callback]]:
+def trackers(network: Path, stage: Path, recipe: Recipe) -> "Iterator[list[keras.callbacks.Callback]]":
     """Yields the callbacks that follow one stage of a network's training, while it is trained in the block.
 
     Args:
@@ -62,6 +64,8 @@ def trackers(network: Path, stage: Path, recipe: Recipe) -> Iterator[list[keras.
     with contextlib.ExitStack() as stack:
         callbacks = []
         if _tool == "tensorboard":
+            import keras
+
             folder = network.parent / "tensorboard" / network.stem / stage.name
             callbacks = [keras.callbacks.TensorBoard(folder, write_graph=False)]
         elif _tool == "mlflow":

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from matplotlib import colors
 
 from keras_mmfnet.plots import (
     PREDICTION_COLOUR,
     TRUTH_COLOUR,
+    _strips,
     plot_boxes,
     plot_errors,
     plot_learning_curves,
@@ -195,6 +197,41 @@ def test_strips_of_slices_and_what_to_mark():
     assert slice_strips(images, 0 * prediction, 0 * truth)[2] == list(range(6))
     with pytest.raises(ValueError, match="the same shape"):
         slice_strips(images, prediction[1:], truth)
+
+
+def test_strips_fit_in_the_bytes_they_may_take(make_case, tmp_path, monkeypatch):
+    pairs, sizes = [], []
+    for seed in range(3):
+        case = make_case(f"patient {seed}", (40, 200, 200), seed=seed)
+        case.masks["tumour"][:, :, 1::2] = 0
+        predicted = np.roll(case.mask, 2, axis=0)
+        predicted[17] |= np.roll(case.mask, 5, axis=2).max(axis=0)  # the largest slice
+        path = tmp_path / f"{seed}.nii.gz"
+        sitk.WriteImage(case.grid.image(predicted), str(path))
+        pairs.append((case, {None: path}))
+        sizes.append(np.count_nonzero(predicted | case.mask, axis=(1, 2)))
+    monkeypatch.setattr(_strips, "_OF_A_PATIENT", 1)
+
+    def strips(each):
+        monkeypatch.setattr(_strips, "_BYTES", each * len(pairs))
+        found = list(_strips.encoded_strips(pairs, {"tumour": None}))
+        for one, areas in zip(found, sizes, strict=True):
+            assert areas[one["slices"][one["start"]]] == areas.max()
+        return found
+
+    def size(strip):
+        return len(strip["strip"].getvalue()) + len(strip["marks"].getvalue())
+
+    whole = strips(10**9)
+    for share in (0.8, 0.6):
+        each = share * min(map(size, whole))
+        for one, before in zip(strips(each), whole, strict=True):
+            assert size(one) <= each
+            assert 2 * 72 < one["width"] < before["width"]
+            assert one["slices"] == before["slices"]
+    for one, before in zip(strips(1), whole, strict=True):
+        assert one["width"] == 2 * 72
+        assert 2 <= len(one["slices"]) <= 4 < len(before["slices"])
 
 
 def test_the_faces_of_voxels_enclose_their_volume():

@@ -24,7 +24,6 @@ from keras_mmfnet.evaluation import (
     rows_by_structure,
     summarise,
 )
-from keras_mmfnet.plots import _strips
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.report import write_comparison, write_report, write_tables
 from keras_mmfnet.report._comparison import compare_results, transfer_curves
@@ -233,33 +232,6 @@ def test_every_test_patient_has_its_slices(run, page):
         )
         assert f"{row['volume_ml']:.2f} ml" in page.texts
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
-
-
-def test_the_slices_are_as_small_as_they_must_be(run, monkeypatch):
-    drawn, strips = [], _strips.slice_strips
-
-    def draw(*args, side, most):
-        strip = strips(*args, side=side, most=most)
-        drawn.append((side, len(strip[-1])))
-        return strip
-
-    monkeypatch.setattr(_strips, "slice_strips", draw)
-    write_report(run)
-    whole = drawn[::2]
-    assert drawn[1::2] == [(200, slices) for _, slices in whole]
-    for most, pixels in ((30_000, 200), (18_000, 150)):
-        drawn.clear()
-        monkeypatch.setattr(_strips, "_BYTES", 4 * most)
-        write_report(run)
-        assert all(72 < side < pixels for side, _ in drawn[1::2])
-        assert [slices for _, slices in drawn[1::2]] == [slices for _, slices in whole]
-    drawn.clear()
-    monkeypatch.setattr(_strips, "_BYTES", 1)
-    monkeypatch.setattr(_strips, "_OF_A_PATIENT", 1)
-    write_report(run)
-    assert drawn[::2] == whole
-    assert {side for side, _ in drawn[1::2]} == {72}
-    assert all(2 <= slices <= 4 for _, slices in drawn[1::2])
 
 
 def test_what_the_cohort_is_like(run, page):

@@ -182,8 +182,10 @@ def use_workers(number: int | None):
 
 def check_track(tool: str | None) -> None:
     """Refuses what is not a value of `--track`."""
-    if tool not in (None, "tensorboard", "mlflow"):
-        raise ValueError(f"--track: tensorboard or mlflow is expected. Received: {tool}")
+    from keras_mmfnet.tracking import TOOLS
+
+    if tool not in (None, *TOOLS):
+        raise ValueError(f"--track: {' or '.join(TOOLS)} is expected. Received: {tool}")
 
 
 def check_devices(number: str | None) -> None:

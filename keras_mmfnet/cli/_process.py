@@ -18,13 +18,13 @@ _FILTER = r"""
 import re, sys
 noise = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before absl|To enable the following instr")
 for line in sys.stdin.buffer:
-    last, line = line.endswith(b"\0end\n"), line.removesuffix(b"\0end\n")
+    last, line = line.endswith(END), line.removesuffix(END)
     if not noise.match(line):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
     if last:
         break
-"""
+""".replace("END", repr(_END))
 
 
 def start_backend(device: str | None = None) -> str:

@@ -113,12 +113,12 @@ import subprocess, sys
 from keras_mmfnet.cli._process import without_chatter
 with without_chatter():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
-    print("the last words", file=sys.stderr)
+    print("the last words", end="", file=sys.stderr)
 assert process.poll() is None
 process.kill()
 """
     done = python(code)
-    assert (done.returncode, done.stderr) == (0, "the last words\n")
+    assert (done.returncode, done.stderr) == (0, "the last words")
 
 
 def test_the_device(monkeypatch):
