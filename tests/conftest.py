@@ -21,8 +21,8 @@ from keras_mmfnet import kernels
 from keras_mmfnet.data import Grid, PreprocessedCase
 from keras_mmfnet.synthetic import make_synthetic_cohort
 
-# Tests that do not depend on the backend run with one: files, masks and metrics with TensorFlow; the command line and
-# run folders with PyTorch, which starts fastest.
+# Tests that do not depend on the backend run with one: files, masks and metrics with TensorFlow; the others, and those
+# marked `once`, with PyTorch, which starts fastest.
 _HERE = Path(__file__).parent
 _ONCE = {
     "tensorflow": [
@@ -33,6 +33,7 @@ _ONCE = {
         "test_postprocess.py",
     ],
     "torch": [
+        "benchmarks",
         "cli",
         "test_bundle.py",
         "test_jobs.py",
@@ -51,6 +52,7 @@ _ON_EVERY_BACKEND = {
     "test_memory.py",
     "test_patches.py",
     "test_process.py",
+    "test_reference_torch.py",
 }
 
 
@@ -59,7 +61,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     only = {_HERE / name: backend for backend, names in _ONCE.items() for name in names}
     for item in items:
-        backend = only.get(item.path, only.get(item.path.parent))
+        once = "torch" if item.get_closest_marker("once") else None
+        backend = only.get(item.path, only.get(item.path.parent, once))
         if backend not in (None, keras.backend.backend()) and item.path.name not in _ON_EVERY_BACKEND:
             item.add_marker(pytest.mark.skip(reason=f"once is enough, with {backend}"))
 

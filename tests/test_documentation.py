@@ -70,8 +70,9 @@ TINY = {
     "training.warmup_epochs": 1,
     "training.steps_per_epoch": 1,
 }
+# Only TensorFlow exports networks, see `test_export_command.py`.
+ON_TENSORFLOW = "network.onnx"
 NAMES = ("anna", "bert", "carl", "dora", "emil", "faye")
-on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="once is enough")
 
 
 def blocks(page, language):
@@ -122,7 +123,7 @@ def tiny_recipe(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:part of the tumour lies outside:UserWarning")  # the patches are small
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="once is enough")
+@pytest.mark.once
 def test_the_training_runs_as_the_readme_has_it(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -164,7 +165,7 @@ def readers_folder(tiny_cohort, tmp_path, monkeypatch):
 def test_python_runs_as_the_docs_have_it(readers_folder, page, request):
     """One block after the other, as a reader would; what they assert holds."""
     if page.stem == "own_data":
-        if keras.backend.backend() != "tensorflow":
+        if keras.backend.backend() != "torch":
             pytest.skip("trains, which takes long")
         request.getfixturevalue("tiny_recipe")
     known = dict(METHODS)
@@ -205,7 +206,7 @@ class Parsed(Exception):
     """The arguments as a script's parser has read them; ends the script there."""
 
 
-@on_tensorflow
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_scripts_take_the_arguments_they_are_shown_with(page, monkeypatch):
     parse_args = argparse.ArgumentParser.parse_args
@@ -269,16 +270,11 @@ def users_folder(tiny_recipe, tiny_cohort, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/other_tumours.md", "docs/seeing.md"])
 def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
     """In the order of the page, as written, with a tiny default recipe; a page may use the run of another one."""
-    import tensorflow as tf
-
-    # The README installs TensorFlow. On PyTorch, networks need no tracing, which takes long.
-    backend = "tensorflow" if page == "README.md" else "torch"
-    if keras.backend.backend() != backend:
-        pytest.skip(f"once is enough, with {backend}")
     if page == "docs/other_tumours.md":
         Path("mine.py").write_text(blocks(page, "python")[-1])
     shown = list(commands(page))
@@ -287,14 +283,12 @@ def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
     known = dict(METHODS)
     try:
         for words in shown:
-            if " ".join(words) in NOT_PARSED or words == ["mmfnet", "demo"]:
+            if " ".join(words) in NOT_PARSED or words == ["mmfnet", "demo"] or ON_TENSORFLOW in words:
                 continue
             out = dict(itertools.pairwise(words)).get("--out")
             if out and "--resume" not in words and Path(out).exists():
                 # Nothing is overwritten; a reader would choose another name.
                 shutil.rmtree(out) if Path(out).is_dir() else Path(out).unlink()
-            if backend == "tensorflow":
-                tf.config.run_functions_eagerly("export" not in words)
             run_command(words, monkeypatch)
             if page == "README.md" and words[1] == "train":
                 # One step does not find a tumour; with these weights there is a contour to write.
@@ -304,7 +298,6 @@ def test_commands_run_as_they_are_shown(users_folder, page, monkeypatch):
                     network.save(path)
             assert not out or Path(out).exists(), words
     finally:
-        tf.config.run_functions_eagerly(False)
         for name in METHODS.keys() - known.keys():
             del METHODS[name]
 
@@ -330,7 +323,7 @@ def test_every_file_a_page_names_is_there(page):
         assert (ROOT / script).exists(), script
 
 
-@on_tensorflow
+@pytest.mark.once
 def test_the_docs_are_built_without_a_warning_and_describe_everything_public(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)

@@ -2,7 +2,6 @@ import dataclasses
 import math
 import shutil
 
-import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -13,8 +12,6 @@ from keras_mmfnet.data.fingerprint import CaseFingerprint
 from keras_mmfnet.data.windows import window_starts
 from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe, recipe_to_check
 from keras_mmfnet.recipe import Recipe, RecipeError
-
-once = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="no backend takes part")
 
 
 def make_patients(rng, count=6):
@@ -43,7 +40,7 @@ def planned(patients, changes=None, memory=8e9, seconds=7200.0, speed=1.5e-8):
     return one.recipe(Recipe())
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(40))
 def test_no_structure_lies_outside_all_windows_whatever_the_patients(seed):
     rng = np.random.default_rng(seed)
@@ -61,7 +58,7 @@ def test_no_structure_lies_outside_all_windows_whatever_the_patients(seed):
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
-@once
+@pytest.mark.once
 def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
     patients = make_patients(np.random.default_rng(3))
 
@@ -87,7 +84,7 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
     assert "more than the 1 s that it may take" in caplog.text
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("spacing", "shape", "strides", "kernels"),
     [
@@ -106,7 +103,7 @@ def test_levels_by_the_spacing(spacing, shape, strides, kernels):
     assert found[0] == tuple(shape)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("left", "right", "axes", "reason"),
     [
@@ -123,7 +120,7 @@ def test_flips_by_the_sides_that_structures_are_on(left, right, axes, reason):
     assert recipe.reasons["patches.flip_axes"] == reason
 
 
-@once
+@pytest.mark.once
 def test_what_is_given_stays_and_the_rest_is_planned_around_it():
     patients = make_patients(np.random.default_rng(0))
     given = {"patches.shape": (12, 40, 36), "training.epochs": 7, "training.self_transfer": False}
@@ -165,7 +162,7 @@ def plan_of(folder, changes=None, **options):
     return plan_recipe(find_cases(folder, given_recipe(changes or {}).data), changes, **options)
 
 
-@once
+@pytest.mark.once
 def test_sequences_that_are_missing(cohort):
     (cohort / "patient_02" / "t2.nii.gz").unlink()
     recipe = plan_of(cohort, {"data.align": "header", "patches.misalignment": (1, 1)})
@@ -176,7 +173,7 @@ def test_sequences_that_are_missing(cohort):
         plan_of(cohort, {"data.modalities": ("t1", "flair")})
 
 
-@once
+@pytest.mark.once
 def test_patients_who_moved_between_the_sequences(cohort):
     path = cohort / "patient_00" / "t2.nii.gz"
     image = sitk.ReadImage(str(path))
@@ -189,7 +186,7 @@ def test_patients_who_moved_between_the_sequences(cohort):
     assert one.fields["patches.misalignment"][0] == (1, 1)
 
 
-@once
+@pytest.mark.once
 def test_images_that_are_z_scores(cohort):
     for path in cohort.glob("*/*.nii.gz"):
         if "mask" not in path.name:
@@ -223,7 +220,7 @@ def test_images_that_are_z_scores(cohort):
     assert [error.patient for error in errors] == ["patient_05"]
 
 
-@once
+@pytest.mark.once
 @pytest.mark.filterwarnings("error")
 def test_real_heads_are_all_within_the_windows_that_are_planned(test_data, tmp_path):
     patients = test_data / "lgg_patients"
@@ -249,7 +246,7 @@ def test_the_speed_of_this_machine():
     assert 1e-12 < measure_speed((4, 8, 8)) < 1e-3
 
 
-@once
+@pytest.mark.once
 def test_nothing_is_planned_for_patients_without_a_structure(cohort):
     for path in cohort.glob("*/mask.nii.gz"):
         image = sitk.ReadImage(str(path))

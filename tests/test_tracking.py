@@ -1,4 +1,3 @@
-import keras
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.util.tensor_util import make_ndarray
@@ -19,8 +18,6 @@ RECIPE = Recipe().replace(
         "training.epochs": 3,
     }
 )
-
-on_torch = pytest.mark.skipif(keras.backend.backend() != "torch", reason="the same on every backend")
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def test_each_epoch_is_in_tensorboard(train, tmp_path):
     assert found["unet3d_t1/all/validation"] == pytest.approx({0: losses[0], 2: losses[2]})
 
 
-@on_torch
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
 def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
@@ -79,7 +76,7 @@ def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
     assert found == pytest.approx({0: losses[0], 2: losses[2]})
 
 
-@on_torch
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_training_goes_on_without_mlflow(train, tmp_path, monkeypatch, caplog):
     pytest.importorskip("mlflow")

@@ -219,6 +219,7 @@ def test_training_learns(patients, tmp_path):
     assert evaluate_case(sitk.GetArrayFromImage(probability), case.mask, case.spacing)["dsc"] > 0.8
 
 
+@pytest.mark.once
 def test_the_cosine_schedule_ends_at_0(patients, tmp_path, monkeypatch):
     rates = []
 
@@ -255,6 +256,7 @@ def epochs(monkeypatch):
     return found
 
 
+@pytest.mark.once
 def test_the_epoch_of_the_best_dsc(patients, tmp_path, epochs):
     # The second epoch is the best, though the loss falls to the end.
     epochs.numbers = {"val_dice_score": [0.1, 0.9, 0.5, 0.6, 0.7, 0.8], "val_loss": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]}
@@ -278,6 +280,7 @@ LAST = ONE.replace(
 )
 
 
+@pytest.mark.once
 def test_the_mean_of_the_last_epochs_after_an_interruption(patients, tmp_path, epochs, monkeypatch):
     # As if the mean were better than every epoch.
     monkeypatch.setattr(training._Trainer, "_cost", lambda self, row: row.get("epoch", -1))
@@ -351,6 +354,7 @@ def three(make_case):
     ]
 
 
+@pytest.mark.once
 def test_a_method_lends_its_encoder_to_another(three, tmp_path, monkeypatch):
     donor = training.train_method(METHODS["unet3d_t1"], *three, THREE, tmp_path)
     fitted = []
@@ -476,6 +480,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(trained, tmp_path, m
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.once
 def test_a_training_on_a_full_disk(patients, tmp_path, monkeypatch):
     usage = training.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(training.shutil, "disk_usage", lambda folder: usage)
@@ -491,6 +496,7 @@ def test_a_training_on_a_full_disk(patients, tmp_path, monkeypatch):
 STILL = ONE.replace({"training.pretrain_learning_rate": 1e-12, "training.patience": 2, "training.epochs": 50})
 
 
+@pytest.mark.once
 def test_early_stopping_counts_the_epochs_before_an_interruption(patients, tmp_path, monkeypatch):
     pretrain_encoders(*patients, STILL, tmp_path / "undisturbed")
     losses = [float(row["val_loss"]) for row in rows(tmp_path / "undisturbed" / "unet3d_t1_history.csv")]
@@ -524,6 +530,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(training._Trainer, "fit", lambda *_, **__: pytest.fail("the training started"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("damage", ["backup/latest.weights.h5", "history.csv", "checksums.json"])
 def test_a_damaged_state_falls_back_to_the_one_before(patients, tmp_path, monkeypatch, caplog, damage):
     save, ends = training._SaveState.on_epoch_end, []

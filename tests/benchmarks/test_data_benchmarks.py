@@ -1,16 +1,11 @@
 import json
 import sys
 
-import keras
 import numpy as np
 import pytest
 
 from keras_mmfnet.data import preprocess_case
 from keras_mmfnet.recipe import Recipe
-
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="the same on every backend; this one is fast"
-)
 
 
 @pytest.fixture

@@ -1,9 +1,4 @@
-import keras
-import pytest
-
 from keras_mmfnet.run import Run
-
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="the same on every backend")
 
 
 def test_each_stage_finds_the_patients(benchmarks, tmp_path):

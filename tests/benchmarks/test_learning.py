@@ -2,11 +2,8 @@ import importlib
 import json
 import sys
 
-import keras
 import pytest
 from checks import to_numpy
-
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same on every backend")
 
 
 @pytest.fixture

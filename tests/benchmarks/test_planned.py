@@ -2,12 +2,9 @@ import importlib
 import json
 import sys
 
-import keras
 import pytest
 
 from keras_mmfnet.recipe import Recipe
-
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same on every backend")
 
 
 @pytest.fixture

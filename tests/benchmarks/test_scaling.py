@@ -2,12 +2,9 @@ import importlib
 import json
 import sys
 
-import keras
 import pytest
 
 from keras_mmfnet.models import MMFNet
-
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="the same on every backend")
 
 
 def test_the_model(benchmarks, monkeypatch, tmp_path):

@@ -67,10 +67,8 @@ def test_the_ratios_are_medians_over_the_turns(step):
     }
 
 
-def test_every_fast_kernel_is_measured(step):
-    backend = keras.backend.backend()
-    if backend == "jax":
-        pytest.skip("it has none")
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_every_fast_kernel_is_measured(step, backend):
     fast = importlib.import_module(f"keras_mmfnet.kernels.{backend}")
     operations = [
         name for name, value in vars(reference).items() if inspect.isfunction(value) and name in vars(kernels)
@@ -117,7 +115,6 @@ def test_the_memory_of_tensors(step):
     assert step.memory_of_tensors(run) == 8
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="once is enough")
 def test_a_contender_that_dies_ends_the_run(step, tmp_path):
     # One voxel is left at the bottom, which PyTorch's batch normalization refuses.
     command = [sys.executable, step.__file__, "--shape", "1", "16", "16", "16", "--out", str(tmp_path / "result.json")]
@@ -128,7 +125,6 @@ def test_a_contender_that_dies_ends_the_run(step, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="only PyTorch tells what its tensors take")
 def test_a_training_step_takes_less_memory_than_plain_pytorch(step):
     shape = (2, 16, 64, 64)
     peaks = []

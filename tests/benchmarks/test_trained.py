@@ -12,8 +12,6 @@ from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same on every backend")
-
 
 @pytest.fixture(scope="module")
 def trained(tiny_cohort, tmp_path_factory):

@@ -12,6 +12,8 @@ from keras_mmfnet.recipe import Recipe
 
 SERVE = Path(__file__).parents[2] / "examples" / "serve_onnx.py"
 
+on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the backend that exports")
+
 
 def serve(network, recipe, patient, out):
     """What examples/serve_onnx.py says where Keras cannot be imported."""
@@ -26,7 +28,7 @@ def serve(network, recipe, patient, out):
     return done
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the backend that exports to ONNX")
+@on_tensorflow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_patient_is_served_by_onnxruntime(mmfnet, trained, tiny_cohort, tmp_path):
     mmfnet("segment", trained, tiny_cohort / "patient_00", "--out", tmp_path / "out", "--fold", 0)
@@ -51,11 +53,15 @@ def test_a_patient_is_served_by_onnxruntime(mmfnet, trained, tiny_cohort, tmp_pa
 
 
 def test_what_cannot_be_exported(mmfnet, trained, tmp_path):
+    if (backend := keras.backend.backend()) != "tensorflow":
+        done = mmfnet("export", trained, "--out", tmp_path / "n.xml", code=1)
+        assert f"networks of all backends are exported by TensorFlow. Received: {backend}" in done.stderr
     assert "ends with .onnx or .xml" in mmfnet("export", trained, "--out", tmp_path / "n.h5", code=1).stderr
     (tmp_path / "n.onnx").touch()
     assert "Received: " in mmfnet("export", trained, "--out", tmp_path / "n.onnx", code=1).stderr
 
 
+@on_tensorflow
 def test_an_interrupted_export_leaves_nothing(mmfnet, trained, tmp_path, monkeypatch):
     def export(network, path, **_):
         Path(path).write_bytes(b"a part")
@@ -72,6 +78,7 @@ def test_no_file_is_overwritten(mmfnet, trained, tmp_path):
     assert (tmp_path / "m.bin").read_text() == "the user's"
 
 
+@on_tensorflow
 def test_a_fold_that_is_not_trained(mmfnet, trained, tmp_path):
     done = mmfnet("export", trained, "--out", tmp_path / "m.onnx", "--fold", 4, code=1)
     assert "that is trained (0, 1) is expected. Received: 4" in done.stderr
