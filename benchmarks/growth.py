@@ -166,6 +166,8 @@ def draw(result, path):
                 style = "--" if "core" in stage else "-"
                 panel.plot(x, y, style, marker="o", markersize=3, color=f"C{number}", label=stage)
             panel.set_xscale("log")
+            panel.set_xticks(x, labels=map(str, result[key]))
+            panel.set_xticks([], minor=True)
             panel.set_yscale("log" if quantity == "seconds" else "linear")
             panel.grid(alpha=0.3)
         column[0].set_ylabel("seconds")
@@ -193,8 +195,8 @@ def main():
     for millions in map(float, filter(None, parsed.voxels.split(","))):
         width = round((millions * 1e6 / 32) ** 0.5)
         result["voxels"][f"{millions:g}"] = stages_of(WITH_VOXELS, (32, width, width))
-    report(result, parsed.out)  # of which the keys are texts
-    draw(json.loads(parsed.out.read_text()), parsed.out.with_suffix(".png"))
+    report(result, parsed.out)
+    draw(result, parsed.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

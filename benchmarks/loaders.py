@@ -1,11 +1,10 @@
-"""Compares the patches per second of the tf.data pipeline with the same patches by Grain, without TensorFlow.
+"""Compares the patches per second of the tf.data pipeline with those of Grain, without TensorFlow.
 
     pip install grain
     python benchmarks/loaders.py
 
 Grain runs the paper's augmentation (offset, rotation in plane, flip) by NumPy, or by PyTorch's `grid_sample`, in as
-many threads as there are cores. The seeds of the two differ; that the patches are the same for the same random numbers
-is checked first. The loaders take turns.
+many threads as there are cores. That all rotate and flip a box alike is checked first. The loaders take turns.
 """
 
 import argparse
@@ -78,7 +77,7 @@ def by_torch(box, transform, recipe):
 
 
 def make_patch(number, cases, recipe, seed, move):
-    """A training patch, as `keras_mmfnet.data.patch_dataset` has it."""
+    """A training patch like those of `patch_dataset`, but moved inside at the edges of the volume."""
     case, start, transform = draw(int(number), cases, recipe, seed)
     margin = augment.margin(recipe)
     box = crop(case, start - [0, *margin], np.add(recipe.shape, [0, *2 * margin]))

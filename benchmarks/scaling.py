@@ -11,7 +11,6 @@ model needs what one device of yours takes for a patch, and the network between 
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -95,13 +94,15 @@ def main():
     parser.add_argument("--devices", default="1,2", metavar="N,..", help="numbers of devices (%(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=(16, 64, 64), help="of a patch (16 64 64)")
     parser.add_argument("--batch-size", type=int, default=4, help="of all devices, or of each (%(default)s)")
-    parser.add_argument("--updates", type=int, default=10, help="of an epoch (%(default)s)")
+    parser.add_argument("--updates", type=int, default=10, help="updates per epoch (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="trainings of each setting (%(default)s)")
     parser.add_argument("--model-only", action="store_true", help="measure nothing")
     parser.add_argument("--seconds-per-patch", type=float, help="of one device, for the model (what was measured)")
     parser.add_argument("--bandwidth", type=float, default=12.5, help="for the model, in GB/s (%(default)s)")
-    parser.add_argument("--latency", type=float, default=20, help="of a sum, in microseconds (%(default)s)")
-    parser.add_argument("--patches-per-second", type=float, default=50, help="cut for one device (%(default)s)")
+    parser.add_argument("--latency", type=float, default=20, help="latency of one sum, in microseconds (%(default)s)")
+    parser.add_argument(
+        "--patches-per-second", type=float, default=50, help="of the input pipeline for one device (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parser.add_argument("--measure", type=int, nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
@@ -111,7 +112,7 @@ def main():
         return
     if parsed.model_only and not parsed.seconds_per_patch:
         parser.error("--seconds-per-patch: expected with --model-only. Received: none")
-    numbers, speeds = [int(text) for text in parsed.devices.split(",")], {}
+    numbers, speeds = sorted({1, *map(int, parsed.devices.split(","))}), {}
     settings = [
         (kind, n, parsed.batch_size * (n if kind == "weak" else 1)) for kind in ("strong", "weak") for n in numbers
     ]
@@ -119,7 +120,7 @@ def main():
         for kind, number, batch_size in settings:
             shape = ["--shape", *map(str, parsed.shape), "--updates", str(parsed.updates)]
             command = [sys.executable, __file__, "--measure", str(number), str(batch_size), *shape]
-            done = subprocess.run(command, env=os.environ, stdout=subprocess.PIPE, check=True, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             speeds.setdefault(f"{kind}, {number}", []).append(json.loads(done.stdout.splitlines()[-1]))
     data, sums = exchanged(tuple(parsed.shape))
     measured = {

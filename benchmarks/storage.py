@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import machine, report
+from pipeline import relative
 
 from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.recipe import DataRecipe
@@ -98,8 +99,10 @@ FORMATS = {"npy float32": Npy(np.float32), "npy float16": Npy(np.float16), "blos
 
 def preprocessed(folder):
     """The images of the patients of a folder, as they are in the cache."""
-    recipe = DataRecipe(modalities=("t1", "cet1", "flair"), spacing=None)
-    return [list(preprocess_case(case, recipe).images.values()) for case in find_cases(folder, recipe)]
+    recipe = DataRecipe(modalities=("t1", "cet1"), spacing=None)
+    return [
+        list(preprocess_case(case, recipe).images.values()) for case in find_cases(folder, recipe, require_mask=False)
+    ]
 
 
 def boxes(shapes, seed):
@@ -144,11 +147,11 @@ def measure(patients, turns, seconds):
             for (patient, box), _ in zip(boxes(shapes, 0), range(100), strict=False):
                 megabytes.append(sum(one.read_mb(one.open(path), box) for path in files[name][patient]))
             found[name]["mb_read_per_patch"] = statistics.mean(megabytes)
-    base = found["npy float32"]["rates"]
+    rates = {name: numbers["rates"][1:] for name, numbers in found.items()}
     return {
         name: {
-            "patches_per_second_of_a_core": round(statistics.median(numbers["rates"][1:]), 1),
-            "relative": round(statistics.median(a / b for a, b in zip(numbers["rates"], base, strict=True)), 2),
+            "patches_per_second_of_a_core": round(statistics.median(rates[name]), 1),
+            "relative": relative(rates, name, "npy float32"),
             **{key: round(numbers[key], 2) for key in ("mb_read_per_patch", "disk_mb", "write_s")},
         }
         for name, numbers in found.items()

@@ -59,15 +59,18 @@ def new_folder(path):
 
 
 def read_json(path):
-    """Reads a JSON file.
+    """Reads a JSON file that holds an object.
 
     Raises:
         ValueError: The file is damaged; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: must be undamaged JSON. Received: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be a JSON object. Received: {str(found)[:99]}")
+    return found
 
 
 def csv_text(rows):

@@ -1,6 +1,7 @@
 """Maps a function over patients, in the number of processes that `joblib.parallel_config` sets; by default in one."""
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,15 +44,16 @@ def map_patients(function: Callable, patients: Sequence[Any], names: Sequence[st
     with tempfile.TemporaryDirectory() as folder:
         marks = [Path(folder) / str(number) for number in range(len(patients))]
         work = joblib.delayed(_in_process)
-        calls = (work(function, patient, mark, threads) for patient, mark in zip(patients, marks, strict=True))
+        calls = (
+            work(function, patient, mark, threads, os.getpid()) for patient, mark in zip(patients, marks, strict=True)
+        )
         results = joblib.Parallel(processes, backend="loky", return_as="generator")(calls)
         try:
             with contextlib.closing(results):
                 yield from _with_progress(results, len(names), what)
         except BrokenProcessPool as error:
             begun = " or ".join(name for name, mark in zip(names, marks, strict=True) if mark.exists())
-            if not begun:
-                raise
+            begun = begun or f"{len(patients)} patients"  # killed before the first one
             raise RuntimeError(
                 f"{what} {begun}: a process was killed, perhaps because the memory was full; fewer processes take less "
                 f"(--workers, or `n_jobs` of `joblib.parallel_config`). Received: {_exit_codes(error)}"
@@ -72,8 +74,10 @@ def _with_progress(results, total, what):
         yield result
 
 
-def _in_process(function, patient, mark, threads):
+def _in_process(function, patient, mark, threads, parent):
     """Applies the function. The mark stays if the process crashes."""
+    if os.getppid() != parent:  # The parent was killed: nobody waits for the result.
+        os._exit(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     mark.touch()
     try:

@@ -74,12 +74,7 @@ def check_start(run, data, recipe, resume=False, groups=None, splits=None, metho
     _log.info("Computing in %s", dtype_policy(recipe.training.mixed_precision))
     given = donor and _donor(Path(donor), recipe)
     bad = []
-    try:
-        cases = find_cases(data, recipe.data, on_error=bad.append)
-    except ValueError:
-        if bad:
-            raise CaseError.of_several(bad) from None
-        raise
+    cases = find_cases(data, recipe.data, on_error=bad.append)
     kept = read_json(run.cohort_file) if run.cohort_file.exists() else {}
     if "donor" in kept and not _is_file_of(run.donor_file, kept["donor"]["sha256"]):
         raise ValueError(f"{run.donor_file}: must be the donor this run started from. Received: another or no file")

@@ -145,10 +145,15 @@ the groups, folds and donor that were given |
         paths = sorted(self.fold_folder(fold).glob("*_history.csv"))
         return {path.name.removesuffix("_history.csv"): read_history(path) for path in paths}
 
+    @property
+    def begun_folds(self) -> list[int]:
+        """Numbers of the folds that have a folder."""
+        numbers = (path.name.removeprefix("fold_") for path in self.folder.glob("fold_*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
     def trained_folds(self) -> list[int]:
         """Numbers of the folds whose MMFNet is trained."""
-        numbers = {path.parent.name.removeprefix("fold_") for path in self.folder.glob("fold_*/mmfnet.keras")}
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        return [fold for fold in self.begun_folds if self.network(fold).exists()]
 
     def results(self) -> dict[str, list[dict]]:
         """The results so far, `{method: [that of a fold, ...]}`, in the order of the registry and then by name."""

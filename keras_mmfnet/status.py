@@ -1,11 +1,11 @@
 """How far the networks of a run are, from its files alone: the run may be computed by other processes and machines."""
 
 import dataclasses
-import json
 import os
 import platform
 import re
 
+from keras_mmfnet._files import read_json
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.run import Run
 from keras_mmfnet.training import last_epoch_end, read_epochs
@@ -53,11 +53,13 @@ def network_states(run: Run) -> list[NetworkState]:
 
     Returns:
         A `NetworkState` for each, by fold; the networks from which others borrow come first.
+
+    Raises:
+        ValueError: A file of the run is damaged.
     """
-    jobs, failed = _last_jobs(run)
+    _, jobs, failed = _last_jobs(run)
     states = []
-    numbers = [path.name[len("fold_") :] for path in run.folder.glob("fold_*")]
-    for fold in sorted(int(number) for number in numbers if number.isdecimal()):
+    for fold in run.begun_folds:
         folder = run.fold_folder(fold)
         begun = [path.name[1 : -len(".lock")] for path in sorted(folder.glob(".*.lock"))]
         planned = [name.split("_", 2)[2] for name in jobs if name.startswith(f"method_{fold}_")]
@@ -70,6 +72,27 @@ def network_states(run: Run) -> list[NetworkState]:
             missing = [one for one in needed.get(name, ()) if not run.network(fold, one).exists()]
             states.append(_state(run, fold, name, name in borrowed, missing, reason))
     return states
+
+
+def preparation(run: Run) -> str:
+    """How far the jobs are that preprocess the patients of a run, which has no recipe until then.
+
+    Args:
+        run: The `Run`.
+
+    Returns:
+        A line, and one for each job that failed; empty if there are no such jobs.
+
+    Raises:
+        ValueError: A file of the jobs is damaged.
+    """
+    folder, jobs, failed = _last_jobs(run)
+    first = [name for name in jobs if name.startswith(("patients", "cohort"))]
+    if not first:
+        return ""
+    done = sum((folder / "done" / name).exists() for name in first)
+    reasons = [f"{name} failed: {failed[name]}" for name in first if name in failed]
+    return "\n".join([f"Preprocessing: {done} of {len(first)} jobs are done", *reasons])
 
 
 def _state(run, fold, name, borrowed, missing, reason):
@@ -104,14 +127,14 @@ def _state(run, fold, name, borrowed, missing, reason):
 def _holder(owner):
     """The process that computes a network, empty if none does; one of another machine is taken at its word."""
     try:
-        text = owner.read_text(encoding="utf-8")
+        text = owner.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    number, node = re.match(r"process (\d+) on (\S+)", text).groups()
-    if node == platform.node():
+    found = re.match(r"process (\d+) on (\S+)", text)
+    if found and found[2] == platform.node():
         try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
+            os.kill(int(found[1]), 0)
+        except (ProcessLookupError, OverflowError):
             return ""
         except PermissionError:
             pass
@@ -119,9 +142,9 @@ def _holder(owner):
 
 
 def _last_jobs(run):
-    """The jobs that were started last: their names, and why those failed that did."""
-    folders = sorted(path.parent for path in run.jobs.glob("*/jobs.json"))
-    if not folders:
-        return [], {}
-    names = json.loads((folders[-1] / "jobs.json").read_text(encoding="utf-8"))
-    return list(names), {path.name: path.read_text(encoding="utf-8") for path in (folders[-1] / "refused").glob("*")}
+    """The jobs that were started last: their folder, their names, and why those failed that did."""
+    folder = max((path.parent for path in run.jobs.glob("*/jobs.json")), default=None)
+    if not folder:
+        return None, [], {}
+    refused = (folder / "refused").glob("[!.]*")
+    return folder, list(read_json(folder / "jobs.json")), {path.name: path.read_text("utf-8") for path in refused}

@@ -1,9 +1,11 @@
 """Follows trainings in TensorBoard or MLflow, by the callbacks of Keras and of MLflow.
 
-Each stage of a network's training is a run of its own there: the epochs with frozen encoders, and all others.
+Each stage of a network's training is a run of its own there: the epochs with frozen encoders, and all others. If a tool
+fails, the training goes on without it.
 """
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 TOOLS = ("tensorboard", "mlflow")
 _tool = None
+# Of MLflow, unless the user has set them: it would otherwise try for minutes to reach a server, and print addresses.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 @contextlib.contextmanager
@@ -34,18 +42,39 @@ def tracked_with(tool: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: There is no such tool.
-        ImportError: It is not installed.
+        ImportError: It is not installed, or MLflow lacks what its database needs.
     """
     global _tool
     if tool not in (None, *TOOLS):
         raise ValueError(f"`tool` must be one of {', '.join(TOOLS)}. Received: {tool}")
     if tool and importlib.util.find_spec(tool) is None:
         raise ImportError(f"tracking with {tool} needs pip install 'keras-mmfnet[{tool}]'. Received: no module {tool}")
+    added = {name: value for name, value in _SETTINGS.items() if tool == "mlflow" and name not in os.environ}
+    os.environ.update(added)
     before, _tool = _tool, tool
     try:
+        if tool == "mlflow":
+            _require_store()
         yield
     finally:
         _tool = before
+        for name in added:
+            del os.environ[name]
+
+
+def _require_store():
+    """Refuses MLflow without the packages of its database."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with contextlib.suppress(MlflowException):  # `trackers` warns of it
+            mlflow.MlflowClient()
+    except ImportError as error:
+        raise ImportError(
+            "tracking with mlflow needs a server in MLFLOW_TRACKING_URI, or all of MLflow: pip install "
+            f"'keras-mmfnet[mlflow]'. Received: {error}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -58,11 +87,19 @@ def trackers(network: Path, stage: Path, recipe: Recipe) -> "Iterator[list[keras
         recipe: The `Recipe`.
 
     Yields:
-        A list of callbacks; empty outside of `tracked_with`, or if MLflow cannot be used, of which a warning tells.
+        A list of callbacks; empty outside of `tracked_with`, or if the tool cannot be used, with a warning.
     """
     network = network.absolute()
-    with contextlib.ExitStack() as stack:
-        callbacks = []
+
+    @contextlib.contextmanager
+    def safely():
+        try:
+            yield
+        except Exception as error:  # whatever fails in a tool
+            _log.warning("%s: is trained without %s: %s", network.with_suffix(""), _tool, error)
+
+    callbacks, begun = [], False
+    with safely():
         if _tool == "tensorboard":
             import keras
 
@@ -70,17 +107,43 @@ def trackers(network: Path, stage: Path, recipe: Recipe) -> "Iterator[list[keras
             callbacks = [keras.callbacks.TensorBoard(folder, write_graph=False)]
         elif _tool == "mlflow":
             import mlflow.keras
-            from mlflow.exceptions import MlflowException
 
-            try:
-                run = _mlflow_run(network, stage)
-                stack.enter_context(mlflow.start_run(run.info.run_id, nested=True))
-                parts = recipe.model_dump(exclude={"reasons"})
-                mlflow.log_params({f"{part}.{name}": value for part in parts for name, value in parts[part].items()})
-                callbacks = [mlflow.keras.MlflowCallback()]
-            except MlflowException as error:
-                _log.warning("%s: is trained without MLflow: %s", network.with_suffix(""), error)
-        yield callbacks
+            run = _mlflow_run(network, stage)
+            begun = mlflow.start_run(run.info.run_id, nested=True)
+            parts = recipe.model_dump(exclude={"reasons"})
+            mlflow.log_params({f"{part}.{name}": value for part in parts for name, value in parts[part].items()})
+            callbacks = [mlflow.keras.MlflowCallback()]
+    status = "FAILED"
+    try:
+        yield [_guarded(callback, safely) for callback in callbacks]
+        status = "FINISHED"
+    finally:
+        if begun:
+            with safely():
+                mlflow.end_run(status)
+
+
+def _guarded(callback, safely):
+    """A callback that does nothing more once one of its methods has failed."""
+    failed = False
+
+    def guard(method):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            nonlocal failed
+            if not failed:
+                with safely():
+                    return method(*args, **kwargs)
+                failed = True
+            return None
+
+        return call
+
+    for name in dir(callback):
+        if name.startswith("on_"):
+            setattr(callback, name, guard(getattr(callback, name)))
+    callback.set_model = guard(callback.set_model)
+    return callback
 
 
 def _mlflow_run(network, stage):
@@ -93,13 +156,27 @@ def _mlflow_run(network, stage):
         try:
             return client.get_run(kept.read_text(encoding="utf-8"))
         except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             _log.warning("%s: goes on in a new run of MLflow: %s", network.with_suffix(""), error)
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if experiment is None:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", network.parent.parent.name)
-        with contextlib.suppress(MlflowException):  # it exists
-            client.create_experiment(name)
-        experiment = client.get_experiment_by_name(name).experiment_id
+        experiment = _experiment_id(client, name)
     run = client.create_run(experiment, run_name=f"{network.parent.name}/{network.stem}/{stage.name}")
     write(kept, run.info.run_id)
     return run
+
+
+def _experiment_id(client, name):
+    """The experiment of MLflow that has a name; a new one if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:
+            # Another process may have created it.
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+    return found.experiment_id

@@ -450,12 +450,18 @@ def read_history(path: str | os.PathLike) -> list[dict]:
 
     Returns:
         A list with a dict per epoch. `epoch` is an int, `stage` a string, and every other value a float.
+
+    Raises:
+        ValueError: The file is damaged.
     """
-    if not Path(path).exists():
-        return []
     kinds = {"epoch": int, "stage": str}
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: must be an undamaged table of epochs. Received: {error}") from error
 
 
 def read_epochs(path: str | os.PathLike) -> list[dict]:

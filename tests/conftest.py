@@ -5,6 +5,9 @@ from pathlib import Path
 
 # As the examples do: TensorFlow leaves it off on some processors.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# Each of several pytest processes has a core: PyTorch's threads would wait for one another most of the time.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The small networks of the tests are compiled often and run once: JAX spends most of its time on making them fast.
 if os.environ.get("KERAS_BACKEND") == "jax":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

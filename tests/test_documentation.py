@@ -47,6 +47,7 @@ NOT_PARSED = {
     "pip install keras-mmfnet[tensorboard]",
     "tensorboard --logdir run",
     "pip install .[docs]",
+    "pip install blosc2 zarr grain",
     "pip install -e .[dev]",
     "pre-commit install",
     "python -m pytest -n 2 --dist worksteal",

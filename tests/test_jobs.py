@@ -105,26 +105,32 @@ def test_what_is_done_is_no_job(request_of):
 
 
 def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    def seen():
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    with own_gpu(tmp_path) as first:
-        with own_gpu(tmp_path) as second:
-            assert [first, second] == ["gpu:0", "gpu:1"]
+    with own_gpu(tmp_path):
+        assert seen() == "3"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+        with own_gpu(tmp_path):
+            assert seen() == "5"
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
             found = []
 
             def third():
-                with own_gpu(tmp_path) as gpu:
-                    found.append(gpu)
+                with own_gpu(tmp_path):
+                    found.append(seen())
 
             waiting = threading.Thread(target=third)
             waiting.start()
             time.sleep(0.1)
             assert not found
         waiting.join()
-        assert found == ["gpu:1"]
+        assert found == ["5"]
     for named in ("7", "", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-        with own_gpu(tmp_path) as gpu:
-            assert gpu is None
+        with own_gpu(tmp_path):
+            assert seen() == named
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,10 @@ def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         (["--small", "--jobs", "2", "--devices", "none"], "--devices: a number of 1 or more, or all, is expected."),
         (["--small", "--jobs", "2", "--devices", "3"], "must be a multiple of 3 devices. Received: 4"),
         (["--small", "--jobs", "2"], "--jobs needs Snakemake: pip install 'keras-mmfnet[cluster]'"),
-        (["--small", "--jobs", "2", "--set", "training.folds=9"], "patients"),
+        (
+            ["--small", "--jobs", "2", "--set", "training.folds=9"],
+            "9 folds need at least 9 patients. Received: 6",
+        ),
     ],
 )
 def test_what_is_refused_before_a_job_starts(tiny_cohort, tmp_path, monkeypatch, options, message):
@@ -185,7 +194,17 @@ def test_jobs_that_fail_are_named(request_of, tiny_cohort, tmp_path):
     # It is not tried again, as a job that was killed is.
     [refused] = request.run.glob("jobs/*/refused/*")
     assert refused.name == "patients_0"
+    assert (request.run / "run.log").read_text().count("Job patients_0") == 1
     assert not (request.run / "recipe.json").exists()
+
+
+def test_snakemake_that_is_killed(tmp_path):
+    """Its jobs go on, and are not called failed."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "method_0_mmfnet.log").write_text("Epoch 6 of 30")
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    with open(tmp_path / "lock", "w") as lock, pytest.raises(RuntimeError, match=r"go on.* Received: .*signal 9"):
+        jobs._run_snakemake(command, None, lock.fileno(), tmp_path, ["method_0_mmfnet"])
 
 
 def workers(folder, name=""):

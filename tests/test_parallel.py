@@ -2,6 +2,8 @@ import functools
 import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import joblib
 import pytest
@@ -40,6 +42,17 @@ def crash(number):
     return number
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """Kills the process that reads it."""
+
+    def __reduce__(self):
+        return die, ()
+
+
 def names(numbers):
     return [f"patient {number}" for number in numbers]
 
@@ -69,8 +82,19 @@ def test_a_process_that_dies_names_its_patient(processes):
         list(map_patients(look, numbers, names(numbers), "looking"))
     with pytest.raises(RuntimeError, match=r"^looking .*patient 3.*: a process was killed.* Received: .*SIGKILL"):
         list(map_patients(crash, numbers, names(numbers), "looking"))
+    with pytest.raises(RuntimeError, match=r"^looking 8 patients: a process was killed.* Received: .*SIGKILL"):
+        list(map_patients(look, [Deadly()] * 8, names(numbers), "looking"))
     # The next work has new processes.
     assert list(map_patients(crash, [1, 2], names([1, 2]), "looking")) == [1, 2]
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    code = (
+        "import os, pathlib; from keras_mmfnet import _parallel; "
+        f"_parallel._in_process(print, 'anna', pathlib.Path({str(tmp_path / 'mark')!r}), 1, os.getppid() + 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_an_error_keeps_its_kind_on_the_way():

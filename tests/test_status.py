@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from keras_mmfnet.cli import app
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run
-from keras_mmfnet.status import network_states
+from keras_mmfnet.status import network_states, preparation
 
 RECIPE = Recipe().replace({"data.modalities": ("t1", "t2"), "training.epochs": 40})
 HEADER = "epoch,average_precision,dice_score,loss,seconds,val_average_precision,val_dice_score,val_loss"
@@ -49,6 +49,51 @@ def run(tmp_path):
         (run.jobs / when / "jobs.json").write_text('{"method_2_mmfnet": {}, "network_2_unet3d_t1": {}}')
         (run.jobs / when / "refused" / refused).write_text("why")
     return run
+
+
+@pytest.mark.parametrize("owner", ["", "another text", "process 99999999999999999999 on {node} since", b"\xff"])
+def test_an_owner_that_is_damaged(run, owner):
+    content = owner if isinstance(owner, bytes) else owner.format(node=platform.node()).encode()
+    run.owner(0, "unet3d_t2").write_bytes(content)
+    states = {state.name: state.state for state in network_states(run) if state.fold == 0}
+    assert states["unet3d_t2"] == ("running" if owner in ("another text", b"\xff") else "stopped")
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"epoch,loss\n0", b"epoch,loss\n0,low\n"])
+def test_a_history_that_is_damaged(run, damage):
+    run.history(0, "unet3d_t1").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"unet3d_t1_history.csv: must be an undamaged table of epochs. Received: "):
+        network_states(run)
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]"])
+def test_jobs_that_are_damaged(run, damage):
+    (run.jobs / "2026-01-02_00-00-00" / "jobs.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"jobs.json: must be .*JSON.* Received: "):
+        network_states(run)
+
+
+def test_a_run_whose_patients_are_being_preprocessed(tmp_path):
+    run = Run(tmp_path)
+    assert preparation(run) == ""
+    folder = run.jobs / "2026-01-01_00-00-00"
+    for name in ("done", "refused"):
+        (folder / name).mkdir(parents=True)
+    (folder / "jobs.json").write_text('{"patients_0": {}, "patients_1": {}, "cohort_all": {}, "method_0_mmfnet": {}}')
+    (folder / "done" / "patients_0").touch()
+    (folder / "refused" / "patients_1").write_text("anna: lacks t2")
+    expected = [
+        "Preprocessing: 1 of 3 jobs are done",
+        "patients_1 failed: anna: lacks t2",
+    ]
+    assert preparation(run).splitlines() == expected
+    done = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert done.stdout.splitlines() == expected
+    run.cache.mkdir()
+    done = CliRunner().invoke(app, ["train", "--out", str(tmp_path), "--resume"])
+    assert "not all preprocessed; run the command that began it again, without --resume" in " ".join(
+        done.stderr.split()
+    )
 
 
 def test_each_network_of_a_run(run):

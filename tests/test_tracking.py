@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.util.tensor_util import make_ndarray
@@ -58,13 +60,19 @@ def test_each_epoch_is_in_tensorboard(train, tmp_path):
     assert found["unet3d_t1/all/validation"] == pytest.approx({0: losses[0], 2: losses[2]})
 
 
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a store in a folder."""
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    return pytest.importorskip("mlflow")
+
+
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
-def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+def test_each_epoch_is_in_one_run_of_mlflow(train, mlflow):
     with tracked_with("mlflow"):
         losses = train()
     client = mlflow.MlflowClient()
@@ -78,13 +86,61 @@ def test_each_epoch_is_in_one_run_of_mlflow(train, tmp_path, monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
-def test_a_training_goes_on_without_mlflow(train, tmp_path, monkeypatch, caplog):
-    pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())  # which MLflow refuses
+def test_a_training_goes_on_without_mlflow(train, mlflow, monkeypatch, caplog):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")  # it then refuses the folder
     with tracked_with("mlflow"):
         assert len(train()) == 3
-    assert "fold_0/unet3d_t1: is trained without MLflow: " in caplog.text
+    assert "fold_0/unet3d_t1: is trained without mlflow: " in caplog.text
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_training_goes_on_when_mlflow_goes_away(train, mlflow, monkeypatch, caplog):
+    from mlflow.keras import MlflowCallback
+
+    def fail(what):
+        def failing(*args, **kwargs):
+            raise mlflow.exceptions.MlflowException(what)
+
+        return failing
+
+    monkeypatch.setattr(MlflowCallback, "on_epoch_end", fail("no epoch"))
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", fail("no end"))
+    before = dict(os.environ)
+    with tracked_with("mlflow"):
+        assert len(train()) == 3
+    assert dict(os.environ) == before
+    for what, count in (("no epoch", 2), ("no end", 2)):  # before and after the interruption
+        assert caplog.text.count(f"fold_0/unet3d_t1: is trained without mlflow: {what}") == count
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
+def test_an_experiment_that_cannot_be_made(train, mlflow, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    with tracked_with("mlflow"):
+        assert len(train()) == 3
+    assert "is trained without mlflow: " in caplog.text
+    assert "NoneType" not in caplog.text
+
+
+@pytest.mark.once
+def test_mlflow_without_its_database(mlflow, monkeypatch):
+    def lacking(*args):
+        raise ImportError("No module named 'alembic'")
+
+    monkeypatch.setattr(mlflow, "MlflowClient", lacking)
+    expected = r"a server in MLFLOW_TRACKING_URI, or all of MLflow.* Received: No module named 'alembic'"
+    with pytest.raises(ImportError, match=expected), tracked_with("mlflow"):
+        pass
+
+
+def test_a_folder_that_tensorboard_cannot_write_to(train, tmp_path, caplog):
+    (tmp_path / "run" / "fold_0").mkdir(parents=True)
+    (tmp_path / "run" / "fold_0" / "tensorboard").write_text("a file")
+    with tracked_with("tensorboard"):
+        assert len(train()) == 3
+    assert caplog.text.count("fold_0/unet3d_t1: is trained without tensorboard: ") == 2  # before and after Ctrl-C
 
 
 def test_tools_that_are_not_there(monkeypatch):

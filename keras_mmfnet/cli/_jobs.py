@@ -24,7 +24,7 @@ class Jobs:
     for_each: dict
     environment: dict = dataclasses.field(default_factory=lambda: dict(os.environ))
 
-    def request(self, out: Path, data, recipe, folds, **options):
+    def request(self, out: Path, data, recipe, folds, **arguments):
         """The `Request`, and the patients that are to be preprocessed; refuses what can be refused before the work."""
         from keras_mmfnet._start import check_start
         from keras_mmfnet.data import CaseError
@@ -32,7 +32,7 @@ class Jobs:
         from keras_mmfnet.run import Run
 
         request = Request(
-            run=out.absolute(), data=Path(data).absolute(), recipe=recipe, folds=folds, **options, **self.for_each
+            run=out.absolute(), data=Path(data).absolute(), recipe=recipe, folds=folds, **arguments, **self.for_each
         )
         for name in (method.name for method in request.compared):
             if not re.fullmatch(r"[\w.+-]+", name):
@@ -44,7 +44,7 @@ class Jobs:
         run = Run(out)
         start = check_start(run, data, recipe, run.recipe_file.exists(), **request.start_arguments)
         if start.bad and not request.skip_bad:
-            raise CaseError.of_several(start.bad)
+            raise CaseError.of_several(start.bad, len(start.cases) + len(start.bad))
         for error in start.bad:
             _log.warning("Left out: %s", error)
         if not run.recipe_file.exists():

@@ -242,6 +242,8 @@ def recipe_of_run(folder: Path, what: str = "RUN: the folder of a run"):
 
     if not (folder / RECIPE_FILE).is_file():
         problem = "" if folder.exists() else ", which does not exist"
+        if (folder / "cache").is_dir():
+            problem = ", whose patients are not all preprocessed; run the command that began it again, without --resume"
         raise ValueError(f"{what}, with a {RECIPE_FILE}, is expected. Received: {folder}{problem}")
     return Recipe.load(folder / RECIPE_FILE)
 

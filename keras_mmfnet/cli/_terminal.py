@@ -123,12 +123,15 @@ class Terminal(logging.Handler):
 
     def table(self, header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
         """Prints a table in place of the bar, the first columns to the left; not if quiet."""
-        table = make_table(header, rows, left)
+        self.show(make_table(header, rows, left))
+
+    def show(self, what: rich.console.RenderableType) -> None:
+        """Prints a text or a table in place of the bar; not if quiet."""
         self.bar.stop()
         if not self.quiet:
-            console = rich.console.Console(highlight=False)
+            console = rich.console.Console(highlight=False, markup=False)
             console.width = console.width if console.is_terminal else 200
-            console.print(table)
+            console.print(what)
 
     def metrics(self, rows: Sequence[Mapping]) -> None:
         """Prints the numbers of each patient, their mean and its 95% interval; not if quiet.

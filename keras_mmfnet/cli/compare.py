@@ -85,12 +85,9 @@ def compare(
         count = len(division["splits"] or known)
         folds = options.choose_folds(fold, count, list(range(count)))
         compared = [METHODS[name] for name in names]
-        if scheduled:
-            arguments = {"methods": names, "baseline": baseline, "skip_bad": skip_bad, **division}
-            request, _ = scheduled.request(out, data, chosen, folds, **arguments)
-            if dry_run:
-                scheduled.show(terminal, request)
-                return
+        arguments = {"methods": names, "baseline": baseline, "skip_bad": skip_bad, **division}
+        if dry_run:
+            return scheduled.show(terminal, scheduled.request(out, data, chosen, folds, **arguments)[0])
         with (
             options.use_devices(None if scheduled else devices, sync_batch_norm),
             options.use_workers(workers),
@@ -101,7 +98,7 @@ def compare(
             if verify:
                 cache.verify(before.cache)
             if scheduled:
-                scheduled.run(terminal, request)
+                scheduled.run(terminal, scheduled.request(out, data, chosen, folds, **arguments)[0])
                 run = before
             else:
                 resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)

@@ -28,9 +28,9 @@ def do_job(folder: Path, name: str) -> None:
 
         request = Request.load(folder)
         trains = name.startswith(("network", "method"))
-        chooses = trains and not (request.device or request.devices)
-        with refusal(folder, name), own_gpu(folder.parent) if chooses else contextlib.nullcontext() as gpu:
-            start_backend(gpu or request.device)
+        chooses = trains and request.device in (None, "gpu") and not request.devices
+        with refusal(folder, name), own_gpu(folder.parent) if chooses else contextlib.nullcontext():
+            start_backend(request.device)
             options.import_files(request.modules)
             devices = request.devices if trains else None
             with options.use_devices(devices, request.sync_batch_norm), tracked_with(request.track):
@@ -38,35 +38,33 @@ def do_job(folder: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def own_gpu(folder: Path) -> Iterator[str | None]:
-    """Holds one of the GPUs of this machine, which no other job of the run holds; waits for one.
-
-    Yields the GPU as `--device` has it, or `None` if there are not several to choose from.
-    """
-    count = _visible_gpus()
-    if count < 2:
-        yield None
+def own_gpu(folder: Path) -> Iterator[None]:
+    """Lets this process see one GPU of several, which no other job of the run uses; waits for one."""
+    names = _visible_gpus()
+    if len(names) < 2:
+        yield
         return
-    for number in itertools.cycle(range(count)):
-        lock = filelock.FileLock(folder / f".{platform.node()}_gpu_{number}.lock", timeout=_SECONDS)
+    for name in itertools.cycle(names):
+        lock = filelock.FileLock(folder / f".{platform.node()}_gpu_{name.replace('/', '_')}.lock", timeout=_SECONDS)
         with contextlib.suppress(filelock.Timeout):
             lock.acquire()
             break
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
     try:
-        yield f"gpu:{number}"
+        yield
     finally:
         lock.release()
 
 
 def _visible_gpus():
-    """How many GPUs of NVIDIA this process may use."""
+    """The GPUs of NVIDIA that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in named.split(",") if name not in ("", "-1")])
+        return [name for name in named.split(",") if name not in ("", "-1")]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
     except OSError:
-        return 0
-    return len(listed.splitlines())
+        return []
+    return [str(number) for number in range(len(listed.splitlines()))]
 
 
 if __name__ == "__main__":

@@ -18,19 +18,29 @@ def status(
 ):
     """Shows how far each network of a run is: what runs where, its epoch and loss, the time left, and what failed."""
     with session() as terminal:
-        options.recipe_of_run(run)
+        if not (run / "jobs").is_dir():  # until jobs have preprocessed the patients, a run has no recipe
+            options.recipe_of_run(run)
         with silenced():
             from keras_mmfnet.run import Run
-            from keras_mmfnet.status import network_states
+            from keras_mmfnet.status import network_states, preparation
+
+        def shown():
+            """What to print, and whether all is done."""
+            if not Run(run).recipe_file.exists() and (about := preparation(Run(run))):
+                return about, False
+            options.recipe_of_run(run)
+            states = network_states(Run(run))
+            busy = {"running", "waiting"} & {state.state for state in states}
+            return make_table(_HEADER, _lines(states), left=3), bool(states) and not busy
+
         if not watch:
-            terminal.table(_HEADER, _lines(network_states(Run(run))), left=3)
-            return
+            return terminal.show(shown()[0])
         terminal.bar.stop()
         with rich.live.Live(refresh_per_second=1) as live, contextlib.suppress(KeyboardInterrupt):
             while True:
-                states = network_states(Run(run))
-                live.update(make_table(_HEADER, _lines(states), left=3))
-                if not {"running", "waiting"} & {state.state for state in states}:
+                text, done = shown()
+                live.update(text)
+                if done:
                     return
                 time.sleep(_SECONDS)
 

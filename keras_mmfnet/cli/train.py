@@ -120,8 +120,7 @@ def train(
                 chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, before.cache))
                 folds = choose_folds()  # Few patients have fewer folds.
             if resume:
-                begun = sorted(int(path.name[5:]) for path in out.glob("fold_*"))
-                folds = options.choose_folds(fold, len(before.folds), begun or [0])
+                folds = options.choose_folds(fold, len(before.folds), before.begun_folds or [0])
                 # What was left out before is left out again.
                 data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
             arguments = {"skip_bad": skip_bad, **division}
@@ -183,8 +182,10 @@ def _donor_of(source):
 
 def _warn_of_seen(source, cases):
     """Warns of patients on whom the network to start from was trained."""
-    first = options.choose_trained(source)[:1] if source else []
-    if seen := [case.name for case in cases if source and source.seen_in_training(case, first)]:
+    if not source:
+        return
+    first = options.choose_trained(source)[:1]
+    if seen := [case.name for case in cases if source.seen_in_training(case, first)]:
         about = "That network was trained on %s: if they are test patients here, their numbers are too good"
         _log.warning(about, ", ".join(seen))
 

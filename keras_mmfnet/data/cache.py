@@ -140,7 +140,11 @@ def _digest(source, patient, digest, hashes):
 
 
 def store(preprocessed: PreprocessedCase, entry: Path) -> None:
-    """Writes a case to a folder, which appears only when it is complete."""
+    """Writes a case to a folder, which appears only when it is complete.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+    """
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     replaced = temporary.with_name(f"{temporary.name}.replaced")
     arrays = {f"image_{modality}.npy": (image, np.float32) for modality, image in preprocessed.images.items()}
@@ -169,6 +173,9 @@ def store(preprocessed: PreprocessedCase, entry: Path) -> None:
                 with contextlib.suppress(OSError):
                     os.rename(entry, replaced)
                     os.rename(temporary, entry)
+    except OSError as error:
+        expected = "must be a folder that can be written, on a disk with room for the preprocessed patients"
+        raise OSError(f"{entry.parent}: {expected}. Received: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -50,8 +50,8 @@ class CaseError(ValueError):
             patients: The number of all patients, if known.
 
         Returns:
-            An error that counts them and lists the first 20 kinds, see `group_messages`. A single error is returned
-            with the remedy if there are other patients.
+            An error that counts them and lists the first 20 kinds, see `group_messages`. A single error is returned.
+            The remedy is named if there may be other patients.
         """
         if len(errors) == 1:
             return errors[0] if patients in (None, 1) else cls(f"{errors[0]} (--skip-bad leaves this patient out)")
@@ -60,7 +60,8 @@ class CaseError(ValueError):
         if len(kinds) > 20:
             listed.append(f"  ... and {len(kinds) - 20} more")
         count = f"{len(errors)} of {patients}" if patients else len(errors)
-        return cls("\n".join([f"{count} patients cannot be used; --skip-bad leaves them out:", *listed]))
+        remedy = "" if patients == len(errors) else "; --skip-bad leaves them out"
+        return cls("\n".join([f"{count} patients cannot be used{remedy}:", *listed]))
 
 
 class ZScoreError(CaseError):

@@ -179,7 +179,7 @@ def _read_all(readers, on_error, expected, received, hint=str):
                 layouts[found[0]] += 1
                 cases.append(found[1])
     meant = "" if cases else hint()
-    if errors and not on_error and not meant:
+    if errors and not meant and not (on_error and cases):
         raise CaseError.of_several(errors, len(cases) + len(errors))
     if not cases:
         raise ValueError(f"{expected}{meant}. Received: {received}")

@@ -19,7 +19,7 @@ except ImportError as error:
     backend = keras.backend.backend()
     raise ImportError(
         f"patches are made by tf.data, so training on {backend} also needs TensorFlow: "
-        f"pip install keras-mmfnet[{backend}]"
+        f"pip install 'keras-mmfnet[{backend}]'. Received: {error}"
     ) from error
 
 
@@ -93,7 +93,7 @@ def patch_dataset(
     if not cases:
         raise ValueError("`cases` must hold at least one patient. Received: []")
     modalities = tuple(modalities or dict.fromkeys(name for case in cases for name in case.images))
-    without = [case.name for case in cases if case.mask is None]
+    without = [case.name for case in cases if case.masks is None]
     if without:
         raise ValueError(f"every patient must have a mask. Received: patients without one {without}")
 
@@ -211,7 +211,7 @@ def _validation_samples(windows, batch_size, part, multiple):
     return np.concatenate([np.split(batch, parts)[number] for batch in batches])
 
 
-def _load(cases, recipe, modalities, training, parts=1):
+def _load(cases, recipe, modalities, training, parts):
     """Finds the voxels that a patch can reach, and lists where in them a patch can be.
 
     Returns:
@@ -329,8 +329,9 @@ def _warn(cases, starts, patch_shape):
     outside = []
     for case, first in zip(cases, starts, strict=True):
         low, high = np.maximum(first.min(axis=0), 0), first.max(axis=0) + patch_shape
-        seen = case.mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].sum(dtype=int)
-        whole = case.mask.sum(dtype=int)
+        mask = case.mask
+        seen = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].sum(dtype=int)
+        whole = mask.sum(dtype=int)
         if seen < whole:
             outside.append(f"{case.name} ({1 - seen / whole:.0%})")
     if outside:

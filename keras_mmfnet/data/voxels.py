@@ -13,8 +13,8 @@ from keras_mmfnet.data.windows import crop
 class Voxels:
     """The images and masks of patients, their slices one after another, as an array that boxes are cropped from.
 
-    It has the same values in memory, where it is float16, and if each box is read from the patients' arrays, which then
-    should be memory-mapped.
+    The values are the same whether the array is in memory (float16) or each box is read from the patients' arrays,
+    which should then be memory-mapped.
 
     Args:
         cases: `PreprocessedCase`s with a mask.

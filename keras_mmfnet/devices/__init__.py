@@ -65,7 +65,7 @@ class Devices:
         """Makes each backward pass average the gradients over the processes, where the backend's trainer does not."""
 
     def close(self) -> None:
-        """Stops the other processes if this is the first, unless a training failed, in which they wait for this one."""
+        """Ends `follow` in the other processes, if this is the first process and no training failed."""
         if self.processes > 1 and self.process == 0 and not self.ended:
             self.broadcast(None)
 
@@ -134,7 +134,7 @@ def choose(number: int | str, names: Sequence[str]) -> Sequence[str]:
     if number == "all":
         return names
     if number > len(names):
-        raise ValueError(f"`number` must be at most the number of devices, {', '.join(names)}. Received: {number}")
+        raise ValueError(f"`number` must be at most {len(names)} ({', '.join(names)}). Received: {number}")
     return names[:number]
 
 

@@ -203,7 +203,7 @@ def _preprocess(request, names):
             except CaseError as error:
                 bad.append(error)
     if bad and not request.skip_bad:
-        raise CaseError.of_several(bad, len(names))
+        raise CaseError.of_several(bad, sum(map(len, request.patients)))
 
 
 def _report(run, request):
@@ -308,19 +308,27 @@ def _run_snakemake(command, environment, lock, folder, names):
             start_new_session=True,  # Ctrl-C is for this process, which passes it on
         )
     done = set()
+
+    def look():
+        for path in sorted((folder / "done").glob("*")):
+            if path.name not in done:
+                done.add(path.name)
+                _log.info("Job %s is done", path.name)
+        progress("jobs", len(done), len(names))
+
     try:
         while process.poll() is None:
             time.sleep(_SECONDS)
-            for path in sorted((folder / "done").glob("*")):
-                if path.name not in done:
-                    done.add(path.name)
-                    _log.info("Job %s is done", path.name)
-            progress("jobs", len(done), len(names))
+            look()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise
+    look()
+    if process.returncode < 0:
+        expected = "Snakemake must run until all jobs are done; trainings go on, and a new command waits for them"
+        raise RuntimeError(f"{expected}. Received: it was ended by signal {-process.returncode}")
     if process.returncode:
         raise RuntimeError(_failures(folder, names))
 
@@ -332,10 +340,10 @@ def _prepare(folder, request):
         donor = folder / "donor.keras"
         donor.write_bytes(request.donor.read_bytes())
         request = request.model_copy(update={"donor": donor})
-    (folder / _REQUEST).write_text(request.model_dump_json(indent=2), encoding="utf-8")
+    write(folder / _REQUEST, request.model_dump_json(indent=2))
     command = [f"KERAS_BACKEND={configured_backend()}", sys.executable, "-m", "keras_mmfnet.cli.job", str(folder)]
     entries = {name: {"needs": needs, "command": shlex.join([*command, name])} for name, needs in jobs.items()}
-    (folder / "jobs.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    write(folder / "jobs.json", json.dumps(entries, indent=2))
     return jobs
 
 
@@ -360,7 +368,7 @@ def _failures(folder, jobs):
         if refused.exists():
             reasons.append(f"{name}: {refused.read_text(encoding='utf-8')}")
         elif log.exists() and not (folder / "done" / name).exists():
-            reasons.append(f"{name}: ended without an error; the last line of {log} is: {_last_line(log)}")
+            reasons.append(f"{name}: ended early; the last line of {log} is: {_last_line(log)}")
     log = folder / "snakemake.log"
     count = f"{len(reasons)} failed job{'s' * (len(reasons) != 1)}" if reasons else "a failure of Snakemake"
     reasons = reasons or [f"the last line of {log} is: {_last_line(log)}"]

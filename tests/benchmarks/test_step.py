@@ -157,8 +157,8 @@ def test_a_contender_trains_and_predicts(step, name, monkeypatch):
 
 def test_the_memory_of_the_process(step):
     memory = step.memory_since_now("torch")
-    block = np.ones(2**27, np.uint8)
-    assert memory() >= 50  # The kernel counts late.
+    block = np.ones(2**29, np.uint8)
+    assert memory() >= 200  # The kernel counts late, and some of the memory may have been freed before.
     assert block.all()
 
 

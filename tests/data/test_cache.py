@@ -217,7 +217,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_full_disk(tmp_path, full_disk):
     case, cache = make_case(tmp_path / "a"), tmp_path / "cache"
-    with full_disk(1000), pytest.raises(OSError):  # noqa: PT011, in NumPy's words
+    with (
+        full_disk(1000),
+        pytest.raises(OSError, match=r"a disk with room for the preprocessed patients\. Received: "),
+    ):
         preprocess_case(case, RAW.data, cache)
     assert entries(cache) == []
     assert_same(preprocess_case(case, RAW.data, cache), preprocess_case(case, RAW.data))

@@ -47,7 +47,8 @@ def test_case_errors_are_listed_together():
     head, *lines = str(CaseError.of_several(errors[:2], 9)).splitlines()
     assert head == "2 of 9 patients cannot be used; --skip-bad leaves them out:"
     assert lines == ["  p0: lacks t2. Received: a", "  p1: lacks t2. Received: b"]
-    assert str(CaseError.of_several(errors[:20])).startswith("20 patients cannot be used")
+    assert str(CaseError.of_several(errors[:20])).startswith("20 patients cannot be used; --skip-bad leaves them out:")
+    assert str(CaseError.of_several(errors[:20], 20)).startswith("20 of 20 patients cannot be used:")
     assert str(CaseError.of_several(errors[:20])).endswith("\n  p19: lacks t2. Received: t")
     assert str(CaseError.of_several(errors)).endswith("\n  p19: lacks t2. Received: t\n  ... and 1 more")
 

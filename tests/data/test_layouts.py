@@ -162,7 +162,7 @@ def test_bad_patients_can_be_left_out(tmp_path):
     assert [case.name for case in find_cases(tmp_path, RECIPE.data, on_error=errors.append)] == ["b"]
     assert [str(error)[:3] for error in errors] == ["a: "]
     (tmp_path / "b" / "t1.nii.gz").unlink()
-    with pytest.raises(ValueError, match="with 2 folders and no such patient"):
+    with pytest.raises(CaseError, match="2 of 2 patients cannot be used:\n  a: "):
         find_cases(tmp_path, RECIPE.data, on_error=errors.append)
 
 

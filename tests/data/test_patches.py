@@ -287,7 +287,7 @@ def test_voxels_read_from_files_give_the_same_patches(make_case, tmp_path, in_pl
 def test_voxels_are_in_memory_if_they_take_less_than_half_of_what_is_given(make_case, monkeypatch):
     def in_memory(memory):
         recipe = RECIPE.patches.model_copy(update={"memory": memory})
-        return patches._load([make_case()], recipe, ("t1", "t2"), training=False)[0].volume is not None
+        return patches._load([make_case()], recipe, ("t1", "t2"), training=False, parts=1)[0].volume is not None
 
     size = 20 * 16 * 16 * 3 * 2  # slices, rows and columns of the windows, channels, bytes
     assert [in_memory(2.1 * size / 1e9), in_memory(1.9 * size / 1e9)] == [True, False]
