@@ -81,10 +81,10 @@ def test_a_run_whose_patients_are_being_preprocessed(tmp_path):
         (folder / name).mkdir(parents=True)
     (folder / "jobs.json").write_text('{"patients_0": {}, "patients_1": {}, "cohort_all": {}, "method_0_mmfnet": {}}')
     (folder / "done" / "patients_0").touch()
-    (folder / "refused" / "patients_1").write_text("anna: lacks t2")
+    (folder / "refused" / "patients_1").write_text("[anna]: lacks t2")
     expected = [
         "Preprocessing: 1 of 3 jobs are done",
-        "patients_1 failed: anna: lacks t2",
+        "patients_1 failed: [anna]: lacks t2",
     ]
     assert preparation(run).splitlines() == expected
     done = CliRunner().invoke(app, ["status", str(tmp_path)])

@@ -126,10 +126,10 @@ class Terminal(logging.Handler):
         self.show(make_table(header, rows, left))
 
     def show(self, what: rich.console.RenderableType) -> None:
-        """Prints a text or a table in place of the bar; not if quiet."""
+        """Prints a table or another renderable in place of the bar; not if quiet."""
         self.bar.stop()
         if not self.quiet:
-            console = rich.console.Console(highlight=False, markup=False)
+            console = rich.console.Console(highlight=False)
             console.width = console.width if console.is_terminal else 200
             console.print(what)
 

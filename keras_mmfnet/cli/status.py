@@ -3,6 +3,7 @@ import time
 from typing import Annotated
 
 import rich.live
+import rich.text
 import typer
 
 from keras_mmfnet.cli import _options as options
@@ -27,7 +28,7 @@ def status(
         def shown():
             """What to print, and whether all is done."""
             if not Run(run).recipe_file.exists() and (about := preparation(Run(run))):
-                return about, False
+                return rich.text.Text(about), False
             options.recipe_of_run(run)
             states = network_states(Run(run))
             busy = {"running", "waiting"} & {state.state for state in states}
