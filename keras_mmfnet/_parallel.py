@@ -76,8 +76,8 @@ def _with_progress(results, total, what):
 
 def _in_process(function, patient, mark, threads, parent):
     """Applies the function. The mark stays if the process crashes."""
-    if os.getppid() != parent:  # The parent was killed: nobody waits for the result.
-        os._exit(1)
+    if os.getppid() != parent:  # Nobody waits for the result.
+        raise RuntimeError("the process that started this one must still run. Received: it was killed")
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     mark.touch()
     try:

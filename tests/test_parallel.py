@@ -2,8 +2,6 @@ import functools
 import os
 import pickle
 import signal
-import subprocess
-import sys
 
 import joblib
 import pytest
@@ -88,13 +86,11 @@ def test_a_process_that_dies_names_its_patient(processes):
     assert list(map_patients(crash, [1, 2], names([1, 2]), "looking")) == [1, 2]
 
 
-def test_a_process_ends_with_its_parent(tmp_path):
-    code = (
-        "import os, pathlib; from keras_mmfnet import _parallel; "
-        f"_parallel._in_process(print, 'anna', pathlib.Path({str(tmp_path / 'mark')!r}), 1, os.getppid() + 1)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
+def test_nothing_is_begun_after_the_parent_was_killed(tmp_path):
+    mark = tmp_path / "mark"
+    assert _parallel._in_process(look, 1, mark, 1, os.getppid()) == (1, os.getpid())
+    with pytest.raises(RuntimeError, match="must still run"):
+        _parallel._in_process(look, 1, mark, 1, os.getppid() + 1)
 
 
 def test_an_error_keeps_its_kind_on_the_way():

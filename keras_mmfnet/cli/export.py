@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from keras_mmfnet._backend import configured_backend
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import silenced, start_backend
 from keras_mmfnet.cli._terminal import session
@@ -48,11 +47,14 @@ def export(
             raise ValueError(f"--about: a file that exists, with --bundle, is expected. Received: {about}")
         if not bundle and out.suffix not in _FORMATS:
             raise ValueError(f"--out: a name that ends with .onnx or .xml, or a folder, is expected. Received: {out}")
-        if not bundle and (backend := configured_backend()) != "tensorflow":
-            about = "networks of all backends are exported by TensorFlow"
-            raise ValueError(f"KERAS_BACKEND: tensorflow is expected, as {about}. Received: {backend}")
         start_backend()
+        import keras
+
         from keras_mmfnet.run import Run
+
+        if not bundle and (backend := keras.backend.backend()) != "tensorflow":
+            expected = "tensorflow is expected, which exports the networks of all backends"
+            raise ValueError(f"KERAS_BACKEND: {expected}. Received: {backend}")
 
         opened = Run(run)
         if bundle:
