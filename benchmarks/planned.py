@@ -115,7 +115,7 @@ def main():
                 write(kept, make_recipe(name, parsed.data, parsed.minutes, run.cache).to_json())
             recipe = Recipe.load(kept)
             begun = run.recipe_file.exists() or not folds.exists()
-            splits = None if begun else [Fold(**fold) for fold in read_json(folds)]
+            splits = None if begun else [Fold(**fold) for fold in json.loads(folds.read_text())]
             run = Run.start(run.folder, parsed.data, recipe, resume=True, splits=splits)
             if not folds.exists():
                 write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
