@@ -7,7 +7,6 @@ Grain runs the paper's augmentation (offset, rotation in plane, flip) by NumPy, 
 many threads as there are cores. That all rotate and flip a box alike is checked first. The loaders take turns.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import machine, report
-from pipeline import make_cases, ours, rates, relative
+from pipeline import make_cases, ours, parser_of, rates, relative
 
 from keras_mmfnet._machine import available_cores
 from keras_mmfnet.data import augment
@@ -116,11 +115,7 @@ def check(cases, recipe):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=8, help="turns that are measured, after one to warm up (8)")
-    parser.add_argument("--seconds", type=float, default=3, help="length of a turn (3)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
-    parsed = parser.parse_args()
+    parsed = parser_of(__doc__, RESULTS, turns=8, seconds=3).parse_args()
     torch.set_num_threads(1)  # each patch has its own thread
     cases, result = make_cases(4), {"machine": machine("tensorflow", "torch", "grain")}
     for shape in (Recipe().patches.shape, Recipe.small().patches.shape):

@@ -118,12 +118,17 @@ def relative(rates, name, other):
     return round(statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True)), 2)
 
 
+def parser_of(description, results, turns, seconds):
+    """The parser of a script whose contenders take turns."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=turns, help="measured, after one to warm up (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=seconds, help="length of a turn (%(default)s)")
+    parser.add_argument("--out", type=Path, default=results, help="JSON file for the results (%(default)s)")
+    return parser
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=8, help="turns that are measured, after one to warm up (8)")
-    parser.add_argument("--seconds", type=float, default=4, help="length of a turn (4)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
-    parsed = parser.parse_args()
+    parsed = parser_of(__doc__, RESULTS, turns=8, seconds=4).parse_args()
     cases, recipe = make_cases(4), Recipe().replace({"training.batch_size": 2})
     # MONAI first: its processes are forked, which must happen before TensorFlow starts threads.
     contenders = {f"monai, {'RandAffined' if affine else 'RandRotated'}": affine for affine in (False, True)}

@@ -1,14 +1,13 @@
 """Compares formats for the voxels of preprocessed patients: patches per second, megabytes read and on disk.
 
     pip install blosc2 zarr
-    python benchmarks/storage.py ../shared/data/lgg_patients ../shared/data/brats2013_patient
+    python benchmarks/storage.py DATA/lgg_patients BRATS
 
 The package keeps float32 arrays in `.npy` files, which are memory-mapped. Here random boxes are read from them, from
 the same in float16, and from float16 in compressed chunks by Blosc2 and Zarr. All files are in the system's memory, as
 on a fast disk; the megabytes that a patch reads say what a slow one would take. The formats take turns.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import machine, report
-from pipeline import relative
+from pipeline import parser_of, relative
 
 from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.recipe import DataRecipe
@@ -159,11 +158,8 @@ def measure(patients, turns, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, RESULTS, turns=7, seconds=2)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DATA", help="folders of patients")
-    parser.add_argument("--turns", type=int, default=7, help="turns that are measured, after one to warm up (7)")
-    parser.add_argument("--seconds", type=float, default=2, help="length of a turn (2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"JSON file for the results ({RESULTS})")
     parsed = parser.parse_args()
     result = {"machine": machine("numpy", "blosc2", "zarr")}
     for folder in parsed.folders:

@@ -48,3 +48,18 @@ def test_alignment_of_an_image_that_was_moved(benchmarks, tiny_cohort, tmp_path,
     result = json.loads((tmp_path / f"{patient.name}_t2.json").read_text(encoding="utf-8"))
     assert result["seconds"] > 0
     assert 0 < result["largest_error_mm"] < 3
+
+
+def test_grain_would_augment_as_the_pipeline_does(benchmarks):
+    import loaders
+
+    loaders.check(loaders.make_cases(1), Recipe().replace({"patches.shape": (16, 32, 32)}).patches)
+
+
+def test_the_pages_that_a_box_is_read_from(benchmarks):
+    import storage
+
+    array, box = np.zeros((4, 60, 70), np.float32), (slice(1, 3), slice(10, 40), slice(5, 65))
+    addresses = 4 * np.arange(array.size).reshape(array.shape)[box]
+    pages = len(np.unique(addresses // 4096))
+    assert storage.Npy(np.float32).read_mb(array, box) == pages * 4096 / 1e6
