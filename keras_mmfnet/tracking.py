@@ -59,7 +59,7 @@ def tracked_with(tool: str | None) -> Iterator[None]:
     finally:
         _tool = before
         for name in added:
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 def _require_store():
