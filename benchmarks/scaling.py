@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--devices", default="1,2", metavar="N,..", help="numbers of devices (%(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=(16, 64, 64), help="of a patch (16 64 64)")
     parser.add_argument("--batch-size", type=int, default=4, help="of all devices, or of each (%(default)s)")
-    parser.add_argument("--updates", type=int, default=10, help="updates per epoch (%(default)s)")
+    parser.add_argument("--updates", type=int, default=6, help="updates per epoch (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="trainings of each setting (%(default)s)")
     parser.add_argument("--model-only", action="store_true", help="measure nothing")
     parser.add_argument("--seconds-per-patch", type=float, help="of one device, for the model (what was measured)")
@@ -113,15 +113,17 @@ def main():
     if parsed.model_only and not parsed.seconds_per_patch:
         parser.error("--seconds-per-patch: expected with --model-only. Received: none")
     numbers, speeds = sorted({1, *map(int, parsed.devices.split(","))}), {}
-    settings = [
-        (kind, n, parsed.batch_size * (n if kind == "weak" else 1)) for kind in ("strong", "weak") for n in numbers
-    ]
+    # Of one device, both are the same.
+    settings = [("strong", n, parsed.batch_size) for n in numbers]
+    settings += [("weak", n, parsed.batch_size * n) for n in numbers if n > 1]
     for _ in range(0 if parsed.model_only else parsed.turns):
         for kind, number, batch_size in settings:
             shape = ["--shape", *map(str, parsed.shape), "--updates", str(parsed.updates)]
             command = [sys.executable, __file__, "--measure", str(number), str(batch_size), *shape]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             speeds.setdefault(f"{kind}, {number}", []).append(json.loads(done.stdout.splitlines()[-1]))
+    if speeds:
+        speeds["weak, 1"] = speeds["strong, 1"]
     data, sums = exchanged(tuple(parsed.shape))
     measured = {
         name: {

@@ -162,12 +162,11 @@ def readers_folder(tiny_cohort, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings(  # the patients are small
     "ignore:part of the tumour lies outside:UserWarning", "ignore:volumes smaller than the patch:UserWarning"
 )
+@pytest.mark.once
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs_as_the_docs_have_it(readers_folder, page, request):
     """One block after the other, as a reader would; what they assert holds."""
-    if page.stem == "own_data":
-        if keras.backend.backend() != "torch":
-            pytest.skip("trains, which takes long")
+    if page.stem == "own_data":  # which trains
         request.getfixturevalue("tiny_recipe")
     known = dict(METHODS)
     try:

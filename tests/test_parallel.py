@@ -1,10 +1,10 @@
 import functools
 import os
 import pickle
-import signal
 
 import joblib
 import pytest
+from parallel_jobs import Deadly, crash, look
 from typer.testing import CliRunner
 
 from keras_mmfnet import _parallel
@@ -26,29 +26,6 @@ def processes(monkeypatch):
     monkeypatch.setattr(_parallel, "_LEAST", 1)
     with joblib.parallel_config("loky", n_jobs=2):
         yield
-
-
-def look(number):
-    if number == 3:
-        raise CaseError("patient 3: must be another. Received: 3")
-    return number, os.getpid()
-
-
-def crash(number):
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Deadly:
-    """Kills the process that reads it."""
-
-    def __reduce__(self):
-        return die, ()
 
 
 def names(numbers):

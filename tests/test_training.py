@@ -33,6 +33,8 @@ TINY = Recipe().replace(
 )
 # One small network.
 ONE = TINY.replace({"data.modalities": ("t1",)})
+# Methods whose networks are of the same kind as others'.
+ONCE = ("siamese_patch_cnn", "unet2d_cet1", "single_encoder")
 # For the patients in files, in voxels of 4 mm.
 COARSE = TINY.replace(
     {
@@ -378,7 +380,8 @@ def test_a_method_lends_its_encoder_to_another(three, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["patch_cnn_t2", "siamese_patch_cnn", "unet2d_cet1", "single_encoder", "multi_encoder"]
+    "name",
+    ["patch_cnn_t2", "multi_encoder", *(pytest.param(n, marks=pytest.mark.once) for n in ONCE)],
 )
 def test_the_other_methods_train(name, three, tmp_path, no_second_training):
     method = METHODS[name]

@@ -68,6 +68,7 @@ def test_one_modality():
     assert MMFNet(("t1",), PATCH, FILTERS)({"t1": random_volume(1, *PATCH, 1)}).shape == (1, *PATCH, 1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("model_class", "arguments", "trainable", "moving"),
     [

@@ -29,6 +29,7 @@ def test_gives_what_keras_gives(model_class, training):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("model_class", [MMFNet, MultiEncoderUNet3D, SingleEncoderUNet3D, UNet2D])
 def test_runs_every_layer_once(model_class):
     model = model_class(patch_shape=(16, 16) if model_class is UNet2D else (16, 16, 16))
