@@ -39,6 +39,7 @@ _ONCE = {
     "torch": [
         "benchmarks",
         "cli",
+        "review",
         "test_bundle.py",
         "test_jobs.py",
         "test_parallel.py",

@@ -44,6 +44,7 @@ NOT_PARSED = {
     "pip install -e .[tensorflow,benchmarks]",
     "pip install keras-mmfnet[torch]",
     "pip install keras-mmfnet[torch,cluster]",
+    "pip install keras-mmfnet[review]",
     "pip install keras-mmfnet[tensorboard]",
     "tensorboard --logdir run",
     "pip install .[docs]",

@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from keras_mmfnet.cli import check, compare, demo, evaluate, explain, export, plan, report, segment, status, train
+from keras_mmfnet.cli import (
+    check,
+    compare,
+    demo,
+    evaluate,
+    explain,
+    export,
+    plan,
+    report,
+    review,
+    segment,
+    status,
+    train,
+)
 from keras_mmfnet.version import __version__
 
 app = typer.Typer(
@@ -23,6 +36,7 @@ _EXAMPLES = {
     status.status: "mmfnet status RUN --watch",
     segment.segment: "mmfnet segment RUN PATIENTS --out CONTOURS --rtstruct --picture",
     evaluate.evaluate: "mmfnet evaluate CONTOURS EXPERT --csv dice.csv",
+    review.review: "mmfnet review RUN",
     compare.compare: "mmfnet compare PATIENTS --out RUN --methods multi_encoder,mmfnet_mlp_std",
     explain.explain: "mmfnet explain RUN PATIENT --out PICTURES",
     report.report: "mmfnet report RUN",

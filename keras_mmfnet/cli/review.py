@@ -1,0 +1,46 @@
+import contextlib
+import getpass
+import importlib.util
+import secrets
+import socket
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced
+from keras_mmfnet.cli._terminal import session
+
+
+def review(
+    run: options.RunFolder,
+    reviewer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who corrects, for the records.", show_default="the user's name")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen at; others than this machine's are less safe.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 for a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    quiet: options.Quiet = False,
+):
+    """Shows the segmented patients of a run in the browser, to accept or correct the masks."""
+    with session(quiet) as terminal:
+        options.recipe_of_run(run)
+        if lacking := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+            raise ValueError(
+                f"mmfnet review needs {' and '.join(lacking)}: pip install 'keras-mmfnet[review]'. Received: none"
+            )
+        with silenced():
+            from keras_mmfnet.review.patients import patients_of_run
+            from keras_mmfnet.review.server import Review, make_server
+        reviewed = Review(patients_of_run(run), run / "corrections", reviewer or getpass.getuser())
+        token = secrets.token_urlsafe(24)
+        with socket.create_server((host, port)) as listening:
+            address = f"http://{host}:{listening.getsockname()[1]}/{token}/"
+            terminal.say(f"{address}\nStop with Ctrl-C", always=True)
+            if browser:
+                webbrowser.open(address)
+            with contextlib.suppress(KeyboardInterrupt):
+                make_server(reviewed, token).run(sockets=[listening])

@@ -1,0 +1,192 @@
+"""Corrected masks on disk: every stroke at once, and numbered versions beside the predicted masks."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet._files import read_json, write
+from keras_mmfnet.data.image_io import write_image
+from keras_mmfnet.data.labels import join_masks
+from keras_mmfnet.inference import read_segmentation
+from keras_mmfnet.review.edits import Classes, difference
+from keras_mmfnet.review.patients import ReviewPatient
+from keras_mmfnet.review.strokes import StrokeFile, pack, unpack
+
+# What a review can come to.
+STATES = ("accepted", "corrected")
+_VERSION = re.compile(r"(\d{3,})\.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """Saved masks of a patient.
+
+    Args:
+        record: The JSON file: `state`, `by`, `at`, `from` (the file that was corrected) and `changes`, the voxels and
+            ml that each structure gained and lost.
+        masks: The files of the masks: by structure, or one for all under `None`.
+    """
+
+    record: Path
+    masks: dict[str | None, Path]
+
+    @property
+    def about(self) -> dict:
+        """What the record holds."""
+        return read_json(self.record)
+
+
+class StrokesChanged(RuntimeError):
+    """The drawing was changed by somebody else, such as in another window."""
+
+
+class Correction:
+    """The masks of a patient as they are being corrected.
+
+    | file | holds |
+    |---|---|
+    | `<patient>/001.nii.gz` | the masks of the first version; `001_<structure>.nii.gz` if each structure has a file |
+    | `<patient>/001.json` | who saved it, when, and what changed |
+    | `<patient>/strokes` | the strokes since the last version |
+
+    Args:
+        patient: The `ReviewPatient`.
+        folder: Folder of all corrections.
+    """
+
+    def __init__(self, patient: ReviewPatient, folder: Path):
+        self.patient, self.folder = patient, folder / patient.name
+        self.classes = Classes(patient.recipe.structures)
+        self.lock = threading.Lock()  # to be held by whoever reads or changes the drawing
+        self._load()
+
+    def _load(self):
+        """Reads the last version, or the prediction, and the strokes since."""
+        patient = self.patient
+        last = self.versions()[-1:]
+        files = last[0].masks if last else patient.masks
+        found = read_segmentation(files, patient.recipe.structures)
+        masks = [patient.grid.resample(found[name]) > 0 for name in self.classes.structures]
+        self._before = self.classes.join(masks)
+        self._origin = next(iter(files.values()))
+        base = hashlib.sha256(self._before.tobytes()).hexdigest()
+        self._file = StrokeFile(self.folder / "strokes", base)
+        self.drawing = self._before.copy()
+        strokes = self._file.read()
+        for stroke in strokes:
+            self._apply(stroke)
+        self.strokes = len(strokes)
+
+    def versions(self) -> list[Version]:
+        """The saved versions, the last one at the end."""
+        return versions_in(self.folder, self.patient)
+
+    def _apply(self, stroke):
+        indices, values = unpack(stroke, self.drawing.size, len(self.classes.members) - 1)
+        self.drawing.reshape(-1)[indices] = values
+
+    def draw(self, stroke: bytes, strokes: int) -> None:
+        """Changes voxels; it is on the disk when this returns.
+
+        Args:
+            stroke: The voxels, as from `strokes.pack`.
+            strokes: How many strokes the sender knows of.
+
+        Raises:
+            StrokesChanged: There are others.
+            ValueError: The stroke does not fit the drawing.
+        """
+        if strokes != self.strokes:
+            raise StrokesChanged(
+                f"a stroke on the drawing of {self.strokes} strokes is expected; it was changed in another window. "
+                f"Received: one on {strokes}"
+            )
+        before = self.drawing.copy()
+        self._apply(stroke)
+        try:
+            self._file.append(stroke)
+        except OSError:
+            self.drawing = before
+            raise
+        self.strokes += 1
+
+    def replacing(self, number: int, mask: np.ndarray) -> bytes:
+        """The stroke that gives a structure another mask; it is not drawn.
+
+        Args:
+            number: Number of the structure, from 0.
+            mask: Its voxels.
+        """
+        return pack(*difference(self.drawing, self.classes.replace(self.drawing, number, mask)))
+
+    def save(self, by: str, strokes: int) -> Version:
+        """Writes a new version: `accepted` if nothing was drawn since the last one, else `corrected`.
+
+        Args:
+            by: Who saves it.
+            strokes: How many strokes the sender knows of.
+
+        Raises:
+            StrokesChanged: There are others.
+        """
+        if strokes != self.strokes:
+            raise StrokesChanged(f"the drawing of {self.strokes} strokes is expected. Received: that of {strokes}")
+        stem = f"{len(self.versions()) + 1:03d}"
+        masks = self.classes.split(self.drawing)
+        images = dict(zip(self.classes.structures, map(self.patient.to_source, masks), strict=True))
+        if None in self.patient.masks:
+            arrays = {name: sitk.GetArrayViewFromImage(image) for name, image in images.items()}
+            images = {None: self.patient.source.image(join_masks(arrays, self.patient.recipe.structures))}
+        files = _files(self.folder, stem, self.patient)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for structure, path in files.items():
+            write_image(images[structure], path)
+        changes = self._changes(masks)
+        changed = any(change["added_voxels"] or change["removed_voxels"] for change in changes.values())
+        about = {
+            "state": STATES[changed],
+            "by": by,
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "from": str(self._origin),
+            "changes": changes,
+        }
+        record = self.folder / f"{stem}.json"
+        write(record, json.dumps(about, indent=2) + "\n", replace=False)
+        self._file.remove()
+        self._load()
+        return Version(record, files)
+
+    def _changes(self, masks: Sequence[np.ndarray]):
+        ml = math.prod(self.patient.source.spacing) / 1000
+        before = self.classes.split(self._before)
+        found = {}
+        for name, old, new in zip(self.classes.structures, before, masks, strict=True):
+            added, removed = (int(np.count_nonzero(a & ~b)) for a, b in ((new, old), (old, new)))
+            found[name] = {
+                "added_voxels": added,
+                "removed_voxels": removed,
+                "added_ml": round(added * ml, 4),
+                "removed_ml": round(removed * ml, 4),
+                "volume_ml": round(int(np.count_nonzero(new)) * ml, 4),
+            }
+        return found
+
+
+def versions_in(folder: Path, patient: ReviewPatient) -> list[Version]:
+    """The saved versions of a patient in a folder, the last one at the end."""
+    stems = sorted((match[1] for path in folder.glob("*.json") if (match := _VERSION.fullmatch(path.name))), key=int)
+    return [Version(folder / f"{stem}.json", _files(folder, stem, patient)) for stem in stems]
+
+
+def _files(folder, stem, patient):
+    """The files of the masks of a version."""
+    return {one: folder / f"{stem}{f'_{one}' * bool(one)}.nii.gz" for one in patient.masks}

@@ -1,0 +1,138 @@
+"""The patients to review: their images, predicted masks and maps, on the grid of the predicted masks."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet.data import preprocess_case
+from keras_mmfnet.data.case import Case, PreprocessedCase
+from keras_mmfnet.data.geometry import Grid, resample, upright_grid
+from keras_mmfnet.data.image_io import read_image
+from keras_mmfnet.data.preprocess import read_masks, recipe_of
+from keras_mmfnet.data.registration import apply_transform
+from keras_mmfnet.inference import read_segmentation
+from keras_mmfnet.recipe import DataRecipe
+from keras_mmfnet.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviewPatient:
+    """A patient to review.
+
+    Args:
+        case: The files of the images and of the expert's mask.
+        recipe: The `DataRecipe` of the networks.
+        masks: The files of the predicted masks: by structure, or one for all under `None`.
+        maps: The files of maps on the same grid: `{("probability", structure): path}`, and of `"disagreement"`.
+        scores: What is known of the prediction, by structure: some of the numbers of `evaluate_case`.
+        fold: Number of the fold whose test patient this is, or `None`.
+        cache: Folder of the preprocessed patients, or `None`.
+    """
+
+    case: Case
+    recipe: DataRecipe
+    masks: Mapping[str | None, Path]
+    maps: Mapping[tuple[str, str], Path] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    fold: int | None = None
+    cache: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The patient's name."""
+        return self.case.name
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The names of the sequences that there are, the reference modality first."""
+        return recipe_of(self.case, self.recipe).modalities
+
+    @functools.cached_property
+    def source(self) -> Grid:
+        """The grid of the predicted masks: the reference modality's own."""
+        return Grid.from_image(read_image(next(iter(self.masks.values())), self.name))
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """The same voxels with the axes in the order of the patient's, on which the arrays of the other methods lie."""
+        return upright_grid(self.source)
+
+    @functools.cached_property
+    def _placed(self):
+        """The grid of the masks, and what aligned the sequences with it in preprocessing."""
+        if self.recipe.align == "header":  # nothing did
+            return PreprocessedCase(self.name, {}, None, self.source, self.source, (0, 0, 0))
+        return preprocess_case(self.case, self.recipe, self.cache)
+
+    def image(self, sequence: str) -> np.ndarray:
+        """A sequence: linearly interpolated where it has another grid, and moved as in preprocessing.
+
+        Args:
+            sequence: One of `sequences`.
+
+        Returns:
+            A float32 array.
+
+        Raises:
+            CaseError: The image cannot be read.
+        """
+        image = read_image(self.case.images[sequence], self.name, sitk.sitkFloat32)
+        if sequence in self._placed.transforms:
+            image = apply_transform(image, self._placed.transforms[sequence])
+        return resample(image, self.grid, background=float(sitk.GetArrayViewFromImage(image).min()))
+
+    def predicted(self) -> list[np.ndarray]:
+        """The predicted masks in the order of the recipe's structures, bool arrays."""
+        found = read_segmentation(self.masks, self.recipe.structures)
+        return [self.grid.resample(found[name]) > 0 for name in self.recipe.structures]
+
+    def expert(self) -> list[np.ndarray] | None:
+        """The expert's masks in the order of the recipe's structures, bool arrays; `None` without a mask."""
+        if self.case.mask is None:
+            return None
+        found = read_masks(self.case, self.recipe, self._placed)
+        image = self.source.image
+        return [self.grid.resample(image(found[name])) > 0 for name in self.recipe.structures]
+
+    def map(self, what: str, structure: str) -> np.ndarray:
+        """A map of `maps`, a float32 array."""
+        return self.grid.resample(sitk.ReadImage(str(self.maps[what, structure]), sitk.sitkFloat32))
+
+    def to_source(self, mask: np.ndarray) -> sitk.Image:
+        """A mask as a uint8 image on the patient's own grid."""
+        return self.source.image(self.source.resample(self.grid.image(mask.astype(np.uint8))))
+
+
+def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[ReviewPatient]:
+    """The test patients of the finished folds of a run.
+
+    Args:
+        run: Folder of a run.
+        method: Name of the method.
+
+    Returns:
+        The patients by fold and name.
+
+    Raises:
+        ValueError: No fold of the method is finished, or the images are gone.
+    """
+    opened = Run(run)
+    results = opened.results().get(method, [])
+    if not results:
+        raise ValueError(f"{run}: a finished fold of {method} is expected. Received: none")
+    found = []
+    for result in results:
+        scores = {}
+        for row in result["patients"]:
+            scores.setdefault(row["patient"], {})[row["structure"]] = row
+        for name, rows in sorted(scores.items()):
+            case, masks = opened.cases[name], opened.masks(result["fold"], method, name)
+            found.append(
+                ReviewPatient(case, opened.recipe.data, masks, scores=rows, fold=result["fold"], cache=opened.cache)
+            )
+    return found

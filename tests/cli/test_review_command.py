@@ -1,0 +1,70 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from keras_mmfnet.review.patients import patients_of_run
+
+
+@pytest.fixture(scope="module")
+def run(mmfnet, tiny_cohort, tiny, tmp_path_factory):
+    """A run of one finished fold."""
+    out = tmp_path_factory.mktemp("reviewed") / "run"
+    mmfnet("train", tiny_cohort, "--out", out, "--small", *tiny, "--fold", "0")
+    return out
+
+
+def test_the_patients_of_a_run(run):
+    patients = patients_of_run(run)
+    [result] = [json.loads((run / "fold_0" / "mmfnet.json").read_text())]
+    assert [patient.name for patient in patients] == sorted(row["patient"] for row in result["patients"])
+    for patient, row in zip(patients, sorted(result["patients"], key=lambda row: row["patient"]), strict=True):
+        assert patient.scores["tumour"]["dsc"] == row["dsc"]
+        assert patient.fold == 0
+        assert patient.sequences == ("t1", "t2", "cet1")
+        [mask] = patient.predicted()
+        written = sitk.GetArrayFromImage(sitk.ReadImage(str(run / "fold_0/masks/mmfnet" / f"{patient.name}.nii.gz")))
+        assert np.count_nonzero(mask) == np.count_nonzero(written)
+    with pytest.raises(ValueError, match=r"a finished fold of multi_encoder is expected. Received: none"):
+        patients_of_run(run, "multi_encoder")
+
+
+def test_the_command(run):
+    command = [sys.executable, "-m", "keras_mmfnet.cli", "review", str(run), "--no-browser", "--reviewer", "Dr. Who"]
+    # The output is a pipe, which is written when the process wants to.
+    options = {"env": os.environ | {"PYTHONUNBUFFERED": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **options) as process:
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        assert len(address.rstrip("/").rsplit("/", 1)[1]) >= 32  # nobody guesses it
+        with urllib.request.urlopen(f"{address}api/patients") as answer:
+            listed = json.loads(answer.read())
+        assert [row["state"] for row in listed["patients"]] == ["to do"] * 2
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address.rsplit("/", 2)[0] + "/wrong/api/patients")
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "one review at a time is expected" in again.stderr
+        request = urllib.request.Request(f"{address}api/patients/0/save?after=0", method="POST")
+        with urllib.request.urlopen(request) as answer:
+            assert json.loads(answer.read())["by"] == "Dr. Who"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    name = listed["patients"][0]["name"]
+    assert name not in output + errors
+    record = json.loads((run / "corrections" / name / "001.json").read_text())
+    assert (record["state"], record["by"]) == ("accepted", "Dr. Who")
+
+
+def test_what_is_refused(run, mmfnet, tmp_path, monkeypatch):
+    assert "the folder of a run" in mmfnet("review", tmp_path, code=1).stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'keras-mmfnet[review]'" in mmfnet("review", run, code=1).stderr

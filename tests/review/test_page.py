@@ -1,0 +1,235 @@
+"""The page in a real browser."""
+
+import io
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from matplotlib.image import imread
+from review_patients import make_patient
+from served import served
+
+from keras_mmfnet.review import page as page_folder
+from keras_mmfnet.review.corrections import Correction
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+OPTIONS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def patients(tmp_path):
+    return [make_patient(tmp_path, name="anna"), make_patient(tmp_path, name="bert")]
+
+
+@pytest.fixture
+def client(patients, tmp_path):
+    with served(patients, tmp_path / "corrections") as client:
+        yield client
+
+
+@pytest.fixture
+def page(browser, client):
+    page = browser.new_page(viewport={"width": 1300, "height": 800})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: errors.append(request.url) if client.address not in request.url else None)
+    open_page(page, client)
+    yield page
+    page.close()
+    assert not errors
+
+
+def open_page(page, client, name="anna"):
+    page.goto(f"{client.address}/secret/")
+    says(page, f"{name}: t1, t2")
+
+
+def says(page, text):
+    playwright.expect(page.locator("#message")).to_contain_text(text)
+
+
+def state(page, name):
+    return page.evaluate(f"() => window.review.{name}")
+
+
+def pixels(page, canvas=0):
+    """What is seen in a view, as PNG."""
+    return page.locator(".view canvas").nth(canvas).screenshot()
+
+
+def point_of(page, voxel, pane=0):
+    """Where a voxel (x, y) of the axial slice lies on the screen."""
+    box = page.locator(".view canvas").nth(pane).bounding_box()
+    place = page.evaluate(f"() => window.review.panes[{pane}].place")
+    return box["x"] + place["left"] + place["x"] * (voxel[0] + 0.5), box["y"] + place["top"] + place["y"] * (
+        voxel[1] + 0.5
+    )
+
+
+def drag(page, *points):
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
+
+
+@needs_browser
+def test_looking(page):
+    assert "anna" not in page.title()
+    assert page.locator(".view").count() == 2
+    assert page.locator("#patients button").all_inner_texts() == ["anna", "bert"]
+    cursor = state(page, "cursor")
+    before = [pixels(page, n) for n in range(2)]
+    page.keyboard.press("ArrowUp")
+    playwright.expect(page.locator("#place")).to_contain_text(f"Slice {cursor[2] + 2} of")
+    assert state(page, "cursor") == [*cursor[:2], cursor[2] + 1]
+    assert all(pixels(page, n) != before[n] for n in range(2))  # all sequences go along
+    page.mouse.move(*point_of(page, (2, 3)))
+    page.mouse.wheel(0, 100)
+    playwright.expect(page.locator("#place")).to_contain_text(f"Slice {cursor[2] + 1} of")
+    page.mouse.click(*point_of(page, (2, 3), pane=1))
+    assert state(page, "cursor") == [2, 3, cursor[2]]
+    for key in ("h", "m", "e", "o", "+", "-"):
+        seen = pixels(page)
+        page.keyboard.press(key)
+        page.wait_for_timeout(200)
+        if key not in "me":  # hidden since the first
+            assert (pixels(page) != seen) == (key in "h+-"), key
+    low, high = state(page, "volumes[0].window")
+    page.mouse.move(*point_of(page, (3, 4)))
+    page.mouse.down(button="right")
+    page.mouse.move(700, 300)
+    page.mouse.up(button="right")
+    assert state(page, "volumes[0].window") != [low, high]
+    for name, count in (("coronal", 2), ("sagittal", 2), ("three planes", 6)):
+        page.get_by_role("button", name=name, exact=True).click()
+        assert page.locator(".view canvas").count() == count
+    page.keyboard.press("n")
+    says(page, "bert: t1, t2")
+
+
+@needs_browser
+def test_three_dimensions(page):
+    page.get_by_role("button", name="3D").click()
+    says(page, "anna")
+    page.wait_for_timeout(500)
+    assert page.locator(".view canvas").count() == 1
+    red, green, blue, *_ = np.moveaxis(imread(io.BytesIO(pixels(page))), -1, 0)
+    assert np.count_nonzero((red > 2 * green) & (red > 2 * blue) & (red > 0.2)) > 1000  # the mask
+
+
+@needs_browser
+def test_drawn_saved_and_there_again(page, client, patients, tmp_path):
+    anna = patients[0]
+    before = Correction(anna, tmp_path / "corrections").drawing
+    slice_ = state(page, "cursor")[2]
+    outside, inside = (tuple(np.argwhere(before[slice_] == value)[0][::-1]) for value in (0, 1))
+    page.locator("#brush").fill("1")
+    page.keyboard.press("b")
+    drag(page, point_of(page, outside), point_of(page, outside))
+    page.keyboard.press("x")
+    drag(page, point_of(page, inside, pane=1), point_of(page, inside, pane=1))  # on the other sequence
+    page.keyboard.press("b")
+    other = tuple(np.argwhere(before[slice_] == 0)[-1][::-1])
+    drag(page, point_of(page, other), point_of(page, other))
+    assert state(page, "voxels") == [int(before.sum()) + 1]
+    page.keyboard.press("u")
+    assert state(page, "voxels") == [int(before.sum())]
+    expected = before.copy()
+    expected[slice_, outside[1], outside[0]], expected[slice_, inside[1], inside[0]] = 1, 0
+
+    # Without a word, as in a crash of the browser.
+    open_page(page, client)
+    assert np.array_equal(np.array(list(page.evaluate("() => Array.from(window.review.drawing)"))), expected.ravel())
+    playwright.expect(page.locator("#save")).to_have_text("Save")
+    page.keyboard.press("s")
+    says(page, "anna: corrected")
+    playwright.expect(page.locator("#save")).to_have_text("Accept")
+    [version] = Correction(anna, tmp_path / "corrections").versions()
+    saved = sitk.ReadImage(str(version.masks[None]))
+    np.testing.assert_array_equal(anna.grid.resample(saved), expected)
+    assert (
+        version.about["changes"]["tumour"]["added_voxels"] == version.about["changes"]["tumour"]["removed_voxels"] == 1
+    )
+    open_page(page, client)
+    playwright.expect(page.locator("#patients tr").first).to_contain_text("corrected")
+
+
+@needs_browser
+def test_the_keyboard_alone(page, patients, tmp_path):
+    before = Correction(patients[0], tmp_path / "corrections").drawing
+    page.keyboard.press("Shift+ArrowRight")
+    for _ in range(9):
+        page.keyboard.press("Shift+ArrowUp")
+    x, y, z = state(page, "cursor")
+    assert (y, before[z, y, x]) == (0, 0)
+    page.locator("#brush").fill("1")
+    page.keyboard.press("d")
+    assert state(page, "voxels") == [int(before.sum()) + 1]
+    page.keyboard.press("Shift+D")
+    assert state(page, "voxels") == [int(before.sum())]
+    page.keyboard.press("g")
+    says(page, "voxels changed")
+    grown = patients[0].map("probability", "tumour") >= 0.5
+    assert state(page, "voxels") == [int(grown.sum())]
+    page.keyboard.press("s")
+    says(page, "anna: corrected")
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    for _ in range(60):  # everything can be reached
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.id") == "interpolate":
+            return
+    pytest.fail("the button cannot be reached")
+
+
+@needs_browser
+def test_an_outline_is_filled(page, patients, tmp_path):
+    before = Correction(patients[0], tmp_path / "corrections").drawing
+    z = state(page, "cursor")[2]
+    page.keyboard.press("f")
+    corners = [(-0.4, -0.4), (5.4, -0.4), (5.4, 3.4), (-0.4, 3.4)]
+    drag(page, *(point_of(page, corner) for corner in corners))
+    expected = before.copy()
+    expected[z, :4, :6] = 1
+    assert page.evaluate("() => Array.from(window.review.drawing)") == expected.ravel().tolist()
+
+
+def luminance(colour):
+    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return np.dot(channels, (0.2126, 0.7152, 0.0722))
+
+
+def test_contrast():
+    """4.5 for text, 3 for borders and focus (WCAG 2.2 AA)."""
+    style = Path(page_folder.__path__[0], "review.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
+
+    def contrast(one, other):
+        light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    for ground in (colours["ground"], colours["panel"], "#2a3238", "#2c4257"):
+        assert contrast(colours["text"], ground) >= 4.5
+        assert contrast("#ffd24a", ground) >= 3
+    for colour in (colours["quiet"], "#ffb0a8"):
+        assert contrast(colour, colours["panel"]) >= 4.5
+    assert contrast("#77838c", "#2a3238") >= 3 or contrast("#77838c", colours["panel"]) >= 3
+    assert contrast("#06121d", colours["accent"]) >= 4.5
