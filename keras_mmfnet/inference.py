@@ -210,6 +210,24 @@ def segment_ensemble(
     )
 
 
+def segmentation_endings(recipe: DataRecipe) -> dict[tuple[str, str | None], str]:
+    """What the names of the images of a segmented patient end with, after the patient's name.
+
+    Args:
+        recipe: The `DataRecipe` of the networks.
+
+    Returns:
+        By what they hold, `"probability"`, `"disagreement"` or `"mask"`, and the structure, or `None` for all.
+    """
+    maps = recipe.structure_names if len(recipe.structures) > 1 else (None,)
+    names = {"probability": maps, "disagreement": maps, "mask": recipe.mask_files}
+    return {
+        (what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz"
+        for what, structures in names.items()
+        for one in structures
+    }
+
+
 def read_segmentation(
     files: Mapping[str | None, str | os.PathLike], structures: Mapping[str, Any]
 ) -> dict[str, sitk.Image]:

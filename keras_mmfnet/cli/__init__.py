@@ -36,7 +36,7 @@ _EXAMPLES = {
     status.status: "mmfnet status RUN --watch",
     segment.segment: "mmfnet segment RUN PATIENTS --out CONTOURS --rtstruct --picture",
     evaluate.evaluate: "mmfnet evaluate CONTOURS EXPERT --csv dice.csv",
-    review.review: "mmfnet review RUN",
+    review.review: "mmfnet review CONTOURS --reviewer NAME",
     compare.compare: "mmfnet compare PATIENTS --out RUN --methods multi_encoder,mmfnet_mlp_std",
     explain.explain: "mmfnet explain RUN PATIENT --out PICTURES",
     report.report: "mmfnet report RUN",

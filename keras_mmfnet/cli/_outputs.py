@@ -12,23 +12,18 @@ DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
 class Outputs:
     """The files of each patient in a folder, by what they hold and the structure, `None` for all; the masks are last.
 
-    Beside them is `PATIENT.json`, the record of what they were made from.
+    Beside them is `PATIENT.json`, the record of what they were made from; and, as `about`, where the images were, how
+    they were read, and what was found in each structure.
     """
 
     def __init__(self, folder, recipe):
+        from keras_mmfnet.inference import segmentation_endings
+
         self.folder, self.recipe = folder, recipe
-        structures = recipe.structure_names if len(recipe.structures) > 1 else (None,)
-
-        def image(what, structures):
-            return {(what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz" for one in structures}
-
-        self.ends = {
-            **image("probability", structures),
-            **image("disagreement", structures),
-            **{(what, None): end for what, end in DICOM.items()},
-            ("picture", None): ".png",
-            **image("mask", recipe.mask_files),
-        }
+        images = segmentation_endings(recipe)
+        masks = {key: images.pop(key) for key in [key for key in images if key[0] == "mask"]}
+        dicom = {(what, None): end for what, end in DICOM.items()}
+        self.ends = {**images, **dicom, ("picture", None): ".png", **masks}
         # What a file holds of each structure: its label values, or 1 where it has no other.
         several = len(recipe.structures) > 1 and not recipe.named_structures
         self.labels = {name: list(values) if several else [1] for name, values in recipe.structures.items()}
@@ -75,6 +70,7 @@ class Outputs:
 
         path, there = self._record(case), self.there(case)
         before = read_json(path) if path.exists() else {}
+        before.pop("about", None)
         if there and before != record:
             listed = ", ".join(key for key in {**record, **before} if record.get(key) != before.get(key))
             raise ValueError(
@@ -82,12 +78,14 @@ class Outputs:
                 f"as now; choose another --out. Received: a file made with another {listed}"
             )
 
-    def write_record(self, case, record):
-        """Writes the record of a patient, before the files."""
-        from keras_mmfnet._files import write
+    def write_record(self, case, record, about):
+        """Writes the record of a patient, before the files, and again when what was found is known."""
+        from keras_mmfnet._files import read_json, write
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        write(self._record(case), json.dumps(record, indent=2) + "\n")
+        path = self._record(case)
+        before = read_json(path).get("about", {}) if path.exists() else {}
+        write(path, json.dumps({**record, "about": before | about}, indent=2) + "\n")
 
     def drop_record(self, case):
         """Removes the record of a patient of whom no file was written."""

@@ -4,6 +4,7 @@ import importlib.util
 import secrets
 import socket
 import webbrowser
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,10 @@ from keras_mmfnet.cli._terminal import session
 
 
 def review(
-    run: options.RunFolder,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run, or of what mmfnet segment wrote.")],
+    patients: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The patients' folder, if it moved since they were segmented.")
+    ] = None,
     reviewer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who corrects, for the records.", show_default="the user's name")
     ] = None,
@@ -25,17 +29,17 @@ def review(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     quiet: options.Quiet = False,
 ):
-    """Shows the segmented patients of a run in the browser, to accept or correct the masks."""
+    """Shows segmented patients in the browser, to accept or correct the masks."""
     with session(quiet) as terminal:
-        options.recipe_of_run(run)
+        options.require_folder(folder, "FOLDER")
         if lacking := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
             raise ValueError(
                 f"mmfnet review needs {' and '.join(lacking)}: pip install 'keras-mmfnet[review]'. Received: none"
             )
         with silenced():
-            from keras_mmfnet.review.patients import patients_of_run
+            from keras_mmfnet.review.patients import find_reviewed
             from keras_mmfnet.review.server import Review, make_server
-        reviewed = Review(patients_of_run(run), run / "corrections", reviewer or getpass.getuser())
+        reviewed = Review(find_reviewed(folder, patients), folder / "corrections", reviewer or getpass.getuser())
         token = secrets.token_urlsafe(24)
         with socket.create_server((host, port)) as listening:
             address = f"http://{host}:{listening.getsockname()[1]}/{token}/"

@@ -108,10 +108,12 @@ def segment(
             "rtstruct": functools.partial(write_rtstruct, tolerance=tolerance, max_points=max_points),
             "seg": write_segmentation,
         }
+        about = {"input": str(patients.absolute()), "data": recipe.data.model_dump(mode="json")}
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
-                outputs.write_record(case, record)
-                line, compared = _segment(case, predict, recipe, rules, missing, names, write_dicom)
+                outputs.write_record(case, record, about)
+                line, compared, found = _segment(case, predict, recipe, rules, missing, names, write_dicom)
+                outputs.write_record(case, record, about | {"found": found})
                 seen = opened.seen_in_training(case, folds) if compared else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
@@ -126,7 +128,11 @@ def segment(
 
 
 def _segment(case, predict, recipe, rules, files, names, write_dicom):
-    """Segments a patient, writes the files, the mask last; what was found, and if it was compared with a mask."""
+    """Segments a patient and writes the files, the mask last.
+
+    Returns:
+        What is said of it, if it was compared with a mask, and the numbers of each structure.
+    """
     import SimpleITK as sitk
 
     from keras_mmfnet.data import CaseError, preprocess_case
@@ -142,7 +148,12 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     about, anything = [case.name, *patient.notes], any(array.any() for array in arrays.values())
     probabilities = {name: sitk.GetArrayViewFromImage(image) for name, image in found.probabilities.items()}
     voxel_ml = math.prod(patient.source.spacing) / 1000
+    numbers = {}
     for name, array in arrays.items():
+        numbers[name] = {"predicted_ml": round(float(array.sum() * voxel_ml), 4)}
+        if spread := sitk.GetArrayViewFromImage(found.disagreements[name]).sum(dtype=float):
+            # Relative to the probability: of a small tumour as of a large one.
+            numbers[name]["disagreement"] = round(float(spread / max(probabilities[name].sum(dtype=float), 1e-6)), 4)
         about.append(f"{array.sum()} voxels of {name}, {array.sum() * voxel_ml:.1f} ml")
     if not anything:
         without = ", no DICOM file was written" if {what for what, _ in files} & DICOM.keys() else ""
@@ -150,12 +161,13 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     if case.mask is not None:
         try:
             for name, truth in read_masks(case, recipe.data, patient).items():
-                numbers = compare_masks(arrays[name], truth, patient.source.spacing[::-1])
+                compared = compare_masks(arrays[name], truth, patient.source.spacing[::-1])
                 which = f"{name} " * (len(arrays) > 1)
-                if numbers["volume_ml"]:
-                    about.append(f"{which}DSC {numbers['dsc']:.4f}, HD95 {numbers['hd95']:.1f} mm")
+                if compared["volume_ml"]:
+                    about.append(f"{which}DSC {compared['dsc']:.4f}, HD95 {compared['hd95']:.1f} mm")
+                    numbers[name] |= {key: round(float(compared[key]), 4) for key in ("dsc", "hd95", "volume_ml")}
                 else:
-                    false = numbers["false_positive_ml"]
+                    false = compared["false_positive_ml"]
                     about.append(f"the expert's mask {f'of {which}' * bool(which)}is empty, {false:.1f} ml are false")
         except CaseError as error:
             case = dataclasses.replace(case, mask=None)
@@ -180,7 +192,7 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
             write_image(found.label_image, path)
         else:
             write_image(images[what][one or recipe.data.structure_names[0]], path)
-    return "; ".join(about), case.mask is not None
+    return "; ".join(about), case.mask is not None, numbers
 
 
 def _draw(case, masks, recipe, path):

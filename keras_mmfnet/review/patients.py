@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data import preprocess_case
+from keras_mmfnet._files import read_json
+from keras_mmfnet.data import find_patients, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.data.registration import apply_transform
-from keras_mmfnet.inference import read_segmentation
-from keras_mmfnet.recipe import DataRecipe
+from keras_mmfnet.inference import read_segmentation, segmentation_endings
+from keras_mmfnet.recipe import RECIPE_FILE, DataRecipe
 from keras_mmfnet.run import Run
 
 
@@ -106,6 +108,75 @@ class ReviewPatient:
     def to_source(self, mask: np.ndarray) -> sitk.Image:
         """A mask as a uint8 image on the patient's own grid."""
         return self.source.image(self.source.resample(self.grid.image(mask.astype(np.uint8))))
+
+
+def find_reviewed(folder: str | os.PathLike, patients: str | os.PathLike | None = None) -> list[ReviewPatient]:
+    """The patients to review in a folder.
+
+    Args:
+        folder: Folder of a run, or of what `mmfnet segment` wrote.
+        patients: For the latter, the folder of the patients if it has moved since.
+
+    Returns:
+        The patients.
+
+    Raises:
+        ValueError: The folder is neither; no fold of the run is finished; or the images are gone.
+    """
+    folder = Path(folder)
+    if (folder / RECIPE_FILE).is_file():
+        return patients_of_run(folder)
+    return patients_of_contours(folder, patients)
+
+
+def patients_of_contours(folder: str | os.PathLike, patients: str | os.PathLike | None = None) -> list[ReviewPatient]:
+    """The patients that `mmfnet segment` segmented.
+
+    Args:
+        folder: Folder of the masks.
+        patients: The patients' folder if it has moved since.
+
+    Returns:
+        The patients by name.
+
+    Raises:
+        ValueError: The folder holds no record of a segmented patient, or the images are gone.
+    """
+    records = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        about = read_json(path).get("about", {})
+        if "found" in about:
+            records[path.stem] = about
+    if not records:
+        raise ValueError(
+            f"{folder}: the folder of a run, or of masks that `mmfnet segment` wrote with their PATIENT.json files, is "
+            "expected. Received: a folder without"
+        )
+    read = functools.cache(lambda path, data: _cases(path, DataRecipe.model_validate_json(data)))
+    found, missing = [], []
+    for name, about in records.items():
+        recipe = DataRecipe.model_validate(about["data"])
+        place = str(patients or about["input"])
+        case = read(place, json.dumps(about["data"])).get(name)
+        if case is None:
+            missing.append(f"{name} in {place}")
+            continue
+        files = {key: Path(folder, f"{name}{end}") for key, end in segmentation_endings(recipe).items()}
+        masks = {one: path for (what, one), path in files.items() if what == "mask"}
+        first = recipe.structure_names[0]
+        maps = {(what, one or first): path for (what, one), path in files.items() if what != "mask" and path.exists()}
+        found.append(ReviewPatient(case, recipe, masks, maps, about["found"]))
+    if missing:
+        raise ValueError(
+            f"{folder}: the images of the patients are expected where they were segmented, or in --patients. "
+            f"Received: none of {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}"
+        )
+    return found
+
+
+def _cases(path, recipe):
+    """The patients of a folder by name."""
+    return {case.name: case for case in find_patients(path, recipe, lambda error: None)} if Path(path).exists() else {}
 
 
 def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[ReviewPatient]:

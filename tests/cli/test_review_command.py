@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from keras_mmfnet.review.patients import patients_of_run
+from keras_mmfnet.review.patients import find_reviewed, patients_of_run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,37 @@ def test_the_patients_of_a_run(run):
         assert np.count_nonzero(mask) == np.count_nonzero(written)
     with pytest.raises(ValueError, match=r"a finished fold of multi_encoder is expected. Received: none"):
         patients_of_run(run, "multi_encoder")
+
+
+def test_what_was_segmented(mmfnet, trained, tiny_cohort, tmp_path):
+    out = tmp_path / "contours"
+    mmfnet("segment", trained, tiny_cohort / "patient_01", "--out", out, "--disagreement")
+    mmfnet("segment", trained, tiny_cohort / "patient_00", "--out", out, "--probability")
+    one, other = find_reviewed(out)
+    assert (one.name, other.name) == ("patient_00", "patient_01")
+    assert list(one.maps) == [("probability", "tumour")]
+    assert list(other.maps) == [("disagreement", "tumour")]
+    for patient in (one, other):
+        numbers = patient.scores["tumour"]
+        voxel_ml = np.prod(patient.source.spacing) / 1000
+        assert numbers["predicted_ml"] == pytest.approx(patient.predicted()[0].sum() * voxel_ml, abs=1e-3)
+    probability = one.map("probability", "tumour")
+    spread = other.map("disagreement", "tumour").sum()
+    assert 0 < numbers["disagreement"] < 1
+    mmfnet("segment", trained, tiny_cohort / "patient_01", "--out", out, "--probability")
+    [_, other] = find_reviewed(out)
+    expected = spread / other.map("probability", "tumour").sum()
+    assert other.scores["tumour"]["disagreement"] == pytest.approx(expected, rel=1e-3)
+    assert probability.shape == one.grid.shape
+    moved = tiny_cohort.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(
+            ValueError, match=r"images of the patients are expected.*none of patient_00 in .*patient_00"
+        ):
+            find_reviewed(out)
+        assert [patient.name for patient in find_reviewed(out, moved)] == ["patient_00", "patient_01"]
+    finally:
+        moved.rename(tiny_cohort)
 
 
 def test_the_command(run):
@@ -65,6 +96,7 @@ def test_the_command(run):
 
 
 def test_what_is_refused(run, mmfnet, tmp_path, monkeypatch):
-    assert "the folder of a run" in mmfnet("review", tmp_path, code=1).stderr
+    assert "the folder of a run, or of masks" in mmfnet("review", tmp_path, code=1).stderr
+    assert "FOLDER: a folder is expected" in mmfnet("review", tmp_path / "nowhere", code=1).stderr
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'keras-mmfnet[review]'" in mmfnet("review", run, code=1).stderr
