@@ -27,11 +27,27 @@ def review(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 for a free one.")] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the accepted and corrected masks to a folder, and show nothing."),
+    ] = None,
+    rtstruct: Annotated[bool, typer.Option("--rtstruct", help="With --export: also DICOM structure sets.")] = False,
+    seg: Annotated[bool, typer.Option("--seg", help="With --export: also DICOM segmentations.")] = False,
     quiet: options.Quiet = False,
 ):
     """Shows segmented patients in the browser, to accept or correct the masks."""
     with session(quiet) as terminal:
         options.require_folder(folder, "FOLDER")
+        if (rtstruct or seg) and not export:
+            raise ValueError("--export: a folder is expected with --rtstruct and --seg. Received: none")
+        if export:
+            with silenced():
+                from keras_mmfnet.review.exports import export_corrections
+                from keras_mmfnet.review.patients import find_reviewed
+            dicom = [name for name, wish in {"rtstruct": rtstruct, "seg": seg}.items() if wish]
+            written = export_corrections(find_reviewed(folder, patients), folder / "corrections", export, dicom)
+            terminal.say("\n".join(map(str, written)), always=True)
+            return
         if lacking := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
             raise ValueError(
                 f"mmfnet review needs {' and '.join(lacking)}: pip install 'keras-mmfnet[review]'. Received: none"

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ class Correction:
 
     def versions(self) -> list[Version]:
         """The saved versions, the last one at the end."""
-        return versions_in(self.folder, self.patient)
+        return versions_in(self.folder.parent, self.patient)
 
     def _apply(self, stroke):
         indices, values = unpack(stroke, self.drawing.size, len(self.classes.members) - 1)
@@ -181,8 +182,14 @@ class Correction:
         return found
 
 
-def versions_in(folder: Path, patient: ReviewPatient) -> list[Version]:
-    """The saved versions of a patient in a folder, the last one at the end."""
+def versions_in(corrections: str | os.PathLike, patient: ReviewPatient) -> list[Version]:
+    """The saved versions of a patient, the last one at the end.
+
+    Args:
+        corrections: Folder of all corrections.
+        patient: The patient.
+    """
+    folder = Path(corrections, patient.name)
     stems = sorted((match[1] for path in folder.glob("*.json") if (match := _VERSION.fullmatch(path.name))), key=int)
     return [Version(folder / f"{stem}.json", _files(folder, stem, patient)) for stem in stems]
 

@@ -22,7 +22,7 @@ from keras_mmfnet.recipe import RECIPE_FILE, DataRecipe
 from keras_mmfnet.run import Run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ReviewPatient:
     """A patient to review.
 

@@ -83,7 +83,7 @@ class Review:
         """What the list shows of a patient: `state`, `by`, `at` and `unsaved`, and of each structure what is known."""
         patient = self.patients[number]
         folder = self.folder / patient.name
-        versions = versions_in(folder, patient)
+        versions = versions_in(self.folder, patient)
         last = versions[-1].about if versions else {}
         scores = {
             name: {key: row[key] for key in ("dsc", "predicted_ml", "volume_ml", "hd95", "disagreement") if key in row}

@@ -7,10 +7,16 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_files import write_series
 
+from keras_mmfnet.data import Grid
+from keras_mmfnet.review.corrections import Correction
 from keras_mmfnet.review.patients import find_reviewed, patients_of_run
+
+GRID = Grid((24, 20, 5), (2.0, 2.0, 4.0), (-24.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,40 @@ def test_what_was_segmented(mmfnet, trained, tiny_cohort, tmp_path):
         assert [patient.name for patient in find_reviewed(out, moved)] == ["patient_00", "patient_01"]
     finally:
         moved.rename(tiny_cohort)
+
+
+def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
+    for seed, name in enumerate(("T1", "T2", "T1 Gd")):
+        write_series(tmp_path / "ann", GRID, name, prefix=name, seed=seed)
+    out, reviewed = tmp_path / "out", tmp_path / "reviewed"
+    mmfnet("segment", trained, tmp_path / "ann", "--out", out)
+    options = ("review", out, "--export", reviewed)
+    assert "accepted or corrected are expected" in mmfnet(*options, code=1).stderr
+    [patient] = find_reviewed(out)
+    correction = Correction(patient, out / "corrections")
+    mask = np.zeros(correction.drawing.shape, bool)
+    mask[1:4, 3:9, 5:12] = True
+    correction.draw(correction.replacing(0, mask), 0)
+    correction.save("me", 1)
+    mmfnet(*options, "--rtstruct", "--seg")
+    assert sorted(path.name for path in reviewed.iterdir()) == ["ann.nii.gz", "ann_rtstruct.dcm", "ann_seg.dcm"]
+    written = sitk.ReadImage(str(reviewed / "ann.nii.gz"))
+    np.testing.assert_array_equal(patient.grid.resample(written) > 0, mask)
+    pixels = pydicom.dcmread(reviewed / "ann_seg.dcm").pixel_array
+    assert np.count_nonzero(pixels) == mask.sum()
+    [contours] = pydicom.dcmread(reviewed / "ann_rtstruct.dcm").ROIContourSequence
+    assert len(contours.ContourSequence) == 3
+    assert "a new file is expected" in mmfnet(*options, code=1).stderr
+    assert "--export: a folder is expected" in mmfnet("review", out, "--seg", code=1).stderr
+
+
+def test_files_have_no_dicom_objects(mmfnet, trained, tiny_cohort, tmp_path):
+    mmfnet("segment", trained, tiny_cohort / "patient_00", "--out", tmp_path / "out")
+    [patient] = find_reviewed(tmp_path / "out")
+    Correction(patient, tmp_path / "out" / "corrections").save("me", 0)
+    refused = mmfnet("review", tmp_path / "out", "--export", tmp_path / "new", "--rtstruct", code=1)
+    assert "patients of DICOM series are expected for rtstruct. Received: patient_00" in refused.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command(run):
