@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,12 @@ from keras_mmfnet._files import read_json
 from keras_mmfnet.data import find_patients, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
-from keras_mmfnet.data.image_io import read_image
+from keras_mmfnet.data.image_io import read_image, write_image
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.data.registration import apply_transform
-from keras_mmfnet.inference import read_segmentation, segmentation_endings
+from keras_mmfnet.inference import read_segmentation, segment_case, segmentation_endings
+from keras_mmfnet.methods import find_method, method_of
+from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import RECIPE_FILE, DataRecipe
 from keras_mmfnet.run import Run
 
@@ -34,6 +36,7 @@ class ReviewPatient:
         scores: What is known of the prediction, by structure: some of the numbers of `evaluate_case`.
         fold: Number of the fold whose test patient this is, or `None`.
         cache: Folder of the preprocessed patients, or `None`.
+        predict: Returns the probabilities by structure, on the same grid, for the files of `maps` that do not exist.
     """
 
     case: Case
@@ -43,6 +46,7 @@ class ReviewPatient:
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     fold: int | None = None
     cache: Path | None = None
+    predict: Callable[[], Mapping[str, sitk.Image]] | None = None
 
     @property
     def name(self) -> str:
@@ -102,7 +106,12 @@ class ReviewPatient:
         return [self.grid.resample(image(found[name])) > 0 for name in self.recipe.structures]
 
     def map(self, what: str, structure: str) -> np.ndarray:
-        """A map of `maps`, a float32 array."""
+        """A map of `maps`, a float32 array. One that is not there is predicted, which takes a while, and kept."""
+        path = self.maps[what, structure]
+        if self.predict and not path.exists():
+            for name, image in self.predict().items():
+                self.maps[what, name].parent.mkdir(parents=True, exist_ok=True)
+                write_image(image, self.maps[what, name])
         return self.grid.resample(sitk.ReadImage(str(self.maps[what, structure]), sitk.sitkFloat32))
 
     def to_source(self, mask: np.ndarray) -> sitk.Image:
@@ -203,7 +212,19 @@ def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[Revi
             scores.setdefault(row["patient"], {})[row["structure"]] = row
         for name, rows in sorted(scores.items()):
             case, masks = opened.cases[name], opened.masks(result["fold"], method, name)
+            folder = opened.folder / "corrections" / name
+            maps = {("probability", one): folder / f"probability_{one}.nii.gz" for one in opened.recipe.data.structures}
+            predict = functools.partial(_probabilities, opened, result["fold"], method, name)
             found.append(
-                ReviewPatient(case, opened.recipe.data, masks, scores=rows, fold=result["fold"], cache=opened.cache)
+                ReviewPatient(case, opened.recipe.data, masks, maps, rows, result["fold"], opened.cache, predict)
             )
     return found
+
+
+def _probabilities(run, fold, name, patient):
+    """What the network of a fold predicts for a patient, by structure."""
+    method = method_of(run.recipe) if name == "mmfnet" else find_method(name)
+    recipe = method.adapt(run.recipe)
+    network = method.over_volumes(load_network(run.network(fold, name), recipe), recipe)
+    [preprocessed] = run.patients([patient])
+    return segment_case(network, preprocessed, recipe).probabilities

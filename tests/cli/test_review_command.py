@@ -38,6 +38,8 @@ def test_the_patients_of_a_run(run):
         [mask] = patient.predicted()
         written = sitk.GetArrayFromImage(sitk.ReadImage(str(run / "fold_0/masks/mmfnet" / f"{patient.name}.nii.gz")))
         assert np.count_nonzero(mask) == np.count_nonzero(written)
+        np.testing.assert_array_equal(patient.map("probability", "tumour") >= 0.5, mask)
+        assert list((run / "corrections" / patient.name).glob("probability_tumour.nii.gz"))
     with pytest.raises(ValueError, match=r"a finished fold of multi_encoder is expected. Received: none"):
         patients_of_run(run, "multi_encoder")
 

@@ -299,8 +299,11 @@ function showOverlays () {
 async function load (key) {
   const { id } = page.about
   if (key !== 'drawing' && overlays[key].on && !layers.has(key)) {
+    const before = $('message').textContent
+    say('Loading')
     const array = await volume(id, key)
     if (page.about.id !== id) return
+    say(before)
     layers.set(key, array)
   }
   draw()
