@@ -3,6 +3,7 @@ import getpass
 import importlib.util
 import secrets
 import socket
+import tempfile
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,10 @@ def review(
         with socket.create_server((host, port)) as listening:
             address = f"http://{host}:{listening.getsockname()[1]}/{token}/"
             terminal.say(f"{address}\nStop with Ctrl-C", always=True)
-            if browser:
-                webbrowser.open(address)
-            with contextlib.suppress(KeyboardInterrupt):
+            with tempfile.TemporaryDirectory() as private, contextlib.suppress(KeyboardInterrupt):
+                if browser:
+                    # Other users see the command lines of processes; the address is in a file that they cannot read.
+                    page = Path(private, "review.html")
+                    page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
+                    webbrowser.open(page.as_uri())
                 make_server(reviewed, token).run(sockets=[listening])

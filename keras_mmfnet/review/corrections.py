@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from keras_mmfnet.review.strokes import StrokeFile, pack, unpack
 # What a review can come to.
 STATES = ("accepted", "corrected")
 _VERSION = re.compile(r"(\d{3,})\.json")
+_NUMBERED = re.compile(r"(\d{3,})[._]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,6 @@ class Correction:
     def __init__(self, patient: ReviewPatient, folder: Path):
         self.patient, self.folder = patient, folder / patient.name
         self.classes = Classes(patient.recipe.structures)
-        self.lock = threading.Lock()  # to be held by whoever reads or changes the drawing
         self._load()
 
     def _load(self):
@@ -79,13 +78,18 @@ class Correction:
         masks = [patient.grid.resample(found[name]) > 0 for name in self.classes.structures]
         self._before = self.classes.join(masks)
         self._origin = next(iter(files.values()))
-        base = hashlib.sha256(self._before.tobytes()).hexdigest()
-        self._file = StrokeFile(self.folder / "strokes", base)
+        self._base = hashlib.sha256(self._before.tobytes()).hexdigest()
+        self._file = StrokeFile(self.folder / "strokes", self._base)
         self.drawing = self._before.copy()
-        strokes = self._file.read()
+        strokes = self._file.read(saved=last[0].about.get("base") if last else None)
         for stroke in strokes:
             self._apply(stroke)
-        self.strokes = len(strokes)
+        self.strokes, self._last = len(strokes), None
+
+    @property
+    def state(self) -> str:
+        """Text that identifies the drawing: what it began from, and the number of strokes since."""
+        return f"{self._base[:16]}-{self.strokes}"
 
     def versions(self) -> list[Version]:
         """The saved versions, the last one at the end."""
@@ -95,22 +99,20 @@ class Correction:
         indices, values = unpack(stroke, self.drawing.size, len(self.classes.members) - 1)
         self.drawing.reshape(-1)[indices] = values
 
-    def draw(self, stroke: bytes, strokes: int) -> None:
-        """Changes voxels; it is on the disk when this returns.
+    def draw(self, stroke: bytes, after: str) -> None:
+        """Changes voxels; it is on the disk when this returns. A stroke that is sent twice in a row is drawn once.
 
         Args:
             stroke: The voxels, as from `strokes.pack`.
-            strokes: How many strokes the sender knows of.
+            after: The `state` of the drawing that the sender knows.
 
         Raises:
-            StrokesChanged: There are others.
+            StrokesChanged: The drawing is another one.
             ValueError: The stroke does not fit the drawing.
         """
-        if strokes != self.strokes:
-            raise StrokesChanged(
-                f"a stroke on the drawing of {self.strokes} strokes is expected; it was changed in another window. "
-                f"Received: one on {strokes}"
-            )
+        if self._last == (after, stroke):  # The answer did not arrive.
+            return
+        self._require(after)
         before = self.drawing.copy()
         self._apply(stroke)
         try:
@@ -119,6 +121,14 @@ class Correction:
             self.drawing = before
             raise
         self.strokes += 1
+        self._last = after, stroke
+
+    def _require(self, state):
+        if state != self.state:
+            raise StrokesChanged(
+                f"{self.patient.name}: the drawing {self.state} is expected; it was changed in another window. "
+                f"Received: {state}"
+            )
 
     def replacing(self, number: int, mask: np.ndarray) -> bytes:
         """The stroke that gives a structure another mask; it is not drawn.
@@ -129,39 +139,48 @@ class Correction:
         """
         return pack(*difference(self.drawing, self.classes.replace(self.drawing, number, mask)))
 
-    def save(self, by: str, strokes: int) -> Version:
-        """Writes a new version: `accepted` if nothing was drawn since the last one, else `corrected`.
+    def save(self, by: str, state: str, voxels: Sequence[int] | None = None) -> Version:
+        """Writes a new version: `accepted` if nothing differs from the last one, else `corrected`.
 
         Args:
             by: Who saves it.
-            strokes: How many strokes the sender knows of.
+            state: The `state` of the drawing that the sender knows.
+            voxels: How many voxels of each class the sender has, to be compared.
 
         Raises:
-            StrokesChanged: There are others.
+            StrokesChanged: The drawing is another one.
         """
-        if strokes != self.strokes:
-            raise StrokesChanged(f"the drawing of {self.strokes} strokes is expected. Received: that of {strokes}")
-        stem = f"{len(self.versions()) + 1:03d}"
+        self._require(state)
+        count = np.bincount(self.drawing.ravel(), minlength=len(self.classes.members)).tolist()
+        if voxels is not None and list(voxels) != count:
+            raise StrokesChanged(f"{self.patient.name}: {count} voxels of each class are expected. Received: {voxels}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(match[1]) for path in self.folder.iterdir() if (match := _NUMBERED.match(path.name))]
+        stem = f"{max(numbers, default=0) + 1:03d}"
         masks = self.classes.split(self.drawing)
         images = dict(zip(self.classes.structures, map(self.patient.to_source, masks), strict=True))
         if None in self.patient.masks:
             arrays = {name: sitk.GetArrayViewFromImage(image) for name, image in images.items()}
             images = {None: self.patient.source.image(join_masks(arrays, self.patient.recipe.structures))}
         files = _files(self.folder, stem, self.patient)
-        self.folder.mkdir(parents=True, exist_ok=True)
         for structure, path in files.items():
             write_image(images[structure], path)
+            _to_disk(path)
         changes = self._changes(masks)
         changed = any(change["added_voxels"] or change["removed_voxels"] for change in changes.values())
+        before = self.versions()[-1:]
         about = {
-            "state": STATES[changed],
+            # What was corrected once stays so.
+            "state": STATES[changed or bool(before and before[0].about["state"] == STATES[1])],
             "by": by,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "from": str(self._origin),
+            "base": self._base,
             "changes": changes,
         }
         record = self.folder / f"{stem}.json"
         write(record, json.dumps(about, indent=2) + "\n", replace=False)
+        _to_disk(record)
         self._file.remove()
         self._load()
         return Version(record, files)
@@ -192,6 +211,12 @@ def versions_in(corrections: str | os.PathLike, patient: ReviewPatient) -> list[
     folder = Path(corrections, patient.name)
     stems = sorted((match[1] for path in folder.glob("*.json") if (match := _VERSION.fullmatch(path.name))), key=int)
     return [Version(folder / f"{stem}.json", _files(folder, stem, patient)) for stem in stems]
+
+
+def _to_disk(path):
+    """Waits until a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _files(folder, stem, patient):

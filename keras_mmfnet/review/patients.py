@@ -15,6 +15,7 @@ from keras_mmfnet.data import find_patients, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image, write_image
+from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.data.registration import apply_transform
 from keras_mmfnet.inference import read_segmentation, segment_case, segmentation_endings
@@ -102,8 +103,11 @@ class ReviewPatient:
         if self.case.mask is None:
             return None
         found = read_masks(self.case, self.recipe, self._placed)
+        labels = join_masks(found, self.recipe.structures)
+        if labels is not None:  # Of another grid, regions may have been interpolated to combinations without a label.
+            found = split_labels(labels, self.recipe.structures)
         image = self.source.image
-        return [self.grid.resample(image(found[name])) > 0 for name in self.recipe.structures]
+        return [self.grid.resample(image(found[name].astype(np.uint8))) > 0 for name in self.recipe.structures]
 
     def map(self, what: str, structure: str) -> np.ndarray:
         """A map of `maps`, a float32 array. One that is not there is predicted, which takes a while, and kept."""

@@ -1,9 +1,12 @@
 """The web application of `mmfnet review`, for one reviewer on this machine."""
 
+import contextlib
+import json
+import math
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from keras_mmfnet.review.corrections import Correction, StrokesChanged, versions_in
-from keras_mmfnet.review.edits import grow, interpolate_slices
+from keras_mmfnet.review.edits import Classes, grow, interpolate_slices
 from keras_mmfnet.review.patients import ReviewPatient
 
 # What the page may do: only what comes with it, from this server.
@@ -29,6 +32,9 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_BYTES = "application/octet-stream"
+# The numbers of a structure that the list shows, and the corrections that stay in memory.
+_SHOWN, _KEPT = ("dsc", "predicted_ml", "volume_ml", "hd95", "disagreement"), 4
 _PAGE = {
     "": ("index.html", "text/html"),
     "review.js": ("review.js", "text/javascript"),
@@ -66,14 +72,15 @@ class Review:
         """Lets other processes review the patients."""
         self._held.release()
 
-    def correction(self, number: int) -> Correction:
-        """The correction of a patient. The last few are kept in memory."""
+    @contextlib.contextmanager
+    def correction(self, number: int) -> Iterator[Correction]:
+        """The correction of a patient, which nobody else changes within the block. The last few stay in memory."""
         with self._lock:
-            if number not in self._corrections:
-                self._corrections[number] = Correction(self.patients[number], self.folder)
-                while len(self._corrections) > 4:
-                    del self._corrections[next(iter(self._corrections))]
-            return self._corrections[number]
+            found = self._corrections.pop(number, None) or Correction(self.patients[number], self.folder)
+            self._corrections[number] = found
+            if len(self._corrections) > _KEPT:
+                del self._corrections[next(iter(self._corrections))]
+            yield found
 
     def listed(self) -> list[dict]:
         """What the list shows of each patient."""
@@ -82,11 +89,12 @@ class Review:
     def row(self, number: int) -> dict:
         """What the list shows of a patient: `state`, `by`, `at` and `unsaved`, and of each structure what is known."""
         patient = self.patients[number]
-        folder = self.folder / patient.name
-        versions = versions_in(self.folder, patient)
-        last = versions[-1].about if versions else {}
+        try:
+            last = next((one.about for one in reversed(versions_in(self.folder, patient))), {})
+        except ValueError:
+            last = {"state": "damaged"}
         scores = {
-            name: {key: row[key] for key in ("dsc", "predicted_ml", "volume_ml", "hd95", "disagreement") if key in row}
+            name: {key: row[key] for key in _SHOWN if row.get(key) is not None and math.isfinite(row[key])}
             for name, row in patient.scores.items()
         }
         for name, change in last.get("changes", {}).items():
@@ -99,12 +107,14 @@ class Review:
             "state": last.get("state", "to do"),
             "by": last.get("by"),
             "at": last.get("at"),
-            "unsaved": (folder / "strokes").exists(),
+            "unsaved": (self.folder / patient.name / "strokes").exists(),
         }
 
     def described(self, number: int) -> dict:
         """What there is of a patient: the sequences, maps, masks and the geometry of the drawing."""
-        patient, correction = self.patients[number], self.correction(number)
+        patient = self.patients[number]
+        with self.correction(number) as correction:
+            classes, state, strokes = correction.classes, correction.state, correction.strokes
         return {
             **self.row(number),
             "sequences": patient.sequences,
@@ -114,11 +124,12 @@ class Review:
             "spacing": patient.grid.spacing,
             "origin": patient.grid.origin,
             "axes": patient.grid.axes.tolist(),
-            "structures": correction.classes.structures,
-            "members": correction.classes.members.tolist(),
-            "drawn": correction.classes.drawn.tolist(),
-            "erased": correction.classes.erased.tolist(),
-            "strokes": correction.strokes,
+            "structures": classes.structures,
+            "members": classes.members.tolist(),
+            "drawn": classes.drawn.tolist(),
+            "erased": classes.erased.tolist(),
+            "state_of_drawing": state,
+            "strokes": strokes,
         }
 
 
@@ -158,49 +169,59 @@ class _Answers:
         return self._nifti(patient.map(what, structure), patient)
 
     def mask(self, query, body, number, which):
-        patient, classes = self.review.patients[number], self.review.correction(number).classes
+        patient = self.review.patients[number]
         if which == "drawn":
-            return self._nifti(self.review.correction(number).drawing, patient)
+            with self.review.correction(number) as correction:
+                return self._nifti(correction.drawing, patient)
         masks = {"predicted": patient.predicted, "expert": patient.expert}[which]()
         if masks is None:
             raise KeyError(which)
-        return self._nifti(classes.join(masks), patient)
+        return self._nifti(Classes(patient.recipe.structures).join(masks), patient)
 
     def drawing(self, query, body, number):
-        correction = self.review.correction(number)
-        with correction.lock:
-            headers = {"X-Strokes": str(correction.strokes)}
-            return Response(correction.drawing.tobytes(), media_type="application/octet-stream", headers=headers)
+        with self.review.correction(number) as correction:
+            headers = {"X-State": correction.state, "X-Strokes": str(correction.strokes)}
+            return Response(correction.drawing.tobytes(), media_type=_BYTES, headers=headers)
 
     def draw(self, query, body, number):
-        correction = self.review.correction(number)
-        with correction.lock:
-            correction.draw(body, int(query["after"]))
-            return {"strokes": correction.strokes}
+        with self.review.correction(number) as correction:
+            correction.draw(body, query["after"])
+            return {"state": correction.state, "strokes": correction.strokes}
 
     def save(self, query, body, number):
-        correction = self.review.correction(number)
-        with correction.lock:
-            correction.save(self.review.reviewer, int(query["after"]))
-        return self.review.row(number)
+        with self.review.correction(number) as correction:
+            voxels = json.loads(body) if body else None
+            correction.save(self.review.reviewer, query["after"], voxels)
+            return {"state": correction.state, "strokes": correction.strokes, "row": self.review.row(number)}
 
     def interpolated(self, query, body, number):
-        correction, structure = self.review.correction(number), int(query["structure"])
-        with correction.lock:
+        with self.review.correction(number) as correction:
+            structure, axis = _chosen(query, "structure", correction.classes.structures), _chosen(query, "axis", "zyx")
             mask = correction.classes.split(correction.drawing)[structure]
-            filled = interpolate_slices(mask, int(query["axis"]), correction.patient.grid.spacing[::-1])
-            return Response(correction.replacing(structure, filled), media_type="application/octet-stream")
+            filled = interpolate_slices(mask, axis, correction.patient.grid.spacing[::-1])
+            return Response(correction.replacing(structure, filled), media_type=_BYTES)
 
     def grown(self, query, body, number):
-        correction, structure = self.review.correction(number), int(query["structure"])
-        probability = correction.patient.map("probability", correction.classes.structures[structure])
-        with correction.lock:
+        patient = self.review.patients[number]
+        structure, threshold = _chosen(query, "structure", patient.recipe.structures), float(query["threshold"])
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold: a number above 0, 1 at most, is expected. Received: {threshold}")
+        probability = patient.map("probability", patient.recipe.structure_names[structure])
+        with self.review.correction(number) as correction:
             mask = correction.classes.split(correction.drawing)[structure]
-            found = grow(probability, float(query["threshold"]), mask)
-            return Response(correction.replacing(structure, found), media_type="application/octet-stream")
+            found = grow(probability, threshold, mask)
+            return Response(correction.replacing(structure, found), media_type=_BYTES)
 
     def _nifti(self, array, patient):
-        return Response(nifti(array, patient), media_type="application/octet-stream")
+        return Response(nifti(array, patient), media_type=_BYTES)
+
+
+def _chosen(query, name, among):
+    """A number of a query that chooses one of several."""
+    number = int(query[name])
+    if not 0 <= number < len(among):
+        raise ValueError(f"{name}: a number from 0 to {len(among) - 1} is expected. Received: {number}")
+    return number
 
 
 def create_app(review: Review, token: str) -> Starlette:
@@ -222,14 +243,13 @@ def create_app(review: Review, token: str) -> Starlette:
             try:
                 body = await request.body()
                 found = await run_in_threadpool(answer, request.query_params, body, **given)
+                found = found if isinstance(found, Response) else JSONResponse(found)
             except StrokesChanged as error:
                 found = JSONResponse({"error": str(error)}, 409)
             except KeyError as error:
                 found = JSONResponse({"error": f"there is no {error}"}, 404)
             except (ValueError, OSError, RuntimeError) as error:
                 found = JSONResponse({"error": str(error)}, 422)
-            if not isinstance(found, Response):
-                found = JSONResponse(found)
             found.headers.update(_HEADERS)
             return found
 

@@ -86,8 +86,8 @@ def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
     correction = Correction(patient, out / "corrections")
     mask = np.zeros(correction.drawing.shape, bool)
     mask[1:4, 3:9, 5:12] = True
-    correction.draw(correction.replacing(0, mask), 0)
-    correction.save("me", 1)
+    correction.draw(correction.replacing(0, mask), correction.state)
+    correction.save("me", correction.state)
     mmfnet(*options, "--rtstruct", "--seg")
     assert sorted(path.name for path in reviewed.iterdir()) == ["ann.nii.gz", "ann_rtstruct.dcm", "ann_seg.dcm"]
     written = sitk.ReadImage(str(reviewed / "ann.nii.gz"))
@@ -103,7 +103,8 @@ def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
 def test_files_have_no_dicom_objects(mmfnet, trained, tiny_cohort, tmp_path):
     mmfnet("segment", trained, tiny_cohort / "patient_00", "--out", tmp_path / "out")
     [patient] = find_reviewed(tmp_path / "out")
-    Correction(patient, tmp_path / "out" / "corrections").save("me", 0)
+    correction = Correction(patient, tmp_path / "out" / "corrections")
+    correction.save("me", correction.state)
     refused = mmfnet("review", tmp_path / "out", "--export", tmp_path / "new", "--rtstruct", code=1)
     assert "patients of DICOM series are expected for rtstruct. Received: patient_00" in refused.stderr
     assert not (tmp_path / "new").exists()
@@ -125,9 +126,11 @@ def test_the_command(run):
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 1
         assert "one review at a time is expected" in again.stderr
-        request = urllib.request.Request(f"{address}api/patients/0/save?after=0", method="POST")
+        with urllib.request.urlopen(f"{address}api/patients/0") as answer:
+            state = json.loads(answer.read())["state_of_drawing"]
+        request = urllib.request.Request(f"{address}api/patients/0/save?after={state}", method="POST")
         with urllib.request.urlopen(request) as answer:
-            assert json.loads(answer.read())["by"] == "Dr. Who"
+            assert json.loads(answer.read())["row"]["by"] == "Dr. Who"
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors

@@ -7,7 +7,7 @@ from review_patients import OBLIQUE
 
 from keras_mmfnet.data import Grid
 from keras_mmfnet.review.corrections import Correction, StrokesChanged
-from keras_mmfnet.review.strokes import pack
+from keras_mmfnet.review.strokes import StrokeFile, pack
 
 
 def voxel_values(image, grid, indices):
@@ -37,9 +37,9 @@ def test_what_is_drawn_is_saved_on_the_patients_own_grid(patient, tmp_path):
     before = correction.drawing.copy()
     drawn, erased = [tuple(np.argwhere(before == value)[0]) for value in (0, 1)]
     flat = [np.ravel_multi_index(voxel, before.shape) for voxel in (drawn, erased)]
-    correction.draw(pack(np.array(flat, np.uint32), np.array([1, 0], np.uint8)), 0)
+    correction.draw(pack(np.array(flat, np.uint32), np.array([1, 0], np.uint8)), correction.state)
     assert not list((tmp_path / "corrections").rglob("*.nii.gz"))
-    version = correction.save("Dr. Who", 1)
+    version = correction.save("Dr. Who", correction.state)
     saved = sitk.ReadImage(str(version.masks[None]))
     assert Grid.from_image(saved).matches(OBLIQUE)
     assert saved.GetPixelID() == sitk.sitkUInt8
@@ -63,9 +63,9 @@ def test_what_is_drawn_is_saved_on_the_patients_own_grid(patient, tmp_path):
 def test_versions_follow_one_another(patient, tmp_path):
     correction = Correction(patient, tmp_path)
     stroke = pack(np.array([0], np.uint32), np.array([1], np.uint8))
-    assert correction.save("me", 0).about["state"] == "accepted"
-    correction.draw(stroke, 0)
-    correction.save("me", 1)
+    assert correction.save("me", correction.state).about["state"] == "accepted"
+    correction.draw(stroke, correction.state)
+    correction.save("me", correction.state)
     files = sorted(path.name for path in (tmp_path / "anna").iterdir())
     assert files == ["001.json", "001.nii.gz", "002.json", "002.nii.gz"]
     again = Correction(patient, tmp_path)
@@ -77,7 +77,7 @@ def test_versions_follow_one_another(patient, tmp_path):
 def test_strokes_are_there_after_a_crash(patient, tmp_path):
     correction = Correction(patient, tmp_path)
     for number in range(3):
-        correction.draw(pack(np.array([number], np.uint32), np.array([1], np.uint8)), number)
+        correction.draw(pack(np.array([number], np.uint32), np.array([1], np.uint8)), correction.state)
     again = Correction(patient, tmp_path)  # without a word to the first one
     np.testing.assert_array_equal(again.drawing, correction.drawing)
     assert again.drawing.ravel()[:3].tolist() == [1, 1, 1]
@@ -87,14 +87,22 @@ def test_strokes_are_there_after_a_crash(patient, tmp_path):
 def test_strokes_on_a_drawing_that_has_changed(patient, tmp_path):
     correction = Correction(patient, tmp_path)
     stroke = pack(np.array([0], np.uint32), np.array([1], np.uint8))
-    correction.draw(stroke, 0)
-    with pytest.raises(StrokesChanged, match=r"drawing of 1 strokes is expected.*Received: one on 0"):
-        correction.draw(stroke, 0)
-    with pytest.raises(StrokesChanged, match=r"drawing of 1 strokes is expected.*Received: that of 0"):
-        correction.save("me", 0)
-    with pytest.raises(ValueError, match="values up to 1"):
-        correction.draw(pack(np.array([0], np.uint32), np.array([2], np.uint8)), 1)
+    first = correction.state
+    correction.draw(stroke, first)
+    correction.draw(stroke, first)  # once more, because the answer was lost
     assert correction.strokes == 1
+    other = pack(np.array([1], np.uint32), np.array([1], np.uint8))
+    for act in (lambda: correction.draw(other, first), lambda: correction.save("me", first)):
+        with pytest.raises(StrokesChanged, match=rf"drawing .*-1 is expected; it was changed.*Received: {first}"):
+            act()
+    with pytest.raises(StrokesChanged, match=r"voxels of each class are expected. Received: \[1, 2\]"):
+        correction.save("me", correction.state, [1, 2])
+    with pytest.raises(ValueError, match="values up to 1"):
+        correction.draw(pack(np.array([0], np.uint32), np.array([2], np.uint8)), correction.state)
+    # Of a version saved meanwhile there are as many strokes, none, as at the start.
+    correction.save("me", correction.state)
+    with pytest.raises(StrokesChanged):
+        correction.save("you", first)
 
 
 def test_nothing_is_drawn_that_is_not_on_the_disk(patient, tmp_path, full_disk):
@@ -102,9 +110,9 @@ def test_nothing_is_drawn_that_is_not_on_the_disk(patient, tmp_path, full_disk):
     before = correction.drawing.copy()
     many = np.arange(before.size, dtype=np.uint32)
     with full_disk(64), pytest.raises(OSError, match="File too large"):
-        correction.draw(pack(many, np.ones(before.size, np.uint8)), 0)
+        correction.draw(pack(many, np.ones(before.size, np.uint8)), correction.state)
     np.testing.assert_array_equal(correction.drawing, before)
-    correction.draw(pack(many, np.ones(before.size, np.uint8)), 0)
+    correction.draw(pack(many, np.ones(before.size, np.uint8)), correction.state)
     np.testing.assert_array_equal(Correction(patient, tmp_path).drawing, 1)
 
 
@@ -114,8 +122,8 @@ def test_regions_stay_within_one_another(regions, tmp_path):
     corner = np.zeros(correction.drawing.shape, bool)
     corner[0, 0, :2] = True
     masks = correction.classes.split(correction.drawing)
-    correction.draw(correction.replacing(1, masks[1] | corner), 0)
-    version = correction.save("me", 1)
+    correction.draw(correction.replacing(1, masks[1] | corner), correction.state)
+    version = correction.save("me", correction.state)
     saved = sitk.GetArrayFromImage(sitk.ReadImage(str(version.masks[None])))
     assert sorted(saved[saved != truth]) == [1, 1]  # core, which is in the whole
     changes = version.about["changes"]
@@ -124,3 +132,33 @@ def test_regions_stay_within_one_another(regions, tmp_path):
     for mask, labels in zip(again, regions.recipe.structures.values(), strict=True):
         on_grid = regions.grid.resample(OBLIQUE.image(np.isin(saved, labels).astype(np.uint8)))
         np.testing.assert_array_equal(mask, on_grid > 0)
+
+
+def test_a_crash_after_saving(patient, tmp_path, monkeypatch):
+    correction = Correction(patient, tmp_path)
+    correction.draw(pack(np.array([0], np.uint32), np.array([1], np.uint8)), correction.state)
+    monkeypatch.setattr(StrokeFile, "remove", lambda self: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        correction.save("me", correction.state)
+    monkeypatch.undo()
+    again = Correction(patient, tmp_path)
+    assert (again.drawing[0, 0, 0], again.strokes) == (1, 0)
+    assert not (tmp_path / "anna" / "strokes").exists()
+
+
+def test_no_version_is_written_over(patient, tmp_path):
+    correction = Correction(patient, tmp_path)
+    for _ in range(3):
+        correction.save("me", correction.state)
+    (tmp_path / "anna" / "001.json").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "anna").iterdir()}
+    assert Correction(patient, tmp_path).save("me", correction.state).record.name == "004.json"
+    for name, content in before.items():
+        assert (tmp_path / "anna" / name).read_bytes() == content
+
+
+def test_what_was_corrected_is_not_merely_accepted(patient, tmp_path):
+    correction = Correction(patient, tmp_path)
+    correction.draw(pack(np.array([0], np.uint32), np.array([1], np.uint8)), correction.state)
+    states = [correction.save("me", correction.state).about["state"] for _ in range(2)]
+    assert states == ["corrected", "corrected"]

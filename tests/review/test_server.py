@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -79,12 +80,14 @@ def test_from_the_list_to_a_saved_mask(client, patient, tmp_path):
     about = client.json(ONE)
     assert about["sequences"] == ["t1", "t2"]
     assert (tuple(about["shape"]), tuple(about["spacing"])) == (patient.grid.shape, patient.grid.spacing)
-    stroke = pack(np.array([0, 1], np.uint32), np.array([1, 1], np.uint8))
-    assert client.json(f"{ONE}/strokes?after=0", stroke) == {"strokes": 1}
+    stroke, first = pack(np.array([0, 1], np.uint32), np.array([1, 1], np.uint8)), about["state_of_drawing"]
+    answer = client.json(f"{ONE}/strokes?after={first}", stroke)
+    assert answer["strokes"] == 1
     assert client.json("/secret/api/patients")["patients"][0]["unsaved"]
-    assert "another window" in client.json(f"{ONE}/strokes?after=0", stroke, 409)["error"]
-    assert "Received: " in client.json(f"{ONE}/strokes?after=1", stroke[:-1], 422)["error"]
-    row = client.json(f"{ONE}/save?after=1", b"")
+    erased = pack(np.array([0], np.uint32), np.array([0], np.uint8))
+    assert "another window" in client.json(f"{ONE}/strokes?after={first}", erased, 409)["error"]
+    assert "Received: " in client.json(f"{ONE}/strokes?after={answer['state']}", stroke[:-1], 422)["error"]
+    row = client.json(f"{ONE}/save?after={answer['state']}", b"")["row"]
     assert (row["state"], row["by"], row["unsaved"]) == ("corrected", "me", False)
     drawing = np.frombuffer(client.get(f"{ONE}/drawing")[0], np.uint8)
     assert drawing[:2].tolist() == [1, 1]
@@ -100,11 +103,33 @@ def test_computed_strokes(client, patient):
     np.testing.assert_array_equal(after, (patient.map("probability", "tumour") >= 0.05).ravel())
     middle = int(drawing.sum(axis=(1, 2)).argmax())
     gone = np.flatnonzero(drawing[middle].ravel()) + middle * drawing[0].size
-    client.get(f"{ONE}/strokes?after=0", pack(gone, np.zeros(len(gone), np.uint8)))
+    state = client.get(f"{ONE}/drawing")[1]["X-State"]
+    client.get(f"{ONE}/strokes?after={state}", pack(gone, np.zeros(len(gone), np.uint8)))
     indices, values = unpack(client.get(f"{ONE}/interpolated?structure=0&axis=0")[0], drawing.size, 1)
     assert (indices // drawing[0].size == middle).all()
     assert values.all()
     assert len(set(indices) & set(gone)) > 0.6 * len(gone)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("grown?structure=1&threshold=0.5", "grown?structure=-1&threshold=0.5", "grown?structure=x&threshold=0.5"),
+        *("grown?structure=0&threshold=nan", "grown?structure=0&threshold=1e9", "interpolated?structure=0&axis=3"),
+    ],
+)
+def test_what_cannot_be_computed(client, query):
+    assert client.json(f"{ONE}/{query}", status=422)["error"]
+
+
+def test_a_patient_without_tumour_and_a_damaged_record(patient, tmp_path):
+    healthy = dataclasses.replace(patient, scores={"tumour": {"dsc": float("nan"), "predicted_ml": 0.0}})
+    (tmp_path / "corrections" / "anna").mkdir(parents=True)
+    (tmp_path / "corrections" / "anna" / "001.json").write_text("{")
+    with served([healthy], tmp_path / "corrections") as client:
+        [row] = client.json("/secret/api/patients")["patients"]
+    assert row["scores"] == {"tumour": {"predicted_ml": 0.0}}
+    assert row["state"] == "damaged"
 
 
 def test_one_review_at_a_time(client, patient, tmp_path):

@@ -46,5 +46,21 @@ def test_strokes_on_another_mask_are_kept_and_refused(tmp_path):
     with pytest.raises(ValueError, match=r"strokes: must be unsaved strokes on the mask.*Received: strokes on another"):
         StrokeFile(file.path, "cd34").read()
     assert file.path.read_bytes() == before
-    file.remove()
-    assert file.read() == []
+    assert StrokeFile(file.path, "cd34").read(saved="ab12") == []  # they were saved
+    assert not file.path.exists()
+
+
+def test_damaged_strokes_are_kept_apart(tmp_path, caplog):
+    file = StrokeFile(tmp_path / "strokes", "ab12")
+    for stroke in STROKES:
+        file.append(stroke)
+    content = bytearray(file.path.read_bytes())
+    content[-2] ^= 1
+    file.path.write_bytes(content)
+    again = StrokeFile(file.path, "ab12")
+    assert again.read() == STROKES[:2]
+    assert "the strokes after 2 are incomplete" in caplog.text
+    assert (tmp_path / "strokes.damaged").read_bytes() == content
+    file.path.write_bytes(b"")
+    with pytest.raises(OSError, match=r"strokes that were written are expected. Received: a shorter file"):
+        again.append(STROKES[0])

@@ -7,8 +7,8 @@ const TOOLS = { look: 'Look', brush: 'Brush', erase: 'Erase', fill: 'Fill' }
 const STEPS_BACK = 200
 const $ = (id) => document.getElementById(id)
 
-// What is shown. `drawing` has the class of each voxel, `strokes` is how many of its strokes the server has.
-const page = { patients: [], order: [], about: null, volumes: [], panes: [], drawing: null, strokes: 0, undo: [], cursor: [0, 0, 0], centre: [0, 0, 0], zoom: 1, view: 'axial', structure: 0, tool: 'look', hidden: false, sending: Promise.resolve() }
+// What is shown. `drawing` has the class of each voxel; `strokes` is how many were drawn since the last version.
+const page = { patients: [], order: [], about: null, volumes: [], panes: [], drawing: null, strokes: 0, undo: [], cursor: [0, 0, 0], centre: [0, 0, 0], zoom: 1, view: 'axial', structure: 0, tool: 'look', hidden: false }
 window.review = page
 
 // --- the server
@@ -19,8 +19,42 @@ async function ask (path, options) {
   const text = await answer.text()
   let about = text
   try { about = JSON.parse(text).error } catch { /* it is plain text */ }
-  throw new Error(about)
+  throw Object.assign(new Error(about), { status: answer.status })
 }
+
+// What is to be sent, one after the other. Each answer tells the state of the drawing, which the next one refers to.
+const queue = []
+let sending = Promise.resolve()
+
+function post (path, body, done = () => {}) {
+  const { about } = page
+  queue.push({ about, path, body, done })
+  if (queue.length === 1) sending = sendAll()
+  return sending
+}
+
+async function sendAll () {
+  while (queue.length) {
+    const { about, path, body, done } = queue[0]
+    try {
+      const answer = await ask(`patients/${about.id}/${path}?after=${about.state_of_drawing}`, { method: 'POST', body })
+      const found = await answer.json()
+      about.state_of_drawing = found.state
+      queue.shift()
+      done(found)
+    } catch (error) {
+      if (error.status) {
+        queue.length = 0
+        throw new Error(`Not kept; reload the page. ${error.message}`)
+      }
+      say('The server does not answer; trying again. What was drawn is not kept yet.', true)
+      await new Promise((resolve) => setTimeout(resolve, 2000))
+      if (queue.length) say('Sending')
+    }
+  }
+}
+
+window.addEventListener('beforeunload', (event) => { if (queue.length || current) event.preventDefault() })
 
 const volume = async (id, path) => parseNifti(await (await ask(`patients/${id}/${path}.nii`)).arrayBuffer())
 
@@ -96,14 +130,22 @@ function step (by) {
   return next === undefined ? say('There is no further patient') : open(next)
 }
 
+let opening = 0
 async function open (id) {
-  await page.sending
+  const ticket = ++opening
+  finish()
+  await sending
   say('Loading')
   const begun = performance.now()
   const about = await (await ask(`patients/${id}`)).json()
   const [drawing, ...arrays] = await Promise.all([ask(`patients/${id}/drawing`), ...about.sequences.map((name) => volume(id, `images/${name}`))])
+  if (ticket !== opening) return // another patient was chosen meanwhile
+  finish()
+  await sending
   page.volumes = about.sequences.map((name, n) => ({ name, array: arrays[n], window: windowOf(arrays[n]) }))
-  page.drawing = new Uint8Array(await drawing.arrayBuffer())
+  const classes = new Uint8Array(await drawing.arrayBuffer())
+  about.state_of_drawing = drawing.headers.get('X-State')
+  page.drawing = classes
   page.strokes = Number(drawing.headers.get('X-Strokes'))
   about.size = [...about.shape].reverse()
   Object.assign(page, { about, undo: [], zoom: 1, structure: Math.min(page.structure, about.structures.length - 1) })
@@ -114,6 +156,7 @@ async function open (id) {
   centre()
   mark()
   await Promise.all(Object.keys(overlays).map(load))
+  if (ticket !== opening) return
   say(`${about.name}: ${about.sequences.join(', ')}`)
   page.seconds = (performance.now() - begun) / 1000
 }
@@ -121,6 +164,7 @@ async function open (id) {
 // --- the views
 
 function setView (view) {
+  finish()
   page.view = view
   check('planes', view)
   const planes = VIEWS[view]
@@ -244,6 +288,8 @@ async function show3D () {
   const { Niivue, cmapper } = await import('./niivue.js')
   const nv = new Niivue({ dragAndDropEnabled: false, loadingText: '', logLevel: 'error', clipPlaneHotKey: '', cycleClipPlaneHotKey: '', viewModeHotKey: '' })
   await nv.attachToCanvas(canvas)
+  const left = () => page.about !== about || page.view !== '3D'
+  if (left()) return
   nv.setSliceType(nv.sliceTypeRender)
   await nv.loadVolumes([{ url: `api/patients/${about.id}/images/${about.sequences[0]}.nii`, opacity: 0.3 }])
   const lookup = { R: [0], G: [0], B: [0], A: [0], labels: ['none'] }
@@ -253,6 +299,7 @@ async function show3D () {
   })
   nv.drawLut = cmapper.makeDrawLut(lookup)
   await nv.loadDrawingFromUrl(`api/patients/${about.id}/masks/drawn.nii`)
+  if (left()) return
   page.nv = nv
   say(about.name)
 }
@@ -374,10 +421,12 @@ function showPlace () {
 
 function listen (pane) {
   const { canvas } = pane
-  const point = (event) => [event.offsetX, event.offsetY].map((value) => value * window.devicePixelRatio)
+  // In pixels of the canvas as it was drawn.
+  const point = (event) => [event.offsetX * canvas.width / canvas.clientWidth, event.offsetY * canvas.height / canvas.clientHeight]
   const voxel = (event) => voxelAt(pane.plane, page.about.size, pane.place, point(event), page.cursor)
   let last = null
   let act = null
+  let pointer = null
   canvas.addEventListener('contextmenu', (event) => event.preventDefault())
   canvas.addEventListener('wheel', (event) => {
     event.preventDefault()
@@ -385,7 +434,9 @@ function listen (pane) {
     else move(PLANES[pane.plane].across, event.deltaY < 0 ? 1 : -1)
   }, { passive: false })
   canvas.addEventListener('pointerdown', (event) => {
-    canvas.setPointerCapture(event.pointerId)
+    if (pointer !== null) return // one finger draws
+    pointer = event.pointerId
+    canvas.setPointerCapture(pointer)
     act = event.button === 2 ? 'window' : event.button === 1 || event.shiftKey ? 'pan' : page.tool
     last = voxel(event)
     pane.from = point(event)
@@ -394,11 +445,11 @@ function listen (pane) {
     if (act === 'fill') pane.path = [point(event)]
   })
   canvas.addEventListener('pointermove', (event) => {
-    if (!act) return
+    if (event.pointerId !== pointer) return
     const [x, y] = point(event)
     const now = voxel(event)
     if (act === 'look') go(now)
-    if (act === 'brush' || act === 'erase') brush(pane.plane, last, now)
+    if (current && (act === 'brush' || act === 'erase')) brush(pane.plane, last, now)
     if (act === 'fill') { pane.path.push([x, y]); draw() }
     if (act === 'pan') {
       const { right, down } = PLANES[pane.plane]
@@ -415,8 +466,10 @@ function listen (pane) {
     }
     last = act === 'pan' ? last : now
   })
-  const end = () => {
-    if (act === 'brush' || act === 'erase') finish()
+  const end = (event) => {
+    if (event.pointerId !== pointer) return
+    pointer = null
+    finish()
     if (act === 'fill') {
       const { size: whole } = page.about
       const points = pane.path.map((one) => voxelAt(pane.plane, whole, pane.place, one, page.cursor))
@@ -427,8 +480,7 @@ function listen (pane) {
     }
     act = null
   }
-  canvas.addEventListener('pointerup', end)
-  canvas.addEventListener('pointercancel', end)
+  for (const name of ['pointerup', 'pointercancel', 'lostpointercapture']) canvas.addEventListener(name, end)
 }
 
 // --- drawing
@@ -436,6 +488,12 @@ function listen (pane) {
 let current = null // the stroke that is being drawn: the voxels' values before, and what becomes of each class
 
 function begin (where, voxel, erase) {
+  finish()
+  // What is drawn is seen.
+  if (page.hidden || !overlays.drawing.on) {
+    page.hidden = false
+    if (!overlays.drawing.on) toggle('drawing')
+  }
   current = { before: new Map(), table: page.about[erase ? 'erased' : 'drawn'][page.structure] }
   brush(where, voxel, voxel)
 }
@@ -457,6 +515,7 @@ function touch (voxels) {
 }
 
 function finish () {
+  if (!current) return
   const { before } = current
   current = null
   if (before.size) record(Uint32Array.from(before.keys()), Uint8Array.from(before.values()))
@@ -469,22 +528,20 @@ function record (voxels, before) {
   send(voxels)
 }
 
-// Strokes are sent one after the other: the server refuses one on a drawing that it does not have.
 function send (voxels) {
   const body = new Uint8Array(4 + 5 * voxels.length)
   new DataView(body.buffer).setUint32(0, voxels.length, true)
   body.set(new Uint8Array(Uint32Array.from(voxels).buffer), 4)
   voxels.forEach((voxel, n) => { body[4 + 4 * voxels.length + n] = page.drawing[voxel] })
-  const { id } = page.about
-  const after = page.strokes++
-  page.patients[id].unsaved = true
-  page.sending = page.sending.then(() => ask(`patients/${id}/strokes?after=${after}`, { method: 'POST', body }))
-  page.sending.catch((error) => complain(new Error(`Not kept; reload the page. ${error.message}`)))
+  page.strokes++
+  page.patients[page.about.id].unsaved = true
+  post('strokes', body).catch(complain)
   showVolumes()
   draw()
 }
 
 function undo () {
+  finish()
   const last = page.undo.pop()
   if (!last) return
   const [voxels, before] = last
@@ -494,17 +551,21 @@ function undo () {
 
 // Draws at the cursor, without the mouse.
 function stamp (erase) {
+  if (!page.panes.length) return say('Choose a view with slices to draw')
   begin(plane(), page.cursor, erase)
   finish()
 }
 
 // What the server computes from the drawing.
 async function compute (path) {
-  await page.sending
+  finish()
+  await sending
   say('Computing')
-  const { id } = page.about
-  const data = await (await ask(`patients/${id}/${path}`)).arrayBuffer()
-  if (page.about.id !== id) return
+  const { about } = page
+  const { state_of_drawing: state } = about
+  const data = await (await ask(`patients/${about.id}/${path}`)).arrayBuffer()
+  finish()
+  if (page.about !== about || queue.length || about.state_of_drawing !== state) return say('The drawing was changed meanwhile; try again')
   const count = new DataView(data).getUint32(0, true)
   const voxels = new Uint32Array(data.slice(4, 4 + 4 * count))
   const before = voxels.map((voxel) => page.drawing[voxel])
@@ -517,13 +578,19 @@ const interpolate = () => compute(`interpolated?structure=${page.structure}&axis
 const grow = () => $('growing').hidden || compute(`grown?structure=${page.structure}&threshold=${$('threshold').value}`)
 
 async function save () {
-  await page.sending
-  const { id } = page.about
-  page.patients[id] = await (await ask(`patients/${id}/save?after=${page.strokes}`, { method: 'POST' })).json()
-  Object.assign(page, { strokes: 0, undo: [] })
-  showVolumes()
-  list()
-  say(`${page.patients[id].name}: ${page.patients[id].state}`)
+  finish()
+  const { about } = page
+  say('Saving')
+  // What is shown must be what the server has.
+  await post('save', JSON.stringify(page.classes), ({ row, strokes }) => {
+    page.patients[about.id] = row
+    if (page.about === about) {
+      page.strokes = strokes + queue.filter((one) => one.path === 'strokes').length
+      showVolumes()
+    }
+    list()
+    say(`${row.name}: ${row.state}`)
+  })
 }
 
 // --- the tools
@@ -541,7 +608,7 @@ function showTools () {
 
 function showVolumes () {
   const { about, drawing } = page
-  const classes = new Float64Array(about.members.length)
+  const classes = page.classes = about.members.map(() => 0)
   for (let voxel = 0; voxel < drawing.length; voxel++) classes[drawing[voxel]]++
   const ml = about.spacing.reduce((a, b) => a * b) / 1000
   page.voxels = about.structures.map((_, n) => about.members.reduce((sum, members, value) => sum + members[n] * classes[value], 0))
@@ -616,6 +683,7 @@ window.addEventListener('keydown', (event) => {
   if (!act || !(page.about || key === '?')) return
   event.preventDefault()
   event.stopPropagation()
+  if (event.repeat && !/Arrow|[-+u[\]]/.test(key)) return
   acting(act)()
 }, true)
 
