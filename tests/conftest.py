@@ -29,7 +29,6 @@ from keras_mmfnet.synthetic import make_synthetic_cohort
 _HERE = Path(__file__).parent
 _ONCE = {
     "tensorflow": [
-        "cli/test_demo.py",  # which trains for long, and faster there
         "data",
         "export",
         "test_evaluation.py",

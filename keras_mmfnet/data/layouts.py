@@ -1,3 +1,4 @@
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from keras_mmfnet._files import read_json
 from keras_mmfnet.data.case import Case, CaseError, StructureFiles, files_of
 from keras_mmfnet.data.dicom import (
     SEGMENTATIONS,
@@ -31,6 +33,8 @@ _BRATS = {"t1": ("t1", "t1n"), "cet1": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "fl
 _ALLOW_MISSING = "patients may lack it with `data.allow_missing`, and `data.modalities` says which sequences are used"
 # The number of the channel, at the end of the name of a file in a dataset.
 _CHANNEL = re.compile(r"_\d{4}$")
+# Of a folder of masks whose patients' images lie elsewhere: it names their folders, and each patient's mask.
+MASKS_FILE = "masks.json"
 # What the file of a mask may be called.
 _MASK = r"(?<![a-z])(mask|label|roi|seg|gtv)"
 
@@ -49,6 +53,8 @@ def find_cases(
     | BraTS | a folder per patient with `<patient>_t1.nii.gz` ... `_seg.nii.gz` (2020) or `-t1n` ... `-seg` (2023) |
     | DICOM | a folder per patient with a folder per series, or with all series in one |
     | nnU-Net, Decathlon | `dataset.json`, `imagesTr` and `labelsTr`, with a file per channel or one of four axes |
+    | masks apart | `masks.json`, as `mmfnet review --export` writes it: in `images` the folders of the patients, in \
+`masks` the file of a patient's mask or `{structure: file}`; other patients keep their own masks |
 
     Image files are NIfTI, MetaImage, NRRD or MINC. A patient of DICOM series may have the mask as such a file or as a
     series; masks of several sequences are called by their modality, such as `mask_t1.nii.gz` or `ROI-T1WI.nii`. What
@@ -74,6 +80,8 @@ def find_cases(
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
         raise ValueError(f"the patients' directory {problem}. Received: {directory}")
+    if (directory / MASKS_FILE).is_file():
+        return _read_masks_apart(directory, recipe, require_mask, on_error)
     if (directory / "dataset.json").is_file():
         folders = [directory / "imagesTr", directory / "imagesTs"]
         return _read_dataset(directory, folders, recipe, require_mask, on_error)
@@ -110,6 +118,8 @@ def find_patients(
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         return _find_dataset_case(path, recipe)
+    if (path / MASKS_FILE).is_file():
+        return _read_masks_apart(path, recipe, False, on_error)
     if any(_find_files(path, _stems(path), recipe)[1].values()):
         return [read_case_folder(path, recipe, require_mask=False)]
     root = _dataset_root(path)
@@ -148,6 +158,34 @@ def read_case_folder(folder: str | os.PathLike, recipe: DataRecipe, require_mask
         CaseError: The folder, an image or a required mask is missing, or two files or series could be the same one.
     """
     return _read_folder(Path(folder).absolute(), recipe, require_mask)[1]
+
+
+def _read_masks_apart(directory, recipe, require_mask, on_error):
+    """The patients of the folders that `masks.json` names. A mask there counts, as drawn on the reference modality."""
+    about, where = read_json(directory / MASKS_FILE), directory / MASKS_FILE
+    if not (isinstance(about.get("images"), list) and isinstance(about.get("masks"), dict)):
+        raise ValueError(
+            f"{where}: `images`, a list, and `masks`, an object, are expected. Received: {str(about)[:99]}"
+        )
+    cases = {}
+    for place in about["images"]:
+        for case in find_patients(directory / place, recipe, on_error):
+            if case.name in cases and case.images != cases[case.name].images:
+                raise ValueError(f"{where}: patients of different names are expected. Received: {case.name} twice")
+            cases[case.name] = case
+    if gone := [name for name in about["masks"] if name not in cases]:
+        raise ValueError(f"{where}: masks of patients in {', '.join(about['images'])} are expected. Received: {gone}")
+    for name, files in about["masks"].items():
+        apart = isinstance(files, dict)
+        paths = {one: directory / file for one, file in (files if apart else {"": files}).items()}
+        if missing := [path for path in paths.values() if not path.is_file()]:
+            raise ValueError(f"{where}: files of masks are expected. Received: {missing[0]}, which does not exist")
+        mask = StructureFiles(paths) if apart else paths[""]
+        cases[name] = dataclasses.replace(cases[name], mask={recipe.modalities[0]: mask})
+    without = [case.name for case in cases.values() if require_mask and case.mask is None]
+    if without:
+        _log.info("Without a mask, and not used: %s", ", ".join(without))
+    return [case for name, case in sorted(cases.items()) if name not in without]
 
 
 def _read_folders(directory, recipe, require_mask, on_error):

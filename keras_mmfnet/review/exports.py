@@ -1,5 +1,6 @@
 """Accepted and corrected masks as files for other programs."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
+from keras_mmfnet._files import write
 from keras_mmfnet.data.dicom import Series
-from keras_mmfnet.export import Structure, write_rtstruct, write_segmentation
+from keras_mmfnet.data.layouts import MASKS_FILE
+from keras_mmfnet.export import Structure, write_image, write_rtstruct, write_segmentation
 from keras_mmfnet.inference import read_segmentation
 from keras_mmfnet.review.corrections import versions_in
 from keras_mmfnet.review.patients import ReviewPatient
@@ -23,6 +26,9 @@ def export_corrections(
     dicom: Iterable[str] = (),
 ) -> list[Path]:
     """Writes the last version of each accepted or corrected patient: `PATIENT.nii.gz`, and DICOM files if wanted.
+
+    The folder can be trained on: `masks.json` names the folders of the images, and `find_cases` finds the patients of
+    both, the reviewed ones with these masks. One structure alone has its label value in them.
 
     Args:
         patients: The patients; those without a version are passed over.
@@ -50,7 +56,7 @@ def export_corrections(
         targets = {one: folder / f"{patient.name}{f'_{one}' * bool(one)}.nii.gz" for one in masks}
         tasks.append((patient, masks, targets, {kind: folder / f"{patient.name}_{kind}.dcm" for kind in wanted}))
     for *_, targets, others in tasks:
-        for path in (*targets.values(), *others.values()):
+        for path in (folder / MASKS_FILE, *targets.values(), *others.values()):
             if path.exists():
                 raise FileExistsError(f"{path}: a new file is expected. Received: one that exists")
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +68,22 @@ def export_corrections(
             _DICOM[kind](drawn, series[patient], path)
             written.append(path)
         for one, path in targets.items():
-            shutil.copyfile(masks[one], path)
+            _write(masks[one], patient.recipe.structures, path)
             written.append(path)
-    return written
+    files = {}
+    for patient, _, targets, _ in tasks:
+        named = list(patient.recipe.named_structures)
+        apart = {one or named[0]: path.name for one, path in targets.items()} if named else None
+        files[patient.name] = apart or targets[None].name
+    about = {"images": list(dict.fromkeys(str(patient.place.absolute()) for patient in patients)), "masks": files}
+    write(folder / MASKS_FILE, json.dumps(about, indent=2) + "\n", replace=False)
+    return [*written, folder / MASKS_FILE]
+
+
+def _write(mask, structures, path):
+    """Copies the file of a mask. That of one structure has 1, where the recipe may read another label."""
+    labels = next(iter(structures.values())) if len(structures) == 1 else None
+    if isinstance(labels, tuple) and 1 not in labels:
+        write_image(sitk.ReadImage(str(mask)) * labels[0], path)
+    else:
+        shutil.copyfile(mask, path)

@@ -32,6 +32,7 @@ class ReviewPatient:
     Args:
         case: The files of the images and of the expert's mask.
         recipe: The `DataRecipe` of the networks.
+        place: The folder that the patient was found in.
         masks: The files of the predicted masks: by structure, or one for all under `None`.
         maps: The files of maps on the same grid: `{("probability", structure): path}`, and of `"disagreement"`.
         scores: What is known of the prediction, by structure: some of the numbers of `evaluate_case`.
@@ -42,6 +43,7 @@ class ReviewPatient:
 
     case: Case
     recipe: DataRecipe
+    place: Path
     masks: Mapping[str | None, Path]
     maps: Mapping[tuple[str, str], Path] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -178,7 +180,7 @@ def patients_of_contours(folder: str | os.PathLike, patients: str | os.PathLike 
         masks = {one: path for (what, one), path in files.items() if what == "mask"}
         first = recipe.structure_names[0]
         maps = {(what, one or first): path for (what, one), path in files.items() if what != "mask" and path.exists()}
-        found.append(ReviewPatient(case, recipe, masks, maps, about["found"]))
+        found.append(ReviewPatient(case, recipe, Path(place), masks, maps, about["found"]))
     if missing:
         raise ValueError(
             f"{folder}: the images of the patients are expected where they were segmented, or in --patients. "
@@ -219,9 +221,9 @@ def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[Revi
             folder = opened.folder / "corrections" / name
             maps = {("probability", one): folder / f"probability_{one}.nii.gz" for one in opened.recipe.data.structures}
             predict = functools.partial(_probabilities, opened, result["fold"], method, name)
-            found.append(
-                ReviewPatient(case, opened.recipe.data, masks, maps, rows, result["fold"], opened.cache, predict)
-            )
+            place = Path(opened.cohort["data"])
+            about = {"scores": rows, "fold": result["fold"], "cache": opened.cache, "predict": predict}
+            found.append(ReviewPatient(case, opened.recipe.data, place, masks, maps, **about))
     return found
 
 

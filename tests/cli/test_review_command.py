@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
 
-from keras_mmfnet.data import Grid
+from keras_mmfnet.data import Grid, find_cases, preprocess_case
 from keras_mmfnet.review.corrections import Correction
 from keras_mmfnet.review.patients import find_reviewed, patients_of_run
+from keras_mmfnet.run import Run
 
 GRID = Grid((24, 20, 5), (2.0, 2.0, 4.0), (-24.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 
@@ -89,7 +91,12 @@ def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
     correction.draw(correction.replacing(0, mask), correction.state)
     correction.save("me", correction.state)
     mmfnet(*options, "--rtstruct", "--seg")
-    assert sorted(path.name for path in reviewed.iterdir()) == ["ann.nii.gz", "ann_rtstruct.dcm", "ann_seg.dcm"]
+    assert sorted(path.name for path in reviewed.iterdir()) == [
+        "ann.nii.gz",
+        "ann_rtstruct.dcm",
+        "ann_seg.dcm",
+        "masks.json",
+    ]
     written = sitk.ReadImage(str(reviewed / "ann.nii.gz"))
     np.testing.assert_array_equal(patient.grid.resample(written) > 0, mask)
     pixels = pydicom.dcmread(reviewed / "ann_seg.dcm").pixel_array
@@ -98,6 +105,33 @@ def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
     assert len(contours.ContourSequence) == 3
     assert "a new file is expected" in mmfnet(*options, code=1).stderr
     assert "--export: a folder is expected" in mmfnet("review", out, "--seg", code=1).stderr
+
+
+def test_corrected_masks_are_learned_from(mmfnet, run, tiny_cohort, tiny, tmp_path):
+    """Patients who were not reviewed keep the expert's masks."""
+    run = shutil.copytree(run, tmp_path / "run")
+    patient = find_reviewed(run)[0]
+    correction = Correction(patient, run / "corrections")
+    mask = np.zeros(correction.drawing.shape, bool)
+    mask[5:12, 10:20, 10:20] = True
+    correction.draw(correction.replacing(0, mask), correction.state)
+    correction.save("me", correction.state)
+    mmfnet("review", run, "--export", tmp_path / "reviewed")
+    own = patient.recipe.model_copy(update={"spacing": None})  # on the grid of the drawing
+    cases = {case.name: case for case in find_cases(tmp_path / "reviewed", own)}
+    assert sorted(cases) == sorted(path.name for path in tiny_cohort.iterdir())
+    masks = {name: preprocess_case(case, own).mask for name, case in cases.items()}
+    np.testing.assert_array_equal(masks.pop(patient.name), mask)
+    before = {case.name: case for case in find_cases(tiny_cohort, own)}
+    before = {case.name: case for case in find_cases(tiny_cohort, patient.recipe)}
+    for name, found in masks.items():
+        np.testing.assert_array_equal(found, preprocess_case(before[name], own).mask)
+    mmfnet("train", tmp_path / "reviewed", "--from", run, "--out", tmp_path / "second")
+    second = Run(tmp_path / "second")
+    assert second.results()["mmfnet"][0]["fold"] == 0
+    [learned] = second.patients([patient.name])
+    assert learned.tumour_ml == pytest.approx(mask.sum() * np.prod(patient.source.spacing) / 1000, rel=0.1)
+    mmfnet("train", "--out", tmp_path / "second", "--resume", "--fold", "1")
 
 
 def test_files_have_no_dicom_objects(mmfnet, trained, tiny_cohort, tmp_path):

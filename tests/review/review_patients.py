@@ -36,4 +36,5 @@ def make_patient(folder, structures=None, name="anna"):
         maps["probability", structure] = out / f"{name}_probability_{structure}.nii.gz"
         sitk.WriteImage(OBLIQUE.image(probability), str(maps["probability", structure]))
     cases = {case.name: case for case in find_cases(folder / "patients", recipe)}
-    return ReviewPatient(cases[name], recipe, {None: out / f"{name}.nii.gz"}, maps, {"tumour": {"dsc": 0.7}})
+    masks, scores = {None: out / f"{name}.nii.gz"}, {"tumour": {"dsc": 0.7}}
+    return ReviewPatient(cases[name], recipe, folder / "patients", masks, maps, scores)
