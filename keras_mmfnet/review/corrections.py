@@ -32,8 +32,8 @@ class Version:
     """Saved masks of a patient.
 
     Args:
-        record: The JSON file: `state`, `by`, `at`, `from` (the file that was corrected) and `changes`, the voxels and
-            ml that each structure gained and lost.
+        record: The JSON file: `state`, `by`, `at`, `from` (the file that was corrected), `base` (a hash of the drawing
+            that it began from) and `changes`, the voxels and ml that each structure gained and lost.
         masks: The files of the masks: by structure, or one for all under `None`.
     """
 

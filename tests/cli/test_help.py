@@ -4,7 +4,8 @@ import keras_mmfnet
 from keras_mmfnet.cli import app
 
 COMMANDS = (
-    *("demo", "check", "plan", "train", "status", "segment", "evaluate", "compare", "explain", "report", "export"),
+    *("demo", "check", "plan", "train", "status", "segment", "evaluate", "review", "compare", "explain", "report"),
+    "export",
 )
 
 

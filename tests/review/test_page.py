@@ -254,6 +254,11 @@ def test_another_window(page, client, browser):
     with page.expect_console_message(lambda message: "409" in message.text):
         page.keyboard.press("s")
     says(page, "changed in another window")
+    page.keyboard.press("n")
+    says(page, "bert: t1, t2")
+    page.keyboard.press("p")
+    says(page, "anna: t1, t2")
+    assert drawn(page) == kept(client)
 
 
 @needs_browser

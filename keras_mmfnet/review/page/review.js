@@ -24,13 +24,17 @@ async function ask (path, options) {
 
 // What is to be sent, one after the other. Each answer tells the state of the drawing, which the next one refers to.
 const queue = []
-let sending = Promise.resolve()
+let sent = Promise.resolve() // rejected if the server refused something
+let sending = sent // ends in either case
 
 function post (path, body, done = () => {}) {
   const { about } = page
   queue.push({ about, path, body, done })
-  if (queue.length === 1) sending = sendAll()
-  return sending
+  if (queue.length === 1) {
+    sent = sendAll()
+    sending = sent.catch(() => {})
+  }
+  return sent
 }
 
 async function sendAll () {
