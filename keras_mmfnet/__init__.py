@@ -13,6 +13,7 @@ The modules, which are imported on first use:
     bundle                           networks to share, with their recipe and results
     evaluation, mask_folders         compare with the expert
     explain, plots, report           attention and gradient maps, figures, the HTML report
+    review                           masks accepted or corrected in the browser
 
 Example:
 

@@ -217,7 +217,7 @@ def segmentation_endings(recipe: DataRecipe) -> dict[tuple[str, str | None], str
         recipe: The `DataRecipe` of the networks.
 
     Returns:
-        By what they hold, `"probability"`, `"disagreement"` or `"mask"`, and the structure, or `None` for all.
+        By what they hold, `"probability"`, `"disagreement"` or, last, `"mask"`, and the structure, or `None` for all.
     """
     maps = recipe.structure_names if len(recipe.structures) > 1 else (None,)
     names = {"probability": maps, "disagreement": maps, "mask": recipe.mask_files}

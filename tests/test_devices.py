@@ -103,7 +103,12 @@ def end(process, status=0):
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
 def test_the_command(tiny_cohort, tmp_path):
-    """In two processes as of two machines."""
+    """On one device, and in two processes as of two machines."""
+
+    def train(out, *options, **environment):
+        return start_command(tmp_path, "train", tiny_cohort, "--out", out, "--small", *CHANGES, *options, **environment)
+
+    end(train("one"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -112,13 +117,15 @@ def test_the_command(tiny_cohort, tmp_path):
         **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         **{"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}"},
     }
-    arguments = ("train", tiny_cohort, "--out", "run", "--small", *CHANGES, "--devices", "all")
-    processes = [start_command(tmp_path, *arguments, **address, RANK=n, KERAS_DISTRIBUTION_PROCESS_ID=n) for n in "01"]
+    processes = [
+        train("machines", "--devices", "all", **address, **dict.fromkeys(("RANK", "KERAS_DISTRIBUTION_PROCESS_ID"), n))
+        for n in "01"
+    ]
     for process in processes:
         assert end(process).count("Training on 2 devices") == (process is processes[0])
-    assert len(read_history(tmp_path / "run" / "fold_0" / "mmfnet_history.csv")) == 1
-    assert (tmp_path / "run" / "report.html").exists()
-    assert not list((tmp_path / "run" / "fold_0").glob(".mmfnet"))
+    one, two = (read_history(tmp_path / run / "fold_0" / "mmfnet_history.csv") for run in ("one", "machines"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-3)
+    assert not list((tmp_path / "machines" / "fold_0").glob(".mmfnet"))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the devices of a CPU are processes on PyTorch alone")

@@ -20,10 +20,8 @@ class Outputs:
         from keras_mmfnet.inference import segmentation_endings
 
         self.folder, self.recipe = folder, recipe
-        images = segmentation_endings(recipe)
-        masks = {key: images.pop(key) for key in [key for key in images if key[0] == "mask"]}
         dicom = {(what, None): end for what, end in DICOM.items()}
-        self.ends = {**images, **dicom, ("picture", None): ".png", **masks}
+        self.ends = {**dicom, ("picture", None): ".png", **segmentation_endings(recipe)}
         # What a file holds of each structure: its label values, or 1 where it has no other.
         several = len(recipe.structures) > 1 and not recipe.named_structures
         self.labels = {name: list(values) if several else [1] for name, values in recipe.structures.items()}

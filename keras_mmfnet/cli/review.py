@@ -30,7 +30,7 @@ def review(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Write the accepted and corrected masks to a folder, and show nothing."),
+        typer.Option(metavar="OUT", help="Write the accepted and corrected masks to a new folder, and show nothing."),
     ] = None,
     rtstruct: Annotated[bool, typer.Option("--rtstruct", help="With --export: also DICOM structure sets.")] = False,
     seg: Annotated[bool, typer.Option("--seg", help="With --export: also DICOM segmentations.")] = False,

@@ -165,7 +165,9 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
                 which = f"{name} " * (len(arrays) > 1)
                 if compared["volume_ml"]:
                     about.append(f"{which}DSC {compared['dsc']:.4f}, HD95 {compared['hd95']:.1f} mm")
-                    numbers[name] |= {key: round(float(compared[key]), 4) for key in ("dsc", "hd95", "volume_ml")}
+                    shown = {key: float(compared[key]) for key in ("dsc", "hd95", "volume_ml")}
+                    # There is no HD95 of an empty mask.
+                    numbers[name] |= {key: round(value, 4) for key, value in shown.items() if math.isfinite(value)}
                 else:
                     false = compared["false_positive_ml"]
                     about.append(f"the expert's mask {f'of {which}' * bool(which)}is empty, {false:.1f} ml are false")

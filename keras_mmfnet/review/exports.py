@@ -8,7 +8,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from keras_mmfnet._files import write
+from keras_mmfnet._files import new_folder, write
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.layouts import MASKS_FILE
 from keras_mmfnet.export import Structure, write_image, write_rtstruct, write_segmentation
@@ -33,7 +33,7 @@ def export_corrections(
     Args:
         patients: The patients; those without a version are passed over.
         corrections: Folder of the corrections.
-        folder: Folder for the files.
+        folder: A new folder for the files.
         dicom: `"rtstruct"` for `PATIENT_rtstruct.dcm`, `"seg"` for `PATIENT_seg.dcm`. An empty mask has none.
 
     Returns:
@@ -41,7 +41,7 @@ def export_corrections(
 
     Raises:
         ValueError: Nobody was accepted or corrected, or the images are no DICOM series.
-        FileExistsError: One of the files exists.
+        FileExistsError: The folder exists.
     """
     folder, wanted = Path(folder), list(dicom)
     found = {patient: versions for patient in patients if (versions := versions_in(corrections, patient))}
@@ -50,34 +50,23 @@ def export_corrections(
     series = {patient: patient.case.images[patient.sequences[0]] for patient in found}
     if files := [patient.name for patient in found if wanted and not isinstance(series[patient], Series)]:
         raise ValueError(f"patients of DICOM series are expected for {', '.join(wanted)}. Received: {', '.join(files)}")
-    tasks = []
-    for patient, versions in found.items():
-        masks = versions[-1].masks
-        targets = {one: folder / f"{patient.name}{f'_{one}' * bool(one)}.nii.gz" for one in masks}
-        tasks.append((patient, masks, targets, {kind: folder / f"{patient.name}_{kind}.dcm" for kind in wanted}))
-    for *_, targets, others in tasks:
-        for path in (folder / MASKS_FILE, *targets.values(), *others.values()):
-            if path.exists():
-                raise FileExistsError(f"{path}: a new file is expected. Received: one that exists")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for patient, masks, targets, others in tasks:
-        images = read_segmentation(masks, patient.recipe.structures)
-        drawn = [Structure(n, image) for n, image in images.items() if sitk.GetArrayViewFromImage(image).any()]
-        for kind, path in others.items() if drawn else ():
-            _DICOM[kind](drawn, series[patient], path)
-            written.append(path)
-        for one, path in targets.items():
-            _write(masks[one], patient.recipe.structures, path)
-            written.append(path)
     files = {}
-    for patient, _, targets, _ in tasks:
-        named = list(patient.recipe.named_structures)
-        apart = {one or named[0]: path.name for one, path in targets.items()} if named else None
-        files[patient.name] = apart or targets[None].name
-    about = {"images": list(dict.fromkeys(str(patient.place.absolute()) for patient in patients)), "masks": files}
-    write(folder / MASKS_FILE, json.dumps(about, indent=2) + "\n", replace=False)
-    return [*written, folder / MASKS_FILE]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as filled:
+        for patient, versions in found.items():
+            masks = versions[-1].masks
+            images = read_segmentation(masks, patient.recipe.structures)
+            drawn = [Structure(n, image) for n, image in images.items() if sitk.GetArrayViewFromImage(image).any()]
+            for kind in wanted if drawn else ():
+                _DICOM[kind](drawn, series[patient], filled / f"{patient.name}_{kind}.dcm")
+            names = {one: f"{patient.name}{f'_{one}' * bool(one)}.nii.gz" for one in masks}
+            for one, name in names.items():
+                _write(masks[one], patient.recipe.structures, filled / name)
+            named = list(patient.recipe.named_structures)
+            files[patient.name] = {one or named[0]: name for one, name in names.items()} if named else names[None]
+        about = {"images": list(dict.fromkeys(str(patient.place.absolute()) for patient in patients)), "masks": files}
+        write(filled / MASKS_FILE, json.dumps(about, indent=2) + "\n")
+    return sorted(folder.iterdir())
 
 
 def _write(mask, structures, path):

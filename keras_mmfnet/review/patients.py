@@ -36,7 +36,6 @@ class ReviewPatient:
         masks: The files of the predicted masks: by structure, or one for all under `None`.
         maps: The files of maps on the same grid: `{("probability", structure): path}`, and of `"disagreement"`.
         scores: What is known of the prediction, by structure: some of the numbers of `evaluate_case`.
-        fold: Number of the fold whose test patient this is, or `None`.
         cache: Folder of the preprocessed patients, or `None`.
         predict: Returns the probabilities by structure, on the same grid, for the files of `maps` that do not exist.
     """
@@ -47,7 +46,6 @@ class ReviewPatient:
     masks: Mapping[str | None, Path]
     maps: Mapping[tuple[str, str], Path] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    fold: int | None = None
     cache: Path | None = None
     predict: Callable[[], Mapping[str, sitk.Image]] | None = None
 
@@ -118,7 +116,7 @@ class ReviewPatient:
             for name, image in self.predict().items():
                 self.maps[what, name].parent.mkdir(parents=True, exist_ok=True)
                 write_image(image, self.maps[what, name])
-        return self.grid.resample(sitk.ReadImage(str(self.maps[what, structure]), sitk.sitkFloat32))
+        return self.grid.resample(sitk.ReadImage(str(path), sitk.sitkFloat32))
 
     def to_source(self, mask: np.ndarray) -> sitk.Image:
         """A mask as a uint8 image on the patient's own grid."""
@@ -222,8 +220,8 @@ def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[Revi
             maps = {("probability", one): folder / f"probability_{one}.nii.gz" for one in opened.recipe.data.structures}
             predict = functools.partial(_probabilities, opened, result["fold"], method, name)
             place = Path(opened.cohort["data"])
-            about = {"scores": rows, "fold": result["fold"], "cache": opened.cache, "predict": predict}
-            found.append(ReviewPatient(case, opened.recipe.data, place, masks, maps, **about))
+            recipe = opened.recipe.data
+            found.append(ReviewPatient(case, recipe, place, masks, maps, rows, opened.cache, predict))
     return found
 
 

@@ -87,7 +87,7 @@ class Review:
         return [self.row(number) for number in range(len(self.patients))]
 
     def row(self, number: int) -> dict:
-        """What the list shows of a patient: `state`, `by`, `at` and `unsaved`, and of each structure what is known."""
+        """What the list shows of a patient: `state`, `by` and `unsaved`, and of each structure what is known."""
         patient = self.patients[number]
         try:
             last = next((one.about for one in reversed(versions_in(self.folder, patient))), {})
@@ -102,11 +102,9 @@ class Review:
         return {
             "id": number,
             "name": patient.name,
-            "fold": patient.fold,
             "scores": scores,
             "state": last.get("state", "to do"),
             "by": last.get("by"),
-            "at": last.get("at"),
             "unsaved": (self.folder / patient.name / "strokes").exists(),
         }
 
@@ -155,7 +153,7 @@ class _Answers:
         return Response(content, media_type=kind)
 
     def patients(self, query, body):
-        return {"patients": self.review.listed(), "reviewer": self.review.reviewer}
+        return {"patients": self.review.listed()}
 
     def patient(self, query, body, number):
         return self.review.described(number)

@@ -35,7 +35,6 @@ def test_the_patients_of_a_run(run):
     assert [patient.name for patient in patients] == sorted(row["patient"] for row in result["patients"])
     for patient, row in zip(patients, sorted(result["patients"], key=lambda row: row["patient"]), strict=True):
         assert patient.scores["tumour"]["dsc"] == row["dsc"]
-        assert patient.fold == 0
         assert patient.sequences == ("t1", "t2", "cet1")
         [mask] = patient.predicted()
         written = sitk.GetArrayFromImage(sitk.ReadImage(str(run / "fold_0/masks/mmfnet" / f"{patient.name}.nii.gz")))
@@ -103,7 +102,7 @@ def test_corrected_masks_are_exported(mmfnet, trained, tmp_path):
     assert np.count_nonzero(pixels) == mask.sum()
     [contours] = pydicom.dcmread(reviewed / "ann_rtstruct.dcm").ROIContourSequence
     assert len(contours.ContourSequence) == 3
-    assert "a new file is expected" in mmfnet(*options, code=1).stderr
+    assert "a new one is expected" in mmfnet(*options, code=1).stderr
     assert "--export: a folder is expected" in mmfnet("review", out, "--seg", code=1).stderr
 
 

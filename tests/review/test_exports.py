@@ -57,7 +57,7 @@ def test_what_is_refused(patient, tmp_path):
         export_corrections([patient], tmp_path / "corrections", tmp_path / "out")
     corrected(patient, tmp_path / "corrections")
     export_corrections([patient], tmp_path / "corrections", tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"masks.json: a new file is expected"):
+    with pytest.raises(FileExistsError, match=r"out: a new one is expected"):
         export_corrections([patient], tmp_path / "corrections", tmp_path / "out")
     file = tmp_path / "out" / "masks.json"
     about = json.loads(file.read_text())

@@ -213,8 +213,36 @@ def test_a_stroke_that_is_interrupted_is_kept(page, client, patients, tmp_path, 
     says(page, "anna: ")
     playwright.expect(page.locator("#save")).to_have_text("Accept")
     assert drawn(page) == kept(client)
-    if key not in "ug":
-        assert drawn(page)[slice_ * 70 + outside[1] * 7 + outside[0]] or drawn(page) != before.ravel().tolist()
+    voxel = np.ravel_multi_index((slice_, *outside[::-1]), before.shape)
+    assert key == "g" or drawn(page)[voxel] == (key != "u")  # the probability takes its place
+
+
+@needs_browser
+def test_an_outline_that_is_left(page, client):
+    """It is filled where it was begun, and not in another patient."""
+    before, slice_ = kept(client), state(page, "cursor")[2]
+    points = [point_of(page, corner) for corner in ((0, 0), (5, 0), (5, 3), (0, 3))]
+    page.keyboard.press("f")
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.keyboard.press("ArrowUp")
+    page.mouse.up()
+    page.keyboard.press("s")
+    says(page, "anna: corrected")
+    changed = np.flatnonzero(np.not_equal(drawn(page), before))
+    size = page.evaluate("() => window.review.about.size")
+    assert set(changed // (size[0] * size[1])) == {slice_}
+    other = kept(client, 1)
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.keyboard.press("n")
+    says(page, "bert: t1, t2")
+    page.mouse.up()
+    assert drawn(page) == kept(client, 1) == other
 
 
 @needs_browser

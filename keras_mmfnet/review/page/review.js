@@ -1,5 +1,5 @@
 // The page of `mmfnet review`: all sequences of a patient side by side, and one drawing on them.
-import { PLANES, disc, outline, paint, parseNifti, placement, polygon, sliceOf, voxelAt, windowOf } from './slices.js'
+import { PLANES, disc, outline, paint, parseNifti, placement, pointAt, polygon, sliceOf, voxelAt, windowOf } from './slices.js'
 
 const COLOURS = [[255, 99, 71], [80, 200, 255], [255, 214, 61], [124, 252, 120], [220, 130, 255], [255, 160, 60], [120, 255, 220], [255, 130, 190]]
 const VIEWS = { axial: ['axial'], coronal: ['coronal'], sagittal: ['sagittal'], 'three planes': Object.keys(PLANES), '3D': [] }
@@ -142,12 +142,17 @@ async function open (id) {
   say('Loading')
   const begun = performance.now()
   const about = await (await ask(`patients/${id}`)).json()
-  const [drawing, ...arrays] = await Promise.all([ask(`patients/${id}/drawing`), ...about.sequences.map((name) => volume(id, `images/${name}`))])
-  if (ticket !== opening) return // another patient was chosen meanwhile
-  finish()
-  await sending
+  const arrays = await Promise.all(about.sequences.map((name) => volume(id, `images/${name}`)))
+  let drawing
+  let classes
+  do { // with what is drawn meanwhile, if it is the patient who is shown already
+    if (ticket !== opening) return // another patient was chosen
+    finish()
+    await sending
+    drawing = await ask(`patients/${id}/drawing`)
+    classes = new Uint8Array(await drawing.arrayBuffer())
+  } while (ticket !== opening || current || queue.length)
   page.volumes = about.sequences.map((name, n) => ({ name, array: arrays[n], window: windowOf(arrays[n]) }))
-  const classes = new Uint8Array(await drawing.arrayBuffer())
   about.state_of_drawing = drawing.headers.get('X-State')
   page.drawing = classes
   page.strokes = Number(drawing.headers.get('X-Strokes'))
@@ -236,7 +241,7 @@ function drawPane (pane) {
   }
   if (pane.path?.length > 1) {
     const line = new Path2D()
-    for (const [x, y] of pane.path) line.lineTo(x, y)
+    for (const voxel of pane.path) line.lineTo(...pointAt(plane, about.size, place, voxel))
     context.setLineDash([])
     context.strokeStyle = '#ffd24a'
     context.lineWidth = 2 * ratio
@@ -258,9 +263,7 @@ function stroke (context, path, place, colour, opacity, dash, ratio) {
 
 // Where the cursor is, with a gap so that it hides nothing.
 function cross (context, place, plane) {
-  const { right, down, flipped } = PLANES[plane]
-  const row = flipped ? page.about.size[down] - 1 - page.cursor[down] : page.cursor[down]
-  const [x, y] = [place.left + place.x * (page.cursor[right] + 0.5), place.top + place.y * (row + 0.5)]
+  const [x, y] = pointAt(plane, page.about.size, place, page.cursor)
   context.setLineDash([])
   context.lineWidth = 1
   context.strokeStyle = 'rgb(255 210 74 / 70%)'
@@ -445,22 +448,29 @@ function listen (pane) {
     last = voxel(event)
     pane.from = point(event)
     if (act === 'look') go(last)
-    if (act === 'brush' || act === 'erase') begin(pane.plane, last, act === 'erase')
-    if (act === 'fill') pane.path = [point(event)]
+    if (act === 'brush' || act === 'erase') {
+      begin(act === 'erase')
+      brush(pane.plane, last, last)
+    }
+    if (act === 'fill') pane.path = [last]
   })
   canvas.addEventListener('pointermove', (event) => {
     if (event.pointerId !== pointer) return
-    const [x, y] = point(event)
     const now = voxel(event)
     if (act === 'look') go(now)
     if (current && (act === 'brush' || act === 'erase')) brush(pane.plane, last, now)
-    if (act === 'fill') { pane.path.push([x, y]); draw() }
+    if (act === 'fill') {
+      now[PLANES[pane.plane].across] = pane.path[0][PLANES[pane.plane].across] // the slice where it was begun
+      pane.path.push(now)
+      draw()
+    }
     if (act === 'pan') {
       const { right, down } = PLANES[pane.plane]
       for (const axis of [right, down]) page.centre[axis] -= now[axis] - last[axis]
       draw()
     }
     if (act === 'window') {
+      const [x, y] = point(event)
       const [low, high] = pane.volume.window
       const width = Math.max((high - low) * Math.exp((x - pane.from[0]) / 300), 1e-6)
       const level = (low + high) / 2 + (y - pane.from[1]) * (high - low) / 300
@@ -474,14 +484,12 @@ function listen (pane) {
     if (event.pointerId !== pointer) return
     pointer = null
     finish()
-    if (act === 'fill') {
-      const { size: whole } = page.about
-      const points = pane.path.map((one) => voxelAt(pane.plane, whole, pane.place, one, page.cursor))
-      pane.path = null
-      begin(pane.plane, points[0], false)
-      touch(polygon(pane.plane, whole, points))
+    if (act === 'fill' && page.panes.includes(pane)) { // not of a patient or view that was left
+      begin(false)
+      touch(polygon(pane.plane, page.about.size, pane.path))
       finish()
     }
+    pane.path = null
     act = null
   }
   for (const name of ['pointerup', 'pointercancel', 'lostpointercapture']) canvas.addEventListener(name, end)
@@ -491,7 +499,7 @@ function listen (pane) {
 
 let current = null // the stroke that is being drawn: the voxels' values before, and what becomes of each class
 
-function begin (where, voxel, erase) {
+function begin (erase) {
   finish()
   // What is drawn is seen.
   if (page.hidden || !overlays.drawing.on) {
@@ -499,12 +507,10 @@ function begin (where, voxel, erase) {
     if (!overlays.drawing.on) toggle('drawing')
   }
   current = { before: new Map(), table: page.about[erase ? 'erased' : 'drawn'][page.structure] }
-  brush(where, voxel, voxel)
 }
 
 function brush (where, from, to) {
-  const radius = page.tool === 'fill' ? 0 : Number($('brush').value) / 2
-  touch(disc(where, page.about.size, page.about.spacing, from, to, radius))
+  touch(disc(where, page.about.size, page.about.spacing, from, to, Number($('brush').value) / 2))
 }
 
 function touch (voxels) {
@@ -556,7 +562,8 @@ function undo () {
 // Draws at the cursor, without the mouse.
 function stamp (erase) {
   if (!page.panes.length) return say('Choose a view with slices to draw')
-  begin(plane(), page.cursor, erase)
+  begin(erase)
+  brush(plane(), page.cursor, page.cursor)
   finish()
 }
 

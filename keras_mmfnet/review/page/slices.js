@@ -128,6 +128,13 @@ export function voxelAt (plane, size, place, point, cursor) {
   return voxel
 }
 
+// The point of the canvas at the middle of a voxel, the inverse of `voxelAt`.
+export function pointAt (plane, size, place, voxel) {
+  const { right, down, flipped } = PLANES[plane]
+  const row = flipped ? size[down] - 1 - voxel[down] : voxel[down]
+  return [place.left + place.x * (voxel[right] + 0.5), place.top + place.y * (row + 0.5)]
+}
+
 const clamped = (low, value, high) => Math.min(Math.max(value, low), high)
 
 // The voxels of a slice within a distance in mm of the line from one voxel to another: their indices in the array.
