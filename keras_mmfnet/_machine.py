@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
+import time
 from pathlib import Path
 
 
@@ -22,6 +24,35 @@ def available_memory() -> float:
         with contextlib.suppress(OSError, ValueError):
             memory = min(memory, int(Path(path).read_text()))
     return memory
+
+
+def this_process() -> str:
+    """Names this process in a file that says who computes something: `"process 12 on node7 since <time>"`."""
+    return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def process_of(file: Path) -> str:
+    """The process that a file names.
+
+    Args:
+        file: What was written of `this_process`; it need not exist.
+
+    Returns:
+        The text of the file, empty if that process has ended. It is not known of one of another machine.
+    """
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.match(r"process (\d+) on (\S+)", text)
+    if found and found[2] == platform.node():
+        try:
+            os.kill(int(found[1]), 0)
+        except (ProcessLookupError, OverflowError):
+            return ""
+        except PermissionError:
+            pass
+    return text
 
 
 def machine(*packages: str) -> dict[str, str]:

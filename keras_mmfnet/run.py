@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
-from keras_mmfnet._machine import machine
+from keras_mmfnet._machine import machine, this_process
 from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet._start import LEARNING, check_start, keep_recipe
 from keras_mmfnet.bundle import write_bundle
@@ -389,8 +388,7 @@ the groups, folds and donor that were given |
             holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
             raise RunLocked(f"{self}: fold {fold}, {name}: is being computed by {holder}") from None
         try:
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            write(owner, f"process {os.getpid()} on {platform.node()} since {since}")
+            write(owner, this_process())
             yield
         finally:
             owner.unlink(missing_ok=True)

@@ -1,11 +1,10 @@
 """How far the networks of a run are, from its files alone: the run may be computed by other processes and machines."""
 
 import dataclasses
-import os
-import platform
-import re
 
 from keras_mmfnet._files import read_json
+from keras_mmfnet._machine import process_of
+from keras_mmfnet.jobs import SCHEDULER
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.run import Run
 from keras_mmfnet.training import last_epoch_end, read_epochs
@@ -74,31 +73,40 @@ def network_states(run: Run) -> list[NetworkState]:
     return states
 
 
-def preparation(run: Run) -> str:
-    """How far the jobs are that preprocess the patients of a run, which has no recipe until then.
+def jobs_state(run: Run) -> str:
+    """How far the jobs are that were started last.
 
     Args:
         run: The `Run`.
 
     Returns:
-        A line, and one for each job that failed; empty if there are no such jobs.
+        A line, and one for each job that failed and is not a network's; empty if no jobs were started.
 
     Raises:
         ValueError: A file of the jobs is damaged.
     """
     folder, jobs, failed = _last_jobs(run)
-    first = [name for name in jobs if name.startswith(("patients", "cohort"))]
-    if not first:
+    if not jobs:
         return ""
-    done = sum((folder / "done" / name).exists() for name in first)
-    reasons = [f"{name} failed: {failed[name]}" for name in first if name in failed]
-    return "\n".join([f"Preprocessing: {done} of {len(first)} jobs are done", *reasons])
+    done = sum((folder / "done" / name).exists() for name in jobs)
+    scheduler = scheduler_of(run) or "the command that scheduled them has ended"
+    others = [name for name in failed if not name.startswith(("network", "method"))]
+    lines = [
+        f"{done} of {len(jobs)} jobs are done: {scheduler}",
+        *(f"{name} failed: {failed[name]}" for name in others),
+    ]
+    return "\n".join(lines)
+
+
+def scheduler_of(run: Run) -> str:
+    """The process that schedules the jobs of a run; empty if none does."""
+    return process_of(run.jobs / SCHEDULER)
 
 
 def _state(run, fold, name, borrowed, missing, reason):
     """The state of a network; one that others borrow from need not be tested."""
     network, rows = run.network(fold, name), read_epochs(run.network(fold, name))
-    holder = _holder(run.owner(fold, name))
+    holder = process_of(run.owner(fold, name))
     if run.result(fold, name).exists() or (borrowed and network.exists() and not holder):
         state = "done"
     elif holder:
@@ -122,23 +130,6 @@ def _state(run, fold, name, borrowed, missing, reason):
         seconds_left=(total - len(rows)) * last["seconds"] if training else None,
         about={"running": holder, "waiting": waits, "failed": reason}.get(state, ""),
     )
-
-
-def _holder(owner):
-    """The process that computes a network, empty if none does; one of another machine is taken at its word."""
-    try:
-        text = owner.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    found = re.match(r"process (\d+) on (\S+)", text)
-    if found and found[2] == platform.node():
-        try:
-            os.kill(int(found[1]), 0)
-        except (ProcessLookupError, OverflowError):
-            return ""
-        except PermissionError:
-            pass
-    return text
 
 
 def _last_jobs(run):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from keras_mmfnet.cli import app
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run
-from keras_mmfnet.status import network_states, preparation
+from keras_mmfnet.status import jobs_state, network_states
 
 RECIPE = Recipe().replace({"data.modalities": ("t1", "t2"), "training.epochs": 40})
 HEADER = "epoch,average_precision,dice_score,loss,seconds,val_average_precision,val_dice_score,val_loss"
@@ -73,22 +73,28 @@ def test_jobs_that_are_damaged(run, damage):
         network_states(run)
 
 
-def test_a_run_whose_patients_are_being_preprocessed(tmp_path):
+def test_jobs_that_run_and_jobs_that_have_ended(tmp_path):
+    """Until its patients are preprocessed, a run has no recipe."""
     run = Run(tmp_path)
-    assert preparation(run) == ""
+    assert jobs_state(run) == ""
     folder = run.jobs / "2026-01-01_00-00-00"
     for name in ("done", "refused"):
         (folder / name).mkdir(parents=True)
     (folder / "jobs.json").write_text('{"patients_0": {}, "patients_1": {}, "cohort_all": {}, "method_0_mmfnet": {}}')
     (folder / "done" / "patients_0").touch()
+    scheduler = f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00"
+    (run.jobs / ".scheduler").write_text(scheduler)
+    assert jobs_state(run) == f"1 of 4 jobs are done: {scheduler}"
+    (run.jobs / ".scheduler").unlink()
     (folder / "refused" / "patients_1").write_text("[anna]: lacks t2")
     expected = [
-        "Preprocessing: 1 of 3 jobs are done",
+        "1 of 4 jobs are done: the command that scheduled them has ended",
         "patients_1 failed: [anna]: lacks t2",
     ]
-    assert preparation(run).splitlines() == expected
-    done = CliRunner().invoke(app, ["status", str(tmp_path)])
-    assert done.stdout.splitlines() == expected
+    assert jobs_state(run).splitlines() == expected
+    for options in ([], ["--watch"]):
+        done = CliRunner().invoke(app, ["status", str(tmp_path), *options])
+        assert done.stdout.splitlines() == expected
     run.cache.mkdir()
     done = CliRunner().invoke(app, ["train", "--out", str(tmp_path), "--resume"])
     assert "not all preprocessed; run the command that began it again, without --resume" in " ".join(
@@ -142,26 +148,43 @@ def test_the_command(run):
     result = CliRunner().invoke(app, ["status", str(run)], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert [line.split()[:3] for line in lines[3:6]] == [
+    assert lines[0] == "0 of 2 jobs are done: the command that scheduled them has ended"
+    assert [line.split()[:3] for line in lines[4:7]] == [
         ["0", "unet3d_t1", "done"],
         ["0", "unet3d_t2", "running"],
         ["0", "mmfnet", "waiting"],
     ]
-    assert "10 of 40" in lines[4]
-    assert "0.9300" in lines[4]
-    assert "about 15 min" in lines[4]
-    assert "less than a minute ago" in lines[4]
+    assert "10 of 40" in lines[5]
+    assert "0.9300" in lines[5]
+    assert "about 15 min" in lines[5]
+    assert "less than a minute ago" in lines[5]
 
 
-def test_watching_ends_when_nothing_is_left_to_do(run):
+def test_watching_ends_when_nothing_is_left_to_do(run, monkeypatch):
     for fold in range(3):
         for name in ("unet3d_t1", "unet3d_t2"):
             run.network(fold, name).touch()
             run.owner(fold, name).unlink(missing_ok=True)
         run.result(fold, "mmfnet").write_text("{}")
+    scheduler = run.jobs / ".scheduler"
+    scheduler.write_text(f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00")
+    # All networks are done, and the jobs end with the report.
+    monkeypatch.setattr("time.sleep", lambda seconds: scheduler.unlink())
     result = CliRunner().invoke(app, ["status", str(run), "--watch"])
     assert result.exit_code == 0
-    assert result.stdout.count("done") == 9
+    assert result.stdout.count(" done ") == 9
+    assert not scheduler.exists()
+
+
+def test_watching_ends_when_networks_wait_for_one_that_failed(run):
+    for fold in range(2):
+        for name in ("unet3d_t1", "unet3d_t2", "mmfnet"):
+            run.network(fold, name).touch()
+            run.owner(fold, name).unlink(missing_ok=True)
+            run.result(fold, name).write_text("{}")
+    result = CliRunner().invoke(app, ["status", str(run), "--watch"])
+    assert result.stdout.count(" waiting ") == 2
+    assert result.stdout.count(" failed ") == 1
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -2,6 +2,7 @@ import contextlib
 import time
 from typing import Annotated
 
+import rich.console
 import rich.live
 import rich.text
 import typer
@@ -15,7 +16,7 @@ _SECONDS = 5
 
 def status(
     run: options.RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, until all is done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, until nothing runs any more.")] = False,
 ):
     """Shows how far each network of a run is: what runs where, its epoch and loss, the time left, and what failed."""
     with session() as terminal:
@@ -23,16 +24,22 @@ def status(
             options.recipe_of_run(run)
         with silenced():
             from keras_mmfnet.run import Run
-            from keras_mmfnet.status import network_states, preparation
+            from keras_mmfnet.status import jobs_state, network_states, scheduler_of
 
         def shown():
             """What to print, and whether all is done."""
-            if not Run(run).recipe_file.exists() and (about := preparation(Run(run))):
-                return rich.text.Text(about), False
-            options.recipe_of_run(run)
-            states = network_states(Run(run))
-            busy = {"running", "waiting"} & {state.state for state in states}
-            return make_table(_HEADER, _lines(states), left=3), bool(states) and not busy
+            opened, parts, states = Run(run), [], []
+            scheduler = scheduler_of(opened)  # before what it does is read
+            if about := jobs_state(opened):
+                parts.append(rich.text.Text(about))
+            if opened.recipe_file.exists() or not about:
+                options.recipe_of_run(run)
+                states = network_states(opened)
+                parts.append(make_table(_HEADER, _lines(states), left=3))
+            found = {state.state for state in states}
+            # What waits after the jobs have ended waits for one that failed.
+            waiting = "waiting" in found or not found
+            return rich.console.Group(*parts), not (scheduler or "running" in found or (waiting and not about))
 
         if not watch:
             return terminal.show(shown()[0])

@@ -27,7 +27,7 @@ import pydantic
 from keras_mmfnet._backend import configured_backend
 from keras_mmfnet._files import write
 from keras_mmfnet._log import log_to_file, progress
-from keras_mmfnet._machine import available_cores
+from keras_mmfnet._machine import available_cores, this_process
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.recipe import Recipe
 
@@ -40,6 +40,8 @@ _RETRIES = 2
 # Seconds between two looks at the jobs.
 _SECONDS = 0.5
 _REQUEST = "request.json"
+SCHEDULER = ".scheduler"
+"""Name of the file in `RUN/jobs` that names the process that schedules them."""
 
 
 class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -274,7 +276,12 @@ def schedule(
         folder = jobs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
         folder.mkdir()
         names = _prepare(folder, request)
-        _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names)
+        scheduler = jobs / SCHEDULER
+        try:
+            write(scheduler, this_process())
+            _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names)
+        finally:
+            scheduler.unlink(missing_ok=True)
 
 
 def _require_snakemake():
