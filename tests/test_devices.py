@@ -90,25 +90,19 @@ def start_command(folder, *arguments, **environment):
     return subprocess.Popen(command, cwd=folder, env=os.environ | environment, **options)
 
 
-def end(process, status=0):
-    """Waits for a process; returns what it printed."""
+def end(*processes, status=0):
+    """Waits for processes; returns what each printed."""
     try:
-        words, _ = process.communicate(timeout=300)
-        assert process.returncode == status, words
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+        assert {process.returncode for process in processes} == {status}, "\n".join(printed)
     finally:
-        process.kill()
-    return " ".join(words.split())
+        for process in processes:
+            process.kill()
+    return [" ".join(words.split()) for words in printed]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
-def test_the_command(tiny_cohort, tmp_path):
-    """On one device, and in two processes as of two machines."""
-
-    def train(out, *options, **environment):
-        return start_command(tmp_path, "train", tiny_cohort, "--out", out, "--small", *CHANGES, *options, **environment)
-
-    end(train("one"))
+def start_two_machines(folder, script, *arguments):
+    """Starts a command in two processes as of two machines, which import a script."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -117,22 +111,49 @@ def test_the_command(tiny_cohort, tmp_path):
         **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         **{"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}"},
     }
-    processes = [
-        train("machines", "--devices", "all", **address, **dict.fromkeys(("RANK", "KERAS_DISTRIBUTION_PROCESS_ID"), n))
-        for n in "01"
+    (folder / "script.py").write_text(script)
+    arguments = (*arguments, "--small", *CHANGES, "--devices=all", "--import=script.py")
+    return [
+        start_command(folder, *arguments, **address | {"RANK": number, "KERAS_DISTRIBUTION_PROCESS_ID": number})
+        for number in "01"
     ]
-    for process in processes:
-        assert end(process).count("Training on 2 devices") == (process is processes[0])
+
+
+# The second process goes on when the first one has made the run, which on PyTorch waits for it.
+LATE = """
+import os, pathlib, time
+late = os.environ["KERAS_BACKEND"] == "jax" and os.environ["RANK"] == "1"
+while late and not pathlib.Path("machines/recipe.json").exists():
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
+def test_the_command(tiny_cohort, tmp_path):
+    """On one device, and in two processes as of two machines, of which one starts late."""
+    end(start_command(tmp_path, "train", tiny_cohort, "--out=one", "--small", *CHANGES))
+    printed = end(*start_two_machines(tmp_path, LATE, "train", tiny_cohort, "--out=machines"))
+    assert [words.count("Training on 2 devices") for words in printed] == [1, 0]
     one, two = (read_history(tmp_path / run / "fold_0" / "mmfnet_history.csv") for run in ("one", "machines"))
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-3)
     assert not list((tmp_path / "machines" / "fold_0").glob(".mmfnet"))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="torchrun ends the other processes")
+def test_a_machine_that_ends(tiny_cohort, tmp_path):
+    """The other one ends, too, instead of waiting for it."""
+    script = "import os\nif os.environ['RANK'] == '1':\n    raise ValueError('no memory')"
+    first, second = end(*start_two_machines(tmp_path, script, "train", tiny_cohort, "--out=run"), status=1)
+    assert "error: no memory" in second
+    assert "Connection closed by peer" in first
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the devices of a CPU are processes on PyTorch alone")
 def test_a_process_that_ends(tiny_cohort, tmp_path):
     (tmp_path / "ends.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('no memory')")
     options = ("--out", "run", "--small", "--devices", 2, "--import", "ends.py")
-    words = end(start_command(tmp_path, "train", tiny_cohort, *options), status=1)
+    [words] = end(start_command(tmp_path, "train", tiny_cohort, *options), status=1)
     assert "the process of device 1 must run until the end. Received: status 1: no memory" in words
 
 

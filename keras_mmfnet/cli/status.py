@@ -16,7 +16,7 @@ _SECONDS = 5
 
 def status(
     run: options.RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, until nothing runs any more.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, while anything runs.")] = False,
 ):
     """Shows how far each network of a run is: what runs where, its epoch and loss, the time left, and what failed."""
     with session() as terminal:

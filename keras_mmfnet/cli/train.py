@@ -107,13 +107,14 @@ def train(
         from keras_mmfnet.tracking import tracked_with
 
         before, opened = Run(out), opened or (source and Run(source))
-        if not resume:
-            before.require_none()
         with (
             options.use_devices(None if scheduled else devices, sync_batch_norm),
             options.use_workers(workers),
             tracked_with(track),
         ):
+            # By the first process alone: others may start after it has begun to write.
+            if not resume:
+                before.require_none()
             if verify and not dry_run:
                 cache.verify(before.cache)
             if planned:

@@ -109,7 +109,7 @@ def connect() -> None:
     It does so if the environment variables of `keras.distribution.initialize` are set.
     """
     if keras.backend.backend() == "jax" and started_with_others():
-        keras.distribution.initialize()
+        importlib.import_module(f"{__name__}._jax").connect()
 
 
 def started_with_others() -> bool:

@@ -1,11 +1,32 @@
+import atexit
+import os
 import pickle
+import sys
 
 import jax
 import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
-from keras_mmfnet.devices import Devices, choose, connect
+from keras_mmfnet.devices import Devices, choose, started_with_others
+
+# Whether the others wait for this process: from its first broadcast to the last one, of `None`.
+_awaited = False
+
+
+def connect():
+    """Connects to the processes of other machines, as `keras.distribution.initialize` is told by the environment."""
+    global _awaited
+    keras.distribution.initialize()
+    _awaited = jax.process_index() > 0  # the first one may refuse to begin
+    atexit.register(_leave)
+
+
+def _leave():
+    """Ends a process that failed. JAX would first wait for the others to end, which then wait for this one."""
+    if _awaited:
+        sys.stdout.flush()
+        os._exit(1)
 
 
 class _DataParallel(Devices):
@@ -20,12 +41,16 @@ class _DataParallel(Devices):
         return self.distribution.scope()
 
     def broadcast(self, value=None):
+        global _awaited
         if self.processes == 1:
             return value
+        _awaited = True
         data = np.frombuffer(pickle.dumps(value), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
         # All processes must send an array of the same size.
-        return pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+        value = pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+        _awaited = value is not None
+        return value
 
 
 def make_devices(number, sync_batch_norm):
@@ -34,7 +59,7 @@ def make_devices(number, sync_batch_norm):
         raise ValueError(
             "`sync_batch_norm` must be True on JAX, where each layer sees the whole batch. Received: False"
         )
-    if not jax.distributed.is_initialized():
+    if started_with_others() and not jax.distributed.is_initialized():
         connect()
     names = keras.distribution.list_devices()
     if jax.process_count() > 1 and number not in ("all", len(names)):
