@@ -287,7 +287,7 @@ def test_several_structures(regions):
         ]
     # Each patient's slices have the numbers of each structure beside them, and the legend has their colours.
     assert page.source.count("<p><span><b>core</b></span>") == len(page.pictures("jpeg")) == 4
-    legend = [text for text in page.texts[page.texts.index("Patients, worst first") :]][2:7]
+    legend = [text for text in page.texts[page.texts.index("Patients, worst first") :]][3:8]
     assert legend == ["whole", "core", "enhancing", "expert's contour", "predicted contour"]
     assert "missed tumour" not in page.texts
     assert "4 segmentations took 4 s." in page.source

@@ -56,7 +56,8 @@ def review(
         with silenced():
             from keras_mmfnet.review.patients import find_reviewed
             from keras_mmfnet.review.server import Review, make_server
-        reviewed = Review(find_reviewed(folder, patients), folder / "corrections", reviewer or getpass.getuser())
+        reviewer = reviewer or getpass.getuser()
+        reviewed = Review(find_reviewed(folder, patients), folder / "corrections", reviewer, folder / "report.html")
         token = secrets.token_urlsafe(24)
         with socket.create_server((host, port)) as listening:
             address = f"http://{host}:{listening.getsockname()[1]}/{token}/"

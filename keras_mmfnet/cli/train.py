@@ -1,3 +1,4 @@
+import itertools
 import logging
 import shlex
 import sys
@@ -36,6 +37,9 @@ def train(
             "--from", metavar="BUNDLE", help="Fine-tune: the recipe and pretrained encoders of a bundle or run."
         ),
     ] = None,
+    corrections: Annotated[
+        bool, typer.Option("--corrections", help="With --from: learn from the masks corrected in mmfnet review.")
+    ] = False,
     modules: options.Modules = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run; needs only --out.")] = False,
     verify: options.Verify = False,
@@ -65,7 +69,10 @@ def train(
         + [f"--workers={workers}"] * bool(workers)
     )
     with session(quiet, resume_with=again) as terminal:
-        if data is None and not resume:
+        if corrections and (data or resume or dry_run or not source):
+            expected = "a reviewed folder (--from) is expected with it, no DATA, no --resume and no --dry-run"
+            raise ValueError(f"--corrections: {expected}. Received: --from {source}, DATA {data}")
+        if data is None and not (resume or corrections):
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
@@ -115,6 +122,8 @@ def train(
             # By the first process alone: others may start after it has begun to write.
             if not resume:
                 before.require_none()
+            if corrections:
+                data = _export_reviewed(source, out)
             if verify and not dry_run:
                 cache.verify(before.cache)
             if planned:
@@ -130,6 +139,17 @@ def train(
                 scheduled.show(terminal, request)
             else:
                 run_training(terminal, out, data, chosen, folds, resume, opened, scheduled, **arguments)
+
+
+def _export_reviewed(source, out):
+    """Writes the corrected masks of a run to a new folder, which can be trained on."""
+    from keras_mmfnet.review.exports import export_corrections
+    from keras_mmfnet.review.patients import find_reviewed
+
+    numbers = (f"_{number}" for number in itertools.count(2))
+    folder = next(path for end in itertools.chain([""], numbers) if not (path := out / f"reviewed{end}").exists())
+    export_corrections(find_reviewed(source), source / "corrections", folder)
+    return folder
 
 
 def run_training(

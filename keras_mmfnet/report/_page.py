@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from pathlib import Path
 
 import jinja2
@@ -27,7 +28,8 @@ def write_page(path, title, facts, sections, structures=()):
         legend = {**colours, "expert's contour": ("dots", "#999"), "predicted contour": ("line", "#999")}
     sections = [section for section in sections if section[1]]
     template = environment.get_template("page.html.j2")
-    write(path, template.render(title=title, facts=facts, sections=sections, legend=legend, structures=structures))
+    about = {"title": title, "facts": facts, "legend": legend, "structures": structures}
+    write(path, template.render(**about, sections=sections, folder=shlex.quote(str(path.parent))))
     return path
 
 

@@ -32,6 +32,11 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# A report holds its styles, its script and its pictures.
+_OF_REPORT = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
 _BYTES = "application/octet-stream"
 # The numbers of a structure that the list shows, and the corrections that stay in memory.
 _SHOWN, _KEPT = ("dsc", "predicted_ml", "volume_ml", "hd95", "disagreement"), 4
@@ -51,13 +56,15 @@ class Review:
         patients: The patients.
         folder: Folder of the corrections, which other processes must not write to meanwhile.
         reviewer: Who saves, for the records.
+        report: The report of the patients' run, which need not exist.
 
     Raises:
         RuntimeError: Another process reviews them.
     """
 
-    def __init__(self, patients: Sequence[ReviewPatient], folder: Path, reviewer: str):
+    def __init__(self, patients: Sequence[ReviewPatient], folder: Path, reviewer: str, report: Path | None = None):
         self.patients, self.folder, self.reviewer = list(patients), Path(folder), reviewer
+        self.report = report if report and report.exists() else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
@@ -152,8 +159,14 @@ class _Answers:
         content = resources.files("keras_mmfnet.review").joinpath("page", file).read_bytes()
         return Response(content, media_type=kind)
 
+    def report(self, query, body):
+        if self.review.report is None:
+            raise KeyError("report")
+        headers = {"Content-Security-Policy": _OF_REPORT}
+        return Response(self.review.report.read_bytes(), media_type="text/html", headers=headers)
+
     def patients(self, query, body):
-        return {"patients": self.review.listed()}
+        return {"patients": self.review.listed(), "report": self.review.report is not None}
 
     def patient(self, query, body, number):
         return self.review.described(number)
@@ -248,7 +261,8 @@ def create_app(review: Review, token: str) -> Starlette:
                 found = JSONResponse({"error": f"there is no {error}"}, 404)
             except (ValueError, OSError, RuntimeError) as error:
                 found = JSONResponse({"error": str(error)}, 422)
-            found.headers.update(_HEADERS)
+            for name, value in _HEADERS.items():
+                found.headers.setdefault(name, value)
             return found
 
         return Route(f"/{{token}}/{path}", endpoint, methods=[method])
@@ -257,6 +271,7 @@ def create_app(review: Review, token: str) -> Starlette:
     return Starlette(
         routes=[
             route("", answers.page),
+            route("report.html", answers.report),
             route("api/patients", answers.patients),
             route(one, answers.patient),
             route(f"{one}/images/{{sequence}}.nii", answers.image),

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from browser import chromium, needs_browser
 from dicom_files import write_series
 
 from keras_mmfnet.data import Grid, find_cases, preprocess_case
@@ -125,7 +127,12 @@ def test_corrected_masks_are_learned_from(mmfnet, run, tiny_cohort, tiny, tmp_pa
     before = {case.name: case for case in find_cases(tiny_cohort, patient.recipe)}
     for name, found in masks.items():
         np.testing.assert_array_equal(found, preprocess_case(before[name], own).mask)
-    mmfnet("train", tmp_path / "reviewed", "--from", run, "--out", tmp_path / "second")
+    wrong = mmfnet("train", tmp_path / "reviewed", "--from", run, "--corrections", "--out", tmp_path / "no", code=1)
+    assert "--corrections: a reviewed folder (--from) is expected with it, no DATA" in wrong.stderr
+    (tmp_path / "second" / "reviewed").mkdir(parents=True)  # of a command that was interrupted
+    mmfnet("train", "--from", run, "--corrections", "--out", tmp_path / "second")
+    for file in sorted((tmp_path / "reviewed").iterdir()):
+        assert (tmp_path / "second" / "reviewed_2" / file.name).read_bytes() == file.read_bytes()
     second = Run(tmp_path / "second")
     assert second.results()["mmfnet"][0]["fold"] == 0
     [learned] = second.patients([patient.name])
@@ -143,12 +150,39 @@ def test_files_have_no_dicom_objects(mmfnet, trained, tiny_cohort, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command(run):
+@contextlib.contextmanager
+def reviewing(run):
+    """The process of the command, its arguments and its address."""
     command = [sys.executable, "-m", "keras_mmfnet.cli", "review", str(run), "--no-browser", "--reviewer", "Dr. Who"]
     # The output is a pipe, which is written when the process wants to.
     options = {"env": os.environ | {"PYTHONUNBUFFERED": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **options) as process:
-        address = process.stdout.readline().strip()
+        try:
+            yield process, command, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@needs_browser
+def test_from_the_report_to_a_patient(run):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with reviewing(run) as (_, _, address), chromium() as browser:
+        page = browser.new_page()
+        page.goto(address)
+        names = page.locator("#patients button").all_inner_texts()
+        page.get_by_role("link", name="Report").click()
+        playwright.expect(page.get_by_text(f"mmfnet review {run}")).to_be_visible()
+        for name in names:
+            page.locator("h3").filter(has_text=name).get_by_role("link", name="Review").click()
+            playwright.expect(page.locator("#message")).to_contain_text(f"{name}: t1, t2, cet1")
+            page.go_back()
+        page.goto((run / "report.html").as_uri())
+        assert page.locator("h3 a").count() == len(names) == 2
+        assert not page.locator("h3 a:visible").count()
+
+
+def test_the_command(run):
+    with reviewing(run) as (process, command, address):
         assert address.startswith("http://127.0.0.1:")
         assert len(address.rstrip("/").rsplit("/", 1)[1]) >= 32  # nobody guesses it
         with urllib.request.urlopen(f"{address}api/patients") as answer:

@@ -2,13 +2,13 @@
 
 import io
 import re
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from browser import chromium, needs_browser
 from matplotlib.image import imread
 from review_patients import make_patient
 from served import served
@@ -17,18 +17,12 @@ from keras_mmfnet.review import page as page_folder
 from keras_mmfnet.review.corrections import Correction
 
 playwright = pytest.importorskip("playwright.sync_api")
-playwright.expect.set_options(timeout=20_000)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-OPTIONS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -716,8 +716,13 @@ for (const [id, text] of [['brush', (value) => `${value} mm`], ['threshold', (va
   show()
 }
 new ResizeObserver(draw).observe($('views'))
+// The patient that an address of the report names, as in `#anna`.
+const named = () => page.patients.find((row) => row.name === decodeURIComponent(location.hash.slice(1)))?.id
+window.addEventListener('hashchange', acting(() => named() === undefined || open(named())))
 acting(async () => {
-  page.patients = (await (await ask('patients')).json()).patients
+  const found = await (await ask('patients')).json()
+  page.patients = found.patients
+  $('report').hidden = !found.report
   list()
-  return page.order.length ? open(page.order[0]) : say('There are no patients')
+  return page.order.length ? open(named() ?? page.order[0]) : say('There are no patients')
 })()
