@@ -14,6 +14,7 @@ The modules, which are imported on first use:
     evaluation, mask_folders         compare with the expert
     explain, plots, report           attention and gradient maps, figures, the HTML report
     review                           masks accepted or corrected in the browser
+    node                             a DICOM node that segments what it is sent
 
 Example:
 

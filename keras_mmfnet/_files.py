@@ -34,6 +34,23 @@ def write(path, content, replace=True):
 
 
 @contextlib.contextmanager
+def hold(path):
+    """Locks a file; yields its descriptor. A child process that inherits it holds the lock, too.
+
+    Args:
+        path: The file, which is made if it does not exist.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    import fcntl  # not on Windows
+
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file.fileno()
+
+
+@contextlib.contextmanager
 def new_folder(path):
     """A folder to fill, which appears as `path` when the block ends: complete, or not at all.
 

@@ -38,6 +38,7 @@ _ONCE = {
     "torch": [
         "benchmarks",
         "cli",
+        "node",
         "review",
         "test_bundle.py",
         "test_jobs.py",

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import typer.core
 import typer.main
 from checks import fill
 from dicom_files import find_series, write_series
@@ -45,6 +46,7 @@ NOT_PARSED = {
     "pip install keras-mmfnet[torch]",
     "pip install keras-mmfnet[torch,cluster]",
     "pip install keras-mmfnet[review]",
+    "pip install keras-mmfnet[tensorflow,node]",
     "pip install keras-mmfnet[tensorboard]",
     "tensorboard --logdir run",
     "pip install .[docs]",
@@ -190,7 +192,10 @@ def test_mmfnet_takes_the_arguments_it_is_shown_with(page):
         if program == "mmfnet":
             name, *arguments = arguments
             # Another option than those it has is an error.
-            options = COMMANDS[name].make_context(name, arguments).params
+            command = COMMANDS[name]
+            if isinstance(command, typer.core.TyperGroup):
+                command, *arguments = command.commands[arguments[0]], *arguments[1:]
+            options = command.make_context(name, arguments).params
             structures = options.get("structure")
             structures = parse_structures(structures) if isinstance(structures, list | tuple) else {}
             Recipe.small().replace({**parse_changes(options.get("changes")), **structures})

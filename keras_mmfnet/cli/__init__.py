@@ -12,6 +12,7 @@ from keras_mmfnet.cli import (
     evaluate,
     explain,
     export,
+    node,
     plan,
     report,
     review,
@@ -44,6 +45,7 @@ _EXAMPLES = {
 }
 for _function, _example in _EXAMPLES.items():
     app.command(epilog=f"Example: {_example}")(_function)
+app.add_typer(node.node)
 
 
 def _version(wanted: bool):

@@ -6,7 +6,6 @@ killed, repeated, or started by two schedulers at once.
 """
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import json
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 import pydantic
 
 from keras_mmfnet._backend import configured_backend
-from keras_mmfnet._files import write
+from keras_mmfnet._files import hold, write
 from keras_mmfnet._log import log_to_file, progress
 from keras_mmfnet._machine import available_cores, this_process
 from keras_mmfnet.data.folds import Fold
@@ -291,16 +290,16 @@ def _require_snakemake():
 
 @contextlib.contextmanager
 def _hold(path):
-    """Locks a file; yields its descriptor. A child process that inherits it holds the lock, too."""
+    """Locks a file as `hold` does."""
     from keras_mmfnet.run import RunLocked
 
-    with open(path, "a") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = stack.enter_context(hold(path))
         except BlockingIOError:
             expected = "no other process may schedule jobs of this run"
             raise RunLocked(f"{path.parent.parent}: {expected}. Received: {path}, which is locked") from None
-        yield file.fileno()
+        yield lock
 
 
 def _run_snakemake(command, environment, lock, folder, names):

@@ -11,7 +11,7 @@ COMMANDS = (
 
 def test_the_commands(mmfnet):
     done = mmfnet("--help")
-    assert [name for name in COMMANDS if f" {name} " in done.stdout] == list(COMMANDS)
+    assert [name for name in (*COMMANDS, "node") if f" {name} " in done.stdout] == [*COMMANDS, "node"]
     assert "--install-completion" in done.stdout
     assert mmfnet("--version").stdout == f"mmfnet {keras_mmfnet.__version__}\n"
     assert len(app.registered_commands) == len(COMMANDS)
@@ -23,6 +23,11 @@ def test_each_shows_an_example_and_can_be_quiet(mmfnet, command):
     assert f"Example: mmfnet {command}" in done.stdout
     assert ("--quiet" in done.stdout) == (command != "status")  # which shows nothing but its result
     assert "No such option" in mmfnet(command, "--nothing", code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["start", "status", "fetch"])
+def test_each_of_the_node_shows_an_example(mmfnet, command):
+    assert f"Example: mmfnet node {command}" in mmfnet("node", command, "--help").stdout
 
 
 @pytest.mark.parametrize(("command", "default"), [("demo", "runs/DATE-TIME"), ("segment", "all"), ("train", "0")])

@@ -1,0 +1,177 @@
+import contextlib
+import importlib.util
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_mmfnet.cli import _options as options
+from keras_mmfnet.cli._process import silenced
+from keras_mmfnet.cli._terminal import counted, make_table, roughly, session
+
+node = typer.Typer(name="node", help="A DICOM node that segments the studies it is sent.", no_args_is_help=True)
+_Certificate = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: this node's certificate, PEM.")]
+_Key = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")]
+_Authority = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="For TLS: what others' certificates are checked with, PEM.")
+]
+_Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the node: its queue, images and results.")]
+
+
+@node.command(epilog="Example: mmfnet node start RUN --folder NODE --allow ORTHANC --to ORTHANC@localhost:4242 --seg")
+def start(
+    run: options.RunOrBundle,
+    folder: _Folder,
+    allow: Annotated[list[str], typer.Option(metavar="TITLE", help="Who may send, by its AE title; may be repeated.")],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TITLE@HOST:PORT|URL", help="Who gets the contours, by DICOM or DICOMweb; may be repeated."
+        ),
+    ],
+    rtstruct: Annotated[bool, typer.Option("--rtstruct", help="Send DICOM structure sets.")] = False,
+    seg: Annotated[bool, typer.Option("--seg", help="Send DICOM segmentations.")] = False,
+    structure: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the one structure in them.", show_default="the recipe's"),
+    ] = None,
+    title: Annotated[str, typer.Option(metavar="TITLE", help="AE title of this node.")] = "MMFNET",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 for a free one.")] = 11112,
+    quiet_for: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="A study is complete when no image came for so long.")
+    ] = 60.0,
+    free: Annotated[str, typer.Option(metavar="SIZE", help="What must remain free on the disk.")] = "5GB",
+    watch: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also take the images that appear in this folder.")
+    ] = None,
+    health_port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port for /health and /metrics on this machine.")
+    ] = 11113,
+    tls_certificate: _Certificate = None,
+    tls_key: _Key = None,
+    tls_authority: _Authority = None,
+    device: options.Device = None,
+    quiet: options.Quiet = False,
+):
+    """Receives studies, segments them and sends the contours on, until it is interrupted."""
+    with session(quiet) as terminal:
+        options.open_bundle(run)
+        if not (rtstruct or seg):
+            raise ValueError("--rtstruct, --seg: one or both are expected. Received: none")
+        for name in (title, *allow):
+            if not name.strip() or len(name) > 16 or "\\" in name:
+                raise ValueError(f"--title, --allow: 1 to 16 characters without a backslash. Received: {name}")
+        _require_pynetdicom()
+        if watch:
+            options.require_folder(watch, "--watch")
+        with silenced():
+            from keras_mmfnet._files import hold
+            from keras_mmfnet.node.health import serve_health
+            from keras_mmfnet.node.network import parse_archive
+            from keras_mmfnet.node.service import Node
+        archives, secure = [parse_archive(text) for text in to], _certificates(tls_certificate, tls_key, tls_authority)
+        kinds = [name for name, wish in {"rtstruct": rtstruct, "seg": seg}.items() if wish]
+        chosen = [f"--structure={structure}"] * bool(structure) + [f"--device={device}"] * bool(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(hold, folder) as lock:
+            free_bytes = options.parse_amount(free, "--free", {"GB": 1e9, "MB": 1e6})
+            made = Node(folder, run, archives, kinds, title, allow, quiet_for, free_bytes, secure, watch, chosen, lock)
+            server, health = made.listen(host, port), serve_health(made, health_port)
+            terminal.say(f"{title}@{host}:{server.server_address[1]}\nStop with Ctrl-C", always=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    made.serve()
+                finally:
+                    health.shutdown()
+                    server.shutdown()
+
+
+def _require_pynetdicom():
+    if importlib.util.find_spec("pynetdicom") is None:
+        raise ValueError("mmfnet node needs pynetdicom: pip install 'keras-mmfnet[node]'. Received: none")
+    # What matters of its messages is in ours.
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+
+
+def _certificates(*files):
+    """The certificates for TLS, if any file is given; then all must be."""
+    from keras_mmfnet.node.network import Certificates
+
+    if not any(files):
+        return None
+    if not all(files):
+        expected = "--tls-certificate, --tls-key, --tls-authority: all three are expected"
+        raise ValueError(f"{expected}. Received: {', '.join(map(str, filter(None, files)))}")
+    found = Certificates(*files)
+    found.context(server=True)
+    return found
+
+
+@contextlib.contextmanager
+def _only_one(hold, folder):
+    """Locks the folder of a node. What a killed one left running is waited for."""
+    end = time.monotonic() + 60
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(hold(folder / ".lock"))
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(f"{folder}: one node at a time is expected. Received: another one") from None
+                time.sleep(0.2)
+        yield lock
+
+
+@node.command(epilog="Example: mmfnet node status --folder NODE")
+def status(folder: _Folder):
+    """Shows the studies of a node: how far each is, and why one was refused or not sent."""
+    with session() as terminal:
+        from keras_mmfnet.node.queue import StudyQueue
+
+        path = folder / "queue.sqlite"
+        if not path.is_file():
+            raise ValueError(f"--folder: the folder of a node, with a queue.sqlite, is expected. Received: {folder}")
+        now = time.time()
+        lines = [
+            (
+                study.uid,
+                study.state,
+                str(study.images),
+                f"{roughly(now - study.changed)} ago",
+                str(study.attempts or ""),
+                study.reason,
+            )
+            for study in StudyQueue(path).studies()
+        ]
+        terminal.show(make_table(("study", "state", "images", "since", "attempts", ""), lines, left=2))
+        free = shutil.disk_usage(folder).free / 1e9
+        terminal.say(f"{len(lines)} in all, {free:.1f} GB free", always=True)
+
+
+@node.command(epilog="Example: mmfnet node fetch ORTHANC@localhost:4242 --accession 4711")
+def fetch(
+    archive: Annotated[str, typer.Argument(metavar="TITLE@HOST:PORT", help="The archive that has the study.")],
+    study: Annotated[str, typer.Option(metavar="UID", help="Study Instance UID.")] = "",
+    accession: Annotated[str, typer.Option(metavar="NUMBER", help="Accession number.")] = "",
+    title: Annotated[
+        str, typer.Option(metavar="TITLE", help="AE title of the node, whose address the archive must know.")
+    ] = "MMFNET",
+    tls_certificate: _Certificate = None,
+    tls_key: _Key = None,
+    tls_authority: _Authority = None,
+):
+    """Lets an archive send a study to the node."""
+    with session() as terminal:
+        if bool(study) == bool(accession):
+            raise ValueError(f"--study, --accession: one of them is expected. Received: {study or 'none'}")
+        _require_pynetdicom()
+        with silenced():
+            from keras_mmfnet.node.network import Archive
+        secure = _certificates(tls_certificate, tls_key, tls_authority)
+        for uid, count in Archive.parse(archive).move(title, study, accession, title, secure):
+            terminal.say(f"{uid}: {counted(count, 'object')} sent to {title}", always=True)

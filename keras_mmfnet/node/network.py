@@ -1,0 +1,233 @@
+"""Sends contours to archives, by DICOM or DICOMweb, and asks archives for studies."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import pydicom
+from pynetdicom import AE
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, StudyRootQueryRetrieveInformationModelMove
+
+AUTHORIZATION = "MMFNET_NODE_AUTHORIZATION"
+"""Environment variable with the header `Authorization` for DICOMweb, such as `Bearer <token>`."""
+# Seconds until an archive must answer.
+_TIMEOUT = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificates:
+    """Files in PEM format for TLS, by which both sides prove who they are.
+
+    Args:
+        certificate: The certificate of this node.
+        key: Its private key.
+        authority: The certificates that others' are checked with.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+    def context(self, server: bool) -> ssl.SSLContext:
+        """The settings of connections to this node as a `server`, or from it.
+
+        Raises:
+            ValueError: A file is no such file.
+        """
+        purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
+        try:
+            context = ssl.create_default_context(purpose, cafile=self.authority)
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # also of `ssl`
+            files = ", ".join(map(str, (self.certificate, self.key, self.authority)))
+            expected = "a certificate, its key and an authority in PEM are expected"
+            raise ValueError(f"{expected}: {error}. Received: {files}") from None
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A DICOM node that stores or sends objects.
+
+    Args:
+        title: Its application entity title.
+        host: Its address.
+        port: Its port.
+    """
+
+    title: str
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Archive":
+        """From `TITLE@HOST:PORT`.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        found = re.fullmatch(r"([^\\@]{1,16})@(.+):(\d{1,5})", text)
+        if not found or not 0 < int(found[3]) < 2**16:
+            raise ValueError(f"TITLE@HOST:PORT is expected. Received: {text}")
+        return cls(found[1], found[2].strip("[]"), int(found[3]))
+
+    def __str__(self):
+        return f"{self.title}@{self.host}:{self.port}"
+
+    def store(self, files: Sequence[Path], title: str, certificates: Certificates | None = None) -> None:
+        """Stores DICOM files by C-STORE.
+
+        Args:
+            files: The files.
+            title: Application entity title of the sender.
+            certificates: For TLS; `None` for none.
+
+        Raises:
+            OSError: The archive cannot be reached, or refuses a file.
+        """
+        objects = [pydicom.dcmread(file) for file in files]
+        contexts = dict.fromkeys((one.SOPClassUID, one.file_meta.TransferSyntaxUID) for one in objects)
+        with self._associated(title, contexts, certificates) as association:
+            for one in objects:
+                try:
+                    status = association.send_c_store(one).get("Status")
+                except (ValueError, RuntimeError) as error:  # not accepted by the archive, or aborted
+                    raise OSError(f"{self}: must accept {one.SOPClassUID.name}. Received: {error}") from None
+                # Success, or a warning: stored with changes.
+                if status is None or not (status == 0 or 0xB000 <= status <= 0xBFFF):
+                    received = "no answer" if status is None else f"status {status:04X}"
+                    raise OSError(f"{self}: must store {one.SOPClassUID.name}. Received: {received}")
+
+    def move(
+        self,
+        to: str,
+        study: str = "",
+        accession: str = "",
+        title: str = "MMFNET",
+        certificates: Certificates | None = None,
+    ) -> list[tuple[str, int]]:
+        """Lets the archive send studies to a node that it knows by C-FIND and C-MOVE.
+
+        Args:
+            to: Application entity title of the node.
+            study: Study Instance UID, or
+            accession: the accession number.
+            title: Application entity title of the one who asks.
+            certificates: As for `store`.
+
+        Returns:
+            The UIDs of the studies, and how many objects of each were sent.
+
+        Raises:
+            OSError: The archive cannot be reached, or refuses.
+            ValueError: There is no such study.
+        """
+        wanted = pydicom.Dataset()
+        wanted.QueryRetrieveLevel, wanted.StudyInstanceUID, wanted.AccessionNumber = "STUDY", study, accession
+        find, move = StudyRootQueryRetrieveInformationModelFind, StudyRootQueryRetrieveInformationModelMove
+        with self._associated(title, [(find, None), (move, None)], certificates) as association:
+            found = [
+                about.StudyInstanceUID for _, about in self._answers(association.send_c_find(wanted, find)) if about
+            ]
+            if not found:
+                received = f"study {study}" if study else f"accession number {accession}"
+                raise ValueError(f"{self}: a study that is there is expected. Received: {received}")
+            sent = []
+            for uid in found:
+                one = pydicom.Dataset()
+                one.QueryRetrieveLevel, one.StudyInstanceUID = "STUDY", uid
+                answers = list(self._answers(association.send_c_move(one, to, move)))
+                sent.append((str(uid), int(answers[-1][0].get("NumberOfCompletedSuboperations", 0))))
+        return sent
+
+    def _answers(self, answers):
+        """The answers to a request until the last one, which must be a success."""
+        for status, about in answers:
+            code = status.get("Status")
+            yield status, about
+            if code not in (0xFF00, 0xFF01, 0x0000):
+                received = (
+                    "no answer" if code is None else f"status {code:04X} {status.get('ErrorComment', '')}".strip()
+                )
+                raise OSError(f"{self}: must answer the request. Received: {received}")
+
+    @contextlib.contextmanager
+    def _associated(self, title, contexts, certificates):
+        """A context with an association for classes of objects and transfer syntaxes."""
+        entity = AE(ae_title=title)
+        entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = _TIMEOUT
+        for kind, syntax in contexts:
+            entity.add_requested_context(kind, *([syntax] if syntax else []))
+        secure = (certificates.context(server=False), self.host) if certificates else None
+        association = entity.associate(self.host, self.port, ae_title=self.title, tls_args=secure)
+        if not association.is_established:
+            received = "a rejection" if association.is_rejected else "no connection"
+            raise ConnectionError(f"{self}: must accept an association from {title}. Received: {received}")
+        try:
+            yield association
+        finally:
+            association.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class WebArchive:
+    """A DICOMweb server that stores objects (STOW-RS).
+
+    Args:
+        address: Its base, such as `https://archive/dicom-web`.
+    """
+
+    address: str
+
+    def __str__(self):
+        return self.address
+
+    def store(self, files: Sequence[Path], title: str, certificates: Certificates | None = None) -> None:
+        """Stores DICOM files by STOW-RS, with the header `Authorization` of the environment variable `AUTHORIZATION`.
+
+        Args:
+            files: The files.
+            title: Not used.
+            certificates: For HTTPS with the authority and the node's certificate; `None` for the system's authorities.
+
+        Raises:
+            OSError: The archive cannot be reached, or refuses a file.
+        """
+        boundary = uuid.uuid4().hex
+        part = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+        body = b"".join([*(part + file.read_bytes() + b"\r\n" for file in files), f"--{boundary}--\r\n".encode()])
+        kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
+        headers = {"Content-Type": kind, "Accept": "application/dicom+json"}
+        if given := os.environ.get(AUTHORIZATION):
+            headers["Authorization"] = given
+        request = urllib.request.Request(f"{self.address.rstrip('/')}/studies", body, headers)
+        context = certificates.context(server=False) if certificates else None
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:
+                # 202: some were stored.
+                if answer.status != 200:
+                    raise OSError(f"{self}: must store all objects. Received: {answer.status} {answer.read()[:300]!r}")
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{self}: must store all objects. Received: {error} {error.read()[:300]!r}") from None
+
+
+def parse_archive(text: str) -> Archive | WebArchive:
+    """From `TITLE@HOST:PORT`, or the address of a DICOMweb server.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if text.startswith(("http://", "https://")):
+        if not urllib.parse.urlsplit(text).hostname or urllib.parse.urlsplit(text).password:
+            raise ValueError(f"an address without a password is expected, as in {AUTHORIZATION}. Received: {text}")
+        return WebArchive(text)
+    return Archive.parse(text)

@@ -1,0 +1,157 @@
+"""The studies that a node has received and how far each is. The database survives a kill at any moment."""
+
+import contextlib
+import dataclasses
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+STATES = ("receiving", "segmenting", "sending", "done", "refused")
+_TABLES = """
+CREATE TABLE IF NOT EXISTS studies (
+    uid TEXT PRIMARY KEY, state TEXT NOT NULL, images INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1,
+    changed REAL NOT NULL, due REAL NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE IF NOT EXISTS images (uid TEXT PRIMARY KEY, study TEXT NOT NULL);
+"""
+# Seconds until the next attempt: doubled each time, from the first to the second number.
+_PAUSES = 10.0, 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study of the queue.
+
+    Args:
+        uid: Study Instance UID.
+        state: `"receiving"`; `"segmenting"`; `"sending"`: segmented, and not yet with all receivers; `"done"`; or
+            `"refused"`: it cannot be segmented.
+        images: How many images were received.
+        version: Increases with each image.
+        changed: When the last image came or the state changed, in seconds since 1970.
+        due: Not before this time is it tried again, in seconds since 1970.
+        attempts: How often the step it is at has failed.
+        reason: Why it failed last.
+    """
+
+    uid: str
+    state: str
+    images: int
+    version: int
+    changed: float
+    due: float
+    attempts: int
+    reason: str
+
+
+class StudyQueue:
+    """A queue in a file, which several threads and processes may use at a time.
+
+    An image that arrives late begins its study anew, whatever its state. What a step reports of a study afterwards is
+    ignored.
+
+    Args:
+        path: The file, which is made if it does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        with self._open() as database:
+            database.executescript(f"PRAGMA journal_mode = WAL; {_TABLES}")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, which is written if the block ends without an error."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+            yield database
+
+    def add(self, uid: str, image: str, replaced: bool = False) -> None:
+        """Records an image of a study. One that is there already changes nothing.
+
+        Args:
+            uid: Study Instance UID.
+            image: SOP Instance UID.
+            replaced: The image is there, with another content.
+        """
+        with self._open() as database:
+            new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (image, uid)).rowcount
+            if new or replaced:
+                database.execute(
+                    "INSERT INTO studies (uid, state, images, changed) VALUES (?, 'receiving', 1, ?) ON CONFLICT (uid) "
+                    "DO UPDATE SET state = 'receiving', images = images + ?, version = version + 1, "
+                    "changed = excluded.changed, due = 0, attempts = 0, reason = ''",
+                    (uid, time.time(), new),
+                )
+
+    def recover(self) -> None:
+        """Begins anew what a process that was killed was segmenting."""
+        with self._open() as database:
+            database.execute("UPDATE studies SET state = 'receiving' WHERE state = 'segmenting'")
+
+    def next_to_segment(self, quiet: float) -> Study | None:
+        """The study that is complete for the longest time, which is `"segmenting"` from now on.
+
+        Args:
+            quiet: For how many seconds no image may have come.
+        """
+        with self._open() as database:
+            # Nobody else may choose the same one.
+            database.execute("BEGIN IMMEDIATE")
+            now = time.time()
+            condition = "state = 'receiving' AND changed <= ? AND due <= ?"
+            [study] = self._select(database, condition, (now - quiet, now)) or [None]
+            if study:
+                database.execute("UPDATE studies SET state = 'segmenting' WHERE uid = ?", (study.uid,))
+                study = dataclasses.replace(study, state="segmenting")
+        return study
+
+    def next_to_send(self) -> Study | None:
+        """The study that waits for the longest time to be sent."""
+        with self._open() as database:
+            return next(iter(self._select(database, "state = 'sending' AND due <= ?", (time.time(),))), None)
+
+    def advance(self, study: Study, state: str, reason: str = "") -> None:
+        """Gives a study its next state.
+
+        Args:
+            study: The study, as it was taken.
+            state: One of `STATES`.
+            reason: What is to be known about it.
+        """
+        self._change(study, "state = ?, changed = ?, due = 0, attempts = 0, reason = ?", state, time.time(), reason)
+
+    def postpone(self, study: Study, reason: str) -> None:
+        """Lets a step be tried again, after a pause that doubles each time.
+
+        Args:
+            study: The study, as it was taken.
+            reason: Why the step failed.
+        """
+        first, longest = _PAUSES
+        due = time.time() + min(longest, first * 2**study.attempts)
+        state = "receiving" if study.state == "segmenting" else study.state
+        self._change(study, "state = ?, due = ?, attempts = attempts + 1, reason = ?", state, due, reason)
+
+    def _change(self, study, what, *values):
+        """Changes a study, unless an image has come since it was taken."""
+        with self._open() as database:
+            database.execute(
+                f"UPDATE studies SET {what} WHERE uid = ? AND state = ? AND version = ?",
+                (*values, study.uid, study.state, study.version),
+            )
+
+    def studies(self) -> list[Study]:
+        """All studies, the last changed first."""
+        with self._open() as database:
+            return self._select(database, "TRUE")[::-1]
+
+    def _select(self, database, condition, values=()):
+        rows = database.execute(
+            "SELECT uid, state, images, version, changed, due, attempts, reason FROM studies "
+            f"WHERE {condition} ORDER BY changed, uid",
+            values,
+        )
+        return [Study(*row) for row in rows]

@@ -1,0 +1,240 @@
+"""`mmfnet node` beside a real archive: Orthanc."""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from dicom_files import write_series
+
+from keras_mmfnet.data import Grid
+from keras_mmfnet.node.network import WebArchive
+from keras_mmfnet.node.queue import StudyQueue
+from keras_mmfnet.node.service import Node
+
+GRID = Grid((24, 20, 5), (2.0, 2.0, 4.0), (-24.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+STUDY = "1.2.826.0.1.3680043.2.1125.1"
+ORTHANC = shutil.which("Orthanc")
+needs_orthanc = pytest.mark.skipif(
+    not (ORTHANC and shutil.which("storescu")), reason="needs Orthanc and storescu, of Debian's orthanc and dcmtk"
+)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(condition, about, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, about
+        time.sleep(0.2)
+    return found
+
+
+class Orthanc:
+    """An archive with a folder of its own, which knows a node."""
+
+    def __init__(self, folder, node):
+        self.web, self.dicom, folder = free_port(), free_port(), Path(folder)
+        folder.mkdir()
+        settings = {
+            "StorageDirectory": str(folder / "files"),
+            "HttpPort": self.web,
+            "RemoteAccessAllowed": False,
+            "DicomPort": self.dicom,
+            "DicomAet": "ORTHANC",
+            "DicomModalities": {"node": ["MMFNET", "127.0.0.1", node]},
+            "StableAge": 1,
+            "Plugins": ["/usr/share/orthanc/plugins"],
+            "AuthenticationEnabled": True,
+            "RegisteredUsers": {"orthanc": "orthanc"},
+        }
+        (folder / "orthanc.json").write_text(json.dumps(settings))
+        command = [ORTHANC, str(folder / "orthanc.json")]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self._is_up, "Orthanc starts")
+
+    authorization = f"Basic {base64.b64encode(b'orthanc:orthanc').decode()}"
+
+    def _is_up(self):
+        with contextlib.suppress(OSError):
+            return self.ask("system")
+
+    def ask(self, path, body=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.web}/{path}", body)
+        request.add_header("Authorization", self.authorization)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def objects(self, kind):
+        """The instances whose class has a name with this word, as pydicom reads them."""
+        found = []
+        for name in json.loads(self.ask("instances")):
+            one = pydicom.dcmread(pydicom.filebase.DicomBytesIO(self.ask(f"instances/{name}/file")))
+            if kind in one.SOPClassUID.name:
+                found.append(one)
+        return found
+
+    def send_all(self):
+        """Sends all studies to the node."""
+        studies = json.loads(self.ask("studies"))
+        self.ask("modalities/node/store", json.dumps({"Resources": studies, "Synchronous": True}).encode())
+
+
+@contextlib.contextmanager
+def orthanc(folder, node):
+    archive = Orthanc(folder, node)
+    try:
+        yield archive
+    finally:
+        archive.process.kill()
+        archive.process.wait()
+
+
+def start_node(run, folder, port, archive, *options):
+    command = [sys.executable, "-m", "keras_mmfnet.cli", "node", "start", run, "--folder", folder, "--port", port]
+    command += [
+        "--allow",
+        "ORTHANC",
+        "--to",
+        f"ORTHANC@127.0.0.1:{archive}",
+        "--quiet-for",
+        2,
+        "--health-port",
+        0,
+        *options,
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    log = open(Path(folder).with_suffix(".log"), "a")  # noqa: SIM115
+    with log:
+        return subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+
+
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+
+
+def state(folder):
+    return [(study.state, study.images, study.reason) for study in StudyQueue(folder / "queue.sqlite").studies()]
+
+
+@needs_orthanc
+def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
+    """The node is killed at several moments; what arrives is what `mmfnet segment` writes."""
+    for name, seed in (("T1", 0), ("T2", 1), ("T1 C+", 2)):
+        write_series(tmp_path / "images" / name, GRID, name, uid=f"1.2.3.{seed}", seed=seed)
+    folder, port = tmp_path / "node", free_port()
+    with orthanc(tmp_path / "archive", port) as archive:
+        images = sorted((tmp_path / "images").rglob("*.dcm"))
+        subprocess.run(["storescu", "-aec", "ORTHANC", "127.0.0.1", str(archive.dicom), *images], check=True)
+        moments = [
+            lambda: (folder / "studies").exists() and state(folder)[0][1] == 15,  # received
+            lambda: state(folder)[0][0] == "segmenting",
+            lambda: list((folder / "results").rglob("*_rtstruct.dcm")),
+        ]
+        options = ("--rtstruct", "--seg", "--structure", "GTV")
+        node = start_node(trained, folder, port, archive.dicom, *options)
+        wait_for(lambda: listens(port), "the node listens")
+        archive.send_all()
+        for number, moment in enumerate(moments):
+            wait_for(moment, f"moment {number}: {state(folder)}")
+            node.kill()
+            node.wait()
+            node = start_node(trained, folder, port, archive.dicom, *options)
+        wait_for(lambda: state(folder) == [("done", 15, "")], "the study is done")
+        status = mmfnet("node", "status", "--folder", folder)
+        assert status.stdout.splitlines()[3].split()[:3] == [STUDY, "done", "15"]
+        node.send_signal(signal.SIGINT)
+        assert node.wait(60) == 0
+        [structures], [segmentation] = archive.objects("RT Structure Set"), archive.objects("Segmentation")
+    assert "1" not in Path(folder).with_suffix(".log").read_text().split()  # the patient's number
+    mmfnet("segment", trained, tmp_path / "images", "--out", tmp_path / "own", "--seg", "--structure", "GTV")
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "own" / "images.nii.gz")))
+    assert mask.any()
+    found = np.zeros_like(mask)
+    for frame, plane in zip(segmentation.pixel_array, segmentation.PerFrameFunctionalGroupsSequence, strict=True):
+        found[round(plane.PlanePositionSequence[0].ImagePositionPatient[2] / 4)] = frame
+    np.testing.assert_array_equal(found, mask)
+    [roi] = structures.StructureSetROISequence
+    assert roi.ROIName == "GTV"
+    [frame] = structures.ReferencedFrameOfReferenceSequence
+    [referred] = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence
+    assert referred.SeriesInstanceUID == "1.2.3.0"
+    assert structures.StudyInstanceUID == segmentation.StudyInstanceUID == STUDY
+
+
+@needs_orthanc
+def test_archives_that_speak_dicomweb_and_are_asked(mmfnet, trained, tmp_path, monkeypatch):
+    write_series(tmp_path / "images", GRID, "T1", uid="1.2.3.0")
+    images, node = sorted((tmp_path / "images").iterdir()), Node(tmp_path / "node", trained, [], ["seg"])
+    node.allowed.append("ORTHANC")
+    server = node.listen("127.0.0.1", 0)
+    try:
+        with orthanc(tmp_path / "archive", server.server_address[1]) as archive:
+            web, about = WebArchive(f"http://127.0.0.1:{archive.web}/dicom-web/"), f"ORTHANC@127.0.0.1:{archive.dicom}"
+            with pytest.raises(OSError, match=r"must store all objects. Received: HTTP Error 401"):
+                web.store(images, "MMFNET")
+            monkeypatch.setenv("MMFNET_NODE_AUTHORIZATION", archive.authorization)
+            web.store(images, "MMFNET")
+            assert len(archive.objects("MR Image")) == 5
+            assert f"{STUDY}: 5 objects sent to MMFNET" in mmfnet("node", "fetch", about, "--study", STUDY).stdout
+            none = mmfnet("node", "fetch", about, "--accession", "4711", code=1)
+            assert "a study that is there is expected. Received: accession number 4711" in none.stderr
+            unknown = mmfnet("node", "fetch", about, "--study", STUDY, "--title", "NOBODY", code=1)
+            assert "must answer the request. Received: " in unknown.stderr
+    finally:
+        server.shutdown()
+    assert state(node.folder) == [("receiving", 5, "")]
+    assert "one of them is expected" in mmfnet("node", "fetch", about, code=1).stderr
+
+
+@pytest.mark.parametrize("fault", ["a sequence is missing", "an object is truncated"])
+def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet, fault):
+    names = ["T1", "T2", "T1 C+"] if fault == "an object is truncated" else ["T1"]
+    for number, name in enumerate(names):
+        write_series(tmp_path / "images" / name, GRID, name, uid=f"1.2.3.{number}")
+    node = Node(tmp_path / "node", trained, [], ["seg"], quiet=0)
+    for path in sorted((tmp_path / "images").rglob("*.dcm")):
+        content = path.read_bytes()
+        node.keep(content[:-200] if path.name == "slice_02.dcm" and len(names) > 1 else content)
+    assert node.work()
+    [study] = node.queue.studies()
+    assert study.state == "refused"
+    assert ("t2" if len(names) == 1 else "must be an undamaged DICOM file") in study.reason, study.reason
+    assert not node.work()
+    printed = mmfnet("node", "status", "--folder", tmp_path / "node").stdout
+    assert "refused" in printed
+    assert "1 in all" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--allow", "A", "--to", "B@localhost:1"], "--rtstruct, --seg: one or both are expected"),
+        (["--allow", "A" * 17, "--to", "B@localhost:1", "--seg"], "1 to 16 characters without a backslash"),
+        (["--allow", "A", "--to", "B", "--seg"], "TITLE@HOST:PORT is expected. Received: B"),
+        (["--allow", "A", "--to", "B@localhost:1", "--seg", "--free", "much"], "--free: a number with one of GB, MB"),
+        (["--allow", "A", "--to", "B@localhost:1", "--seg", "--tls-key", "key.pem"], "all three are expected"),
+    ],
+)
+def test_what_is_refused(mmfnet, trained, tmp_path, options, message):
+    refused = mmfnet("node", "start", trained, "--folder", tmp_path / "node", *options, code=1)
+    assert message in refused.stderr
+    missing = mmfnet("node", "status", "--folder", tmp_path, code=1)
+    assert "--folder: the folder of a node, with a queue.sqlite, is expected" in missing.stderr

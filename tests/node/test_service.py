@@ -1,0 +1,291 @@
+"""A node and those it talks to, by the DICOM protocol."""
+
+import contextlib
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import write_object, write_series
+from pynetdicom import AE, evt
+
+from keras_mmfnet.node import service
+from keras_mmfnet.node.health import serve_health
+from keras_mmfnet.node.network import Archive, Certificates, WebArchive, parse_archive
+from keras_mmfnet.node.service import Node
+
+STUDY = "1.2.826.0.1.3680043.2.1125.1"
+
+
+@contextlib.contextmanager
+def archive(title="ARCHIVE", status=0x0000, port=0):
+    """An archive that answers with a status; yields it as a `Archive`, and what it got."""
+    got = []
+
+    def store(event):
+        got.append(event.dataset)
+        return status
+
+    entity = AE(ae_title=title)
+    for kind in (pydicom.uid.RTStructureSetStorage, pydicom.uid.SegmentationStorage):
+        entity.add_supported_context(kind)
+    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try:
+        yield Archive(title, "127.0.0.1", server.server_address[1]), got
+    finally:
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def listening(node):
+    server = node.listen("127.0.0.1", 0)
+    try:
+        yield Archive("MMFNET", "127.0.0.1", server.server_address[1])
+    finally:
+        server.shutdown()
+
+
+@pytest.fixture
+def make_node(tmp_path):
+    def make(receivers=(), **options):
+        return Node(tmp_path / "node", tmp_path / "run", receivers, ["rtstruct"], allowed=["SCANNER"], **options)
+
+    return make
+
+
+@pytest.fixture
+def images(tmp_path):
+    """The files of a study of one series."""
+    write_series(tmp_path / "images")
+    return sorted((tmp_path / "images").iterdir())
+
+
+def states(node):
+    return [(study.uid, study.state, study.images) for study in node.queue.studies()]
+
+
+def test_images_are_kept_as_they_were_sent(make_node, images):
+    node = make_node()
+    with listening(node) as address:
+        address.store(images[:3], "SCANNER")
+        address.store(images[2:], "SCANNER")
+    assert states(node) == [(STUDY, "receiving", 5)]
+    kept = sorted((node.folder / "studies" / STUDY).iterdir())
+    assert [path.stem for path in kept] == sorted(pydicom.dcmread(path).SOPInstanceUID for path in images)
+    sent = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, images)}
+    for path in kept:
+        one = pydicom.dcmread(path)
+        assert one.PatientID == "1"
+        np.testing.assert_array_equal(one.pixel_array, sent[path.stem].pixel_array)
+
+
+def test_senders_at_once(make_node, tmp_path):
+    node = make_node()
+    studies = [f"1.2.{number}" for number in range(1, 5)]
+    for number, study in enumerate(studies):
+        write_series(tmp_path / study, uid=f"1.3.{number}")
+        for path in (tmp_path / study).iterdir():
+            one = pydicom.dcmread(path)
+            one.StudyInstanceUID = study
+            one.save_as(path)
+    with listening(node) as address:
+        senders = [
+            threading.Thread(target=address.store, args=(sorted((tmp_path / study).iterdir()), "SCANNER"))
+            for study in studies
+        ]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+    assert sorted(states(node)) == [(study, "receiving", 5) for study in studies]
+
+
+def test_an_image_that_is_sent_again_with_another_content(make_node, images):
+    """It replaces the first one, which may have been damaged on the way."""
+    node = make_node()
+    content = [path.read_bytes() for path in images]
+    for one in [content[0][:-100], *content[1:]]:
+        node.keep(one)
+    first = node.queue.next_to_segment(0)
+    node.queue.advance(first, "refused", "damaged")
+    for one in content[1:]:
+        node.keep(one)
+    assert states(node) == [(STUDY, "refused", 5)]
+    node.keep(content[0])
+    again = node.queue.next_to_segment(0)
+    assert again.images == 5
+    assert node.results(again) != node.results(first)
+    kept = sorted(path.read_bytes() for path in (node.folder / "studies" / STUDY).iterdir())
+    assert kept == sorted(content)
+
+
+def test_what_is_no_image_is_not_kept(make_node, tmp_path):
+    node = make_node()
+    path = tmp_path / "report.dcm"
+    write_object(path, pydicom.uid.BasicTextSRStorage)
+    with listening(node) as address:
+        address.store([path], "SCANNER")
+    assert states(node) == []
+    assert not (node.folder / "studies").exists()
+
+
+def test_a_sender_that_is_not_allowed(make_node, images):
+    node = make_node()
+    with listening(node) as address:
+        with pytest.raises(ConnectionError, match=r"must accept an association from STRANGER. Received: a rejection"):
+            address.store(images, "STRANGER")
+        with pytest.raises(ConnectionError, match="a rejection"):
+            Archive("OTHER", address.host, address.port).store(images, "SCANNER")
+    assert states(node) == []
+
+
+def test_uids_that_lead_out_of_the_folder(make_node, images):
+    """The dataset's UIDs are those of the file's name, not the command's."""
+    node = make_node()
+    one = pydicom.dcmread(images[0])
+    with pytest.warns(UserWarning, match="Invalid value for VR UI"):
+        one.StudyInstanceUID = "../../1.2"
+    one.save_as(images[0])
+    with listening(node) as address, pytest.raises(OSError, match=r"Received: status C000"):
+        address.store(images[:1], "SCANNER")
+    assert states(node) == []
+
+
+def test_a_full_disk(make_node, images):
+    node = make_node(free=1e18)
+    with listening(node) as address, pytest.raises(OSError, match=r"must store MR Image Storage. .* status A700"):
+        address.store(images[:1], "SCANNER")
+    assert states(node) == []
+
+
+def test_a_study_of_too_many_images(make_node, images, monkeypatch):
+    monkeypatch.setattr(service, "_MOST_IMAGES", 3)
+    node = make_node()
+    with listening(node) as address, pytest.raises(OSError, match=r"status A700"):
+        address.store(images, "SCANNER")
+    assert states(node) == [(STUDY, "receiving", 3)]
+
+
+@pytest.fixture
+def contours(tmp_path):
+    """Puts a study that is segmented into the queue of a node."""
+
+    def make(node):
+        node.queue.add("1.2.3", "1.2.3.1")
+        study = node.queue.next_to_segment(0)
+        node.queue.advance(study, "sending")
+        node.results(study).mkdir(parents=True)
+        write_object(node.results(study) / "1.2.3_rtstruct.dcm", pydicom.uid.RTStructureSetStorage)
+
+    return make
+
+
+def test_an_archive_that_is_away_for_a_while(make_node, contours, monkeypatch):
+    with archive() as (receiver, _):
+        pass
+    node = make_node([receiver])
+    contours(node)
+    assert node.work()
+    [study] = node.queue.studies()
+    assert (study.state, study.attempts) == ("sending", 1)
+    assert "must accept an association from MMFNET. Received: no connection" in study.reason
+    assert not node.work()  # not yet
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 11)
+    with archive(port=receiver.port) as (_, got):
+        assert node.work()
+    assert [one.SOPClassUID for one in got] == [pydicom.uid.RTStructureSetStorage]
+    assert states(node) == [("1.2.3", "done", 1)]
+
+
+@pytest.mark.parametrize(("status", "state"), [(0xA700, "sending"), (0xC123, "sending"), (0xB000, "done")])
+def test_an_archive_that_refuses(make_node, contours, status, state):
+    with archive(status=status) as (receiver, got):
+        node = make_node([receiver])
+        contours(node)
+        node.work()
+    assert len(got) == 1
+    [study] = node.queue.studies()
+    assert study.state == state
+    assert (f"status {status:04X}" in study.reason) == (state == "sending")
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """Those of this machine, checked with themselves."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "own.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return Certificates(tmp_path / "own.pem", tmp_path / "key.pem", tmp_path / "own.pem")
+
+
+def test_connections_by_tls(make_node, images, certificates):
+    node = make_node(certificates=certificates)
+    with listening(node) as address:
+        address.store(images, "SCANNER", certificates)
+        with pytest.raises(ConnectionError, match="no connection"):
+            address.store(images, "SCANNER")
+    assert states(node) == [(STUDY, "receiving", 5)]
+    with pytest.raises(ValueError, match=r"a certificate, its key and an authority in PEM are expected: .* Received: "):
+        Certificates(images[0], images[0], images[0]).context(server=True)
+
+
+def test_a_watched_folder(make_node, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "_WRITTEN", -1.0)  # a file system's clock is a bit behind
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    node = make_node(watched=tmp_path / "images")
+    assert not node.work()
+    assert states(node) == [(STUDY, "receiving", 5)]
+    monkeypatch.setattr(service, "_WRITTEN", 1000.0)
+    write_series(tmp_path / "images", uid="1.2.3", prefix="later")
+    node.work()
+    assert states(node) == [(STUDY, "receiving", 5)]  # they may still be written
+    monkeypatch.setattr(service, "_WRITTEN", -1.0)
+    node.work()
+    assert states(node) == [(STUDY, "receiving", 10)]
+
+
+def test_what_a_monitor_is_told(make_node, contours):
+    node = make_node()
+    contours(node)
+    server = serve_health(node, 0)
+
+    def ask(path, status=200):
+        try:
+            answer = urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}")
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            assert answer.status == status
+            return answer.read().decode()
+
+    try:
+        assert ask("/health") == "ok\n"
+        values = dict(line.rsplit(" ", 1) for line in ask("/metrics").splitlines() if not line.startswith("#"))
+        assert values['mmfnet_node_studies{state="sending"}'] == values["mmfnet_node_images"] == "1"
+        assert 0 <= float(values["mmfnet_node_oldest_seconds"]) < 60
+        ask("/", status=404)
+        node.free = 1e18
+        assert "GB must remain" in ask("/health", status=503)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_address_of_an_archive():
+    assert parse_archive("ORTHANC@localhost:4242") == Archive("ORTHANC", "localhost", 4242)
+    assert parse_archive("A B@[::1]:104") == Archive("A B", "::1", 104)
+    assert parse_archive("https://archive/dicom-web") == WebArchive("https://archive/dicom-web")
+    for text in ("ORTHANC", "ORTHANC@localhost", "@localhost:1", "ORTHANC@localhost:70000", "A@h:x"):
+        with pytest.raises(ValueError, match=r"TITLE@HOST:PORT is expected. Received: "):
+            parse_archive(text)
+    for text in ("https://me:secret@archive/web", "http://"):
+        with pytest.raises(ValueError, match=r"without a password is expected, as in MMFNET_NODE_AUTHORIZATION"):
+            parse_archive(text)
