@@ -38,7 +38,7 @@ def process_of(file: Path) -> str:
         file: What was written of `this_process`; it need not exist.
 
     Returns:
-        The text of the file, empty if that process has ended. It is not known of one of another machine.
+        The text of the file, empty if that process has ended. A process of another machine is assumed to run.
     """
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

@@ -77,6 +77,7 @@ the groups, folds and donor that were given |
         self.log_file = self.folder / "run.log"
         self.report_file = self.folder / "report.html"
         self.jobs = self.folder / "jobs"
+        self.scheduler = self.jobs / ".scheduler"
 
     def __str__(self):
         return str(self.folder)

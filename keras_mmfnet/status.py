@@ -4,7 +4,6 @@ import dataclasses
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet._machine import process_of
-from keras_mmfnet.jobs import SCHEDULER
 from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.run import Run
 from keras_mmfnet.training import last_epoch_end, read_epochs
@@ -100,7 +99,7 @@ def jobs_state(run: Run) -> str:
 
 def scheduler_of(run: Run) -> str:
     """The process that schedules the jobs of a run; empty if none does."""
-    return process_of(run.jobs / SCHEDULER)
+    return process_of(run.scheduler)
 
 
 def _state(run, fold, name, borrowed, missing, reason):

@@ -275,6 +275,13 @@ def load_networks(run, folds: list[int] | None = None):
     return [load_network(run.network(fold), run.recipe) for fold in choose_trained(run, folds)]
 
 
+def check_structure_name(name: str, structures: list[str]) -> None:
+    """Refuses a name that the one structure of a network cannot have in DICOM files."""
+    if not 1 <= len(name) <= 64 or "\\" in name or len(structures) > 1:
+        expected = "1 to 64 characters without a backslash, for a network of one structure,"
+        raise ValueError(f"--structure: {expected} are expected. Received: {name} for {', '.join(structures)}")
+
+
 def choose_trained(run, folds: list[int] | None = None) -> list[int]:
     """The folds of a run or bundle that are trained; refuses others."""
     trained = run.trained_folds()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from keras_mmfnet._files import hold
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import silenced
 from keras_mmfnet.cli._terminal import counted, make_table, roughly, session
@@ -41,7 +42,7 @@ def start(
     title: Annotated[str, typer.Option(metavar="TITLE", help="AE title of this node.")] = "MMFNET",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 for a free one.")] = 11112,
-    quiet_for: Annotated[
+    complete_after: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="A study is complete when no image came for so long.")
     ] = 60.0,
     free: Annotated[str, typer.Option(metavar="SIZE", help="What must remain free on the disk.")] = "5GB",
@@ -59,7 +60,9 @@ def start(
 ):
     """Receives studies, segments them and sends the contours on, until it is interrupted."""
     with session(quiet) as terminal:
-        options.open_bundle(run)
+        recipe, bundle = options.open_bundle(run)
+        if structure is not None:
+            options.check_structure_name(structure, list(recipe.data.structures))
         if not (rtstruct or seg):
             raise ValueError("--rtstruct, --seg: one or both are expected. Received: none")
         for name in (title, *allow):
@@ -69,31 +72,58 @@ def start(
         if watch:
             options.require_folder(watch, "--watch")
         with silenced():
-            from keras_mmfnet._files import hold
             from keras_mmfnet.node.health import serve_health
             from keras_mmfnet.node.network import parse_archive
             from keras_mmfnet.node.service import Node
-        archives, secure = [parse_archive(text) for text in to], _certificates(tls_certificate, tls_key, tls_authority)
+            from keras_mmfnet.run import Run
+        options.choose_trained(bundle or Run(run))
         kinds = [name for name, wish in {"rtstruct": rtstruct, "seg": seg}.items() if wish]
+        archives, secure = [parse_archive(text) for text in to], _certificates(tls_certificate, tls_key, tls_authority)
+        min_free = options.parse_amount(free, "--free", {"GB": 1e9, "MB": 1e6})
         chosen = [f"--structure={structure}"] * bool(structure) + [f"--device={device}"] * bool(device)
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(hold, folder) as lock:
-            free_bytes = options.parse_amount(free, "--free", {"GB": 1e9, "MB": 1e6})
-            made = Node(folder, run, archives, kinds, title, allow, quiet_for, free_bytes, secure, watch, chosen, lock)
-            server, health = made.listen(host, port), serve_health(made, health_port)
+        with _only_one(folder) as lock, contextlib.ExitStack() as stack:
+            made = Node(
+                folder,
+                run,
+                archives,
+                kinds,
+                allow,
+                title=title,
+                complete_after=complete_after,
+                min_free=min_free,
+                certificates=secure,
+                watched=watch,
+                options=chosen,
+                lock=lock,
+            )
+            with _named("--health-port", health_port):
+                health = serve_health(made, health_port)
+            stack.callback(health.server_close)
+            stack.callback(health.shutdown)
+            with _named("--host, --port", f"{host}:{port}"):
+                server = made.listen(host, port)
+            stack.callback(server.shutdown)
             terminal.say(f"{title}@{host}:{server.server_address[1]}\nStop with Ctrl-C", always=True)
             with contextlib.suppress(KeyboardInterrupt):
-                try:
-                    made.serve()
-                finally:
-                    health.shutdown()
-                    server.shutdown()
+                made.serve()
+
+
+@contextlib.contextmanager
+def _named(option, value):
+    """Names the option in an error about an address."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option}: an address that is free is expected, {error.strerror}. Received: {value}"
+        ) from error
 
 
 def _require_pynetdicom():
     if importlib.util.find_spec("pynetdicom") is None:
         raise ValueError("mmfnet node needs pynetdicom: pip install 'keras-mmfnet[node]'. Received: none")
-    # What matters of its messages is in ours.
+    # Failures are raised or logged by `keras_mmfnet.node`.
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
 
 
@@ -112,8 +142,8 @@ def _certificates(*files):
 
 
 @contextlib.contextmanager
-def _only_one(hold, folder):
-    """Locks the folder of a node. What a killed one left running is waited for."""
+def _only_one(folder):
+    """Locks the folder of a node. Waits up to a minute for a segmentation that a killed one left."""
     end = time.monotonic() + 60
     with contextlib.ExitStack() as stack:
         while True:
@@ -122,7 +152,8 @@ def _only_one(hold, folder):
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise ValueError(f"{folder}: one node at a time is expected. Received: another one") from None
+                    received = "another one, or a segmentation that a killed one left"
+                    raise ValueError(f"{folder}: one node at a time is expected. Received: {received}") from None
                 time.sleep(0.2)
         yield lock
 
@@ -168,10 +199,10 @@ def fetch(
     """Lets an archive send a study to the node."""
     with session() as terminal:
         if bool(study) == bool(accession):
-            raise ValueError(f"--study, --accession: one of them is expected. Received: {study or 'none'}")
+            raise ValueError(f"--study, --accession: one of them is expected. Received: {'both' if study else 'none'}")
         _require_pynetdicom()
         with silenced():
             from keras_mmfnet.node.network import Archive
         secure = _certificates(tls_certificate, tls_key, tls_authority)
-        for uid, count in Archive.parse(archive).move(title, study, accession, title, secure):
+        for uid, count in Archive.parse(archive).move(title, study, accession, secure):
             terminal.say(f"{uid}: {counted(count, 'object')} sent to {title}", always=True)

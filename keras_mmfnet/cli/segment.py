@@ -55,9 +55,7 @@ def segment(
         recipe, bundle = options.open_bundle(run)
         names = list(recipe.data.structures)
         if structure is not None:
-            if not 1 <= len(structure) <= 64 or "\\" in structure or len(names) > 1:
-                expected = "1 to 64 characters without a backslash, for a network of one structure,"
-                raise ValueError(f"--structure: {expected} are expected. Received: {structure} for {', '.join(names)}")
+            options.check_structure_name(structure, names)
             names = [structure]
         if mirror and not recipe.patches.flip_axes:
             raise ValueError("--mirror: networks trained with `patches.flip_axes` are expected. Received: none")

@@ -16,7 +16,7 @@ _SECONDS = 5
 
 def status(
     run: options.RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, while anything runs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 5 seconds, until all is done.")] = False,
 ):
     """Shows how far each network of a run is: what runs where, its epoch and loss, the time left, and what failed."""
     with session() as terminal:
@@ -27,9 +27,9 @@ def status(
             from keras_mmfnet.status import jobs_state, network_states, scheduler_of
 
         def shown():
-            """What to print, and whether all is done."""
+            """What to print, and whether nothing more will happen."""
             opened, parts, states = Run(run), [], []
-            scheduler = scheduler_of(opened)  # before what it does is read
+            scheduler = scheduler_of(opened)  # read first: if it ends meanwhile, its last results are still shown
             if about := jobs_state(opened):
                 parts.append(rich.text.Text(about))
             if opened.recipe_file.exists() or not about:
@@ -37,7 +37,7 @@ def status(
                 states = network_states(opened)
                 parts.append(make_table(_HEADER, _lines(states), left=3))
             found = {state.state for state in states}
-            # What waits after the jobs have ended waits for one that failed.
+            # After the jobs have ended, a network that waits is not started: one that it needs has failed.
             waiting = "waiting" in found or not found
             return rich.console.Group(*parts), not (scheduler or "running" in found or (waiting and not about))
 

@@ -70,8 +70,10 @@ def train(
     )
     with session(quiet, resume_with=again) as terminal:
         if corrections and (data or resume or dry_run or not source):
+            given = {"DATA": data, "--resume": resume, "--dry-run": dry_run, "no --from": not source}
             expected = "a reviewed folder (--from) is expected with it, no DATA, no --resume and no --dry-run"
-            raise ValueError(f"--corrections: {expected}. Received: --from {source}, DATA {data}")
+            received = ", ".join(name for name, there in given.items() if there)
+            raise ValueError(f"--corrections: {expected}. Received: {received}")
         if data is None and not (resume or corrections):
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
@@ -119,7 +121,7 @@ def train(
             options.use_workers(workers),
             tracked_with(track),
         ):
-            # By the first process alone: others may start after it has begun to write.
+            # Only the first process gets here. Others may start after it has begun to write.
             if not resume:
                 before.require_none()
             if corrections:
@@ -146,8 +148,8 @@ def _export_reviewed(source, out):
     from keras_mmfnet.review.exports import export_corrections
     from keras_mmfnet.review.patients import find_reviewed
 
-    numbers = (f"_{number}" for number in itertools.count(2))
-    folder = next(path for end in itertools.chain([""], numbers) if not (path := out / f"reviewed{end}").exists())
+    names = itertools.chain(["reviewed"], (f"reviewed_{number}" for number in itertools.count(2)))
+    folder = next(out / name for name in names if not (out / name).exists())
     export_corrections(find_reviewed(source), source / "corrections", folder)
     return folder
 

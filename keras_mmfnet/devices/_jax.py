@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from keras_mmfnet.devices import Devices, choose, started_with_others
 
-# Whether the others wait for this process: from its first broadcast to the last one, of `None`.
+# Whether the other processes wait for this one: until `broadcast(None)` ends the training.
 _awaited = False
 
 
@@ -18,7 +18,7 @@ def connect():
     """Connects to the processes of other machines, as `keras.distribution.initialize` is told by the environment."""
     global _awaited
     keras.distribution.initialize()
-    _awaited = jax.process_index() > 0  # the first one may refuse to begin
+    _awaited = jax.process_index() > 0  # the first process may fail before its first broadcast
     atexit.register(_leave)
 
 

@@ -39,8 +39,6 @@ _RETRIES = 2
 # Seconds between two looks at the jobs.
 _SECONDS = 0.5
 _REQUEST = "request.json"
-SCHEDULER = ".scheduler"
-"""Name of the file in `RUN/jobs` that names the process that schedules them."""
 
 
 class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -269,18 +267,18 @@ def schedule(
     from keras_mmfnet.run import Run
 
     _require_snakemake()
-    jobs = Run(request.run).jobs
+    run = Run(request.run)
+    jobs = run.jobs
     jobs.mkdir(parents=True, exist_ok=True)
     with _hold(jobs / ".lock") as lock:
         folder = jobs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
         folder.mkdir()
         names = _prepare(folder, request)
-        scheduler = jobs / SCHEDULER
         try:
-            write(scheduler, this_process())
+            write(run.scheduler, this_process())
             _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names)
         finally:
-            scheduler.unlink(missing_ok=True)
+            run.scheduler.unlink(missing_ok=True)
 
 
 def _require_snakemake():

@@ -13,7 +13,7 @@ _HELP = {
     "studies": "Studies by state.",
     "images": "Images that were received.",
     "failed_attempts": "Attempts that failed, of studies that are tried again.",
-    "oldest_seconds": "How long ago the oldest study changed that is not done or refused.",
+    "oldest_seconds": "The longest time since the last step of a study that is not done or refused.",
     "free_bytes": "Free bytes on the disk.",
 }
 
@@ -39,9 +39,9 @@ def describe(node: Node) -> str:
 
 def find_fault(node: Node) -> str:
     """Why a node cannot receive images now; empty if it can."""
-    node.queue.studies()
+    node.queue.studies()  # raises if it cannot be read
     free = shutil.disk_usage(node.folder).free
-    return f"{free / 1e9:.1f} GB are free, {node.free / 1e9:.1f} GB must remain" if free < node.free else ""
+    return f"{free / 1e9:.1f} GB are free, {node.min_free / 1e9:.1f} GB must remain" if free < node.min_free else ""
 
 
 def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
@@ -52,7 +52,7 @@ def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
         port: Port; 0 for a free one.
 
     Returns:
-        The server, with its port in `server_port`, to be ended by `shutdown()`.
+        The server, with its port in `server_port`, to be ended by `shutdown()` and `server_close()`.
 
     Raises:
         OSError: The port cannot be used.
@@ -60,11 +60,14 @@ def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            status, text = 404, "not found\n"
             try:
-                fault = find_fault(node)
-                answers = {"/health": (503 if fault else 200, fault or "ok\n"), "/metrics": (200, describe(node))}
-                status, text = answers.get(self.path, (404, "not found\n"))
-            except Exception as error:  # of the queue or the disk, which is what is asked for
+                if self.path == "/metrics":
+                    status, text = 200, describe(node)
+                elif self.path == "/health":
+                    fault = find_fault(node)
+                    status, text = (503, f"{fault}\n") if fault else (200, "ok\n")
+            except Exception as error:  # a queue or a disk that is damaged is what is asked for
                 status, text = 503, f"{error}\n"
             self.send_response(status)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")

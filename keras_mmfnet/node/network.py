@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import http.client
 import os
 import re
 import ssl
@@ -40,7 +41,7 @@ class Certificates:
         """The settings of connections to this node as a `server`, or from it.
 
         Raises:
-            ValueError: A file is no such file.
+            ValueError: A file is missing or not in PEM format.
         """
         purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
         try:
@@ -49,7 +50,7 @@ class Certificates:
         except OSError as error:  # also of `ssl`
             files = ", ".join(map(str, (self.certificate, self.key, self.authority)))
             expected = "a certificate, its key and an authority in PEM are expected"
-            raise ValueError(f"{expected}: {error}. Received: {files}") from None
+            raise ValueError(f"{expected}: {error}. Received: {files}") from error
         context.verify_mode = ssl.CERT_REQUIRED
         return context
 
@@ -101,7 +102,7 @@ class Archive:
                 try:
                     status = association.send_c_store(one).get("Status")
                 except (ValueError, RuntimeError) as error:  # not accepted by the archive, or aborted
-                    raise OSError(f"{self}: must accept {one.SOPClassUID.name}. Received: {error}") from None
+                    raise OSError(f"{self}: must accept {one.SOPClassUID.name}. Received: {error}") from error
                 # Success, or a warning: stored with changes.
                 if status is None or not (status == 0 or 0xB000 <= status <= 0xBFFF):
                     received = "no answer" if status is None else f"status {status:04X}"
@@ -109,19 +110,17 @@ class Archive:
 
     def move(
         self,
-        to: str,
+        title: str,
         study: str = "",
         accession: str = "",
-        title: str = "MMFNET",
         certificates: Certificates | None = None,
     ) -> list[tuple[str, int]]:
         """Lets the archive send studies to a node that it knows by C-FIND and C-MOVE.
 
         Args:
-            to: Application entity title of the node.
-            study: Study Instance UID, or
-            accession: the accession number.
-            title: Application entity title of the one who asks.
+            title: Application entity title of the node, which is also the one who asks.
+            study: Study Instance UID; empty for any.
+            accession: Accession number; empty for any.
             certificates: As for `store`.
 
         Returns:
@@ -145,7 +144,7 @@ class Archive:
             for uid in found:
                 one = pydicom.Dataset()
                 one.QueryRetrieveLevel, one.StudyInstanceUID = "STUDY", uid
-                answers = list(self._answers(association.send_c_move(one, to, move)))
+                answers = list(self._answers(association.send_c_move(one, title, move)))
                 sent.append((str(uid), int(answers[-1][0].get("NumberOfCompletedSuboperations", 0))))
         return sent
 
@@ -196,7 +195,7 @@ class WebArchive:
 
         Args:
             files: The files.
-            title: Not used.
+            title: Ignored; `Archive.store` has the same arguments.
             certificates: For HTTPS with the authority and the node's certificate; `None` for the system's authorities.
 
         Raises:
@@ -213,11 +212,14 @@ class WebArchive:
         context = certificates.context(server=False) if certificates else None
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:
-                # 202: some were stored.
-                if answer.status != 200:
-                    raise OSError(f"{self}: must store all objects. Received: {answer.status} {answer.read()[:300]!r}")
+                status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            raise OSError(f"{self}: must store all objects. Received: {error} {error.read()[:300]!r}") from None
+            with error:
+                status, text = error.code, error.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"{self}: must answer. Received: {error}") from error
+        if status != 200:  # 202: some were stored
+            raise OSError(f"{self}: must store all objects. Received: status {status} {text[:300]!r}")
 
 
 def parse_archive(text: str) -> Archive | WebArchive:
@@ -227,7 +229,10 @@ def parse_archive(text: str) -> Archive | WebArchive:
         ValueError: It is something else.
     """
     if text.startswith(("http://", "https://")):
-        if not urllib.parse.urlsplit(text).hostname or urllib.parse.urlsplit(text).password:
-            raise ValueError(f"an address without a password is expected, as in {AUTHORIZATION}. Received: {text}")
+        found = urllib.parse.urlsplit(text)
+        if found.password:
+            raise ValueError(f"a password is expected in {AUTHORIZATION}. Received: an address with a password")
+        if not found.hostname:
+            raise ValueError(f"an address with a host is expected. Received: {text}")
         return WebArchive(text)
     return Archive.parse(text)

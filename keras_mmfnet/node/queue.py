@@ -15,7 +15,8 @@ CREATE TABLE IF NOT EXISTS studies (
     changed REAL NOT NULL, due REAL NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0,
     reason TEXT NOT NULL DEFAULT ''
 );
-CREATE TABLE IF NOT EXISTS images (uid TEXT PRIMARY KEY, study TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS images (study TEXT, uid TEXT, PRIMARY KEY (study, uid));
+CREATE TABLE IF NOT EXISTS sent (study TEXT, version INTEGER, archive TEXT, PRIMARY KEY (study, version, archive));
 """
 # Seconds until the next attempt: doubled each time, from the first to the second number.
 _PAUSES = 10.0, 3600.0
@@ -31,7 +32,7 @@ class Study:
             `"refused"`: it cannot be segmented.
         images: How many images were received.
         version: Increases with each image.
-        changed: When the last image came or the state changed, in seconds since 1970.
+        changed: When the last image came or a step ended, in seconds since 1970.
         due: Not before this time is it tried again, in seconds since 1970.
         attempts: How often the step it is at has failed.
         reason: Why it failed last.
@@ -77,7 +78,7 @@ class StudyQueue:
             replaced: The image is there, with another content.
         """
         with self._open() as database:
-            new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (image, uid)).rowcount
+            new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (uid, image)).rowcount
             if new or replaced:
                 database.execute(
                     "INSERT INTO studies (uid, state, images, changed) VALUES (?, 'receiving', 1, ?) ON CONFLICT (uid) "
@@ -91,18 +92,18 @@ class StudyQueue:
         with self._open() as database:
             database.execute("UPDATE studies SET state = 'receiving' WHERE state = 'segmenting'")
 
-    def next_to_segment(self, quiet: float) -> Study | None:
+    def next_to_segment(self, complete_after: float) -> Study | None:
         """The study that is complete for the longest time, which is `"segmenting"` from now on.
 
         Args:
-            quiet: For how many seconds no image may have come.
+            complete_after: For how many seconds no image may have come.
         """
         with self._open() as database:
             # Nobody else may choose the same one.
             database.execute("BEGIN IMMEDIATE")
             now = time.time()
             condition = "state = 'receiving' AND changed <= ? AND due <= ?"
-            [study] = self._select(database, condition, (now - quiet, now)) or [None]
+            study = next(iter(self._select(database, condition, (now - complete_after, now))), None)
             if study:
                 database.execute("UPDATE studies SET state = 'segmenting' WHERE uid = ?", (study.uid,))
                 study = dataclasses.replace(study, state="segmenting")
@@ -112,6 +113,17 @@ class StudyQueue:
         """The study that waits for the longest time to be sent."""
         with self._open() as database:
             return next(iter(self._select(database, "state = 'sending' AND due <= ?", (time.time(),))), None)
+
+    def sent_to(self, study: Study) -> set[str]:
+        """The archives that have the contours of a study already."""
+        with self._open() as database:
+            query = "SELECT archive FROM sent WHERE study = ? AND version = ?"
+            return {name for (name,) in database.execute(query, (study.uid, study.version))}
+
+    def sent(self, study: Study, archive: str) -> None:
+        """Records that an archive has the contours of a study."""
+        with self._open() as database:
+            database.execute("INSERT OR IGNORE INTO sent VALUES (?, ?, ?)", (study.uid, study.version, archive))
 
     def advance(self, study: Study, state: str, reason: str = "") -> None:
         """Gives a study its next state.

@@ -1,6 +1,5 @@
 """Receives studies, segments those that are complete, and sends the contours on."""
 
-import contextlib
 import io
 import logging
 import os
@@ -37,7 +36,7 @@ _IMAGES = {
 # Images of a study at most, and how often a study is tried whose segmentation was killed.
 _MOST_IMAGES, _MOST_ATTEMPTS = 20_000, 3
 # Seconds between two looks at the queue, and since the last change of a file that is read.
-_SECONDS, _WRITTEN = 0.5, 2.0
+_POLL, _SETTLED = 0.5, 2.0
 
 
 class Node:
@@ -48,14 +47,14 @@ class Node:
         run: Folder of a run, or a bundle.
         archives: Who gets the contours.
         kinds: `"rtstruct"`, `"seg"` or both.
-        title: Application entity title.
         allowed: Titles of those that may send.
-        quiet: After how many seconds without a new image a study is complete.
-        free: Bytes that must remain free on the disk.
+        title: Application entity title.
+        complete_after: After how many seconds without a new image a study is complete.
+        min_free: Bytes that must remain free on the disk.
         certificates: For TLS in both directions; `None` for none.
         watched: A folder of exports, whose images are taken like those that are sent.
         options: Further options for `mmfnet segment`.
-        lock: Descriptor of a locked file, which a segmentation inherits, so that none goes on beside a new node.
+        lock: Descriptor of a locked file. The segmentation inherits it, so a new node waits until it ends.
     """
 
     def __init__(
@@ -64,17 +63,17 @@ class Node:
         run: Path,
         archives: Sequence[Archive | WebArchive],
         kinds: Sequence[str],
+        allowed: Sequence[str],
         title: str = "MMFNET",
-        allowed: Sequence[str] = (),
-        quiet: float = 60.0,
-        free: float = 5e9,
+        complete_after: float = 60.0,
+        min_free: float = 5e9,
         certificates: Certificates | None = None,
         watched: Path | None = None,
         options: Sequence[str] = (),
         lock: int | None = None,
     ):
         self.folder, self.run, self.archives, self.kinds = Path(folder), Path(run), list(archives), list(kinds)
-        self.title, self.allowed, self.quiet, self.free = title, list(allowed), quiet, free
+        self.title, self.allowed, self.complete_after, self.min_free = title, list(allowed), complete_after, min_free
         self.certificates, self.watched, self._taken = certificates, watched, set()
         self.options, self.lock = list(options), lock
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +131,8 @@ class Node:
         path = place / f"{image}.dcm"
         there = path.exists()
         if not there or path.read_bytes() != content:
-            if shutil.disk_usage(self.folder).free < self.free + len(content):
-                _log.error("Not kept: the disk must have %.1f GB left", self.free / 1e9)
+            if shutil.disk_usage(self.folder).free < self.min_free + len(content):
+                _log.error("Not kept: the disk must have %.1f GB left", self.min_free / 1e9)
                 return _OUT_OF_RESOURCES
             place.mkdir(parents=True, exist_ok=True)
             if not there and sum(1 for _ in os.scandir(place)) >= _MOST_IMAGES:
@@ -145,24 +144,27 @@ class Node:
         self.queue.add(study, image)
         return _SUCCESS
 
-    def look(self) -> None:
+    def take_watched(self) -> None:
         """Takes the images in the watched folder that have come since, and are not being written any more."""
         for path in sorted(self.watched.rglob("*")):
-            with contextlib.suppress(OSError):  # it is gone, or cannot be read yet
+            try:
                 about = path.stat()
                 key = path, about.st_mtime, about.st_size
-                if key in self._taken or not path.is_file() or time.time() - about.st_mtime < _WRITTEN:
+                if key in self._taken or not path.is_file() or time.time() - about.st_mtime < _SETTLED:
                     continue
-                if not is_dicom(path) or self.keep(path.read_bytes()) != _OUT_OF_RESOURCES:
-                    self._taken.add(key)
+                content = path.read_bytes() if is_dicom(path) else None
+            except OSError:  # it is gone, or cannot be read yet
+                continue
+            if content is None or self.keep(content) != _OUT_OF_RESOURCES:
+                self._taken.add(key)
 
     def work(self) -> bool:
         """Segments a study that is complete, and sends one that is segmented. Returns whether there was any."""
         if self.watched:
-            self.look()
+            self.take_watched()
         if study := self.queue.next_to_send():
             self._send(study)
-        if complete := self.queue.next_to_segment(self.quiet):
+        if complete := self.queue.next_to_segment(self.complete_after):
             self._segment(complete)
         return bool(study or complete)
 
@@ -170,7 +172,7 @@ class Node:
         """Works until it is interrupted."""
         while True:
             if not self.work():
-                time.sleep(_SECONDS)
+                time.sleep(_POLL)
 
     def results(self, study: Study) -> Path:
         """The folder with what was segmented of a study; with later images it has another one."""
@@ -197,7 +199,8 @@ class Node:
             _log.info("Study %s: segmented in %.0f s", study.uid, time.monotonic() - begun)
             self.queue.advance(study, "sending" if files else "done", "" if files else "no structure was found")
             return
-        reason = ended.stderr.partition("error: ")[2].strip() or f"mmfnet segment ended with {ended.returncode}"
+        last = (ended.stderr.strip() or "nothing was printed").splitlines()[-1]
+        reason = ended.stderr.partition("error: ")[2].strip() or f"mmfnet segment ended with {ended.returncode}: {last}"
         # A killed process may have lacked memory, which another time there may be.
         if (ended.returncode < 0 or ended.returncode >= 128) and study.attempts + 1 < _MOST_ATTEMPTS:
             _log.warning("Study %s: %s; it is tried again", study.uid, reason)
@@ -207,18 +210,28 @@ class Node:
             self.queue.advance(study, "refused", reason)
 
     def _send(self, study):
-        """Sends the files of a study to all archives."""
-        files = sorted(self.results(study).glob("*.dcm"))
-        try:
-            for archive in self.archives:
-                archive.store(files, self.title, self.certificates)
-        except OSError as error:
-            _log.warning("Study %s: not sent: %s", study.uid, error)
-            self.queue.postpone(study, str(error))
+        """Sends the files of a study to the archives that do not have them yet."""
+        files, faults = sorted(self.results(study).glob("*.dcm")), []
+        if not files:
+            expected = f"{self.results(study)}: must hold what was segmented"
+            self.queue.advance(study, "refused", f"{expected}. Received: a folder without DICOM files")
+            return
+        there = self.queue.sent_to(study)
+        for archive in self.archives:
+            if str(archive) not in there:
+                try:
+                    archive.store(files, self.title, self.certificates)
+                except OSError as error:
+                    faults.append(str(error))
+                else:
+                    self.queue.sent(study, str(archive))
+                    _log.info("Study %s: sent to %s", study.uid, archive)
+        if faults:
+            _log.warning("Study %s: not sent: %s", study.uid, "; ".join(faults))
+            self.queue.postpone(study, "; ".join(faults))
         else:
-            _log.info("Study %s: sent to %s", study.uid, ", ".join(map(str, self.archives)))
             self.queue.advance(study, "done")
 
 
 def _report_rejection(event):
-    _log.warning("Refused a connection from %s: its title is not allowed", event.address[0])
+    _log.warning("Refused a connection from %s: its title or ours is wrong, or too many are open", event.address[0])

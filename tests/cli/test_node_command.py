@@ -106,23 +106,28 @@ def orthanc(folder, node):
         archive.process.wait()
 
 
-def start_node(run, folder, port, archive, *options):
+@contextlib.contextmanager
+def started_node(run, folder, port, archive, *options):
     command = [sys.executable, "-m", "keras_mmfnet.cli", "node", "start", run, "--folder", folder, "--port", port]
     command += [
         "--allow",
         "ORTHANC",
         "--to",
         f"ORTHANC@127.0.0.1:{archive}",
-        "--quiet-for",
+        "--complete-after",
         2,
         "--health-port",
         0,
         *options,
     ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    log = open(Path(folder).with_suffix(".log"), "a")  # noqa: SIM115
-    with log:
-        return subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+    with open(Path(folder).with_suffix(".log"), "a") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def listens(port):
@@ -138,7 +143,7 @@ def state(folder):
 def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
     """The node is killed at several moments; what arrives is what `mmfnet segment` writes."""
     for name, seed in (("T1", 0), ("T2", 1), ("T1 C+", 2)):
-        write_series(tmp_path / "images" / name, GRID, name, uid=f"1.2.3.{seed}", seed=seed)
+        write_series(tmp_path / "images" / name, GRID, name, patient="PID4711", uid=f"1.2.3.{seed}", seed=seed)
     folder, port = tmp_path / "node", free_port()
     with orthanc(tmp_path / "archive", port) as archive:
         images = sorted((tmp_path / "images").rglob("*.dcm"))
@@ -149,21 +154,20 @@ def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
             lambda: list((folder / "results").rglob("*_rtstruct.dcm")),
         ]
         options = ("--rtstruct", "--seg", "--structure", "GTV")
-        node = start_node(trained, folder, port, archive.dicom, *options)
-        wait_for(lambda: listens(port), "the node listens")
-        archive.send_all()
         for number, moment in enumerate(moments):
-            wait_for(moment, f"moment {number}: {state(folder)}")
-            node.kill()
-            node.wait()
-            node = start_node(trained, folder, port, archive.dicom, *options)
-        wait_for(lambda: state(folder) == [("done", 15, "")], "the study is done")
+            with started_node(trained, folder, port, archive.dicom, *options):
+                if not number:
+                    wait_for(lambda: listens(port), "the node listens")
+                    archive.send_all()
+                wait_for(moment, f"moment {number}")
+        with started_node(trained, folder, port, archive.dicom, *options) as node:
+            wait_for(lambda: state(folder) == [("done", 15, "")], "the study is done")
+            node.send_signal(signal.SIGINT)
+            assert node.wait(60) == 0
         status = mmfnet("node", "status", "--folder", folder)
         assert status.stdout.splitlines()[3].split()[:3] == [STUDY, "done", "15"]
-        node.send_signal(signal.SIGINT)
-        assert node.wait(60) == 0
         [structures], [segmentation] = archive.objects("RT Structure Set"), archive.objects("Segmentation")
-    assert "1" not in Path(folder).with_suffix(".log").read_text().split()  # the patient's number
+    assert "PID4711" not in Path(folder).with_suffix(".log").read_text()
     mmfnet("segment", trained, tmp_path / "images", "--out", tmp_path / "own", "--seg", "--structure", "GTV")
     mask = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "own" / "images.nii.gz")))
     assert mask.any()
@@ -182,13 +186,12 @@ def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
 @needs_orthanc
 def test_archives_that_speak_dicomweb_and_are_asked(mmfnet, trained, tmp_path, monkeypatch):
     write_series(tmp_path / "images", GRID, "T1", uid="1.2.3.0")
-    images, node = sorted((tmp_path / "images").iterdir()), Node(tmp_path / "node", trained, [], ["seg"])
-    node.allowed.append("ORTHANC")
+    images, node = sorted((tmp_path / "images").iterdir()), Node(tmp_path / "node", trained, [], ["seg"], ["ORTHANC"])
     server = node.listen("127.0.0.1", 0)
     try:
         with orthanc(tmp_path / "archive", server.server_address[1]) as archive:
             web, about = WebArchive(f"http://127.0.0.1:{archive.web}/dicom-web/"), f"ORTHANC@127.0.0.1:{archive.dicom}"
-            with pytest.raises(OSError, match=r"must store all objects. Received: HTTP Error 401"):
+            with pytest.raises(OSError, match=r"must store all objects. Received: status 401"):
                 web.store(images, "MMFNET")
             monkeypatch.setenv("MMFNET_NODE_AUTHORIZATION", archive.authorization)
             web.store(images, "MMFNET")
@@ -209,7 +212,7 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
     names = ["T1", "T2", "T1 C+"] if fault == "an object is truncated" else ["T1"]
     for number, name in enumerate(names):
         write_series(tmp_path / "images" / name, GRID, name, uid=f"1.2.3.{number}")
-    node = Node(tmp_path / "node", trained, [], ["seg"], quiet=0)
+    node = Node(tmp_path / "node", trained, [], ["seg"], [], complete_after=0)
     for path in sorted((tmp_path / "images").rglob("*.dcm")):
         content = path.read_bytes()
         node.keep(content[:-200] if path.name == "slice_02.dcm" and len(names) > 1 else content)
@@ -236,5 +239,20 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
 def test_what_is_refused(mmfnet, trained, tmp_path, options, message):
     refused = mmfnet("node", "start", trained, "--folder", tmp_path / "node", *options, code=1)
     assert message in refused.stderr
+
+
+def test_what_is_refused_at_the_start(mmfnet, trained, tmp_path):
+    options = ("--folder", tmp_path / "node", "--allow", "A", "--to", "B@localhost:1", "--seg")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = mmfnet("node", "start", trained, *options, "--port", port, "--health-port", 0, code=1)
+        assert "--host, --port: an address that is free is expected" in refused.stderr
+        refused = mmfnet("node", "start", trained, *options, "--health-port", port, code=1)
+        assert f"an address that is free is expected, Address already in use. Received: {port}" in refused.stderr
+    wrong = mmfnet("node", "start", trained, *options, "--structure", "A\\B", code=1)
+    assert "--structure: 1 to 64 characters without a backslash" in wrong.stderr
+    for fold in trained.glob("fold_*"):
+        shutil.rmtree(fold)
+    assert "a run with trained folds is expected" in mmfnet("node", "start", trained, *options, code=1).stderr
     missing = mmfnet("node", "status", "--folder", tmp_path, code=1)
     assert "--folder: the folder of a node, with a queue.sqlite, is expected" in missing.stderr

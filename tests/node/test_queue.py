@@ -91,6 +91,15 @@ def test_pauses_grow_and_others_go_on_meanwhile(queue, clock):
     assert pauses[-2:] == [3600, 3600]
 
 
+def test_several_complete_studies_one_after_the_other(queue, clock):
+    for uid in ("1.1", "1.2", "1.3"):
+        queue.add(uid, "9.9")  # two studies may have an image of the same UID
+        clock.now += 1
+    clock.now += 60
+    assert [queue.next_to_segment(60).uid for _ in range(3)] == ["1.1", "1.2", "1.3"]
+    assert queue.next_to_segment(60) is None
+
+
 def test_what_a_killed_process_left_is_begun_anew(queue, clock, tmp_path):
     queue.add("1.1", "1.1.1")
     clock.now += 60

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -24,7 +25,7 @@ STUDY = "1.2.826.0.1.3680043.2.1125.1"
 
 @contextlib.contextmanager
 def archive(title="ARCHIVE", status=0x0000, port=0):
-    """An archive that answers with a status; yields it as a `Archive`, and what it got."""
+    """An archive that answers with a status; yields it as an `Archive`, and what it got."""
     got = []
 
     def store(event):
@@ -145,7 +146,7 @@ def test_a_sender_that_is_not_allowed(make_node, images):
 
 
 def test_uids_that_lead_out_of_the_folder(make_node, images):
-    """The dataset's UIDs are those of the file's name, not the command's."""
+    """The UIDs of the dataset name the file, not those of the command."""
     node = make_node()
     one = pydicom.dcmread(images[0])
     with pytest.warns(UserWarning, match="Invalid value for VR UI"):
@@ -157,7 +158,7 @@ def test_uids_that_lead_out_of_the_folder(make_node, images):
 
 
 def test_a_full_disk(make_node, images):
-    node = make_node(free=1e18)
+    node = make_node(min_free=1e18)
     with listening(node) as address, pytest.raises(OSError, match=r"must store MR Image Storage. .* status A700"):
         address.store(images[:1], "SCANNER")
     assert states(node) == []
@@ -202,6 +203,51 @@ def test_an_archive_that_is_away_for_a_while(make_node, contours, monkeypatch):
     assert states(node) == [("1.2.3", "done", 1)]
 
 
+def test_one_of_two_archives_is_away(make_node, contours, monkeypatch):
+    """The other one gets the contours, and gets them once."""
+    with archive("AWAY") as (away, _):
+        pass
+    with archive() as (there, got):
+        node = make_node([away, there])
+        contours(node)
+        node.work()
+        monkeypatch.setattr("time.time", lambda now=time.time: now() + 11)
+        with archive("AWAY", port=away.port) as (_, late):
+            node.work()
+        assert len(got) == len(late) == 1
+    assert states(node) == [("1.2.3", "done", 1)]
+
+
+def test_results_that_were_removed(make_node, contours):
+    with archive() as (receiver, got):
+        node = make_node([receiver])
+        contours(node)
+        shutil.rmtree(node.folder / "results")
+        node.work()
+    [study] = node.queue.studies()
+    assert (study.state, got) == ("refused", [])
+    assert "must hold what was segmented" in study.reason
+
+
+def test_a_web_archive_that_is_away_or_answers_nonsense(contours, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        def nonsense():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=nonsense)
+        thread.start()
+        with pytest.raises(OSError, match=rf"{address}: must answer. Received: "):
+            WebArchive(address).store([], "MMFNET")
+        thread.join()
+    with pytest.raises(OSError, match=rf"{address}: must answer. Received: .*refused"):
+        WebArchive(address).store([], "MMFNET")
+
+
 @pytest.mark.parametrize(("status", "state"), [(0xA700, "sending"), (0xC123, "sending"), (0xB000, "done")])
 def test_an_archive_that_refuses(make_node, contours, status, state):
     with archive(status=status) as (receiver, got):
@@ -238,16 +284,16 @@ def test_connections_by_tls(make_node, images, certificates):
 
 
 def test_a_watched_folder(make_node, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "_WRITTEN", -1.0)  # a file system's clock is a bit behind
+    monkeypatch.setattr(service, "_SETTLED", -1.0)  # a file system's clock is a bit behind
     (tmp_path / "images" / "notes.txt").write_text("no image")
     node = make_node(watched=tmp_path / "images")
     assert not node.work()
     assert states(node) == [(STUDY, "receiving", 5)]
-    monkeypatch.setattr(service, "_WRITTEN", 1000.0)
+    monkeypatch.setattr(service, "_SETTLED", 1000.0)
     write_series(tmp_path / "images", uid="1.2.3", prefix="later")
     node.work()
     assert states(node) == [(STUDY, "receiving", 5)]  # they may still be written
-    monkeypatch.setattr(service, "_WRITTEN", -1.0)
+    monkeypatch.setattr(service, "_SETTLED", -1.0)
     node.work()
     assert states(node) == [(STUDY, "receiving", 10)]
 
@@ -272,7 +318,7 @@ def test_what_a_monitor_is_told(make_node, contours):
         assert values['mmfnet_node_studies{state="sending"}'] == values["mmfnet_node_images"] == "1"
         assert 0 <= float(values["mmfnet_node_oldest_seconds"]) < 60
         ask("/", status=404)
-        node.free = 1e18
+        node.min_free = 1e18
         assert "GB must remain" in ask("/health", status=503)
     finally:
         server.shutdown()
@@ -286,6 +332,8 @@ def test_the_address_of_an_archive():
     for text in ("ORTHANC", "ORTHANC@localhost", "@localhost:1", "ORTHANC@localhost:70000", "A@h:x"):
         with pytest.raises(ValueError, match=r"TITLE@HOST:PORT is expected. Received: "):
             parse_archive(text)
-    for text in ("https://me:secret@archive/web", "http://"):
-        with pytest.raises(ValueError, match=r"without a password is expected, as in MMFNET_NODE_AUTHORIZATION"):
-            parse_archive(text)
+    with pytest.raises(ValueError, match=r"a host is expected. Received: http://"):
+        parse_archive("http://")
+    with pytest.raises(ValueError, match=r"a password is expected in MMFNET_NODE_AUTHORIZATION") as refused:
+        parse_archive("https://me:secret@archive/web")
+    assert "secret" not in str(refused.value)
