@@ -35,7 +35,7 @@ def as_restructured_text(app, what, name, obj, options, lines):
     """What is Markdown in a docstring, blocks of code and tables, as reStructuredText."""
     text = "\n".join(lines)
     text = re.sub(r"```(\w+)\n(.*?)```", _code, text, flags=re.DOTALL)
-    text = re.sub(r"(?:^\|.*\n?)+", _table, text, flags=re.MULTILINE)
+    text = re.sub(r"^\|.*\n\|[-:].*\n?(?:^\|.*\n?)*", _table, text, flags=re.MULTILINE)
     # Napoleon would take what is before the first colon for a type.
     text = re.sub(r"^Returns:\n( +)", r"Returns:\n\1: ", text, flags=re.MULTILINE)
     # Nothing may follow the end of code at once.

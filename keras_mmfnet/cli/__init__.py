@@ -1,6 +1,8 @@
 """The command `mmfnet`: only here is anything printed or parsed; the package's functions do the work."""
 
+import os
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -67,6 +69,13 @@ def main() -> None:
     """The command `mmfnet`."""
     try:
         app()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["segment"]:
+            # SimpleITK may loop for ever in its destructors after it has read compressed DICOM files.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 0)
+        raise
     finally:
         # Ctrl-C while TensorFlow is taken down ends the process at once, without a word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

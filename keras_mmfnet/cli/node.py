@@ -2,17 +2,20 @@ import contextlib
 import importlib.util
 import logging
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from keras_mmfnet._files import hold
+from keras_mmfnet._files import hold, write
+from keras_mmfnet._machine import process_of, this_process
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import silenced
 from keras_mmfnet.cli._terminal import counted, make_table, roughly, session
 
+_log = logging.getLogger(__name__)
 node = typer.Typer(name="node", help="A DICOM node that segments the studies it is sent.", no_args_is_help=True)
 _Certificate = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: this node's certificate, PEM.")]
 _Key = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")]
@@ -143,19 +146,31 @@ def _certificates(*files):
 
 @contextlib.contextmanager
 def _only_one(folder):
-    """Locks the folder of a node. Waits up to a minute for a segmentation that a killed one left."""
-    end = time.monotonic() + 60
+    """Locks the folder of a node. Waits for a segmentation that a killed one left."""
+    owner, said = folder / ".owner", False
     with contextlib.ExitStack() as stack:
         while True:
+            if (other := process_of(owner)) and not said:
+                raise ValueError(f"{folder}: one node at a time is expected. Received: {other}")
             try:
                 lock = stack.enter_context(hold(folder / ".lock"))
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
-                    received = "another one, or a segmentation that a killed one left"
-                    raise ValueError(f"{folder}: one node at a time is expected. Received: {received}") from None
+                if not said:
+                    _log.info("Waiting for the segmentation of a node that was killed")
+                said = True
                 time.sleep(0.2)
+        write(owner, this_process())
+        stack.callback(owner.unlink)
         yield lock
+
+
+def _queue_of(folder):
+    """The queue of a node."""
+    path = folder / "queue.sqlite"
+    if not path.is_file():
+        raise ValueError(f"--folder: the folder of a node, with a queue.sqlite, is expected. Received: {folder}")
+    return path
 
 
 @node.command(epilog="Example: mmfnet node status --folder NODE")
@@ -164,10 +179,12 @@ def status(folder: _Folder):
     with session() as terminal:
         from keras_mmfnet.node.queue import StudyQueue
 
-        path = folder / "queue.sqlite"
-        if not path.is_file():
-            raise ValueError(f"--folder: the folder of a node, with a queue.sqlite, is expected. Received: {folder}")
+        path = _queue_of(folder)
         now = time.time()
+        try:
+            studies = StudyQueue(path).studies()
+        except sqlite3.Error as error:
+            raise ValueError(f"{path}: a queue that can be written is expected. Received: {error}") from error
         lines = [
             (
                 study.uid,
@@ -177,11 +194,25 @@ def status(folder: _Folder):
                 str(study.attempts or ""),
                 study.reason,
             )
-            for study in StudyQueue(path).studies()
+            for study in studies
         ]
         terminal.show(make_table(("study", "state", "images", "since", "attempts", ""), lines, left=2))
         free = shutil.disk_usage(folder).free / 1e9
         terminal.say(f"{len(lines)} in all, {free:.1f} GB free", always=True)
+
+
+@node.command(epilog="Example: mmfnet node retry 1.2.840.113619.2.1 --folder NODE")
+def retry(
+    study: Annotated[str, typer.Argument(metavar="UID", help="Study Instance UID of a study that was refused.")],
+    folder: _Folder,
+):
+    """Lets a node segment a study again that it refused."""
+    with session():
+        from keras_mmfnet.node.queue import StudyQueue
+
+        path = _queue_of(folder)
+        if not StudyQueue(path).retry(study):
+            raise ValueError(f"UID: a study of {folder} that was refused is expected. Received: {study}")
 
 
 @node.command(epilog="Example: mmfnet node fetch ORTHANC@localhost:4242 --accession 4711")

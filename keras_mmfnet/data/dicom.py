@@ -23,7 +23,7 @@ from keras_mmfnet.data.geometry import Grid, nearest_rotation
 _log = logging.getLogger(__name__)
 
 _MEDIA_CLASS, _CLASS, _INSTANCE = 0x00020002, 0x00080016, 0x00080018
-_PATIENT, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x0020000E, 0x00200052
+_PATIENT, _NAME, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x00100010, 0x0020000E, 0x00200052
 _DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
 _POSITION, _FRAMES, _ROWS, _PER_FRAME = 0x00200032, 0x00280008, 0x00280010, 0x52009230
 # Position, orientation, spacing, thickness, columns and rows, slope and intercept: the tags, and how many numbers.
@@ -139,18 +139,21 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         except CaseError as error:
             faults.append((path, header, error))
             continue
-        if name := header.get(_PATIENT):
-            patients.setdefault(name, path)
+        # Without an ID, the name tells the patients apart, however it is punctuated.
+        if name := header.get(_PATIENT) or "".join(filter(str.isalnum, header.get(_NAME, "").casefold())):
+            patients.setdefault((bool(header.get(_PATIENT)), name), path)
         instance = header.get(_INSTANCE)
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
             found.setdefault(_key(path, header), []).append((header, slices))
-    if len(patients) > 1:
-        listed = ", ".join(str(path.relative_to(folder)) for path in patients.values())
-        raise CaseError(
-            f"{patient}: {folder}: must hold the DICOM files of one patient. "
-            f"Received: {len(patients)} different PatientIDs ({listed})"
-        )
+    for by_id, what in ((True, "PatientIDs"), (False, "PatientNames")):
+        different = [path for (identified, _), path in patients.items() if identified == by_id]
+        if len(different) > 1:
+            listed = ", ".join(str(path.relative_to(folder)) for path in different)
+            raise CaseError(
+                f"{patient}: {folder}: must hold the DICOM files of one patient. "
+                f"Received: {len(different)} different {what} ({listed})"
+            )
     for path, header, _ in faults:
         if header.get(_UID) and not any(header[_UID] == key[0] for key in found):
             found[_key(path, header)] = [(header, [Slice(path)])]

@@ -76,7 +76,9 @@ class Archive:
         Raises:
             ValueError: It is something else.
         """
-        found = re.fullmatch(r"([^\\@]{1,16})@(.+):(\d{1,5})", text)
+        found = (
+            re.fullmatch(r"([^\\@\s](?:[^\\@\n]{0,14}[^\\@\s])?)@([^\s@]+):(\d{1,5})", text) if text.isascii() else None
+        )
         if not found or not 0 < int(found[3]) < 2**16:
             raise ValueError(f"TITLE@HOST:PORT is expected. Received: {text}")
         return cls(found[1], found[2].strip("[]"), int(found[3]))
@@ -206,12 +208,14 @@ class WebArchive:
         body = b"".join([*(part + file.read_bytes() + b"\r\n" for file in files), f"--{boundary}--\r\n".encode()])
         kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
         headers = {"Content-Type": kind, "Accept": "application/dicom+json"}
-        if given := os.environ.get(AUTHORIZATION):
+        if given := os.environ.get(AUTHORIZATION, "").strip():
+            if not (given.isascii() and given.isprintable()):
+                raise OSError(f"{AUTHORIZATION}: printable ASCII characters are expected. Received: others")
             headers["Authorization"] = given
         request = urllib.request.Request(f"{self.address.rstrip('/')}/studies", body, headers)
         context = certificates.context(server=False) if certificates else None
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:
+            with _opener(context).open(request, timeout=_TIMEOUT) as answer:
                 status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -222,6 +226,17 @@ class WebArchive:
             raise OSError(f"{self}: must store all objects. Received: status {status} {text[:300]!r}")
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Nothing would be stored where a redirected request, without its body, leads to."""
+
+    def redirect_request(self, *arguments):
+        return None
+
+
+def _opener(context):
+    return urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=context))
+
+
 def parse_archive(text: str) -> Archive | WebArchive:
     """From `TITLE@HOST:PORT`, or the address of a DICOMweb server.
 
@@ -229,10 +244,14 @@ def parse_archive(text: str) -> Archive | WebArchive:
         ValueError: It is something else.
     """
     if text.startswith(("http://", "https://")):
-        found = urllib.parse.urlsplit(text)
-        if found.password:
+        try:
+            found = urllib.parse.urlsplit(text)
+            usable = bool(found.hostname) and (found.port or 1) and text.isascii() and " " not in text
+        except ValueError:  # a port that is no number
+            usable = False
+        if usable and found.password:
             raise ValueError(f"a password is expected in {AUTHORIZATION}. Received: an address with a password")
-        if not found.hostname:
-            raise ValueError(f"an address with a host is expected. Received: {text}")
+        if not usable:
+            raise ValueError(f"the address of a DICOMweb server is expected. Received: {text}")
         return WebArchive(text)
     return Archive.parse(text)

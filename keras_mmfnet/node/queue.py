@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 STATES = ("receiving", "segmenting", "sending", "done", "refused")
@@ -88,22 +88,37 @@ class StudyQueue:
                 )
 
     def recover(self) -> None:
-        """Begins anew what a process that was killed was segmenting."""
-        with self._open() as database:
-            database.execute("UPDATE studies SET state = 'receiving' WHERE state = 'segmenting'")
+        """Postpones what was being segmented when the node or its disk failed, so that others go first."""
+        for study in self.studies():
+            if study.state == "segmenting":
+                self.postpone(study, "its segmentation was interrupted")
 
-    def next_to_segment(self, complete_after: float) -> Study | None:
+    def retry(self, uid: str) -> bool:
+        """Begins a study anew that was refused. Returns whether there is such a study."""
+        with self._open() as database:
+            return bool(
+                database.execute(
+                    "UPDATE studies SET state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = '' "
+                    "WHERE uid = ? AND state = 'refused'",
+                    (uid,),
+                ).rowcount
+            )
+
+    def next_to_segment(self, complete_after: float, open_studies: Collection[str] = ()) -> Study | None:
         """The study that is complete for the longest time, which is `"segmenting"` from now on.
 
         Args:
             complete_after: For how many seconds no image may have come.
+            open_studies: The UIDs of studies that are being sent.
         """
         with self._open() as database:
             # Nobody else may choose the same one.
             database.execute("BEGIN IMMEDIATE")
             now = time.time()
-            condition = "state = 'receiving' AND changed <= ? AND due <= ?"
-            study = next(iter(self._select(database, condition, (now - complete_after, now))), None)
+            found = self._select(
+                database, "state = 'receiving' AND changed <= ? AND due <= ?", (now - complete_after, now)
+            )
+            study = next((one for one in found if one.uid not in open_studies), None)
             if study:
                 database.execute("UPDATE studies SET state = 'segmenting' WHERE uid = ?", (study.uid,))
                 study = dataclasses.replace(study, state="segmenting")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pydicom
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 
@@ -35,6 +36,8 @@ _IMAGES = {
 }
 # Images of a study at most, and how often a study is tried whose segmentation was killed.
 _MOST_IMAGES, _MOST_ATTEMPTS = 20_000, 3
+# Seconds that a segmentation may take.
+_LONGEST = 3600
 # Seconds between two looks at the queue, and since the last change of a file that is read.
 _POLL, _SETTLED = 0.5, 2.0
 
@@ -75,10 +78,11 @@ class Node:
         self.folder, self.run, self.archives, self.kinds = Path(folder), Path(run), list(archives), list(kinds)
         self.title, self.allowed, self.complete_after, self.min_free = title, list(allowed), complete_after, min_free
         self.certificates, self.watched, self._taken = certificates, watched, set()
+        self._open: dict[object, set[str]] = {}
+        self._full = False
         self.options, self.lock = list(options), lock
         self.folder.mkdir(parents=True, exist_ok=True)
         self.queue = StudyQueue(self.folder / "queue.sqlite")
-        self.queue.recover()
 
     def listen(self, host: str, port: int) -> ThreadedAssociationServer:
         """Starts to receive, in threads of its own.
@@ -98,27 +102,30 @@ class Node:
         entity.add_supported_context(Verification)
         for context in AllStoragePresentationContexts:
             entity.add_supported_context(context.abstract_syntax, ALL_TRANSFER_SYNTAXES)
-        handlers = [(evt.EVT_C_STORE, self._receive), (evt.EVT_REJECTED, _report_rejection)]
+        handlers = [
+            (evt.EVT_C_STORE, self._receive),
+            (evt.EVT_CONN_CLOSE, lambda event: self._open.pop(event.assoc, None)),
+            (evt.EVT_PDU_SENT, _report_rejection),
+        ]
         secure = self.certificates.context(server=True) if self.certificates else None
         return entity.start_server((host, port), block=False, ssl_context=secure, evt_handlers=handlers)
 
     def _receive(self, event):
         """Answers C-STORE, after the image is on the disk and in the queue."""
-        return self.keep(event.encoded_dataset())
+        return self.keep(event.encoded_dataset(), event.assoc)
 
-    def keep(self, content: bytes) -> int:
+    def keep(self, content: bytes, connection: object = None) -> int:
         """Keeps an image and puts it into the queue. What is no image is not kept.
 
         Args:
             content: A DICOM object, as in a file.
+            connection: The association that it came by; the study is not complete before it is closed.
 
         Returns:
             The status of an answer to C-STORE.
         """
-        tags = ["SOPClassUID", "StudyInstanceUID", "SOPInstanceUID"]
         try:
-            header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=tags)
-            kind, study, image = (str(header.get(tag, "")) for tag in tags)
+            kind, study, image, series = _uids(io.BytesIO(content))
         except Exception as error:  # whatever pydicom raises on what was sent
             _log.warning("Not kept: an object that cannot be read, %s", error)
             return _NOT_UNDERSTOOD
@@ -129,19 +136,30 @@ class Node:
             return _NOT_UNDERSTOOD
         place = self.folder / "studies" / study
         path = place / f"{image}.dcm"
+        if connection is not None:
+            self._open.setdefault(connection, set()).add(study)
         there = path.exists()
-        if not there or path.read_bytes() != content:
-            if shutil.disk_usage(self.folder).free < self.min_free + len(content):
-                _log.error("Not kept: the disk must have %.1f GB left", self.min_free / 1e9)
-                return _OUT_OF_RESOURCES
-            place.mkdir(parents=True, exist_ok=True)
-            if not there and sum(1 for _ in os.scandir(place)) >= _MOST_IMAGES:
-                _log.error("Study %s: an image was not kept, it has %d already", study, _MOST_IMAGES)
-                return _OUT_OF_RESOURCES
-            if there:  # if it ends here, the sender, who gets no answer, sends the image again
-                self.queue.add(study, image, replaced=True)
-            write(path, content)
-        self.queue.add(study, image)
+        if there and path.read_bytes() == content:
+            self.queue.add(study, image)
+            return _SUCCESS
+        if there and _uids(path)[-1] != series:
+            _log.error("Study %s: an image was not kept, image %s of another series is there", study, image)
+            return _NOT_UNDERSTOOD
+        if shutil.disk_usage(self.folder).free < self.min_free + len(content):
+            if not self._full:
+                _log.error("Images are refused: the disk must have %.1f GB left", self.min_free / 1e9)
+            self._full = True
+            return _OUT_OF_RESOURCES
+        self._full = False
+        place.mkdir(parents=True, exist_ok=True)
+        if not there and sum(1 for _ in os.scandir(place)) >= _MOST_IMAGES:
+            _log.error("Study %s: an image was not kept, it has %d already", study, _MOST_IMAGES)
+            return _OUT_OF_RESOURCES
+        if there:  # before it is replaced: if it ends here, the sender, who gets no answer, sends the image again
+            self.queue.add(study, image, replaced=True)
+        write(path, content)
+        # Also if the image was there once and its file was removed.
+        self.queue.add(study, image, replaced=not there)
         return _SUCCESS
 
     def take_watched(self) -> None:
@@ -150,7 +168,8 @@ class Node:
             try:
                 about = path.stat()
                 key = path, about.st_mtime, about.st_size
-                if key in self._taken or not path.is_file() or time.time() - about.st_mtime < _SETTLED:
+                hidden = any(part.startswith(".") for part in path.relative_to(self.watched).parts)
+                if hidden or key in self._taken or not path.is_file() or time.time() - about.st_mtime < _SETTLED:
                     continue
                 content = path.read_bytes() if is_dicom(path) else None
             except OSError:  # it is gone, or cannot be read yet
@@ -160,18 +179,25 @@ class Node:
 
     def work(self) -> bool:
         """Segments a study that is complete, and sends one that is segmented. Returns whether there was any."""
+        self.queue.recover()
         if self.watched:
             self.take_watched()
         if study := self.queue.next_to_send():
             self._send(study)
-        if complete := self.queue.next_to_segment(self.complete_after):
+        being_sent = set().union(*list(self._open.values()))
+        if complete := self.queue.next_to_segment(self.complete_after, being_sent):
             self._segment(complete)
         return bool(study or complete)
 
     def serve(self) -> None:
         """Works until it is interrupted."""
         while True:
-            if not self.work():
+            try:
+                busy = self.work()
+            except Exception as error:  # of the disk or the database; the next look may find them well
+                _log.error("The node could not work: %s", error)
+                busy = False
+            if not busy:
                 time.sleep(_POLL)
 
     def results(self, study: Study) -> Path:
@@ -185,15 +211,20 @@ class Node:
         images = self.folder / "studies" / study.uid
         kinds = [f"--{kind}" for kind in self.kinds]
         command = [sys.executable, "-m", "keras_mmfnet.cli", "segment", self.run, images, "--out", out, "--quiet"]
-        ended = subprocess.run(
-            [*map(str, command), *kinds, *self.options],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=os.environ | {"KERAS_BACKEND": configured_backend()},
-            pass_fds=[] if self.lock is None else [self.lock],
-        )
+        try:
+            ended = subprocess.run(
+                [*map(str, command), *kinds, *self.options],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_LONGEST,
+                env=os.environ | {"KERAS_BACKEND": configured_backend()},
+                pass_fds=[] if self.lock is None else [self.lock],
+            )
+        except subprocess.TimeoutExpired:
+            self._try_again(study, f"mmfnet segment must end within {_LONGEST / 60:.0f} minutes. Received: it did not")
+            return
         if ended.returncode == 0:
             files = sorted(out.glob("*.dcm"))
             _log.info("Study %s: segmented in %.0f s", study.uid, time.monotonic() - begun)
@@ -201,8 +232,18 @@ class Node:
             return
         last = (ended.stderr.strip() or "nothing was printed").splitlines()[-1]
         reason = ended.stderr.partition("error: ")[2].strip() or f"mmfnet segment ended with {ended.returncode}: {last}"
-        # A killed process may have lacked memory, which another time there may be.
-        if (ended.returncode < 0 or ended.returncode >= 128) and study.attempts + 1 < _MOST_ATTEMPTS:
+        if reason.startswith(("not segmented:", f"{study.uid}:")):  # because of its images
+            _log.error("Study %s: refused; mmfnet node status says why", study.uid)
+            self.queue.advance(study, "refused", reason)
+        elif ended.returncode < 0 or ended.returncode >= 128:
+            self._try_again(study, reason)
+        else:  # because of the run or the machine
+            _log.error("Study %s: not segmented, which is tried again: %s", study.uid, reason)
+            self.queue.postpone(study, reason)
+
+    def _try_again(self, study, reason):
+        """Lets a segmentation that was killed be tried again, but not for ever: the study may be the cause."""
+        if study.attempts + 1 < _MOST_ATTEMPTS:
             _log.warning("Study %s: %s; it is tried again", study.uid, reason)
             self.queue.postpone(study, reason)
         else:
@@ -221,7 +262,7 @@ class Node:
             if str(archive) not in there:
                 try:
                     archive.store(files, self.title, self.certificates)
-                except OSError as error:
+                except Exception as error:  # also of what is wrong with an address, a file or the answer
                     faults.append(str(error))
                 else:
                     self.queue.sent(study, str(archive))
@@ -233,5 +274,14 @@ class Node:
             self.queue.advance(study, "done")
 
 
+def _uids(file):
+    """UIDs of the class, the study, the object and the series of a DICOM file."""
+    tags = ["SOPClassUID", "StudyInstanceUID", "SOPInstanceUID", "SeriesInstanceUID"]
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+    return [str(header.get(tag, "")) for tag in tags]
+
+
 def _report_rejection(event):
-    _log.warning("Refused a connection from %s: its title or ours is wrong, or too many are open", event.address[0])
+    if isinstance(event.pdu, A_ASSOCIATE_RJ):
+        where = event.assoc.requestor.address
+        _log.warning("Refused a connection from %s: its title or ours is wrong, or too many are open", where)

@@ -25,7 +25,7 @@ def test_each_shows_an_example_and_can_be_quiet(mmfnet, command):
     assert "No such option" in mmfnet(command, "--nothing", code=2).stderr
 
 
-@pytest.mark.parametrize("command", ["start", "status", "fetch"])
+@pytest.mark.parametrize("command", ["start", "status", "retry", "fetch"])
 def test_each_of_the_node_shows_an_example(mmfnet, command):
     assert f"Example: mmfnet node {command}" in mmfnet("node", command, "--help").stdout
 

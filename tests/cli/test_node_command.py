@@ -224,6 +224,10 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
     printed = mmfnet("node", "status", "--folder", tmp_path / "node").stdout
     assert "refused" in printed
     assert "1 in all" in printed
+    mmfnet("node", "retry", study.uid, "--folder", tmp_path / "node")
+    assert state(tmp_path / "node") == [("receiving", study.images, "")]
+    again = mmfnet("node", "retry", study.uid, "--folder", tmp_path / "node", code=1)
+    assert "a study of" in again.stderr
 
 
 @pytest.mark.parametrize(

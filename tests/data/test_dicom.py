@@ -676,3 +676,19 @@ def test_real_oblique_series(test_data):
         expected = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(series.folder)))
         assert Grid.from_image(image).matches(Grid.from_image(expected))
         np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(expected))
+
+
+def test_two_patients_without_an_id_are_told_apart_by_their_names(tmp_path):
+    def name(what):
+        def change(image, number):
+            image.PatientID, image.PatientName = "", what
+
+        return change
+
+    for folder, patient in (("a", "SMITH^ANN"), ("b", "Smith^Ann^")):
+        write_series(tmp_path / folder, description=folder)
+        change_series(tmp_path / folder, name(patient))
+    assert len(find_series(tmp_path, "ann")) == 2
+    change_series(tmp_path / "b", name("JONES^BOB"))
+    with pytest.raises(CaseError, match=r"DICOM files of one patient. Received: 2 different PatientNames"):
+        find_series(tmp_path, "ann")

@@ -100,11 +100,23 @@ def test_several_complete_studies_one_after_the_other(queue, clock):
     assert queue.next_to_segment(60) is None
 
 
-def test_what_a_killed_process_left_is_begun_anew(queue, clock, tmp_path):
-    queue.add("1.1", "1.1.1")
+def test_what_a_killed_process_left_comes_after_the_others(queue, clock, tmp_path):
+    for uid in ("1.1", "1.2"):
+        queue.add(uid, f"{uid}.1")
     clock.now += 60
-    assert queue.next_to_segment(60)
+    assert queue.next_to_segment(60).uid == "1.1"
     other = StudyQueue(tmp_path / "queue.sqlite")
-    assert other.next_to_segment(60) is None
     other.recover()
-    assert other.next_to_segment(60).uid == "1.1"
+    assert other.next_to_segment(60).uid == "1.2"
+    assert other.next_to_segment(60) is None
+    clock.now += 10
+    assert other.next_to_segment(60).attempts == 1
+
+
+def test_a_refused_study_is_tried_again_on_request(queue, clock):
+    queue.add("1.1", "1.1.1")
+    assert not queue.retry("1.1")
+    queue.advance(queue.next_to_segment(0), "refused", "why")
+    assert queue.retry("1.1")
+    assert queue.next_to_segment(0).uid == "1.1"
+    assert not queue.retry("1.2")

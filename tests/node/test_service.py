@@ -1,8 +1,10 @@
 """A node and those it talks to, by the DICOM protocol."""
 
 import contextlib
+import http.server
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -125,6 +127,73 @@ def test_an_image_that_is_sent_again_with_another_content(make_node, images):
     assert kept == sorted(content)
 
 
+def test_one_uid_in_two_series(make_node, images, tmp_path):
+    """The first image is not replaced: its series would lack a slice."""
+    node = make_node()
+    node.keep(images[0].read_bytes())
+    one = pydicom.dcmread(images[0])
+    one.SeriesInstanceUID = "1.2.3"
+    one.save_as(tmp_path / "other.dcm")
+    assert node.keep((tmp_path / "other.dcm").read_bytes()) == 0xC000
+    [kept] = (node.folder / "studies" / STUDY).iterdir()
+    assert kept.read_bytes() == images[0].read_bytes()
+
+
+def test_a_study_whose_images_were_removed_and_are_sent_again(make_node, images):
+    node = make_node()
+    for _ in range(2):
+        for path in images:
+            node.keep(path.read_bytes())
+        study = node.queue.next_to_segment(0)
+        assert study.images == 5
+        node.queue.advance(study, "done")
+        shutil.rmtree(node.folder / "studies" / STUDY)
+
+
+def test_a_study_is_not_complete_while_it_is_being_sent(make_node, images, monkeypatch):
+    node = make_node(complete_after=0)
+    taken = []
+    monkeypatch.setattr(node, "_segment", taken.append)
+    with listening(node) as address:
+        entity = AE(ae_title="SCANNER")
+        entity.add_requested_context(pydicom.uid.MRImageStorage)
+        association = entity.associate(address.host, address.port, ae_title="MMFNET")
+        association.send_c_store(pydicom.dcmread(images[0]))
+        assert not node.work()
+        association.release()
+        end = time.monotonic() + 10
+        while not node.work():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert [study.uid for study in taken] == [STUDY]
+
+
+def test_a_run_that_is_away_for_a_while(make_node, images):
+    """It is no fault of the study, which is tried again."""
+    node = make_node(complete_after=0)
+    node.keep(images[0].read_bytes())
+    assert node.work()
+    [study] = node.queue.studies()
+    assert (study.state, study.attempts) == ("receiving", 1)
+    assert "run" in study.reason
+    assert not node.work()
+
+
+def test_a_database_that_cannot_be_used_for_a_while(make_node, monkeypatch):
+    node, looks = make_node(), []
+
+    def work():
+        looks.append(None)
+        if len(looks) == 1:
+            raise sqlite3.OperationalError("database is locked")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(node, "work", work)
+    with pytest.raises(KeyboardInterrupt):
+        node.serve()
+    assert len(looks) == 2
+
+
 def test_what_is_no_image_is_not_kept(make_node, tmp_path):
     node = make_node()
     path = tmp_path / "report.dcm"
@@ -135,7 +204,7 @@ def test_what_is_no_image_is_not_kept(make_node, tmp_path):
     assert not (node.folder / "studies").exists()
 
 
-def test_a_sender_that_is_not_allowed(make_node, images):
+def test_a_sender_that_is_not_allowed(make_node, images, caplog):
     node = make_node()
     with listening(node) as address:
         with pytest.raises(ConnectionError, match=r"must accept an association from STRANGER. Received: a rejection"):
@@ -143,6 +212,7 @@ def test_a_sender_that_is_not_allowed(make_node, images):
         with pytest.raises(ConnectionError, match="a rejection"):
             Archive("OTHER", address.host, address.port).store(images, "SCANNER")
     assert states(node) == []
+    assert caplog.text.count("Refused a connection from 127.0.0.1") == 2
 
 
 def test_uids_that_lead_out_of_the_folder(make_node, images):
@@ -248,6 +318,37 @@ def test_a_web_archive_that_is_away_or_answers_nonsense(contours, tmp_path):
         WebArchive(address).store([], "MMFNET")
 
 
+def test_a_web_archive_that_sends_on(monkeypatch):
+    """Nothing would be stored, and the password would go to another server."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(301)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        archive = WebArchive(f"http://127.0.0.1:{server.server_port}/dicom-web")
+        with pytest.raises(OSError, match=r"must store all objects. Received: status 301"):
+            archive.store([], "MMFNET")
+        for secret in ("Bearer SECRET\n", "Bearer SECRET\x01"):
+            monkeypatch.setenv("MMFNET_NODE_AUTHORIZATION", secret)
+            with pytest.raises(OSError, match=r"status 301|printable ASCII") as refused:
+                archive.store([], "MMFNET")
+            assert "SECRET" not in str(refused.value)
+        server.shutdown()
+    assert asked == ["/dicom-web/studies"] * 2
+
+
 @pytest.mark.parametrize(("status", "state"), [(0xA700, "sending"), (0xC123, "sending"), (0xB000, "done")])
 def test_an_archive_that_refuses(make_node, contours, status, state):
     with archive(status=status) as (receiver, got):
@@ -329,11 +430,21 @@ def test_the_address_of_an_archive():
     assert parse_archive("ORTHANC@localhost:4242") == Archive("ORTHANC", "localhost", 4242)
     assert parse_archive("A B@[::1]:104") == Archive("A B", "::1", 104)
     assert parse_archive("https://archive/dicom-web") == WebArchive("https://archive/dicom-web")
-    for text in ("ORTHANC", "ORTHANC@localhost", "@localhost:1", "ORTHANC@localhost:70000", "A@h:x"):
+    for text in (
+        "ORTHANC",
+        "ORTHANC@localhost",
+        "@localhost:1",
+        "ORTHANC@localhost:70000",
+        "A@h:x",
+        " @h:1",
+        "ÄRCHIV@h:104",
+        "A\n@h:1",
+    ):
         with pytest.raises(ValueError, match=r"TITLE@HOST:PORT is expected. Received: "):
             parse_archive(text)
-    with pytest.raises(ValueError, match=r"a host is expected. Received: http://"):
-        parse_archive("http://")
+    for text in ("http://", "http://archive:port/web", "http://archive/a b"):
+        with pytest.raises(ValueError, match=r"the address of a DICOMweb server is expected. Received: "):
+            parse_archive(text)
     with pytest.raises(ValueError, match=r"a password is expected in MMFNET_NODE_AUTHORIZATION") as refused:
         parse_archive("https://me:secret@archive/web")
     assert "secret" not in str(refused.value)
