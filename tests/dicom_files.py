@@ -5,6 +5,7 @@ import uuid
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from matplotlib.path import Path as Polygon
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from keras_mmfnet.data.dicom import find_objects
@@ -62,6 +63,19 @@ def change_series(folder, change):
         image = pydicom.dcmread(path)
         change(image, number)
         image.save_as(path)
+
+
+def filled(structures, grid, number=0):
+    """The voxels whose centres the contours enclose, each by itself; a contour within a contour would be a hole."""
+    found = np.zeros(grid.shape, bool)
+    pixels = np.moveaxis(np.indices(grid.shape[1:])[::-1], 0, -1).reshape(-1, 2)
+    for contour in structures.ROIContourSequence[number].ContourSequence:
+        points = grid.indices(np.reshape(np.array(contour.ContourData, float), (-1, 3)))
+        slices = np.unique(np.rint(points[:, 2]).astype(int))
+        assert len(slices) == 1
+        np.testing.assert_allclose(points[:, 2], slices[0], atol=0.01)
+        found[slices[0]] ^= Polygon(points[:, :2]).contains_points(pixels).reshape(grid.shape[1:])
+    return found
 
 
 def item(**values):

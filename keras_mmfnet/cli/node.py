@@ -1,6 +1,7 @@
 import contextlib
 import importlib.util
 import logging
+import re
 import shutil
 import sqlite3
 import time
@@ -231,6 +232,10 @@ def fetch(
     with session() as terminal:
         if bool(study) == bool(accession):
             raise ValueError(f"--study, --accession: one of them is expected. Received: {'both' if study else 'none'}")
+        if re.search(r"[*?\\]", study + accession):
+            raise ValueError(
+                f"--study, --accession: one study, without * ? \\, is expected. Received: {study or accession}"
+            )
         _require_pynetdicom()
         with silenced():
             from keras_mmfnet.node.network import Archive

@@ -109,7 +109,7 @@ def connect() -> None:
     It does so if the environment variables of `keras.distribution.initialize` are set.
     """
     if keras.backend.backend() == "jax" and started_with_others():
-        importlib.import_module(f"{__name__}._jax").connect()
+        importlib.import_module(f"{__name__}._{keras.backend.backend()}").connect()
 
 
 def started_with_others() -> bool:

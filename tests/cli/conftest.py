@@ -45,9 +45,16 @@ def regions(tmp_path):
     return write_run(tmp_path / "regions", {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}, folds=1)
 
 
-def write_run(folder, structures=None, folds=2):
+@pytest.fixture
+def of_brainix(tmp_path):
+    """Such a folder of one fold, for T1, T2 and FLAIR."""
+    return write_run(tmp_path / "of_brainix", folds=1, modalities=("t1", "t2", "flair"))
+
+
+def write_run(folder, structures=None, folds=2, modalities=("t1", "t2", "cet1")):
     recipe = Recipe.small().replace(
         {
+            "data.modalities": modalities,
             "patches.shape": (4, 16, 16),
             "network.filters": (2, 3),
             "network.reduction": 2,

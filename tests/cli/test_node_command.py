@@ -17,7 +17,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import filled, find_series, write_series
 
 from keras_mmfnet.data import Grid
 from keras_mmfnet.node.network import WebArchive
@@ -175,12 +175,40 @@ def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
     for frame, plane in zip(segmentation.pixel_array, segmentation.PerFrameFunctionalGroupsSequence, strict=True):
         found[round(plane.PlanePositionSequence[0].ImagePositionPatient[2] / 4)] = frame
     np.testing.assert_array_equal(found, mask)
+    np.testing.assert_array_equal(filled(structures, GRID), mask)
     [roi] = structures.StructureSetROISequence
     assert roi.ROIName == "GTV"
     [frame] = structures.ReferencedFrameOfReferenceSequence
     [referred] = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence
     assert referred.SeriesInstanceUID == "1.2.3.0"
     assert structures.StudyInstanceUID == segmentation.StudyInstanceUID == STUDY
+
+
+@needs_orthanc
+@pytest.mark.slow
+def test_a_real_head_from_an_archive_and_back(mmfnet, of_brainix, test_data, tmp_path):
+    folder, port = tmp_path / "node", free_port()
+    with orthanc(tmp_path / "archive", port) as archive:
+        for name in ("T1", "T2", "FLAIR"):
+            images = sorted((test_data / "brainix" / name).iterdir())
+            subprocess.run(["storescu", "-aec", "ORTHANC", "127.0.0.1", str(archive.dicom), *images], check=True)
+        with started_node(of_brainix, folder, port, archive.dicom, "--rtstruct"):
+            wait_for(lambda: listens(port), "the node listens")
+            archive.send_all()
+            wait_for(lambda: state(folder) == [("done", 66, "")], "the study is done")
+        [structures] = archive.objects("RT Structure Set")
+    for name in ("T1", "T2", "FLAIR"):
+        shutil.copytree(test_data / "brainix" / name, tmp_path / "head" / name)
+    mmfnet("segment", of_brainix, tmp_path / "head", "--out", tmp_path / "own")
+    mask = sitk.ReadImage(str(tmp_path / "own" / "head.nii.gz"))
+    [series] = [one for one in find_series(tmp_path / "head", "head") if one.folder.name == "T1"]
+    image = pydicom.dcmread(series.files[0])
+    [frame] = structures.ReferencedFrameOfReferenceSequence
+    [referred] = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence
+    assert (referred.SeriesInstanceUID, structures.PatientID) == (image.SeriesInstanceUID, image.PatientID)
+    found = filled(structures, Grid.from_image(mask))
+    assert found.any()
+    np.testing.assert_array_equal(found, sitk.GetArrayFromImage(mask) > 0)
 
 
 @needs_orthanc
@@ -205,6 +233,7 @@ def test_archives_that_speak_dicomweb_and_are_asked(mmfnet, trained, tmp_path, m
         server.shutdown()
     assert state(node.folder) == [("receiving", 5, "")]
     assert "one of them is expected" in mmfnet("node", "fetch", about, code=1).stderr
+    assert "one study, without" in mmfnet("node", "fetch", about, "--accession", "*", code=1).stderr
 
 
 @pytest.mark.parametrize("fault", ["a sequence is missing", "an object is truncated"])

@@ -6,8 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import find_series, write_series
-from matplotlib.path import Path as Polygon
+from dicom_files import filled, find_series, write_series
 
 from keras_mmfnet.data.dicom import read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
@@ -45,19 +44,6 @@ def drawn(request, tmp_path):
         array[8:12, 230:250, 240:260] = 0
     grid = Grid.from_image(read_series(series, "ann"))
     return series, grid, grid.image(array)
-
-
-def filled(structures, grid, number=0):
-    """The voxels whose centres the contours enclose, each by itself; a contour within a contour would be a hole."""
-    found = np.zeros(grid.shape, bool)
-    pixels = np.moveaxis(np.indices(grid.shape[1:])[::-1], 0, -1).reshape(-1, 2)
-    for contour in structures.ROIContourSequence[number].ContourSequence:
-        points = grid.indices(np.reshape(np.array(contour.ContourData, float), (-1, 3)))
-        slices = np.unique(np.rint(points[:, 2]).astype(int))
-        assert len(slices) == 1
-        np.testing.assert_allclose(points[:, 2], slices[0], atol=0.01)
-        found[slices[0]] ^= Polygon(points[:, :2]).contains_points(pixels).reshape(grid.shape[1:])
-    return found
 
 
 def test_a_structure_set_read_back(drawn, tmp_path, capsys):

@@ -227,7 +227,8 @@ def test_no_private_name_of_another_library():
     assert len(sources) > 15
     found = {}
     for path in sources:
-        text = re.sub(r"from keras_mmfnet\S* |\._replace\(", "", path.read_text(encoding="utf-8"))  # of named tuples
+        # Public in spite of their names: of named tuples, and of the module `os`.
+        text = re.sub(r"from keras_mmfnet\S* |\._replace\(|\bos\._exit\(", "", path.read_text(encoding="utf-8"))
         found[str(path.relative_to(folder))] = PRIVATE.findall(text)
     assert {name: names for name, names in found.items() if names} == {}
     for private in ("tensor._base", "node.arguments._x", "keras.src.ops", "self.layers[0]._y", "gc.collect()"):
