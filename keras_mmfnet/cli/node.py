@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from keras_mmfnet._files import hold, write
-from keras_mmfnet._machine import process_of, this_process
+from keras_mmfnet._files import hold
 from keras_mmfnet.cli import _options as options
 from keras_mmfnet.cli._process import silenced
 from keras_mmfnet.cli._terminal import counted, make_table, roughly, session
@@ -69,17 +68,16 @@ def start(
             options.check_structure_name(structure, list(recipe.data.structures))
         if not (rtstruct or seg):
             raise ValueError("--rtstruct, --seg: one or both are expected. Received: none")
-        for name in (title, *allow):
-            if not name.strip() or len(name) > 16 or "\\" in name:
-                raise ValueError(f"--title, --allow: 1 to 16 characters without a backslash. Received: {name}")
         _require_pynetdicom()
         if watch:
             options.require_folder(watch, "--watch")
         with silenced():
             from keras_mmfnet.node.health import serve_health
-            from keras_mmfnet.node.network import parse_archive
+            from keras_mmfnet.node.network import check_title, parse_archive
             from keras_mmfnet.node.service import Node
             from keras_mmfnet.run import Run
+        for name in (title, *allow):
+            check_title(name)
         options.choose_trained(bundle or Run(run))
         kinds = [name for name, wish in {"rtstruct": rtstruct, "seg": seg}.items() if wish]
         archives, secure = [parse_archive(text) for text in to], _certificates(tls_certificate, tls_key, tls_authority)
@@ -147,22 +145,22 @@ def _certificates(*files):
 
 @contextlib.contextmanager
 def _only_one(folder):
-    """Locks the folder of a node. Waits for a segmentation that a killed one left."""
-    owner, said = folder / ".owner", False
+    """Locks the folder of a node; yields the lock of its segmentations. Waits for one that a killed node left."""
     with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder / ".node.lock"))
+        except BlockingIOError:
+            raise ValueError(f"{folder}: one node at a time is expected. Received: another one") from None
+        said = False
         while True:
-            if (other := process_of(owner)) and not said:
-                raise ValueError(f"{folder}: one node at a time is expected. Received: {other}")
             try:
-                lock = stack.enter_context(hold(folder / ".lock"))
+                lock = stack.enter_context(hold(folder / ".segment.lock"))
                 break
             except BlockingIOError:
                 if not said:
                     _log.info("Waiting for the segmentation of a node that was killed")
                 said = True
                 time.sleep(0.2)
-        write(owner, this_process())
-        stack.callback(owner.unlink)
         yield lock
 
 

@@ -55,6 +55,13 @@ class Certificates:
         return context
 
 
+def check_title(title: str) -> None:
+    """Raises `ValueError` for what cannot be an application entity title."""
+    if not re.fullmatch(r"[ -\[\]-~]{1,16}", title) or title != title.strip():
+        expected = "an AE title of 1 to 16 ASCII characters without a backslash, and without spaces around it,"
+        raise ValueError(f"{expected} is expected. Received: {title}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Archive:
     """A DICOM node that stores or sends objects.
@@ -76,11 +83,10 @@ class Archive:
         Raises:
             ValueError: It is something else.
         """
-        found = (
-            re.fullmatch(r"([^\\@\s](?:[^\\@\n]{0,14}[^\\@\s])?)@([^\s@]+):(\d{1,5})", text) if text.isascii() else None
-        )
-        if not found or not 0 < int(found[3]) < 2**16:
+        found = re.fullmatch(r"([^@]+)@([^\s@]+):(\d{1,5})", text)
+        if not found or not text.isascii() or not 0 < int(found[3]) < 2**16:
             raise ValueError(f"TITLE@HOST:PORT is expected. Received: {text}")
+        check_title(found[1])
         return cls(found[1], found[2].strip("[]"), int(found[3]))
 
     def __str__(self):

@@ -69,17 +69,17 @@ class StudyQueue:
         with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:
             yield database
 
-    def add(self, uid: str, image: str, replaced: bool = False) -> None:
-        """Records an image of a study. One that is there already changes nothing.
+    def add(self, uid: str, image: str, changed: bool = False) -> None:
+        """Records an image of a study. One that is recorded already begins the study anew only if it has changed.
 
         Args:
             uid: Study Instance UID.
             image: SOP Instance UID.
-            replaced: The image is there, with another content.
+            changed: Whether its file is new or has another content than before.
         """
         with self._open() as database:
             new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (uid, image)).rowcount
-            if new or replaced:
+            if new or changed:
                 database.execute(
                     "INSERT INTO studies (uid, state, images, changed) VALUES (?, 'receiving', 1, ?) ON CONFLICT (uid) "
                     "DO UPDATE SET state = 'receiving', images = images + ?, version = version + 1, "
@@ -89,9 +89,10 @@ class StudyQueue:
 
     def recover(self) -> None:
         """Postpones what was being segmented when the node or its disk failed, so that others go first."""
-        for study in self.studies():
-            if study.state == "segmenting":
-                self.postpone(study, "its segmentation was interrupted")
+        with self._open() as database:
+            found = self._select(database, "state = 'segmenting'")
+        for study in found:
+            self.postpone(study, "its segmentation was interrupted")
 
     def retry(self, uid: str) -> bool:
         """Begins a study anew that was refused. Returns whether there is such a study."""

@@ -129,10 +129,10 @@ class Node:
         except Exception as error:  # whatever pydicom raises on what was sent
             _log.warning("Not kept: an object that cannot be read, %s", error)
             return _NOT_UNDERSTOOD
-        if kind not in _IMAGES:
+        if kind and kind not in _IMAGES:
             return _SUCCESS
-        if not all(re.fullmatch(r"[0-9][0-9.]{0,63}", uid) for uid in (study, image)):
-            _log.warning("Not kept: an image with the UIDs %r and %r", study, image)
+        if not all(re.fullmatch(r"[0-9][0-9.]{0,63}", uid) for uid in (kind, study, image)):
+            _log.warning("Not kept: an object with the UIDs %r, %r and %r", kind, study, image)
             return _NOT_UNDERSTOOD
         place = self.folder / "studies" / study
         path = place / f"{image}.dcm"
@@ -155,11 +155,13 @@ class Node:
         if not there and sum(1 for _ in os.scandir(place)) >= _MOST_IMAGES:
             _log.error("Study %s: an image was not kept, it has %d already", study, _MOST_IMAGES)
             return _OUT_OF_RESOURCES
-        if there:  # before it is replaced: if it ends here, the sender, who gets no answer, sends the image again
-            self.queue.add(study, image, replaced=True)
-        write(path, content)
-        # Also if the image was there once and its file was removed.
-        self.queue.add(study, image, replaced=not there)
+        # If the process is killed between the two, the sender, who gets no answer, sends the image again.
+        if there:
+            self.queue.add(study, image, changed=True)
+            write(path, content)
+        else:
+            write(path, content)
+            self.queue.add(study, image, changed=True)
         return _SUCCESS
 
     def take_watched(self) -> None:

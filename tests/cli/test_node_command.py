@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import filled, find_series, write_series
 
+from keras_mmfnet._files import hold
 from keras_mmfnet.data import Grid
 from keras_mmfnet.node.network import WebArchive
 from keras_mmfnet.node.queue import StudyQueue
@@ -263,7 +265,10 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
     ("options", "message"),
     [
         (["--allow", "A", "--to", "B@localhost:1"], "--rtstruct, --seg: one or both are expected"),
-        (["--allow", "A" * 17, "--to", "B@localhost:1", "--seg"], "1 to 16 characters without a backslash"),
+        (
+            ["--allow", "A" * 17, "--to", "B@localhost:1", "--seg"],
+            "an AE title of 1 to 16 ASCII characters without a backslash",
+        ),
         (["--allow", "A", "--to", "B", "--seg"], "TITLE@HOST:PORT is expected. Received: B"),
         (["--allow", "A", "--to", "B@localhost:1", "--seg", "--free", "much"], "--free: a number with one of GB, MB"),
         (["--allow", "A", "--to", "B@localhost:1", "--seg", "--tls-key", "key.pem"], "all three are expected"),
@@ -282,6 +287,16 @@ def test_what_is_refused_at_the_start(mmfnet, trained, tmp_path):
         assert "--host, --port: an address that is free is expected" in refused.stderr
         refused = mmfnet("node", "start", trained, *options, "--health-port", port, code=1)
         assert f"an address that is free is expected, Address already in use. Received: {port}" in refused.stderr
+    with hold(tmp_path / "node" / ".node.lock"):
+        refused = mmfnet("node", "start", trained, *options, code=1)
+        assert "one node at a time is expected. Received: another one" in refused.stderr
+    # A segmentation that a killed node left is waited for.
+    with contextlib.ExitStack() as left, socket.create_server(("127.0.0.1", 0)) as taken:
+        left.enter_context(hold(tmp_path / "node" / ".segment.lock"))
+        threading.Timer(2, left.close).start()
+        refused = mmfnet("node", "start", trained, *options, "--health-port", taken.getsockname()[1], code=1)
+        assert "Waiting for the segmentation of a node that was killed" in refused.stderr
+        assert "an address that is free is expected" in refused.stderr
     wrong = mmfnet("node", "start", trained, *options, "--structure", "A\\B", code=1)
     assert "--structure: 1 to 64 characters without a backslash" in wrong.stderr
     for fold in trained.glob("fold_*"):

@@ -135,6 +135,9 @@ def test_one_uid_in_two_series(make_node, images, tmp_path):
     one.SeriesInstanceUID = "1.2.3"
     one.save_as(tmp_path / "other.dcm")
     assert node.keep((tmp_path / "other.dcm").read_bytes()) == 0xC000
+    del one.SOPClassUID
+    one.save_as(tmp_path / "other.dcm")
+    assert node.keep((tmp_path / "other.dcm").read_bytes()) == 0xC000
     [kept] = (node.folder / "studies" / STUDY).iterdir()
     assert kept.read_bytes() == images[0].read_bytes()
 
@@ -168,14 +171,14 @@ def test_a_study_is_not_complete_while_it_is_being_sent(make_node, images, monke
     assert [study.uid for study in taken] == [STUDY]
 
 
-def test_a_run_that_is_away_for_a_while(make_node, images):
+def test_a_run_that_is_away_for_a_while(make_node, images, tmp_path):
     """It is no fault of the study, which is tried again."""
     node = make_node(complete_after=0)
     node.keep(images[0].read_bytes())
     assert node.work()
     [study] = node.queue.studies()
     assert (study.state, study.attempts) == ("receiving", 1)
-    assert "run" in study.reason
+    assert f"Received: {tmp_path / 'run'}" in study.reason
     assert not node.work()
 
 
@@ -441,6 +444,9 @@ def test_the_address_of_an_archive():
         "A\n@h:1",
     ):
         with pytest.raises(ValueError, match=r"TITLE@HOST:PORT is expected. Received: "):
+            parse_archive(text)
+    for text in (" @h:1", "A\n@h:1", "A\\B@h:1", f"{'A' * 17}@h:1", " A@h:1"):
+        with pytest.raises(ValueError, match=r"an AE title of 1 to 16 ASCII characters"):
             parse_archive(text)
     for text in ("http://", "http://archive:port/web", "http://archive/a b"):
         with pytest.raises(ValueError, match=r"the address of a DICOMweb server is expected. Received: "):
