@@ -122,7 +122,7 @@ def start_two_machines(folder, script, *arguments):
 # The second process goes on when the first one has made the run, which on PyTorch waits for it.
 LATE = """
 import os, pathlib, time
-late = os.environ["KERAS_BACKEND"] == "jax" and os.environ["RANK"] == "1"
+late = os.environ.get("KERAS_BACKEND") == "jax" and os.environ["RANK"] == "1"
 while late and not pathlib.Path("machines/recipe.json").exists():
     time.sleep(0.1)
 """
