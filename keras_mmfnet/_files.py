@@ -33,6 +33,12 @@ def write(path, content, replace=True):
         partial.unlink(missing_ok=True)
 
 
+def to_disk(path):
+    """Waits until a file is on the disk, where it survives a loss of power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def hold(path):
     """Locks a file; yields its descriptor. A child process that inherits it holds the lock, too.

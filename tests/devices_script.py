@@ -1,4 +1,4 @@
-"""Trains on one or two devices of a CPU for `test_devices.py`: `devices_script.py FOLDER one|two|own`."""
+"""Trains on two devices of a CPU for `test_devices.py`: `devices_script.py FOLDER`."""
 
 import os
 import signal
@@ -62,10 +62,15 @@ def train(folder, die=False):
 
     def fit_epochs(self, model, *args, **kwargs):
         fit(self, model, *args, **kwargs)
-        folder.mkdir(exist_ok=True)
+        chosen = devices.in_use()
+        if chosen.number == 1:
+            return
+        # A process of the second choice of devices begins with the first one.
+        place = folder.with_name("two" if chosen.sync_batch_norm else "own")
+        place.mkdir(exist_ok=True)
         values = zip(*map(replicas, model.weights), strict=True)
-        for number, weights in enumerate(values, start=devices.in_use().process):
-            np.savez(folder / f"device_{number}.npz", *weights)
+        for number, weights in enumerate(values, start=chosen.process):
+            np.savez(place / f"device_{number}.npz", *weights)
 
     def on_epoch_end(self, epoch, logs=None):
         save(self, epoch, logs)
@@ -82,21 +87,21 @@ def train(folder, die=False):
     training._Trainer.fit_epochs, training._SaveState.on_epoch_end = fit, save
 
 
-def main(folder, what):
-    if what == "one":
-        train(folder / "one")
-        return train(folder / "killed")
+def main(folder):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         cpus = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
-    devices.set_devices(2, sync_batch_norm=what == "two")
-    train(folder / what)
-    if what == "two" and not devices.get_devices().process:
-        train(folder / "killed", die=True)
-    devices.set_devices(1)
+    if keras.backend.backend() != "jax":  # where each layer sees the whole batch
+        devices.set_devices(2, sync_batch_norm=False)
+        train(folder / "own")
+        if devices.get_devices().process:
+            return
+    devices.set_devices(2)
+    train(folder / "two")
+    train(folder / "killed", die=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

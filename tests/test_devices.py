@@ -9,9 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from devices_script import RECIPE
+from devices_script import RECIPE, train
+from typer.testing import CliRunner
 
 from keras_mmfnet import devices
+from keras_mmfnet.cli import app, memory
 from keras_mmfnet.cli._options import use_devices
 from keras_mmfnet.data.patches import centre_patches, patch_dataset
 from keras_mmfnet.recipe import PatchRecipe
@@ -30,13 +32,7 @@ CHANGES = [
     "--set=training.steps_per_epoch=2",
     "--set=training.self_transfer=false",
 ]
-SCRIPT = [sys.executable, Path(__file__).with_name("devices_script.py")]
-
-
-def run_script(folder, what):
-    flags = os.environ.get("XLA_FLAGS", "")
-    environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2"}
-    return subprocess.run([*SCRIPT, folder, what], env=environment, capture_output=True, text=True, timeout=300)
+SCRIPT = Path(__file__).with_name("devices_script.py")
 
 
 def read(path):
@@ -52,7 +48,11 @@ def require_equal(one, two, tolerance=0.0):
 @pytest.mark.slow
 def test_two_devices_train_as_one(tmp_path):
     """One training on two devices, one that is killed after an epoch and resumed on one device, and one on one."""
-    killed = run_script(tmp_path, "two")
+    flags = os.environ.get("XLA_FLAGS", "")
+    # The two processes of PyTorch would wait for each other's threads.
+    environment = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, SCRIPT, tmp_path]
+    killed = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9, killed.stderr
     for file in tmp_path.glob("process_*"):  # ends with the first one
         deadline = time.monotonic() + 60
@@ -60,8 +60,8 @@ def test_two_devices_train_as_one(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     assert not (tmp_path / "killed" / "mmfnet.keras").exists()
-    alone = run_script(tmp_path, "one")
-    assert alone.returncode == 0, alone.stderr
+    train(tmp_path / "one")
+    train(tmp_path / "killed")
 
     require_equal(*(read(tmp_path / "two" / f"device_{n}.npz") for n in range(2)))
     expected = read_history(tmp_path / "one" / "mmfnet_history.csv")
@@ -76,16 +76,14 @@ def test_two_devices_train_as_one(tmp_path):
                 assert row[f"val_{key}"] == pytest.approx(wanted[f"val_{key}"], abs=1e-4), key
 
     if BACKEND != "jax":  # where each layer sees the whole batch
-        own = run_script(tmp_path, "own")
-        assert own.returncode == 0, own.stderr
         one, two = (read(tmp_path / "own" / f"device_{n}.npz") for n in range(2))
         require_equal(one, two)  # the moving averages are the mean over the devices
         whole = read(tmp_path / "two" / "weights.npz")
         assert max(np.abs(a - b).max() for a, b in zip(one, whole, strict=True)) > 1e-3
 
 
-def start_command(folder, *arguments, **environment):
-    command = [sys.executable, "-m", "keras_mmfnet.cli", *map(str, arguments)]
+def start(folder, *arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=os.environ | environment, **options)
 
@@ -108,13 +106,13 @@ def start_two_machines(folder, script, *arguments):
         port = str(free.getsockname()[1])
     address = {
         # Of `torchrun`, and of `keras.distribution.initialize`.
-        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         **{"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}"},
     }
     (folder / "script.py").write_text(script)
-    arguments = (*arguments, "--small", *CHANGES, "--devices=all", "--import=script.py")
+    arguments = ("-m", "keras_mmfnet.cli", *arguments, "--small", *CHANGES, "--devices=all", "--import=script.py")
     return [
-        start_command(folder, *arguments, **address | {"RANK": number, "KERAS_DISTRIBUTION_PROCESS_ID": number})
+        start(folder, *arguments, **address | {"RANK": number, "KERAS_DISTRIBUTION_PROCESS_ID": number})
         for number in "01"
     ]
 
@@ -130,9 +128,11 @@ while late and not pathlib.Path("machines/recipe.json").exists():
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras trains on one machine")
-def test_the_command(tiny_cohort, tmp_path):
+def test_the_command(tiny_cohort, tmp_path, monkeypatch):
     """On one device, and in two processes as of two machines, of which one starts late."""
-    end(start_command(tmp_path, "train", tiny_cohort, "--out=one", "--small", *CHANGES))
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)  # it would last
+    alone = CliRunner().invoke(app, ["train", str(tiny_cohort), f"--out={tmp_path / 'one'}", "--small", *CHANGES])
+    assert alone.exit_code == 0, alone.output
     printed = end(*start_two_machines(tmp_path, LATE, "train", tiny_cohort, "--out=machines"))
     assert [words.count("Training on 2 devices") for words in printed] == [1, 0]
     one, two = (read_history(tmp_path / run / "fold_0" / "mmfnet_history.csv") for run in ("one", "machines"))
@@ -150,10 +150,16 @@ def test_a_machine_that_ends(tiny_cohort, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the devices of a CPU are processes on PyTorch alone")
-def test_a_process_that_ends(tiny_cohort, tmp_path):
-    (tmp_path / "ends.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('no memory')")
-    options = ("--out", "run", "--small", "--devices", 2, "--import", "ends.py")
-    [words] = end(start_command(tmp_path, "train", tiny_cohort, *options), status=1)
+def test_a_process_that_ends(tmp_path):
+    script = """
+import os
+from keras_mmfnet import devices
+if os.environ.get("RANK") == "1":
+    raise SystemExit("no memory")
+devices.set_devices(2)
+"""
+    (tmp_path / "ends.py").write_text(script)
+    [words] = end(start(tmp_path, "ends.py"), status=1)
     assert "the process of device 1 must run until the end. Received: status 1: no memory" in words
 
 

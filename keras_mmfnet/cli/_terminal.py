@@ -97,6 +97,8 @@ def counted(number: int, noun: str) -> str:
 class Terminal(logging.Handler):
     """Shows the messages of the log and, on a terminal, one bar below them for the whole of the work.
 
+    With a formatter, `setFormatter`, messages are written as it formats them.
+
     Args:
         quiet: Show errors only.
     """
@@ -184,11 +186,15 @@ class Terminal(logging.Handler):
         if record.name == "keras_mmfnet.progress":
             self._advance(record.what, record.done, record.total)
         elif record.levelno >= logging.ERROR or record.name.partition(".")[0] in ("keras_mmfnet", "py"):
-            level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-            now = self.training if hasattr(record, "epoch") and not self.console.is_terminal else None
-            left = now.left if now else ""
-            text = f"{level}{record.getMessage().strip()}{left and f', {left}'}"
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(self._line(record), markup=False, soft_wrap=True)
+
+    def _line(self, record):
+        if self.formatter:
+            return self.format(record)
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        now = self.training if hasattr(record, "epoch") and not self.console.is_terminal else None
+        left = now.left if now else ""
+        return f"{level}{record.getMessage().strip()}{left and f', {left}'}"
 
     def _advance(self, what, done, total):
         about, now = f"{what}: {done} of {total}", self.training

@@ -1,5 +1,7 @@
 import contextlib
+import datetime
 import importlib.util
+import json
 import logging
 import re
 import shutil
@@ -52,6 +54,15 @@ def start(
     watch: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also take the images that appear in this folder.")
     ] = None,
+    keep_days: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS",
+            min=0,
+            help="Remove the images and results of studies so long after they are done.",
+            show_default="never",
+        ),
+    ] = None,
     health_port: Annotated[
         int, typer.Option(metavar="N", min=0, max=65535, help="Port for /health and /metrics on this machine.")
     ] = 11113,
@@ -84,6 +95,7 @@ def start(
         min_free = options.parse_amount(free, "--free", {"GB": 1e9, "MB": 1e6})
         chosen = [f"--structure={structure}"] * bool(structure) + [f"--device={device}"] * bool(device)
         folder.mkdir(parents=True, exist_ok=True)
+        terminal.setFormatter(_JSONLines())
         with _only_one(folder) as lock, contextlib.ExitStack() as stack:
             made = Node(
                 folder,
@@ -96,6 +108,7 @@ def start(
                 min_free=min_free,
                 certificates=secure,
                 watched=watch,
+                keep_days=keep_days,
                 options=chosen,
                 lock=lock,
             )
@@ -109,6 +122,16 @@ def start(
             terminal.say(f"{title}@{host}:{server.server_address[1]}\nStop with Ctrl-C", always=True)
             with contextlib.suppress(KeyboardInterrupt):
                 made.serve()
+
+
+class _JSONLines(logging.Formatter):
+    """A message as a JSON object in one line."""
+
+    def format(self, record):
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage().strip()}
+        fields = ("study", "images", "seconds", "archive", "reason")
+        return json.dumps(line | {name: vars(record)[name] for name in fields if name in vars(record)})
 
 
 @contextlib.contextmanager
@@ -158,7 +181,7 @@ def _only_one(folder):
                 break
             except BlockingIOError:
                 if not said:
-                    _log.info("Waiting for the segmentation of a node that was killed")
+                    _log.info("waiting for the segmentation of a node that was killed")
                 said = True
                 time.sleep(0.2)
         yield lock

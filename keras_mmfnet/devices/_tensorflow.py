@@ -1,3 +1,4 @@
+import functools
 import os
 
 import tensorflow as tf
@@ -13,7 +14,7 @@ class _Mirrored(Devices):
 
     def __init__(self, names, sync_batch_norm):
         super().__init__(sync_batch_norm)
-        self.number, self.strategy = len(names), tf.distribute.MirroredStrategy(names)
+        self.number, self.strategy = len(names), _strategy(tuple(names))
 
     def scope(self):
         return self.strategy.scope()
@@ -35,6 +36,12 @@ class _Mirrored(Devices):
         context = tf.distribute.get_replica_context()
         # There is none while the model is built.
         return x if context is None else context.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+
+@functools.cache
+def _strategy(names):
+    """The strategy of some devices. TensorFlow would confuse the reductions of a second one with those of the first."""
+    return tf.distribute.MirroredStrategy(names)
 
 
 def make_devices(number, sync_batch_norm):

@@ -45,6 +45,8 @@ class _Processes(Devices):
         self.process, self.processes = distributed.get_rank(), distributed.get_world_size()
         self.number, self.followers = self.processes, followers
         self.waiting = distributed.new_group(backend="gloo", timeout=_LONG_PATIENCE)
+        # A script that chooses devices twice begins anew in the second ones' processes.
+        self.sync_batch_norm = self.broadcast(sync_batch_norm)
 
     def sum(self, x):
         return _Sum.apply(x)

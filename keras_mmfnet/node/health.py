@@ -41,7 +41,9 @@ def find_fault(node: Node) -> str:
     """Why a node cannot receive images now; empty if it can."""
     node.queue.studies()  # raises if it cannot be read
     free = shutil.disk_usage(node.folder).free
-    return f"{free / 1e9:.1f} GB are free, {node.min_free / 1e9:.1f} GB must remain" if free < node.min_free else ""
+    if free < node.min_free:
+        return f"{free / 1e9:.1f} GB are free, {node.min_free / 1e9:.1f} GB must remain"
+    return f"{node.watched}: is not there" if node.watched and not node.watched.is_dir() else ""
 
 
 def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:

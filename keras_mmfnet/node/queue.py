@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS studies (
 );
 CREATE TABLE IF NOT EXISTS images (study TEXT, uid TEXT, PRIMARY KEY (study, uid));
 CREATE TABLE IF NOT EXISTS sent (study TEXT, version INTEGER, archive TEXT, PRIMARY KEY (study, version, archive));
+CREATE TABLE IF NOT EXISTS taken (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER);
 """
 # Seconds until the next attempt: doubled each time, from the first to the second number.
 _PAUSES = 10.0, 3600.0
@@ -88,9 +89,15 @@ class StudyQueue:
                 )
 
     def recover(self) -> None:
-        """Postpones what was being segmented when the node or its disk failed, so that others go first."""
+        """Postpones what was being segmented when the node or its disk failed, so that others go first.
+
+        After the clock was put back, nothing waits longer than it would have.
+        """
         with self._open() as database:
             found = self._select(database, "state = 'segmenting'")
+            now = time.time()
+            database.execute("UPDATE studies SET changed = ? WHERE changed > ?", (now, now))
+            database.execute("UPDATE studies SET due = ? WHERE due > ?", (now + _PAUSES[1], now + _PAUSES[1]))
         for study in found:
             self.postpone(study, "its segmentation was interrupted")
 
@@ -162,6 +169,28 @@ class StudyQueue:
         due = time.time() + min(longest, first * 2**study.attempts)
         state = "receiving" if study.state == "segmenting" else study.state
         self._change(study, "state = ?, due = ?, attempts = attempts + 1, reason = ?", state, due, reason)
+
+    def finished(self, before: float) -> list[Study]:
+        """The studies that were done or refused before a time, in seconds since 1970."""
+        with self._open() as database:
+            return self._select(database, "state IN ('done', 'refused') AND changed < ?", (before,))
+
+    def forget(self, study: Study) -> None:
+        """Removes all records of a study."""
+        with self._open() as database:
+            database.execute("DELETE FROM studies WHERE uid = ?", (study.uid,))
+            for table in ("images", "sent"):
+                database.execute(f"DELETE FROM {table} WHERE study = ?", (study.uid,))
+
+    def taken(self) -> set[tuple[str, int, int]]:
+        """The files of the watched folder that were taken: path in it, bytes, and time of the last change in ns."""
+        with self._open() as database:
+            return set(database.execute("SELECT path, size, modified FROM taken"))
+
+    def take(self, path: str, size: int, modified: int) -> None:
+        """Records that a file of the watched folder was taken; the arguments are those of `taken`."""
+        with self._open() as database:
+            database.execute("INSERT OR REPLACE INTO taken VALUES (?, ?, ?)", (path, size, modified))
 
     def _change(self, study, what, *values):
         """Changes a study, unless an image has come since it was taken."""

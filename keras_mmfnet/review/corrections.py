@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet._files import read_json, write
+from keras_mmfnet._files import read_json, to_disk, write
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.labels import join_masks
 from keras_mmfnet.inference import read_segmentation
@@ -165,7 +165,7 @@ class Correction:
         files = _files(self.folder, stem, self.patient)
         for structure, path in files.items():
             write_image(images[structure], path)
-            _to_disk(path)
+            to_disk(path)
         changes = self._changes(masks)
         changed = any(change["added_voxels"] or change["removed_voxels"] for change in changes.values())
         before = self.versions()[-1:]
@@ -180,7 +180,7 @@ class Correction:
         }
         record = self.folder / f"{stem}.json"
         write(record, json.dumps(about, indent=2) + "\n", replace=False)
-        _to_disk(record)
+        to_disk(record)
         self._file.remove()
         self._load()
         return Version(record, files)
@@ -211,12 +211,6 @@ def versions_in(corrections: str | os.PathLike, patient: ReviewPatient) -> list[
     folder = Path(corrections, patient.name)
     stems = sorted((match[1] for path in folder.glob("*.json") if (match := _VERSION.fullmatch(path.name))), key=int)
     return [Version(folder / f"{stem}.json", _files(folder, stem, patient)) for stem in stems]
-
-
-def _to_disk(path):
-    """Waits until a file is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _files(folder, stem, patient):

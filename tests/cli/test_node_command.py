@@ -169,7 +169,12 @@ def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
         status = mmfnet("node", "status", "--folder", folder)
         assert status.stdout.splitlines()[3].split()[:3] == [STUDY, "done", "15"]
         [structures], [segmentation] = archive.objects("RT Structure Set"), archive.objects("Segmentation")
-    assert "PID4711" not in Path(folder).with_suffix(".log").read_text()
+    log = Path(folder).with_suffix(".log").read_text()
+    assert "PID4711" not in log
+    # Each line of the log is a JSON object, but for the address and the reason of the end.
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert [line["message"] for line in lines if line.get("study") == STUDY][-3:] == ["segmenting", "segmented", "sent"]
+    assert all(line["time"].endswith("+00:00") and line["level"] for line in lines)
     mmfnet("segment", trained, tmp_path / "images", "--out", tmp_path / "own", "--seg", "--structure", "GTV")
     mask = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "own" / "images.nii.gz")))
     assert mask.any()
@@ -295,7 +300,7 @@ def test_what_is_refused_at_the_start(mmfnet, trained, tmp_path):
         left.enter_context(hold(tmp_path / "node" / ".segment.lock"))
         threading.Timer(2, left.close).start()
         refused = mmfnet("node", "start", trained, *options, "--health-port", taken.getsockname()[1], code=1)
-        assert "Waiting for the segmentation of a node that was killed" in refused.stderr
+        assert "waiting for the segmentation of a node that was killed" in refused.stderr
         assert "an address that is free is expected" in refused.stderr
     wrong = mmfnet("node", "start", trained, *options, "--structure", "A\\B", code=1)
     assert "--structure: 1 to 64 characters without a backslash" in wrong.stderr

@@ -2,6 +2,8 @@
 
 import contextlib
 import http.server
+import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -18,7 +20,7 @@ from dicom_files import write_object, write_series
 from pynetdicom import AE, evt
 
 from keras_mmfnet.node import service
-from keras_mmfnet.node.health import serve_health
+from keras_mmfnet.node.health import find_fault, serve_health
 from keras_mmfnet.node.network import Archive, Certificates, WebArchive, parse_archive
 from keras_mmfnet.node.service import Node
 
@@ -215,7 +217,7 @@ def test_a_sender_that_is_not_allowed(make_node, images, caplog):
         with pytest.raises(ConnectionError, match="a rejection"):
             Archive("OTHER", address.host, address.port).store(images, "SCANNER")
     assert states(node) == []
-    assert caplog.text.count("Refused a connection from 127.0.0.1") == 2
+    assert caplog.text.count("refused a connection from 127.0.0.1") == 2
 
 
 def test_uids_that_lead_out_of_the_folder(make_node, images):
@@ -237,12 +239,14 @@ def test_a_full_disk(make_node, images):
     assert states(node) == []
 
 
-def test_a_study_of_too_many_images(make_node, images, monkeypatch):
+def test_a_study_of_too_many_or_too_large_images(make_node, images, monkeypatch):
     monkeypatch.setattr(service, "_MOST_IMAGES", 3)
     node = make_node()
     with listening(node) as address, pytest.raises(OSError, match=r"status A700"):
         address.store(images, "SCANNER")
     assert states(node) == [(STUDY, "receiving", 3)]
+    monkeypatch.setattr(service, "_MOST_BYTES", 100)
+    assert node.keep(images[0].read_bytes()[:-1]) == 0xA700
 
 
 @pytest.fixture
@@ -388,18 +392,84 @@ def test_connections_by_tls(make_node, images, certificates):
 
 
 def test_a_watched_folder(make_node, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "_SETTLED", -1.0)  # a file system's clock is a bit behind
     (tmp_path / "images" / "notes.txt").write_text("no image")
+    os.utime(images[0], (time.time() + 1e5,) * 2)  # the clock of another machine
     node = make_node(watched=tmp_path / "images")
     assert not node.work()
+    assert states(node) == []  # they may still be written
+    monkeypatch.setattr(service, "_SETTLED", 0.0)
+    node.work()
     assert states(node) == [(STUDY, "receiving", 5)]
     monkeypatch.setattr(service, "_SETTLED", 1000.0)
     write_series(tmp_path / "images", uid="1.2.3", prefix="later")
     node.work()
-    assert states(node) == [(STUDY, "receiving", 5)]  # they may still be written
-    monkeypatch.setattr(service, "_SETTLED", -1.0)
+    assert states(node) == [(STUDY, "receiving", 5)]
+    monkeypatch.setattr(service, "_SETTLED", 0.0)
     node.work()
     assert states(node) == [(STUDY, "receiving", 10)]
+
+
+def test_two_files_of_a_watched_folder_with_one_uid(make_node, images, tmp_path, monkeypatch):
+    """Each is taken once, also by a node that was started again."""
+    monkeypatch.setattr(service, "_SETTLED", 0.0)
+    one = pydicom.dcmread(images[0])
+    one.PatientComments = "another content"
+    one.save_as(tmp_path / "images" / "again.dcm")
+    for _ in range(2):
+        node = make_node(watched=tmp_path / "images")
+        node.work()
+        [study] = node.queue.studies()
+        assert (study.images, study.version) == (5, 6)
+
+
+def test_a_watched_folder_that_is_away(make_node, images, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(service, "_SETTLED", 0.0)
+    caplog.set_level(logging.INFO)
+    node = make_node(watched=tmp_path / "images")
+    (tmp_path / "images").rename(tmp_path / "away")
+    for _ in range(3):
+        node.work()
+    assert f"{tmp_path / 'images'}: is not there" in find_fault(node)
+    assert caplog.text.count("the watched folder is not there") == 1
+    (tmp_path / "away").rename(tmp_path / "images")
+    node.work()
+    assert find_fault(node) == ""
+    assert "over: " in caplog.text
+    assert states(node) == [(STUDY, "receiving", 5)]
+
+
+def test_old_studies_are_removed(make_node, images, contours, monkeypatch):
+    node = make_node(keep_days=2, complete_after=1e9)
+    with archive() as (receiver, _):
+        node.archives = [receiver]
+        contours(node)
+        node.work()
+    for path in images:
+        node.keep(path.read_bytes())
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 86400)
+    node.work()
+    assert len(states(node)) == 2
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 86401)
+    node.work()
+    assert states(node) == [(STUDY, "receiving", 5)]  # waits, and is not done
+    assert not list((node.folder / "results").iterdir())
+    assert len(list((node.folder / "studies" / STUDY).iterdir())) == 5
+
+
+def test_a_clock_that_is_put_back(make_node, images, contours, monkeypatch):
+    node = make_node(complete_after=60)
+    with archive() as (away, _):
+        pass
+    node.archives = [away]
+    with monkeypatch.context() as patched:
+        patched.setattr("time.time", lambda now=time.time: now() + 1e6)
+        contours(node)
+        node.work()
+        node.keep(images[0].read_bytes())
+    node.work()
+    latest = {study.state: max(study.changed, study.due) - time.time() for study in node.queue.studies()}
+    assert 3500 < latest["sending"] <= 3600
+    assert -60 < latest["receiving"] <= 0
 
 
 def test_what_a_monitor_is_told(make_node, contours):
