@@ -33,6 +33,8 @@ from keras_mmfnet.export import write_rtstruct
 from keras_mmfnet.methods import METHODS
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.review.corrections import Correction
+from keras_mmfnet.review.patients import find_reviewed
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))

@@ -142,6 +142,7 @@ def state(folder):
 
 
 @needs_orthanc
+@pytest.mark.slow
 def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
     """The node is killed at several moments; what arrives is what `mmfnet segment` writes."""
     for name, seed in (("T1", 0), ("T2", 1), ("T1 C+", 2)):
