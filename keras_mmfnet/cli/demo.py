@@ -48,5 +48,6 @@ def demo(
         make_synthetic_cohort(out / "phantom", seed=recipe.training.seed, modalities=recipe.data.modalities)
         run_training(terminal, out, out / "phantom", recipe, [0])
         patient = shlex.quote(str(out / "phantom" / Run(out).folds[0].test[0]))
+        terminal.say(f"Look at it: mmfnet review {folder}")
         terminal.say(f"Try it: mmfnet segment {folder} {patient} --out contours --picture")
         terminal.say("With your own patients: mmfnet check PATIENTS, then mmfnet train PATIENTS --out RUN")

@@ -7,6 +7,7 @@ import re
 import shutil
 import sqlite3
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -120,6 +121,7 @@ def start(
                 server = made.listen(host, port)
             stack.callback(server.shutdown)
             terminal.say(f"{title}@{host}:{server.server_address[1]}\nStop with Ctrl-C", always=True)
+            _log.info("listening as %s on %s:%d", title, host, server.server_address[1])
             with contextlib.suppress(KeyboardInterrupt):
                 made.serve()
 
@@ -148,8 +150,9 @@ def _named(option, value):
 def _require_pynetdicom():
     if importlib.util.find_spec("pynetdicom") is None:
         raise ValueError("mmfnet node needs pynetdicom: pip install 'keras-mmfnet[node]'. Received: none")
-    # Failures are raised or logged by `keras_mmfnet.node`.
+    # Failures are raised or logged by `keras_mmfnet.node`. Warnings of pydicom quote what it reads, such as names.
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="pydicom")
 
 
 def _certificates(*files):
@@ -173,7 +176,7 @@ def _only_one(folder):
         try:
             stack.enter_context(hold(folder / ".node.lock"))
         except BlockingIOError:
-            raise ValueError(f"{folder}: one node at a time is expected. Received: another one") from None
+            raise ValueError(f"--folder: one node at a time is expected. Received: another one on {folder}") from None
         said = False
         while True:
             try:
@@ -207,18 +210,14 @@ def status(folder: _Folder):
             studies = StudyQueue(path).studies()
         except sqlite3.Error as error:
             raise ValueError(f"{path}: a queue that can be written is expected. Received: {error}") from error
-        lines = [
-            (
-                study.uid,
-                study.state,
-                str(study.images),
-                f"{roughly(now - study.changed)} ago",
-                str(study.attempts or ""),
-                study.reason,
-            )
-            for study in studies
-        ]
-        terminal.show(make_table(("study", "state", "images", "since", "attempts", ""), lines, left=2))
+        lines = []
+        for study in studies:
+            since, attempts = f"{roughly(now - study.changed)} ago", str(study.attempts or "")
+            lines.append((study.uid, study.state, str(study.images), since, attempts))
+        terminal.show(make_table(("study", "state", "images", "since", "attempts"), lines, left=2))
+        for study in studies:
+            if study.reason:
+                terminal.say(f"{study.uid}: {study.reason}\n")
         free = shutil.disk_usage(folder).free / 1e9
         terminal.say(f"{len(lines)} in all, {free:.1f} GB free", always=True)
 

@@ -71,7 +71,7 @@ def train(
     with session(quiet, resume_with=again) as terminal:
         if corrections and (data or resume or dry_run or not source):
             given = {"DATA": data, "--resume": resume, "--dry-run": dry_run, "no --from": not source}
-            expected = "a reviewed folder (--from) is expected with it, no DATA, no --resume and no --dry-run"
+            expected = "a reviewed run (--from) is expected with it, no DATA, no --resume and no --dry-run"
             received = ", ".join(name for name, there in given.items() if there)
             raise ValueError(f"--corrections: {expected}. Received: {received}")
         if data is None and not (resume or corrections):
@@ -112,6 +112,7 @@ def train(
         start_backend("cpu" if scheduled else device)
         options.import_files(modules)
         from keras_mmfnet.data import cache
+        from keras_mmfnet.data.layouts import reviewed_patients
         from keras_mmfnet.run import Run
         from keras_mmfnet.tracking import tracked_with
 
@@ -135,6 +136,11 @@ def train(
                 folds = options.choose_folds(fold, len(before.folds), before.begun_folds or [0])
                 # What was left out before is left out again.
                 data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
+            if not (fold or resume) and reviewed_patients(data):
+                if scheduled:
+                    expected = "--fold: folds are expected with --jobs for reviewed patients, or all"
+                    raise ValueError(f"{expected}. Received: none")
+                folds = None
             arguments = {"skip_bad": skip_bad, **division}
             if scheduled and dry_run:
                 request, _ = scheduled.request(out, data, chosen, folds, **_donor_of(opened), **arguments)
@@ -159,7 +165,8 @@ def run_training(
 ) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers.
 
-    `source` is a run or bundle to start from; `jobs`: run the trainings as these `Jobs`.
+    `folds` is `None` for the fold that learns from most of the patients that were reviewed; `source` is a run or bundle
+    to start from; `jobs`: run the trainings as these `Jobs`.
     """
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
@@ -179,6 +186,7 @@ def run_training(
                 sequences, first = ", ".join(run.donated(method)), options.choose_trained(source)[0]
                 _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first)
             _warn_of_seen(source, run.cases.values())
+            folds = _tell_reviewed(run, folds)
             for number in folds:  # --resume resumes the folds that have a folder.
                 run.fold_folder(number).mkdir(exist_ok=True)
             progress = progress_of(run, [method], folds)
@@ -196,6 +204,22 @@ def run_training(
     terminal.say(f"Segment a new patient: mmfnet segment {shlex.quote(str(run))} PATIENT --out FOLDER")
     if terminal.quiet:
         terminal.say(run.folder / "metrics.csv", always=True)
+
+
+def _tell_reviewed(run, folds):
+    """Says which folds learn from how many of the patients that were reviewed; returns the folds.
+
+    Those who were reviewed in another run were its test patients, and may be so again.
+    """
+    from keras_mmfnet.data.layouts import reviewed_patients
+
+    reviewed = set(reviewed_patients(run.cohort["data"]))
+    learnt = [len(reviewed.intersection(one.train)) for one in run.folds]
+    folds = [learnt.index(max(learnt))] if folds is None else folds
+    for number in folds if reviewed else ():
+        about = "Fold %d learns from %d of %d reviewed patients"
+        _log.log(logging.INFO if learnt[number] else logging.WARNING, about, number, learnt[number], len(reviewed))
+    return folds
 
 
 def _donor_of(source):

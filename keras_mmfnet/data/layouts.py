@@ -160,6 +160,22 @@ def read_case_folder(folder: str | os.PathLike, recipe: DataRecipe, require_mask
     return _read_folder(Path(folder).absolute(), recipe, require_mask)[1]
 
 
+def reviewed_patients(folder: str | os.PathLike) -> list[str]:
+    """The patients whose masks were accepted or corrected, if a folder is one that `mmfnet review --export` wrote.
+
+    Args:
+        folder: A folder of patients.
+
+    Returns:
+        Their names; none for another folder.
+
+    Raises:
+        ValueError: `masks.json` there is damaged.
+    """
+    path = Path(folder, MASKS_FILE)
+    return list(read_json(path).get("masks", {})) if path.is_file() else []
+
+
 def _read_masks_apart(directory, recipe, require_mask, on_error):
     """The patients of the folders that `masks.json` names. A mask there counts, as drawn on the reference modality."""
     about, where = read_json(directory / MASKS_FILE), directory / MASKS_FILE

@@ -38,12 +38,9 @@ def describe(node: Node) -> str:
 
 
 def find_fault(node: Node) -> str:
-    """Why a node cannot receive images now; empty if it can."""
+    """What keeps a node from its work now, such as a full disk; empty if nothing does."""
     node.queue.studies()  # raises if it cannot be read
-    free = shutil.disk_usage(node.folder).free
-    if free < node.min_free:
-        return f"{free / 1e9:.1f} GB are free, {node.min_free / 1e9:.1f} GB must remain"
-    return f"{node.watched}: is not there" if node.watched and not node.watched.is_dir() else ""
+    return str(node.faults) or node.store.is_full() or (node.watched.fault() if node.watched else "")
 
 
 def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
@@ -64,9 +61,10 @@ def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
         def do_GET(self):
             status, text = 404, "not found\n"
             try:
-                if self.path == "/metrics":
+                path = self.path.partition("?")[0]
+                if path == "/metrics":
                     status, text = 200, describe(node)
-                elif self.path == "/health":
+                elif path == "/health":
                     fault = find_fault(node)
                     status, text = (503, f"{fault}\n") if fault else (200, "ok\n")
             except Exception as error:  # a queue or a disk that is damaged is what is asked for
@@ -74,11 +72,18 @@ def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:
             self.send_response(status)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.end_headers()
-            self.wfile.write(text.encode())
+            if self.command != "HEAD":
+                self.wfile.write(text.encode())
+
+        do_HEAD = do_GET
 
         def log_message(self, *arguments):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """Says nothing of a monitor that does not wait for the answer."""
+
+    server = Server(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -19,8 +19,8 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Stu
 
 AUTHORIZATION = "MMFNET_NODE_AUTHORIZATION"
 """Environment variable with the header `Authorization` for DICOMweb, such as `Bearer <token>`."""
-# Seconds until an archive must answer.
-_TIMEOUT = 120
+# Seconds until an archive must accept a connection, and answer a request.
+_TO_CONNECT, _TIMEOUT = 20, 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,11 @@ class Archive:
             for uid in found:
                 one = pydicom.Dataset()
                 one.QueryRetrieveLevel, one.StudyInstanceUID = "STUDY", uid
-                answers = list(self._answers(association.send_c_move(one, title, move)))
+                try:
+                    answers = list(self._answers(association.send_c_move(one, title, move)))
+                except OSError as error:
+                    question = f"does the node run, and does the archive know the address of {title}?"
+                    raise OSError(f"{error}; {question}") from error
                 sent.append((str(uid), int(answers[-1][0].get("NumberOfCompletedSuboperations", 0))))
         return sent
 
@@ -171,7 +175,8 @@ class Archive:
     def _associated(self, title, contexts, certificates):
         """A context with an association for classes of objects and transfer syntaxes."""
         entity = AE(ae_title=title)
-        entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = _TIMEOUT
+        entity.connection_timeout = entity.acse_timeout = _TO_CONNECT
+        entity.dimse_timeout = entity.network_timeout = _TIMEOUT
         for kind, syntax in contexts:
             entity.add_requested_context(kind, *([syntax] if syntax else []))
         secure = (certificates.context(server=False), self.host) if certificates else None
@@ -222,14 +227,14 @@ class WebArchive:
         context = certificates.context(server=False) if certificates else None
         try:
             with _opener(context).open(request, timeout=_TIMEOUT) as answer:
-                status, text = answer.status, answer.read()
+                status, text = answer.status, answer.reason
         except urllib.error.HTTPError as error:
             with error:
-                status, text = error.code, error.read()
+                status, text = error.code, error.reason
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"{self}: must answer. Received: {error}") from error
         if status != 200:  # 202: some were stored
-            raise OSError(f"{self}: must store all objects. Received: status {status} {text[:300]!r}")
+            raise OSError(f"{self}: must store all objects. Received: status {status} {text}")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

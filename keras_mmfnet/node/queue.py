@@ -17,7 +17,8 @@ CREATE TABLE IF NOT EXISTS studies (
 );
 CREATE TABLE IF NOT EXISTS images (study TEXT, uid TEXT, PRIMARY KEY (study, uid));
 CREATE TABLE IF NOT EXISTS sent (study TEXT, version INTEGER, archive TEXT, PRIMARY KEY (study, version, archive));
-CREATE TABLE IF NOT EXISTS taken (path TEXT PRIMARY KEY, size INTEGER, modified INTEGER);
+CREATE TABLE IF NOT EXISTS lacking (study TEXT, uid TEXT, reason TEXT, PRIMARY KEY (study, uid));
+CREATE TABLE IF NOT EXISTS taken (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER);
 """
 # Seconds until the next attempt: doubled each time, from the first to the second number.
 _PAUSES = 10.0, 3600.0
@@ -73,6 +74,8 @@ class StudyQueue:
     def add(self, uid: str, image: str, changed: bool = False) -> None:
         """Records an image of a study. One that is recorded already begins the study anew only if it has changed.
 
+        The study is complete a while after its last image, also if that was recorded already.
+
         Args:
             uid: Study Instance UID.
             image: SOP Instance UID.
@@ -80,6 +83,8 @@ class StudyQueue:
         """
         with self._open() as database:
             new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (uid, image)).rowcount
+            database.execute("DELETE FROM lacking WHERE study = ? AND uid = ?", (uid, image))
+            database.execute("UPDATE studies SET changed = ? WHERE uid = ?", (time.time(), uid))
             if new or changed:
                 database.execute(
                     "INSERT INTO studies (uid, state, images, changed) VALUES (?, 'receiving', 1, ?) ON CONFLICT (uid) "
@@ -87,6 +92,27 @@ class StudyQueue:
                     "changed = excluded.changed, due = 0, attempts = 0, reason = ''",
                     (uid, time.time(), new),
                 )
+
+    def lack(self, uid: str, image: str, reason: str) -> None:
+        """Records that an image of a study was not kept, without which the study is not segmented.
+
+        Args:
+            uid: Study Instance UID.
+            image: SOP Instance UID.
+            reason: Why it was not kept.
+        """
+        with self._open() as database:
+            database.execute("INSERT OR REPLACE INTO lacking VALUES (?, ?, ?)", (uid, image, reason))
+
+    def lacking(self, uid: str) -> list[str]:
+        """Why images of a study were not kept, a text for each."""
+        with self._open() as database:
+            return [reason for (reason,) in database.execute("SELECT reason FROM lacking WHERE study = ?", (uid,))]
+
+    def shift(self, seconds: float) -> None:
+        """Adds to all times, after the clock was set."""
+        with self._open() as database:
+            database.execute("UPDATE studies SET changed = changed + ?, due = due + ?", (seconds, seconds))
 
     def recover(self) -> None:
         """Postpones what was being segmented when the node or its disk failed, so that others go first.
@@ -102,15 +128,20 @@ class StudyQueue:
             self.postpone(study, "its segmentation was interrupted")
 
     def retry(self, uid: str) -> bool:
-        """Begins a study anew that was refused. Returns whether there is such a study."""
+        """Begins a study anew that was refused, also without images that were not kept.
+
+        Returns:
+            Whether there is such a study.
+        """
         with self._open() as database:
-            return bool(
-                database.execute(
-                    "UPDATE studies SET state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = '' "
-                    "WHERE uid = ? AND state = 'refused'",
-                    (uid,),
-                ).rowcount
-            )
+            refused = database.execute(
+                "UPDATE studies SET state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = '' "
+                "WHERE uid = ? AND state = 'refused'",
+                (uid,),
+            ).rowcount
+            if refused:
+                database.execute("DELETE FROM lacking WHERE study = ?", (uid,))
+        return bool(refused)
 
     def next_to_segment(self, complete_after: float, open_studies: Collection[str] = ()) -> Study | None:
         """The study that is complete for the longest time, which is `"segmenting"` from now on.
@@ -175,22 +206,28 @@ class StudyQueue:
         with self._open() as database:
             return self._select(database, "state IN ('done', 'refused') AND changed < ?", (before,))
 
-    def forget(self, study: Study) -> None:
-        """Removes all records of a study."""
+    def forget(self, study: Study) -> bool:
+        """Removes all records of a study, unless it has changed since it was taken. Returns whether it did."""
         with self._open() as database:
-            database.execute("DELETE FROM studies WHERE uid = ?", (study.uid,))
-            for table in ("images", "sent"):
+            known = "uid = ? AND state = ? AND version = ?"
+            if not database.execute(
+                f"DELETE FROM studies WHERE {known}", (study.uid, study.state, study.version)
+            ).rowcount:
+                return False
+            for table in ("images", "sent", "lacking"):
                 database.execute(f"DELETE FROM {table} WHERE study = ?", (study.uid,))
+        return True
 
-    def taken(self) -> set[tuple[str, int, int]]:
+    def taken(self) -> set[tuple[bytes, int, int]]:
         """The files of the watched folder that were taken: path in it, bytes, and time of the last change in ns."""
         with self._open() as database:
             return set(database.execute("SELECT path, size, modified FROM taken"))
 
-    def take(self, path: str, size: int, modified: int) -> None:
-        """Records that a file of the watched folder was taken; the arguments are those of `taken`."""
+    def take(self, files: Collection[tuple[bytes, int, int]], gone: Collection[tuple[bytes, int, int]] = ()) -> None:
+        """Records files of the watched folder that were taken, and forgets those that are `gone`; as in `taken`."""
         with self._open() as database:
-            database.execute("INSERT OR REPLACE INTO taken VALUES (?, ?, ?)", (path, size, modified))
+            database.executemany("DELETE FROM taken WHERE path = ? AND size = ? AND modified = ?", list(gone))
+            database.executemany("INSERT OR REPLACE INTO taken VALUES (?, ?, ?)", list(files))
 
     def _change(self, study, what, *values):
         """Changes a study, unless an image has come since it was taken."""

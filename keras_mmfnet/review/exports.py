@@ -1,6 +1,7 @@
 """Accepted and corrected masks as files for other programs."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from keras_mmfnet.inference import read_segmentation
 from keras_mmfnet.review.corrections import versions_in
 from keras_mmfnet.review.patients import ReviewPatient
 
+_log = logging.getLogger(__name__)
 _DICOM = {"rtstruct": write_rtstruct, "seg": write_segmentation}
 
 
@@ -45,6 +47,9 @@ def export_corrections(
     """
     folder, wanted = Path(folder), list(dicom)
     found = {patient: versions for patient in patients if (versions := versions_in(corrections, patient))}
+    for patient in patients:
+        if Path(corrections, patient.name, "strokes").exists():
+            _log.warning("%s: what was drawn since the last version is not saved, and is left out", patient.name)
     if not found:
         raise ValueError(f"{corrections}: masks that were accepted or corrected are expected. Received: none")
     series = {patient: patient.case.images[patient.sequences[0]] for patient in found}

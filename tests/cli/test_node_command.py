@@ -25,6 +25,7 @@ from keras_mmfnet.data import Grid
 from keras_mmfnet.node.network import WebArchive
 from keras_mmfnet.node.queue import StudyQueue
 from keras_mmfnet.node.service import Node
+from keras_mmfnet.node.storage import Header
 
 GRID = Grid((24, 20, 5), (2.0, 2.0, 4.0), (-24.0, -20.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 STUDY = "1.2.826.0.1.3680043.2.1125.1"
@@ -252,7 +253,8 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
     node = Node(tmp_path / "node", trained, [], ["seg"], [], complete_after=0)
     for path in sorted((tmp_path / "images").rglob("*.dcm")):
         content = path.read_bytes()
-        node.keep(content[:-200] if path.name == "slice_02.dcm" and len(names) > 1 else content)
+        content = content[:-200] if path.name == "slice_02.dcm" and len(names) > 1 else content
+        node.store.keep(content, Header.read(content))
     assert node.work()
     [study] = node.queue.studies()
     assert study.state == "refused"

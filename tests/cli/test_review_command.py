@@ -16,6 +16,7 @@ from browser import chromium, needs_browser
 from dicom_files import write_series
 
 from keras_mmfnet.data import Grid, find_cases, preprocess_case
+from keras_mmfnet.data.layouts import reviewed_patients
 from keras_mmfnet.review.corrections import Correction
 from keras_mmfnet.review.patients import find_reviewed, patients_of_run
 from keras_mmfnet.run import Run
@@ -128,16 +129,20 @@ def test_corrected_masks_are_learned_from(mmfnet, run, tiny_cohort, tiny, tmp_pa
     for name, found in masks.items():
         np.testing.assert_array_equal(found, preprocess_case(before[name], own).mask)
     wrong = mmfnet("train", tmp_path / "reviewed", "--from", run, "--corrections", "--out", tmp_path / "no", code=1)
-    assert "--corrections: a reviewed folder (--from) is expected with it, no DATA" in wrong.stderr
+    assert "--corrections: a reviewed run (--from) is expected with it, no DATA" in wrong.stderr
     (tmp_path / "second" / "reviewed").mkdir(parents=True)  # of a command that was interrupted
-    mmfnet("train", "--from", run, "--corrections", "--out", tmp_path / "second")
+    assert reviewed_patients(tmp_path / "reviewed") == [patient.name]
+    assert reviewed_patients(tiny_cohort) == []
+    told = mmfnet("train", "--from", run, "--corrections", "--out", tmp_path / "second").stderr
+    second = Run(tmp_path / "second")
+    [number] = second.begun_folds
+    assert patient.name in second.folds[number].train
+    assert f"Fold {number} learns from 1 of 1 reviewed patients" in told
     for file in sorted((tmp_path / "reviewed").iterdir()):
         assert (tmp_path / "second" / "reviewed_2" / file.name).read_bytes() == file.read_bytes()
-    second = Run(tmp_path / "second")
-    assert second.results()["mmfnet"][0]["fold"] == 0
     [learned] = second.patients([patient.name])
     assert learned.tumour_ml == pytest.approx(mask.sum() * np.prod(patient.source.spacing) / 1000, rel=0.1)
-    mmfnet("train", "--out", tmp_path / "second", "--resume", "--fold", "1")
+    mmfnet("train", "--out", tmp_path / "second", "--resume", "--fold", "0")
 
 
 def test_files_have_no_dicom_objects(mmfnet, trained, tiny_cohort, tmp_path):

@@ -49,7 +49,9 @@ async function sendAll () {
     } catch (error) {
       if (error.status) {
         queue.length = 0
-        throw new Error(`Not kept; reload the page. ${error.message}`)
+        throw new Error(error.status === 404
+          ? 'Not kept; mmfnet review was started again: open the address that it printed.'
+          : `Not kept; reload the page. ${error.message}`)
       }
       say('The server does not answer; trying again. What was drawn is not kept yet.', true)
       await new Promise((resolve) => setTimeout(resolve, 2000))
@@ -583,9 +585,12 @@ async function compute (path) {
   new Uint8Array(data, 4 + 4 * count).forEach((value, n) => { page.drawing[voxels[n]] = value })
   if (count) record(voxels, Uint8Array.from(before))
   say(`${count} voxels changed`)
+  return count
 }
 
-const interpolate = () => compute(`interpolated?structure=${page.structure}&axis=${2 - PLANES[plane()].across}`)
+async function interpolate () {
+  if (await compute(`interpolated?structure=${page.structure}&axis=${2 - PLANES[plane()].across}`) === 0) say('0 voxels changed: no empty slice lies between drawn ones')
+}
 const grow = () => $('growing').hidden || compute(`grown?structure=${page.structure}&threshold=${$('threshold').value}`)
 
 async function save () {
