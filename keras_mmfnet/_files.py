@@ -34,9 +34,13 @@ def write(path, content, replace=True):
 
 
 def to_disk(path):
-    """Waits until a file is on the disk, where it survives a loss of power."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Waits until a file and its name are on the disk, where they survive a loss of power."""
+    for one in (path, path.parent):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ NOT_PARSED = {
     "pip install .[tensorflow]",
     "pip install -e .[test]",
     "pip install -e .[tensorflow,benchmarks]",
+    "pip install -e .[tensorflow,peers]",
     "pip install keras-mmfnet[torch]",
     "pip install keras-mmfnet[torch,cluster]",
     "pip install keras-mmfnet[review]",

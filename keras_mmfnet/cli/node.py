@@ -190,26 +190,27 @@ def _only_one(folder):
         yield lock
 
 
-def _queue_of(folder):
+@contextlib.contextmanager
+def _opened(folder):
     """The queue of a node."""
+    from keras_mmfnet.node.queue import StudyQueue
+
     path = folder / "queue.sqlite"
     if not path.is_file():
         raise ValueError(f"--folder: the folder of a node, with a queue.sqlite, is expected. Received: {folder}")
-    return path
+    try:
+        yield StudyQueue(path)
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: a queue that can be written is expected. Received: {error}") from error
 
 
 @node.command(epilog="Example: mmfnet node status --folder NODE")
 def status(folder: _Folder):
     """Shows the studies of a node: how far each is, and why one was refused or not sent."""
     with session() as terminal:
-        from keras_mmfnet.node.queue import StudyQueue
-
-        path = _queue_of(folder)
         now = time.time()
-        try:
-            studies = StudyQueue(path).studies()
-        except sqlite3.Error as error:
-            raise ValueError(f"{path}: a queue that can be written is expected. Received: {error}") from error
+        with _opened(folder) as queue:
+            studies = queue.studies()
         lines = []
         for study in studies:
             since, attempts = f"{roughly(now - study.changed)} ago", str(study.attempts or "")
@@ -229,10 +230,10 @@ def retry(
 ):
     """Lets a node segment a study again that it refused."""
     with session():
-        from keras_mmfnet.node.queue import StudyQueue
-
-        path = _queue_of(folder)
-        if not StudyQueue(path).retry(study):
+        images = [path.stem for path in (folder / "studies" / study).glob("*.dcm")]
+        with _opened(folder) as queue:
+            found = queue.retry(study, images)
+        if not found:
             raise ValueError(f"UID: a study of {folder} that was refused is expected. Received: {study}")
 
 

@@ -138,8 +138,7 @@ def train(
                 data, skip_bad = data or before.cohort["data"], skip_bad or bool(before.cohort["skipped"])
             if not (fold or resume) and reviewed_patients(data):
                 if scheduled:
-                    expected = "--fold: folds are expected with --jobs for reviewed patients, or all"
-                    raise ValueError(f"{expected}. Received: none")
+                    raise ValueError("--fold: N or all is expected with --jobs on reviewed patients. Received: none")
                 folds = None
             arguments = {"skip_bad": skip_bad, **division}
             if scheduled and dry_run:
@@ -165,8 +164,8 @@ def run_training(
 ) -> None:
     """Cross-validates a recipe, writes the report and prints the numbers.
 
-    `folds` is `None` for the fold that learns from most of the patients that were reviewed; `source` is a run or bundle
-    to start from; `jobs`: run the trainings as these `Jobs`.
+    `folds` is `None` for the fold with the most reviewed patients in its training part; `source` is a run or bundle to
+    start from; `jobs`: run the trainings as these `Jobs`.
     """
     from keras_mmfnet._log import log_to_file
     from keras_mmfnet.methods import method_of
@@ -209,7 +208,7 @@ def run_training(
 def _tell_reviewed(run, folds):
     """Says which folds learn from how many of the patients that were reviewed; returns the folds.
 
-    Those who were reviewed in another run were its test patients, and may be so again.
+    Those who were reviewed in another run were its test patients, and may be test patients again.
     """
     from keras_mmfnet.data.layouts import reviewed_patients
 

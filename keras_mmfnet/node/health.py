@@ -40,7 +40,7 @@ def describe(node: Node) -> str:
 def find_fault(node: Node) -> str:
     """What keeps a node from its work now, such as a full disk; empty if nothing does."""
     node.queue.studies()  # raises if it cannot be read
-    return str(node.faults) or node.store.is_full() or (node.watched.fault() if node.watched else "")
+    return str(node.faults) or node.store.why_full() or (node.watched.fault() if node.watched else "")
 
 
 def serve_health(node: Node, port: int) -> http.server.ThreadingHTTPServer:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 STATES = ("receiving", "segmenting", "sending", "done", "refused")
@@ -17,9 +17,13 @@ CREATE TABLE IF NOT EXISTS studies (
 );
 CREATE TABLE IF NOT EXISTS images (study TEXT, uid TEXT, PRIMARY KEY (study, uid));
 CREATE TABLE IF NOT EXISTS sent (study TEXT, version INTEGER, archive TEXT, PRIMARY KEY (study, version, archive));
-CREATE TABLE IF NOT EXISTS lacking (study TEXT, uid TEXT, reason TEXT, PRIMARY KEY (study, uid));
+CREATE TABLE IF NOT EXISTS lacking (
+    study TEXT, series TEXT, uid TEXT, reason TEXT, PRIMARY KEY (study, series, uid)
+);
 CREATE TABLE IF NOT EXISTS taken (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER);
 """
+# Begins a study anew: what a step reports of it afterwards is ignored.
+_ANEW = "state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = ''"
 # Seconds until the next attempt: doubled each time, from the first to the second number.
 _PAUSES = 10.0, 3600.0
 
@@ -33,9 +37,9 @@ class Study:
         state: `"receiving"`; `"segmenting"`; `"sending"`: segmented, and not yet with all receivers; `"done"`; or
             `"refused"`: it cannot be segmented.
         images: How many images were received.
-        version: Increases with each image.
+        version: Increases whenever the study begins anew.
         changed: When the last image came or a step ended, in seconds since 1970.
-        due: Not before this time is it tried again, in seconds since 1970.
+        due: Earliest time of the next attempt, in seconds since 1970.
         attempts: How often the step it is at has failed.
         reason: Why it failed last.
     """
@@ -71,38 +75,41 @@ class StudyQueue:
         with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:
             yield database
 
-    def add(self, uid: str, image: str, changed: bool = False) -> None:
+    def add(self, uid: str, image: str, changed: bool = False, series: str = "") -> None:
         """Records an image of a study. One that is recorded already begins the study anew only if it has changed.
 
-        The study is complete a while after its last image, also if that was recorded already.
+        Any image, even a repeated one, restarts the wait until the study is complete.
 
         Args:
             uid: Study Instance UID.
             image: SOP Instance UID.
             changed: Whether its file is new or has another content than before.
+            series: Series Instance UID.
         """
         with self._open() as database:
             new = database.execute("INSERT OR IGNORE INTO images VALUES (?, ?)", (uid, image)).rowcount
-            database.execute("DELETE FROM lacking WHERE study = ? AND uid = ?", (uid, image))
+            database.execute("DELETE FROM lacking WHERE study = ? AND series = ? AND uid = ?", (uid, series, image))
             database.execute("UPDATE studies SET changed = ? WHERE uid = ?", (time.time(), uid))
             if new or changed:
                 database.execute(
                     "INSERT INTO studies (uid, state, images, changed) VALUES (?, 'receiving', 1, ?) ON CONFLICT (uid) "
-                    "DO UPDATE SET state = 'receiving', images = images + ?, version = version + 1, "
-                    "changed = excluded.changed, due = 0, attempts = 0, reason = ''",
+                    f"DO UPDATE SET {_ANEW}, images = images + ?, changed = excluded.changed",
                     (uid, time.time(), new),
                 )
 
-    def lack(self, uid: str, image: str, reason: str) -> None:
-        """Records that an image of a study was not kept, without which the study is not segmented.
+    def lack(self, uid: str, series: str, image: str, reason: str) -> None:
+        """Records that an image of a study was not kept. The study begins anew, and is not segmented without it.
 
         Args:
             uid: Study Instance UID.
+            series: Series Instance UID.
             image: SOP Instance UID.
             reason: Why it was not kept.
         """
         with self._open() as database:
-            database.execute("INSERT OR REPLACE INTO lacking VALUES (?, ?, ?)", (uid, image, reason))
+            new = database.execute("INSERT OR IGNORE INTO lacking VALUES (?, ?, ?, ?)", (uid, series, image, reason))
+            if new.rowcount:
+                database.execute(f"UPDATE studies SET {_ANEW}, changed = ? WHERE uid = ?", (time.time(), uid))
 
     def lacking(self, uid: str) -> list[str]:
         """Why images of a study were not kept, a text for each."""
@@ -117,7 +124,7 @@ class StudyQueue:
     def recover(self) -> None:
         """Postpones what was being segmented when the node or its disk failed, so that others go first.
 
-        After the clock was put back, nothing waits longer than it would have.
+        After the clock was put back, nothing waits for longer than an hour.
         """
         with self._open() as database:
             found = self._select(database, "state = 'segmenting'")
@@ -127,24 +134,28 @@ class StudyQueue:
         for study in found:
             self.postpone(study, "its segmentation was interrupted")
 
-    def retry(self, uid: str) -> bool:
-        """Begins a study anew that was refused, also without images that were not kept.
+    def retry(self, uid: str, images: Collection[str]) -> bool:
+        """Lets a refused study be segmented again, even if some of its images were not kept.
+
+        Args:
+            uid: Study Instance UID.
+            images: The SOP Instance UIDs of the images that there are.
 
         Returns:
             Whether there is such a study.
         """
         with self._open() as database:
             refused = database.execute(
-                "UPDATE studies SET state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = '' "
-                "WHERE uid = ? AND state = 'refused'",
-                (uid,),
+                f"UPDATE studies SET {_ANEW}, images = ? WHERE uid = ? AND state = 'refused'", (len(images), uid)
             ).rowcount
             if refused:
-                database.execute("DELETE FROM lacking WHERE study = ?", (uid,))
+                for table in ("lacking", "images"):
+                    database.execute(f"DELETE FROM {table} WHERE study = ?", (uid,))
+                database.executemany("INSERT INTO images VALUES (?, ?)", [(uid, image) for image in images])
         return bool(refused)
 
     def next_to_segment(self, complete_after: float, open_studies: Collection[str] = ()) -> Study | None:
-        """The study that is complete for the longest time, which is `"segmenting"` from now on.
+        """Takes the study that has been complete for the longest time, and marks it `"segmenting"`.
 
         Args:
             complete_after: For how many seconds no image may have come.
@@ -206,8 +217,16 @@ class StudyQueue:
         with self._open() as database:
             return self._select(database, "state IN ('done', 'refused') AND changed < ?", (before,))
 
-    def forget(self, study: Study) -> bool:
-        """Removes all records of a study, unless it has changed since it was taken. Returns whether it did."""
+    def forget(self, study: Study, move: Callable[[], None]) -> bool:
+        """Removes all records of a study, unless it has changed since it was taken.
+
+        Args:
+            study: The study, as it was taken.
+            move: Moves its files away. If it fails, nothing is removed.
+
+        Returns:
+            Whether it was removed.
+        """
         with self._open() as database:
             known = "uid = ? AND state = ? AND version = ?"
             if not database.execute(
@@ -216,6 +235,7 @@ class StudyQueue:
                 return False
             for table in ("images", "sent", "lacking"):
                 database.execute(f"DELETE FROM {table} WHERE study = ?", (study.uid,))
+            move()
         return True
 
     def taken(self) -> set[tuple[bytes, int, int]]:

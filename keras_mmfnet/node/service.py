@@ -20,13 +20,13 @@ from keras_mmfnet._backend import configured_backend
 from keras_mmfnet.node.faults import Faults, describe_error
 from keras_mmfnet.node.network import Archive, Certificates, WebArchive
 from keras_mmfnet.node.queue import Study, StudyQueue
-from keras_mmfnet.node.storage import NOT_UNDERSTOOD, Header, ImageStore
+from keras_mmfnet.node.storage import NOT_UNDERSTOOD, SUCCESS, Header, ImageStore
 from keras_mmfnet.node.watched import WatchedFolder
 
 _log = logging.getLogger(__name__)
 # How often a study is tried whose segmentation was killed, and how many seconds a segmentation may take.
 _MOST_ATTEMPTS, _LONGEST = 3, 3600
-# Seconds between two looks at the queue, and by how many a clock differs that was set.
+# Seconds between two looks at the queue, and the difference that counts as a clock that was set.
 _POLL, _JUMP = 0.5, 30.0
 
 
@@ -70,6 +70,8 @@ class Node:
     ):
         self.folder, self.run, self.archives, self.kinds = Path(folder), Path(run), list(archives), list(kinds)
         self.title, self.allowed, self.complete_after = title, list(allowed), complete_after
+        if not self.allowed:
+            raise ValueError("`allowed` must name who may send. Received: nobody")
         self.certificates, self.keep_days = certificates, keep_days
         self.options, self.lock = list(options), lock
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,35 +116,39 @@ class Node:
         except ValueError as error:
             _log.warning("not kept: %s", error)
             return NOT_UNDERSTOOD
+        if not header.is_image:
+            return self.store.keep(content, header)
         # The study is not complete before the association ends.
         received = self._receiving.setdefault(event.assoc, Counter())
-        if header.is_image:
-            received[header.study] += 1
-        return self.store.keep(content, header)
+        received[header.study] += 0
+        status = self.store.keep(content, header)
+        received[header.study] += status == SUCCESS
+        return status
+
+    def _log_received(self):
+        """Writes to the log what was received by associations that have ended."""
+        for association in [one for one in list(self._receiving) if not one.is_established]:
+            for study, images in list(self._receiving.pop(association).items()):
+                _log.info("received", extra={"study": study, "images": images})
 
     def _being_received(self):
-        """The studies that are being sent to the node; says what was received by associations that have ended."""
-        for association in [one for one in list(self._receiving) if not one.is_established]:
-            for study, images in self._receiving.pop(association).items():
-                _log.info("received", extra={"study": study, "images": images})
-        return set().union(*list(self._receiving.values()))
+        """The studies that are being sent to the node."""
+        return {study for received in list(self._receiving.values()) for study in list(received)}
 
     def work(self) -> bool:
-        """Segments a study that is complete, and sends one that is segmented. Returns whether there was any."""
+        """Sends a study that is segmented, and segments one that is complete. Returns whether there was any."""
         self._heed_clock()
         self.queue.recover()
-        for what, do in (("watching", self.watched and self.watched.take), ("removing", self._remove_old)):
-            try:
-                if do:
-                    do()
-            except Exception as error:  # does not keep the others from their work
-                self.faults.report(what, describe_error(error))
+        self._log_received()
+        if self.watched:
+            self._attempt("watching", self.watched.take)
+        self._attempt("removing", self._remove_old)
         if study := self.queue.next_to_send():
             self._send(study)
-        received, complete = self._being_received(), None
+        complete = None
         # What waits in the watched folder may belong to any study.
         if not (self.watched and self.watched.waits):
-            complete = self.queue.next_to_segment(self.complete_after, received)
+            complete = self.queue.next_to_segment(self.complete_after, self._being_received())
         if complete:
             self._segment(complete)
         return bool(study or complete)
@@ -160,21 +166,29 @@ class Node:
             if not busy:
                 time.sleep(_POLL)
 
+    def _attempt(self, what, do):
+        """Does something whose failure does not keep the node from the rest of its work."""
+        try:
+            do()
+        except Exception as error:
+            self.faults.report(what, describe_error(error))
+
     def _heed_clock(self):
         """Moves the times in the queue along with a clock that was set."""
         clock, passed = time.time(), time.monotonic()
         jump = (clock - self._clock) - (passed - self._passed)
-        self._clock, self._passed = clock, passed
         if abs(jump) > _JUMP:
             self.queue.shift(jump)
+        self._clock, self._passed = clock, passed
 
     def _remove_old(self):
-        """Removes studies that were done or refused `keep_days` ago."""
+        """Removes studies that were done or refused `keep_days` ago, but for those that an expert has corrected."""
         if self.keep_days is None:
             return
         received = self._being_received()
         for study in self.queue.finished(time.time() - self.keep_days * 86400):
-            if study.uid not in received and self.store.remove(study):
+            corrected = any((self.folder / "results" / study.uid).glob("*/corrections"))
+            if study.uid not in received and not corrected and self.store.remove(study):
                 _log.info("removed after %g days", self.keep_days, extra={"study": study.uid})
         self.faults.report("removing")
 
@@ -215,7 +229,7 @@ class Node:
             _log.info("segmented", extra={"study": study.uid, "seconds": seconds})
             self.queue.advance(study, "sending" if files else "done", "" if files else "no structure was found")
             return
-        # What is left, also by another run before this one was given, would be refused again.
+        # Results that an earlier attempt left, perhaps with another run, would be refused again.
         left = out.exists() and any(out.iterdir())
         shutil.rmtree(out, ignore_errors=True)
         last = (ended.stderr.strip() or "nothing was printed").splitlines()[-1]
@@ -225,19 +239,22 @@ class Node:
         elif ended.returncode < 0 or ended.returncode >= 128:
             self._try_again(study, reason)
         else:  # because of the run or the machine
-            _log.error("not segmented, which is tried again", extra={"study": study.uid, "reason": reason})
-            self.queue.postpone(study, reason)
+            self._postpone(study, reason)
 
     def _try_again(self, study, reason):
         """Lets a segmentation that was killed be tried again, but not for ever: the study may be the cause."""
         if study.attempts + 1 < _MOST_ATTEMPTS:
-            _log.warning("not segmented, which is tried again", extra={"study": study.uid, "reason": reason})
-            self.queue.postpone(study, reason)
+            self._postpone(study, reason)
         else:
             self._refuse(study, reason)
 
+    def _postpone(self, study, reason):
+        """Lets a study be segmented later. The reason, which may have names, is not in the log."""
+        _log.warning("not segmented, which is tried again; mmfnet node status says why", extra={"study": study.uid})
+        self.queue.postpone(study, reason)
+
     def _refuse(self, study, reason):
-        """Sets a study aside. The reason, which may name series as a hospital does, is not in the log."""
+        """Sets a study aside. The reason, which may have names, is not in the log."""
         _log.error("refused; mmfnet node status says why", extra={"study": study.uid})
         self.queue.advance(study, "refused", reason)
 
@@ -246,7 +263,7 @@ class Node:
         files, faults = sorted(self.results(study).glob("*.dcm")), []
         if not files:
             expected = f"{self.results(study)}: must hold what was segmented"
-            self.queue.advance(study, "refused", f"{expected}. Received: a folder without DICOM files")
+            self._refuse(study, f"{expected}. Received: a folder without DICOM files")
             return
         there = self.queue.sent_to(study)
         for archive in self.archives:

@@ -19,7 +19,7 @@ from keras_mmfnet.node.queue import Study, StudyQueue
 _log = logging.getLogger(__name__)
 # Status of an answer to C-STORE, DICOM PS3.4, B.2.3: kept, try again, over a limit, and not understood.
 SUCCESS, OUT_OF_RESOURCES, OVER_LIMIT, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA702, 0xC000
-# Objects of these classes are kept; others are of no use here.
+# Only these classes are kept.
 _IMAGES = {
     pydicom.uid.MRImageStorage,
     pydicom.uid.EnhancedMRImageStorage,
@@ -61,7 +61,7 @@ class Header:
             header = cls(*(str(found.get(tag, "")) for tag in tags))
         except Exception as error:  # whatever pydicom raises on what was sent
             raise ValueError(f"a DICOM object is expected. Received: {describe_error(error)}") from error
-        # They name folders and files; those of other objects are of no interest.
+        # They name folders and files. An object without a class is refused, too.
         uids = (header.kind, header.study, header.image) if header.is_image or not header.kind else ()
         if not all(re.fullmatch(r"[0-9][0-9.]{0,63}", uid) for uid in uids):
             raise ValueError("an object with UIDs of its class, study and instance is expected. Received: others")
@@ -97,15 +97,15 @@ class ImageStore:
         """The folder with the images of a study."""
         return self.folder / "studies" / study
 
-    def is_full(self, size: int = 0) -> str:
-        """Why no image of some bytes can be kept; empty if it can."""
+    def why_full(self, size: int = 0) -> str:
+        """Why `size` bytes more cannot be kept; empty if they can."""
         free = shutil.disk_usage(self.folder).free
         if free >= self.min_free + size:
             return ""
         return f"{free / 1e9:.1f} GB are free, {self.min_free / 1e9:.1f} GB must remain"
 
     def keep(self, content: bytes, header: Header) -> int:
-        """Keeps an image and puts it into the queue. What is no image is not kept.
+        """Keeps an image and puts it into the queue. Objects that are not images are acknowledged and dropped.
 
         A study whose image was not kept is not segmented without it.
 
@@ -122,41 +122,54 @@ class ImageStore:
             with self._changing:
                 status, reason = self._keep(content, header)
                 if reason:
-                    self.queue.lack(header.study, header.image, reason)
+                    self.refuse(header, reason)
         except Exception as error:  # of the disk or the database
             self.faults.report("keeping images", describe_error(error))
             return OUT_OF_RESOURCES
-        self.faults.report("keeping images", reason if status == OUT_OF_RESOURCES else "")
-        if reason and status != OUT_OF_RESOURCES:
-            _log.error("an image was not kept", extra={"study": header.study, "reason": reason})
         return status
 
+    def refuse(self, header: Header, reason: str) -> None:
+        """Records that an image is not kept, without which its study is not segmented.
+
+        Args:
+            header: Its UIDs.
+            reason: Why it is not kept.
+        """
+        _log.error("an image was not kept", extra={"study": header.study, "reason": reason})
+        self.queue.lack(header.study, header.series, header.image, reason)
+
     def _keep(self, content, header):
-        """Keeps an image; returns a status, and why it is lacking now."""
+        """Keeps an image; returns a status, and the reason if the study must wait for it."""
         place = self.images(header.study)
         path = place / f"{header.image}.dcm"
         there = path.exists()
         if there and _is_same(content, path):
-            self.queue.add(header.study, header.image)
+            self.queue.add(header.study, header.image, series=header.series)
             return SUCCESS, ""
         if there and Header.read(path).series != header.series:
             return NOT_UNDERSTOOD, f"image {header.image} is in two series"
         if there and _is_whole(path.read_bytes()) and not _is_whole(content):
             _log.warning("not kept: a damaged copy of an image", extra={"study": header.study})
             return NOT_UNDERSTOOD, ""
-        if full := self.is_full(len(content)):
+        if full := self.why_full(len(content)):
             return OUT_OF_RESOURCES, f"an image was refused: {full}"
-        place.mkdir(parents=True, exist_ok=True)
-        if len(content) > MOST_BYTES or (not there and sum(1 for _ in os.scandir(place)) >= MOST_IMAGES):
+        images = sum(1 for _ in os.scandir(place)) if place.exists() else 0
+        if len(content) > MOST_BYTES or (not there and images >= MOST_IMAGES):
             limits = f"{MOST_IMAGES} images of up to {MOST_BYTES / 1e9:g} GB"
             return OVER_LIMIT, f"an image was refused: a study may have {limits}"
-        # If the process is killed between the two, the sender, who gets no answer, sends the image again.
+        # A replaced image is recorded first: after a kill, the one that is sent again would be the same as the file.
         if there:
-            self.queue.add(header.study, header.image, changed=True)
-        write(path, content)
-        to_disk(path)
+            self.queue.add(header.study, header.image, changed=True, series=header.series)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            write(path, content)
+            to_disk(path)
+        except OSError as error:
+            self.faults.report("keeping images", describe_error(error))
+            return OUT_OF_RESOURCES, f"an image was not written: {describe_error(error)}"
         if not there:
-            self.queue.add(header.study, header.image, changed=True)
+            self.queue.add(header.study, header.image, changed=True, series=header.series)
+        self.faults.report("keeping images")
         return SUCCESS, ""
 
     def remove(self, study: Study) -> bool:
@@ -165,21 +178,20 @@ class ImageStore:
         Returns:
             Whether it did.
         """
-        # Renamed first, so that no part of a study is left if the process is killed.
-        self._trash.mkdir(exist_ok=True)
+        target = self._trash / uuid.uuid4().hex
+
+        def move():
+            # Renamed, so that no part of a study is left if the process is killed.
+            target.mkdir(parents=True)
+            for name in ("studies", "results"):
+                if (place := self.folder / name / study.uid).exists():
+                    place.rename(target / name)
+
         with self._changing:
-            moved = []
-            for place in (self.images(study.uid), self.folder / "results" / study.uid):
-                if place.exists():
-                    target = self._trash / uuid.uuid4().hex
-                    place.rename(target)
-                    moved.append((target, place))
-            forgotten = self.queue.forget(study)
-            for target, place in () if forgotten else moved:
-                target.rename(place)
-        for target, _ in moved if forgotten else ():
+            removed = self.queue.forget(study, move)
+        if removed:
             shutil.rmtree(target)
-        return forgotten
+        return removed
 
 
 def _is_same(content, path):

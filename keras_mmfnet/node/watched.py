@@ -11,12 +11,14 @@ from keras_mmfnet.node.faults import Faults, describe_error
 from keras_mmfnet.node.storage import MOST_BYTES, OUT_OF_RESOURCES, Header, ImageStore
 
 _log = logging.getLogger(__name__)
-# Seconds that a file must stay as it is before it is taken, and how many are taken at a time.
-SETTLED, _AT_A_TIME = 2.0, 200
+# Seconds that a file must stay as it is before it is taken, and that studies wait for one that cannot be read.
+SETTLED, _PATIENCE = 2.0, 60.0
+# How many files are taken at a time.
+_AT_A_TIME = 200
 
 
 class WatchedFolder:
-    """A folder whose images are taken once, and stay where they are. Hidden files and folders are passed over.
+    """A folder whose images are copied once; the files are left in place. Hidden files and folders are ignored.
 
     Args:
         path: The folder.
@@ -35,32 +37,39 @@ class WatchedFolder:
         return "" if self.path.is_dir() else f"{self.path} is not there"
 
     def take(self) -> None:
-        """Takes some images that have come since, and are not being written any more."""
-        fault = self.fault()
-        self.faults.report("watching", fault)
-        if fault:
+        """Takes up to 200 new files that have not changed for two seconds."""
+        if fault := self.fault():
+            self.faults.report("watching", fault)
+            self.waits = False
             return
         found, now = dict(self._files()), time.monotonic()
         new = {key: path for key, path in found.items() if key not in self._taken}
         self._seen = {key: self._seen.get(key, now) for key in new}
-        ready = [key for key, since in self._seen.items() if now - since >= SETTLED]
-        taken, unreadable = set(), ""
-        for key in ready[:_AT_A_TIME]:
+        taken, unreadable, all_tried = set(), "", True
+        for key, since in self._seen.items():
+            if now - since < SETTLED:
+                continue
+            all_tried = len(taken) < _AT_A_TIME
+            if not all_tried:
+                break
             try:
                 status = self._keep(new[key], size=key[1])
             except OSError as error:  # it is gone, or cannot be read yet
                 unreadable = describe_error(error)
                 continue
-            if status == OUT_OF_RESOURCES:
+            all_tried = status != OUT_OF_RESOURCES
+            if not all_tried:
                 break
             taken.add(key)
-        self.faults.report("reading watched files", unreadable)
         # A folder that is empty may be a disk that is away for a while.
         gone = self._taken - found.keys() if found else set()
         if taken or gone:
             self.store.queue.take(taken, gone)
             self._taken = (self._taken | taken) - gone
-        self.waits = any(_may_be_image(new[key], size=key[1]) for key in new.keys() - taken)
+        recent = [key for key, since in self._seen.items() if key not in taken and now - since < _PATIENCE]
+        self.waits = not all_tried or any(_may_be_image(new[key], size=key[1]) for key in recent)
+        self.faults.report("reading watched files", unreadable)
+        self.faults.report("watching")
 
     def _files(self) -> Iterator[tuple[tuple[bytes, int, int], Path]]:
         """The files by path in the folder, bytes, and time of the last change in ns."""
@@ -80,17 +89,19 @@ class WatchedFolder:
             return None
         try:
             if size > MOST_BYTES:
-                raise ValueError(f"at most {MOST_BYTES / 1e9:g} GB are expected. Received: {size / 1e9:g} GB")
+                reason = f"an image has {size / 1e9:.1f} GB, more than {MOST_BYTES / 1e9:g} GB"
+                self.store.refuse(Header.read(path), reason)
+                return None
             content = path.read_bytes()
             return self.store.keep(content, Header.read(content))
         except ValueError as error:
-            _log.warning("a file of the watched folder was not taken", extra={"reason": str(error)})
+            _log.warning("a file of the watched folder is ignored", extra={"reason": str(error)})
             return None
 
 
 def _may_be_image(path, size):
-    """Whether a file is an image, or too short to tell."""
+    """Whether a file is an image, or too short or too little readable to tell."""
     try:
         return size < 132 or is_dicom(path)
     except OSError:
-        return False
+        return True

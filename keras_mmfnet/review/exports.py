@@ -30,7 +30,7 @@ def export_corrections(
     """Writes the last version of each accepted or corrected patient: `PATIENT.nii.gz`, and DICOM files if wanted.
 
     The folder can be trained on: `masks.json` names the folders of the images, and `find_cases` finds the patients of
-    both, the reviewed ones with these masks. One structure alone has its label value in them.
+    both, the reviewed ones with these masks. A single structure has the label value that the recipe reads.
 
     Args:
         patients: The patients; those without a version are passed over.
@@ -42,7 +42,7 @@ def export_corrections(
         The files.
 
     Raises:
-        ValueError: Nobody was accepted or corrected, or the images are no DICOM series.
+        ValueError: No mask was accepted or corrected, or the images are no DICOM series.
         FileExistsError: The folder exists.
     """
     folder, wanted = Path(folder), list(dicom)
@@ -75,7 +75,7 @@ def export_corrections(
 
 
 def _write(mask, structures, path):
-    """Copies the file of a mask. That of one structure has 1, where the recipe may read another label."""
+    """Copies the file of a mask. A single structure, which has 1 there, gets the label that the recipe reads."""
     labels = next(iter(structures.values())) if len(structures) == 1 else None
     if isinstance(labels, tuple) and 1 not in labels:
         write_image(sitk.ReadImage(str(mask)) * labels[0], path)

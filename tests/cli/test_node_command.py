@@ -250,7 +250,7 @@ def test_a_study_that_cannot_be_segmented_is_set_aside(trained, tmp_path, mmfnet
     names = ["T1", "T2", "T1 C+"] if fault == "an object is truncated" else ["T1"]
     for number, name in enumerate(names):
         write_series(tmp_path / "images" / name, GRID, name, uid=f"1.2.3.{number}")
-    node = Node(tmp_path / "node", trained, [], ["seg"], [], complete_after=0)
+    node = Node(tmp_path / "node", trained, [], ["seg"], ["SCANNER"], complete_after=0)
     for path in sorted((tmp_path / "images").rglob("*.dcm")):
         content = path.read_bytes()
         content = content[:-200] if path.name == "slice_02.dcm" and len(names) > 1 else content

@@ -115,8 +115,8 @@ def test_what_a_killed_process_left_comes_after_the_others(queue, clock, tmp_pat
 
 def test_a_refused_study_is_tried_again_on_request(queue, clock):
     queue.add("1.1", "1.1.1")
-    assert not queue.retry("1.1")
+    assert not queue.retry("1.1", ["1.1.1"])
     queue.advance(queue.next_to_segment(0), "refused", "why")
-    assert queue.retry("1.1")
+    assert queue.retry("1.1", ["1.1.1"])
     assert queue.next_to_segment(0).uid == "1.1"
-    assert not queue.retry("1.2")
+    assert not queue.retry("1.2", [])

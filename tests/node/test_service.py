@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -255,8 +256,11 @@ def test_a_study_of_too_many_or_too_large_images(make_node, images, monkeypatch)
     with listening(node) as address, pytest.raises(OSError, match=r"status A702"):
         address.store(images, "SCANNER")
     assert states(node) == [(STUDY, "receiving", 3)]
+    monkeypatch.setattr(storage, "MOST_IMAGES", 20)
+    assert keep(node, images[3].read_bytes()) == 0
     monkeypatch.setattr(storage, "MOST_BYTES", 100)
     assert keep(node, images[4].read_bytes()) == 0xA702
+    assert len(node.queue.lacking(STUDY)) == 1
 
 
 @pytest.fixture
@@ -462,14 +466,26 @@ def test_old_studies_are_removed(make_node, images, contours, monkeypatch):
         node.work()
     for path in images:
         keep(node, path.read_bytes())
+    own, another = node.folder / "studies" / "1.2.3", node.folder / "results" / "1.2.3" / "1" / "corrections"
+    own.mkdir()
+    another.mkdir()
     pass_time(monkeypatch, 86400)
     node.work()
     assert len(states(node)) == 2
     pass_time(monkeypatch, 86401)
     node.work()
+    assert len(states(node)) == 2  # an expert has corrected it
+    another.rmdir()
+    node.work()
     assert states(node) == [(STUDY, "receiving", 5)]  # waits, and is not done
-    assert not list((node.folder / "results").iterdir())
+    assert not own.exists()
+    assert not another.parent.parent.exists()
+    assert not list((node.folder / "removed").iterdir())
     assert len(list((node.folder / "studies" / STUDY).iterdir())) == 5
+    # What was being removed when the node was killed is removed at the next start.
+    (node.folder / "removed" / "rest").mkdir()
+    make_node()
+    assert not (node.folder / "removed").exists()
 
 
 @pytest.mark.parametrize("restarted", [True, False])
@@ -516,6 +532,10 @@ def test_what_a_monitor_is_told(make_node, contours):
         assert values['mmfnet_node_studies{state="sending"}'] == values["mmfnet_node_images"] == "1"
         assert 0 <= float(values["mmfnet_node_oldest_seconds"]) < 60
         ask("/", status=404)
+        assert ask("/health?of=node") == "ok\n"
+        request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}/health", method="HEAD")
+        with urllib.request.urlopen(request) as answer:
+            assert answer.read() == b""
         node.store.min_free = 1e18
         assert "GB must remain" in ask("/health", status=503)
     finally:
@@ -629,7 +649,7 @@ def test_an_association_that_breaks(make_node, images, monkeypatch):
             time.sleep(0.1)
 
 
-def test_a_study_that_is_removed_while_it_is_sent_again(make_node, images, monkeypatch):
+def test_a_study_that_changed_is_not_removed(make_node, images, monkeypatch):
     node = make_node(keep_days=1, complete_after=1e9)
     for path in images:
         keep(node, path.read_bytes())
@@ -640,9 +660,41 @@ def test_a_study_that_is_removed_while_it_is_sent_again(make_node, images, monke
     assert states(node) == [(STUDY, "done", 5)]
     [study] = node.queue.studies()
     node.queue.advance(study, "refused")
-    assert node.queue.retry(STUDY)
-    assert not node.store.remove(study)  # as it has changed
+    [study] = node.queue.studies()
+    assert node.queue.retry(STUDY, [path.stem for path in (node.folder / "studies" / STUDY).iterdir()])
+    assert not node.store.remove(study)
+    # A study whose files cannot be moved keeps its records.
+    node.queue.advance(node.queue.next_to_segment(-1e9), "refused")
+    monkeypatch.setattr(Path, "rename", full_disk)
+    [study] = node.queue.studies()
+    with pytest.raises(OSError, match="No space left"):
+        node.store.remove(study)
+    assert states(node) == [(STUDY, "refused", 5)]
     assert len(list((node.folder / "studies" / STUDY).iterdir())) == 5
+
+
+def full_disk(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+def test_an_image_that_cannot_be_written(make_node, images, monkeypatch):
+    """Its study waits for it, also if it is being segmented already."""
+    node = make_node(complete_after=0)
+    for path in images[:4]:
+        keep(node, path.read_bytes())
+    study = node.queue.next_to_segment(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write", full_disk)
+        assert keep(node, images[4].read_bytes()) == 0xA700
+    node.queue.advance(study, "sending")
+    assert states(node) == [(STUDY, "receiving", 4)]
+    assert find_fault(node) == "keeping images: No space left on device"
+    node.work()
+    assert states(node) == [(STUDY, "refused", 4)]
+    assert node.queue.retry(STUDY, [path.stem for path in (node.folder / "studies" / STUDY).iterdir()])
+    assert node.queue.lacking(STUDY) == []
+    assert keep(node, images[4].read_bytes()) == 0
+    assert find_fault(node) == ""
 
 
 def test_names_of_watched_files(make_node, images, tmp_path, monkeypatch):
@@ -668,10 +720,47 @@ def test_names_of_watched_files(make_node, images, tmp_path, monkeypatch):
     node.work()
     assert find_fault(node) == ""
     assert states(node) == [(STUDY, "receiving", 5)]
-    # A file that was removed is taken again when it is there again.
+
+
+def test_a_watched_file_that_is_there_again(make_node, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    node = make_node(watched=tmp_path / "images")
+    node.work()
     images[0].rename(tmp_path / "away.dcm")
     node.work()
-    assert len(node.queue.taken()) == 6
+    assert len(node.queue.taken()) == 4
     (tmp_path / "away.dcm").rename(images[0])
     node.work()
-    assert len(node.queue.taken()) == 7
+    assert len(node.queue.taken()) == 5
+
+
+def test_studies_wait_for_watched_files(make_node, images, tmp_path, monkeypatch):
+    """Some are taken at a time, and none is too large; a file that cannot be read is waited for for a minute."""
+    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_AT_A_TIME", 3)
+    monkeypatch.setattr(watched, "MOST_BYTES", images[4].stat().st_size)
+    with open(images[4], "ab") as file:
+        file.write(b"0")
+    node = make_node(watched=tmp_path / "images", complete_after=0)
+    taken = []
+    monkeypatch.setattr(node, "_segment", taken.append)
+    node.work()
+    assert node.watched.waits
+    node.work()
+    assert [study.images for study in taken] == [4]
+    assert "more than" in node.queue.lacking(STUDY)[0]
+
+    def broken(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(watched, "is_dicom", broken)
+    os.utime(images[0])
+    node.watched.take()
+    assert node.watched.waits
+    pass_time(monkeypatch, 61)
+    node.watched.take()
+    assert not node.watched.waits
+    (tmp_path / "images").rename(tmp_path / "away")
+    node = make_node(watched=tmp_path / "images")
+    node.work()
+    assert not node.watched.waits

@@ -1,0 +1,246 @@
+"""Trains nnU-Net v2 on folds of a run by its own commands, for given minutes, and evaluates the test patients.
+
+    pip install -e ".[tensorflow,peers]"
+    python benchmarks/peers/nnunet.py --run RUN --folds 0,1 --minutes 40 --settings planned,scaled
+
+Each fold is a data set of its own for nnU-Net, so that it plans without the test patients. `planned` is as it plans
+itself; `scaled` has the same plan with fewer features, about as many parameters as MMFNet has in the run. The learning
+rate falls over the time as nnU-Net's falls over its epochs; 10 updates are an epoch. It may be stopped at any moment,
+and a second call resumes after the last epoch. The results lie beside the run's own, as
+`fold_<number>/nnunet_<setting>.json`, and are part of its tables and report.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from keras_mmfnet._files import read_json, write
+from keras_mmfnet._machine import machine
+from keras_mmfnet.data import Grid
+from keras_mmfnet.data.geometry import resample
+from keras_mmfnet.data.image_io import read_image, write_image
+from keras_mmfnet.data.preprocess import read_masks
+from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.run import Run
+
+TITLES = {"planned": "nnU-Net", "scaled": "nnU-Net, scaled"}
+_CONFIGURATION, _TRAINER = "3d_fullres", "MinutesTrainer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's folders for a fold, and its commands in them.
+
+    Args:
+        folder: Folder of all folds.
+        fold: Number of the fold.
+        minutes: How long a training takes.
+    """
+
+    folder: Path
+    fold: int
+    minutes: float
+
+    @property
+    def name(self):
+        return f"Dataset{100 + self.fold}_fold{self.fold}"
+
+    @property
+    def raw(self):
+        return self.folder / "raw" / self.name
+
+    @property
+    def preprocessed(self):
+        return self.folder / "preprocessed" / self.name
+
+    def trained(self, plans):
+        """Folder of the network that was trained with some plans."""
+        return self.folder / "results" / self.name / f"{_TRAINER}__{plans}__{_CONFIGURATION}" / "fold_0"
+
+    def call(self, command, *arguments):
+        """Runs a command of nnU-Net; its output goes to a file."""
+        folders = {f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")}
+        options = {"nnUNet_extTrainer": str(Path(__file__).with_name("trainers")), "nnUNet_n_proc_DA": "1"}
+        environment = os.environ | folders | options | {"PEER_MINUTES": str(self.minutes)}
+        program = Path(sys.executable).with_name(f"nnUNetv2_{command}")
+        with open(self.folder / f"{self.name}_{command}.log", "a") as log:
+            subprocess.run([program, *map(str, arguments)], env=environment, stdout=log, stderr=log, check=True)
+
+
+def convert(run, space):
+    """Writes the patients of a fold as nnU-Net's data set: all sequences on the grid of the first one."""
+    recipe, fold = run.recipe.data, run.folds[space.fold]
+    if (space.raw / "dataset.json").exists():
+        return
+    for part, names in (("Tr", (*fold.train, *fold.validation)), ("Ts", fold.test)):
+        for kind in ("images", "labels"):
+            (space.raw / f"{kind}{part}").mkdir(parents=True, exist_ok=True)
+        for name in names:
+            images = run.cases[name].images
+            grid = Grid.from_image(read_image(images[recipe.modalities[0]], name))
+            for channel, modality in enumerate(recipe.modalities):
+                image = read_image(images[modality], name, sitk.sitkFloat32)
+                if Grid.from_image(image) != grid:
+                    low = float(sitk.GetArrayViewFromImage(image).min())
+                    image = grid.image(resample(image, grid, background=low))
+                write_image(image, space.raw / f"images{part}" / f"{name}_{channel:04d}.nii.gz")
+            [patient] = run.patients([name])
+            masks = list(read_masks(run.cases[name], recipe, patient).values())
+            # Exclusive structures have a value each. Each region lies in the one before: its value and those after.
+            labels = np.zeros(masks[0].shape, np.uint8)
+            for number, mask in enumerate(masks, start=1):
+                if not recipe.exclusive and ((mask > 0) & (labels < number - 1)).any():
+                    raise ValueError(f"{name}: each region must lie in the one before. Received: one that does not")
+                labels[mask > 0] = number
+            write_image(grid.image(labels), space.raw / f"labels{part}" / f"{name}.nii.gz")
+    names = list(recipe.structures)
+    values = range(1, len(names) + 1)
+    about = {
+        "channel_names": dict(enumerate(recipe.modalities)),
+        "labels": {"background": 0}
+        | (
+            dict(zip(names, values, strict=True))
+            if recipe.exclusive
+            else {name: list(range(value, len(names) + 1)) for name, value in zip(names, values, strict=True)}
+        ),
+        "numTraining": len(fold.train) + len(fold.validation),
+        "file_ending": ".nii.gz",
+        **({} if recipe.exclusive else {"regions_class_order": list(values)}),
+    }
+    write(space.raw / "dataset.json", json.dumps(about, indent=1))
+
+
+def plan(run, space, setting):
+    """Lets nnU-Net plan and preprocess; returns the name of the plans and the number of weights."""
+    plans = "nnUNetPlans"
+    if not (space.preprocessed / "splits_final.json").exists():
+        number = 100 + space.fold
+        space.call("plan_and_preprocess", "-d", number, "-c", _CONFIGURATION, "-npfp", 2, "-np", 2)
+        fold = run.folds[space.fold]
+        splits = [{"train": list(fold.train), "val": list(fold.validation)}]
+        write(space.preprocessed / "splits_final.json", json.dumps(splits))
+    made = read_json(space.preprocessed / f"{plans}.json")
+    if setting == "planned":
+        return plans, parameters_of(made, run)
+    # With as many weights as MMFNet of the run; they grow with the square of the features.
+    wanted = run.results()["mmfnet"][0]["parameters"]
+    architecture = made["configurations"][_CONFIGURATION]["architecture"]["arch_kwargs"]
+    features, share = architecture["features_per_stage"], (wanted / parameters_of(made, run)) ** 0.5
+    architecture["features_per_stage"] = [max(4, round(share * number)) for number in features]
+    made["plans_name"] = plans = f"{plans}_scaled"
+    write(space.preprocessed / f"{plans}.json", json.dumps(made, indent=1))
+    return plans, parameters_of(made, run)
+
+
+def parameters_of(plans, run):
+    """The number of weights of a plan's network."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    architecture, recipe = plans["configurations"][_CONFIGURATION]["architecture"], run.recipe.data
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        len(recipe.modalities),
+        len(recipe.structures) + recipe.exclusive,
+        deep_supervision=False,
+    )
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def evaluate(run, space, setting, predicted, seconds):
+    """Writes the masks of the test patients beside the run's own; returns a row for each structure of a patient."""
+    recipe, rows = run.recipe.data, []
+    for name in run.folds[space.fold].test:
+        [patient] = run.patients([name])
+        labels = sitk.ReadImage(str(predicted / f"{name}.nii.gz"))
+        found = sitk.GetArrayViewFromImage(labels)
+        with np.load(predicted / f"{name}.npz") as file:
+            # Without the background's.
+            probabilities = file["probabilities"][int(recipe.exclusive) :]
+        for number, (structure, truth) in enumerate(read_masks(run.cases[name], recipe, patient).items(), start=1):
+            mask = (found == number if recipe.exclusive else found >= number).astype(np.uint8)
+            spacing = patient.source.spacing[::-1]
+            numbers = evaluate_case(probabilities[number - 1], truth, spacing, predicted=mask)
+            rows.append({"patient": name, "structure": structure, **numbers, "seconds": seconds})
+        for path in run.masks(space.fold, f"nnunet_{setting}", name).values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_image(labels, path)
+    return rows
+
+
+def train(run, space, setting):
+    """Trains and tests nnU-Net on a fold; what is done is not done again."""
+    result = run.result(space.fold, f"nnunet_{setting}")
+    if result.exists():
+        return read_json(result)
+    convert(run, space)
+    plans, parameters = plan(run, space, setting)
+    network, common = space.trained(plans), ("-p", plans, "-tr", _TRAINER, "-device", "cpu")
+    if not (network / "checkpoint_final.pth").exists():
+        resume = ["--c"] * (network / "checkpoint_latest.pth").exists()
+        space.call("train", 100 + space.fold, _CONFIGURATION, 0, *common, *resume)
+    predicted, begun = space.folder / "predicted" / space.name / plans, time.monotonic()
+    shutil.rmtree(predicted, ignore_errors=True)
+    options = ("-c", _CONFIGURATION, "-f", 0, "-npp", 1, "-nps", 1, "--save_probabilities", *common)
+    space.call("predict", "-i", space.raw / "imagesTs", "-o", predicted, "-d", 100 + space.fold, *options)
+    seconds = (time.monotonic() - begun) / len(run.folds[space.fold].test)
+    rows = evaluate(run, space, setting, predicted, seconds)
+    epochs = history(network)
+    found = {
+        "method": f"nnunet_{setting}",
+        "title": TITLES[setting],
+        "paper": {},
+        "fold": space.fold,
+        "parameters": parameters,
+        "updates": sum(map(int, (network / "updates.txt").read_text().split())),
+        "training_seconds": sum(row["seconds"] for row in epochs),
+        "machine": machine("keras-mmfnet", "nnunetv2", "torch"),
+        "history": epochs,
+        "patients": rows,
+        "shares": {},
+    }
+    write(result, json.dumps(found) + "\n")
+    return found
+
+
+def history(network):
+    """The losses and seconds of each epoch, from the checkpoint."""
+    import torch
+
+    logged = torch.load(network / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
+    keys = ("train_losses", "val_losses", "epoch_start_timestamps", "epoch_end_timestamps")
+    return [
+        {"epoch": epoch, "loss": float(loss), "val_loss": float(validation), "seconds": end - start}
+        for epoch, (loss, validation, start, end) in enumerate(zip(*(logged[key] for key in keys), strict=True))
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run, whose folds and results are used")
+    parser.add_argument("--minutes", type=float, required=True, help="of each training")
+    parser.add_argument("--folds", default="0", metavar="N,..", help="folds (%(default)s)")
+    parser.add_argument("--settings", default="planned,scaled", metavar="NAMES", help="some of %(default)s")
+    parsed = parser.parse_args()
+    run = Run(parsed.run)
+    for fold in map(int, parsed.folds.split(",")):
+        space = Workspace((parsed.run / "nnunet").absolute(), fold, parsed.minutes)
+        space.folder.mkdir(exist_ok=True)
+        for setting in parsed.settings.split(","):
+            rows = train(run, space, setting)["patients"]
+            scores = [row["dsc"] for row in rows if row["dsc"] is not None]
+            print(f"{TITLES[setting]}, fold {fold}: mean DSC {np.mean(scores):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
