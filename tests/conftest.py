@@ -62,8 +62,12 @@ _ON_EVERY_BACKEND = {
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests that do not depend on the backend, with all backends but one; slow tests come first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Skips tests that do not depend on the backend, with all backends but one; two workers begin with slow ones."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    # `--dist worksteal` gives each worker a half of the list.
+    rest = len(items) // 2 - len(slow[::2])
+    items[:] = [*slow[::2], *fast[:rest], *slow[1::2], *fast[rest:]]
     only = {_HERE / name: backend for backend, names in _ONCE.items() for name in names}
     for item in items:
         once = "torch" if item.get_closest_marker("once") else None

@@ -84,7 +84,7 @@ def test_two_devices_train_as_one(tmp_path):
 
 def start(folder, *arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     return subprocess.Popen(command, cwd=folder, env=os.environ | environment, **options)
 
 

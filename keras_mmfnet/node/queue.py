@@ -117,7 +117,7 @@ class StudyQueue:
             return [reason for (reason,) in database.execute("SELECT reason FROM lacking WHERE study = ?", (uid,))]
 
     def shift(self, seconds: float) -> None:
-        """Adds to all times, after the clock was set."""
+        """Adds to all times, after the clock was put forward."""
         with self._open() as database:
             database.execute("UPDATE studies SET changed = changed + ?, due = due + ?", (seconds, seconds))
 

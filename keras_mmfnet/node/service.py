@@ -174,10 +174,10 @@ class Node:
             self.faults.report(what, describe_error(error))
 
     def _heed_clock(self):
-        """Moves the times in the queue along with a clock that was set."""
+        """Moves the times in the queue along with a clock that was put forward; see `StudyQueue.recover` for back."""
         clock, passed = time.time(), time.monotonic()
         jump = (clock - self._clock) - (passed - self._passed)
-        if abs(jump) > _JUMP:
+        if jump > _JUMP:
             self.queue.shift(jump)
         self._clock, self._passed = clock, passed
 
