@@ -627,6 +627,7 @@ def test_an_association_that_breaks(make_node, images, monkeypatch):
     monkeypatch.setattr(node.store, "keep", slowly)
     with listening(node) as address:
         entity = AE(ae_title="SCANNER")
+        entity.dimse_timeout = 2
         entity.add_requested_context(pydicom.uid.MRImageStorage)
         association = entity.associate(address.host, address.port, ae_title="MMFNET")
 
