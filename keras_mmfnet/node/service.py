@@ -206,6 +206,8 @@ class Node:
         if reasons:
             self._refuse(study, "; ".join(dict.fromkeys(reasons)))
             return
+        # Results that an earlier attempt left, perhaps with another run, may be refused.
+        left = out.exists()
         _log.info("segmenting", extra={"study": study.uid, "images": study.images})
         kinds = [f"--{kind}" for kind in self.kinds]
         command = [sys.executable, "-m", "keras_mmfnet.cli", "segment", self.run, images, "--out", out, "--quiet"]
@@ -229,8 +231,6 @@ class Node:
             _log.info("segmented", extra={"study": study.uid, "seconds": seconds})
             self.queue.advance(study, "sending" if files else "done", "" if files else "no structure was found")
             return
-        # Results that an earlier attempt left, perhaps with another run, would be refused again.
-        left = out.exists() and any(out.iterdir())
         shutil.rmtree(out, ignore_errors=True)
         last = (ended.stderr.strip() or "nothing was printed").splitlines()[-1]
         reason = ended.stderr.partition("error: ")[2].strip() or f"mmfnet segment ended with {ended.returncode}: {last}"

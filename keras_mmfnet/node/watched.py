@@ -12,7 +12,7 @@ from keras_mmfnet.node.storage import MOST_BYTES, OUT_OF_RESOURCES, Header, Imag
 
 _log = logging.getLogger(__name__)
 # Seconds that a file must stay as it is before it is taken, and that studies wait for one that cannot be read.
-SETTLED, _PATIENCE = 2.0, 60.0
+_SETTLED, _PATIENCE = 2.0, 60.0
 # How many files are taken at a time.
 _AT_A_TIME = 200
 
@@ -45,22 +45,20 @@ class WatchedFolder:
         found, now = dict(self._files()), time.monotonic()
         new = {key: path for key, path in found.items() if key not in self._taken}
         self._seen = {key: self._seen.get(key, now) for key in new}
-        taken, unreadable, all_tried = set(), "", True
-        for key, since in self._seen.items():
-            if now - since < SETTLED:
-                continue
-            all_tried = len(taken) < _AT_A_TIME
-            if not all_tried:
+        taken, unreadable, all_tried = set(), "", False
+        for key in [key for key, since in self._seen.items() if now - since >= _SETTLED]:
+            if len(taken) == _AT_A_TIME:
                 break
             try:
                 status = self._keep(new[key], size=key[1])
             except OSError as error:  # it is gone, or cannot be read yet
                 unreadable = describe_error(error)
                 continue
-            all_tried = status != OUT_OF_RESOURCES
-            if not all_tried:
+            if status == OUT_OF_RESOURCES:
                 break
             taken.add(key)
+        else:
+            all_tried = True
         # A folder that is empty may be a disk that is away for a while.
         gone = self._taken - found.keys() if found else set()
         if taken or gone:

@@ -195,6 +195,26 @@ def test_a_run_that_is_away_for_a_while(make_node, images, tmp_path):
     assert not node.work()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_what_a_failed_segmentation_leaves(make_node, images, monkeypatch, left):
+    """The study is refused, unless an earlier attempt had left results, which may be the cause."""
+    node = make_node(complete_after=0)
+    keep(node, images[0].read_bytes())
+    out = node.folder / "results" / STUDY / "1"
+
+    def segment(command, **options):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "mask.nii.gz").touch()
+        return subprocess.CompletedProcess(command, 1, "", "error: not segmented: why")
+
+    monkeypatch.setattr(subprocess, "run", segment)
+    if left:
+        out.mkdir(parents=True)
+    assert node.work()
+    assert states(node) == [(STUDY, "receiving" if left else "refused", 1)]
+    assert not out.exists()
+
+
 def test_a_database_that_cannot_be_used_for_a_while(make_node, monkeypatch):
     node, looks = make_node(), []
 
@@ -411,21 +431,21 @@ def test_a_watched_folder(make_node, images, tmp_path, monkeypatch):
     node = make_node(watched=tmp_path / "images")
     assert not node.work()
     assert states(node) == []  # they may still be written
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     node.work()
     assert states(node) == [(STUDY, "receiving", 5)]
-    monkeypatch.setattr(watched, "SETTLED", 1000.0)
+    monkeypatch.setattr(watched, "_SETTLED", 1000.0)
     write_series(tmp_path / "images", uid="1.2.3", prefix="later")
     node.work()
     assert states(node) == [(STUDY, "receiving", 5)]
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     node.work()
     assert states(node) == [(STUDY, "receiving", 10)]
 
 
 def test_two_files_of_a_watched_folder_with_one_uid(make_node, images, tmp_path, monkeypatch):
     """Each is taken once, also by a node that was started again."""
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     one = pydicom.dcmread(images[0])
     one.PatientComments = "another content"
     one.save_as(tmp_path / "images" / "again.dcm")
@@ -437,7 +457,7 @@ def test_two_files_of_a_watched_folder_with_one_uid(make_node, images, tmp_path,
 
 
 def test_a_watched_folder_that_is_away(make_node, images, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     caplog.set_level(logging.INFO)
     node = make_node(watched=tmp_path / "images")
     (tmp_path / "images").rename(tmp_path / "away")
@@ -696,7 +716,7 @@ def test_an_image_that_cannot_be_written(make_node, images, monkeypatch):
 
 def test_names_of_watched_files(make_node, images, tmp_path, monkeypatch):
     """A file that cannot be written as text, or cannot be read, does not keep the node from its work."""
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     folder = os.fsencode(tmp_path / "images")
     with open(folder + b"/M\xfcller.dcm", "wb") as file:
         file.write(b"no image")
@@ -720,7 +740,7 @@ def test_names_of_watched_files(make_node, images, tmp_path, monkeypatch):
 
 
 def test_a_watched_file_that_is_there_again(make_node, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     node = make_node(watched=tmp_path / "images")
     node.work()
     images[0].rename(tmp_path / "away.dcm")
@@ -733,7 +753,7 @@ def test_a_watched_file_that_is_there_again(make_node, images, tmp_path, monkeyp
 
 def test_studies_wait_for_watched_files(make_node, images, tmp_path, monkeypatch):
     """Some are taken at a time, and none is too large; a file that cannot be read is waited for for a minute."""
-    monkeypatch.setattr(watched, "SETTLED", 0.0)
+    monkeypatch.setattr(watched, "_SETTLED", 0.0)
     monkeypatch.setattr(watched, "_AT_A_TIME", 3)
     monkeypatch.setattr(watched, "MOST_BYTES", images[4].stat().st_size)
     with open(images[4], "ab") as file:
