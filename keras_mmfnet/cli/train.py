@@ -185,7 +185,7 @@ def run_training(
                 sequences, first = ", ".join(run.donated(method)), options.choose_trained(source)[0]
                 _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first)
             _warn_of_seen(source, run.cases.values())
-            folds = _tell_reviewed(run, folds)
+            folds = _choose_reviewed_folds(run, folds)
             for number in folds:  # --resume resumes the folds that have a folder.
                 run.fold_folder(number).mkdir(exist_ok=True)
             progress = progress_of(run, [method], folds)
@@ -205,8 +205,8 @@ def run_training(
         terminal.say(run.folder / "metrics.csv", always=True)
 
 
-def _tell_reviewed(run, folds):
-    """Says which folds learn from how many of the patients that were reviewed; returns the folds.
+def _choose_reviewed_folds(run, folds):
+    """Chooses the folds if they are `None`; says how many of the patients that were reviewed each of them learns from.
 
     Those who were reviewed in another run were its test patients, and may be test patients again.
     """
