@@ -29,7 +29,13 @@ from scipy import special
 from keras_mmfnet._machine import available_cores
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
-STAGES = ("check", "preprocess on one core", "preprocess", "resume", "patches", "segment", "evaluate", "report")
+# These run in processes of their own; they are measured on one core, too.
+PARALLEL, ONE_CORE = ("check", "preprocess", "evaluate", "report"), " on one core"
+STAGES = [
+    name
+    for stage in ("check", "preprocess", "resume", "patches", "segment", "evaluate", "report")
+    for name in ((stage + ONE_CORE, stage) if stage in PARALLEL else (stage,))
+]
 # The shape of each of many patients; how many patients of many voxels; and how many batches are timed.
 SHAPE, WITH_VOXELS, BATCHES = (24, 96, 96), 16, 100
 
@@ -80,11 +86,12 @@ def run_stage(stage, folder):
     from keras_mmfnet.run import Run, cross_validate
 
     recipe, patients, run = recipe_of(), folder / "patients", Run(folder / "run")
+    one_core, stage = stage.endswith(ONE_CORE), stage.removesuffix(ONE_CORE)
     begin = time.perf_counter()
     if stage == "check":
         survey(find_cases(patients, recipe.data), recipe.data)
-    elif stage.startswith("preprocess"):
-        Run.start(folder / stage if "core" in stage else run.folder, patients, recipe)
+    elif stage == "preprocess":
+        Run.start(folder / "run on one core" if one_core else run.folder, patients, recipe)
     elif stage == "resume":
         Run.start(run.folder, patients, recipe, resume=True)
     elif stage == "patches":
@@ -121,7 +128,7 @@ def watch(found):
 
 def measure(stage, folder):
     """Runs a stage in this process; the cores are one or all."""
-    one = stage.endswith("one core")
+    one = stage.endswith(ONE_CORE)
     if one:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on Linux
     found = {}
@@ -156,15 +163,17 @@ def draw(result, path):
         "voxels": f"million voxels, {WITH_VOXELS} patients",
     }
     axes = {key: label for key, label in axes.items() if result[key]}
+    colors = [stage for stage in STAGES if not stage.endswith(ONE_CORE)]
     figure = Figure(figsize=(5.5 * len(axes), 7), layout="constrained")
     panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
     for column, (key, label) in zip(panels.T, axes.items(), strict=True):
         for panel, quantity in zip(column, ("seconds", "mb"), strict=True):
-            for number, stage in enumerate(STAGES):
+            for stage in STAGES:
                 x = [float(one) for one in result[key]]
                 y = [stages[stage][quantity] for stages in result[key].values()]
-                style = "--" if "core" in stage else "-"
-                panel.plot(x, y, style, marker="o", markersize=3, color=f"C{number}", label=stage)
+                style = "--" if stage.endswith(ONE_CORE) else "-"
+                color = f"C{colors.index(stage.removesuffix(ONE_CORE))}"
+                panel.plot(x, y, style, marker="o", markersize=3, color=color, label=stage)
             panel.set_xscale("log")
             panel.set_xticks(x, labels=map(str, result[key]))
             panel.set_xticks([], minor=True)

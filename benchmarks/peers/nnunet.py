@@ -4,7 +4,7 @@
     python benchmarks/peers/nnunet.py --run RUN --folds 0,1 --minutes 40 --settings planned,scaled
 
 Each fold is a data set of its own for nnU-Net, so that it plans without the test patients. `planned` is as it plans
-itself; `scaled` has the same plan with fewer features, about as many parameters as MMFNet has in the run. The learning
+itself; `scaled` has the same plan with fewer features, about as many parameters as MMFNet. The learning
 rate falls over the time as nnU-Net's falls over its epochs; 10 updates are an epoch. It may be stopped at any moment,
 and a second call resumes after the last epoch. The results lie beside the run's own, as
 `fold_<number>/nnunet_<setting>.json`, and are part of its tables and report.
@@ -22,14 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from patients import evaluate_patient, write_patients, write_result
 
 from keras_mmfnet._files import read_json, write
-from keras_mmfnet._machine import machine
-from keras_mmfnet.data import Grid
-from keras_mmfnet.data.geometry import resample
-from keras_mmfnet.data.image_io import read_image, write_image
-from keras_mmfnet.data.preprocess import read_masks
-from keras_mmfnet.evaluation import evaluate_case
+from keras_mmfnet.methods import build_mmfnet
 from keras_mmfnet.run import Run
 
 TITLES = {"planned": "nnU-Net", "scaled": "nnU-Net, scaled"}
@@ -77,31 +73,12 @@ class Workspace:
 
 
 def convert(run, space):
-    """Writes the patients of a fold as nnU-Net's data set: all sequences on the grid of the first one."""
+    """Writes the patients of a fold as nnU-Net's data set."""
     recipe, fold = run.recipe.data, run.folds[space.fold]
     if (space.raw / "dataset.json").exists():
         return
     for part, names in (("Tr", (*fold.train, *fold.validation)), ("Ts", fold.test)):
-        for kind in ("images", "labels"):
-            (space.raw / f"{kind}{part}").mkdir(parents=True, exist_ok=True)
-        for name in names:
-            images = run.cases[name].images
-            grid = Grid.from_image(read_image(images[recipe.modalities[0]], name))
-            for channel, modality in enumerate(recipe.modalities):
-                image = read_image(images[modality], name, sitk.sitkFloat32)
-                if Grid.from_image(image) != grid:
-                    low = float(sitk.GetArrayViewFromImage(image).min())
-                    image = grid.image(resample(image, grid, background=low))
-                write_image(image, space.raw / f"images{part}" / f"{name}_{channel:04d}.nii.gz")
-            [patient] = run.patients([name])
-            masks = list(read_masks(run.cases[name], recipe, patient).values())
-            # Exclusive structures have a value each. Each region lies in the one before: its value and those after.
-            labels = np.zeros(masks[0].shape, np.uint8)
-            for number, mask in enumerate(masks, start=1):
-                if not recipe.exclusive and ((mask > 0) & (labels < number - 1)).any():
-                    raise ValueError(f"{name}: each region must lie in the one before. Received: one that does not")
-                labels[mask > 0] = number
-            write_image(grid.image(labels), space.raw / f"labels{part}" / f"{name}.nii.gz")
+        write_patients(run, names, space.raw / f"images{part}", space.raw / f"labels{part}")
     names = list(recipe.structures)
     values = range(1, len(names) + 1)
     about = {
@@ -131,8 +108,8 @@ def plan(run, space, setting):
     made = read_json(space.preprocessed / f"{plans}.json")
     if setting == "planned":
         return plans, parameters_of(made, run)
-    # With as many weights as MMFNet of the run; they grow with the square of the features.
-    wanted = run.results()["mmfnet"][0]["parameters"]
+    # With as many weights as the recipe's MMFNet; they grow with the square of the features.
+    wanted = build_mmfnet(run.recipe, "float32").count_params()
     architecture = made["configurations"][_CONFIGURATION]["architecture"]["arch_kwargs"]
     features, share = architecture["features_per_stage"], (wanted / parameters_of(made, run)) ** 0.5
     architecture["features_per_stage"] = [max(4, round(share * number)) for number in features]
@@ -158,23 +135,14 @@ def parameters_of(plans, run):
 
 
 def evaluate(run, space, setting, predicted, seconds):
-    """Writes the masks of the test patients beside the run's own; returns a row for each structure of a patient."""
-    recipe, rows = run.recipe.data, []
+    """Evaluates the masks of the test patients; returns a row for each structure of a patient."""
+    rows = []
     for name in run.folds[space.fold].test:
-        [patient] = run.patients([name])
-        labels = sitk.ReadImage(str(predicted / f"{name}.nii.gz"))
-        found = sitk.GetArrayViewFromImage(labels)
+        values = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted / f"{name}.nii.gz")))
         with np.load(predicted / f"{name}.npz") as file:
             # Without the background's.
-            probabilities = file["probabilities"][int(recipe.exclusive) :]
-        for number, (structure, truth) in enumerate(read_masks(run.cases[name], recipe, patient).items(), start=1):
-            mask = (found == number if recipe.exclusive else found >= number).astype(np.uint8)
-            spacing = patient.source.spacing[::-1]
-            numbers = evaluate_case(probabilities[number - 1], truth, spacing, predicted=mask)
-            rows.append({"patient": name, "structure": structure, **numbers, "seconds": seconds})
-        for path in run.masks(space.fold, f"nnunet_{setting}", name).values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_image(labels, path)
+            probabilities = file["probabilities"][int(run.recipe.data.exclusive) :]
+        rows += evaluate_patient(run, space.fold, f"nnunet_{setting}", name, values, probabilities, seconds)
     return rows
 
 
@@ -195,22 +163,11 @@ def train(run, space, setting):
     space.call("predict", "-i", space.raw / "imagesTs", "-o", predicted, "-d", 100 + space.fold, *options)
     seconds = (time.monotonic() - begun) / len(run.folds[space.fold].test)
     rows = evaluate(run, space, setting, predicted, seconds)
-    epochs = history(network)
-    found = {
-        "method": f"nnunet_{setting}",
-        "title": TITLES[setting],
-        "paper": {},
-        "fold": space.fold,
-        "parameters": parameters,
-        "updates": sum(map(int, (network / "updates.txt").read_text().split())),
-        "training_seconds": sum(row["seconds"] for row in epochs),
-        "machine": machine("keras-mmfnet", "nnunetv2", "torch"),
-        "history": epochs,
-        "patients": rows,
-        "shares": {},
-    }
-    write(result, json.dumps(found) + "\n")
-    return found
+    updates = sum(map(int, (network / "updates.txt").read_text().split()))
+    title = TITLES[setting]
+    return write_result(
+        run, space.fold, f"nnunet_{setting}", title, rows, parameters, updates, history(network), "nnunetv2"
+    )
 
 
 def history(network):

@@ -1,0 +1,250 @@
+"""Compares methods on whole patients by cross-validation: this package's, nnU-Net and MONAI's networks.
+
+    python benchmarks/whole_patients.py --data DATA/lgg_patients --out OUT --methods mmfnet,nnunet_scaled --folds 0,1
+    python benchmarks/whole_patients.py --data DATA/lgg_patients --tables
+
+Each recipe is made once, and kept beside the results with the folds; from then on it is what is trained. nnU-Net and
+MONAI's networks are trained for --peer-minutes on the same patients. Everything may be stopped at any moment, and a
+second call resumes; several calls with the same --out share the work. Each training leaves a JSON file under
+`results/whole_patients/`, from which the tables are made.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Off by default on some processors; a training step is three times faster with it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import numpy as np
+from bootstrap import interval, ranks, resample
+
+from keras_mmfnet._files import read_json, write
+from keras_mmfnet.data import Fold, find_cases
+from keras_mmfnet.methods import METHODS, find_method, method_of
+from keras_mmfnet.plan import given_recipe, plan_recipe
+from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run, RunLocked, run_fold
+
+RESULTS = Path(__file__).parent / "results" / "whole_patients"
+PEERS = Path(__file__).parent / "peers"
+# What is given for a data set, by the name of its folder; and what `Recipe.small()` needs besides.
+DATA = {
+    "lgg_patients": ({"data.modalities": ("flair", "t1", "cet1")}, {}),
+    "tumour_core_cubes": (
+        {
+            "data.modalities": ("t1", "t2", "cet1", "flair"),
+            "data.mask": "regions",
+            "data.structures": {"wt": (1, 2, 4), "tc": (1, 4), "et": (4,)},
+        },
+        {"data.normalised_scale": 1000.0, "data.spacing": None, "patches.shape": (32, 32, 32)},
+    ),
+}
+# Each with the script that trains it, and its name there.
+PROGRAMS = {
+    **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled")},
+    **{f"monai_{name}": ("monai_networks.py", "--networks", name) for name in ("segresnet", "dynunet", "swinunetr")},
+}
+# What is kept of a result, and of each of its epochs.
+KEPT = ("method", "title", "fold", "parameters", "updates", "machine", "postprocess")
+EPOCH = ("epoch", "loss", "val_loss", "seconds")
+
+
+def make_recipe(name, data, cache):
+    """The recipe of that name for a data set.
+
+    `planned_40` is planned for 40 minutes a fold, `small` is `Recipe.small()`, and `small_uniform` the same without
+    patches that are placed at structures.
+    """
+    given, needed = DATA[data.name]
+    kind, _, rest = name.partition("_")
+    if kind == "small":
+        return Recipe.small().replace({**given, **needed, **({"patches.foreground": 0.0} if rest else {})})
+    cases = find_cases(data, given_recipe(given).data)
+    return plan_recipe(cases, given, seconds=60 * float(rest), cache=cache)
+
+
+def our_method(name, recipe):
+    """A method of this package over the recipe's sequences.
+
+    `mmfnet` is MMFNet with self-transfer and `mmfnet_scratch` the same without; `single_encoder` has the sequences
+    stacked, `multi_encoder` has no fusion blocks, and `unet3d_<sequence>` has one sequence.
+    """
+    if name == "mmfnet":
+        return dataclasses.replace(method_of(recipe), title="MMFNet with self-transfer")
+    if name == "mmfnet_scratch":
+        return dataclasses.replace(method_of(recipe), name=name, title="MMFNet", encoders={})
+    if name in ("single_encoder", "multi_encoder"):
+        return dataclasses.replace(METHODS[name], changes={})
+    return find_method(name)
+
+
+def start(folder, data, recipe, seed, folds):
+    """The run of a recipe and seed, on the folds of the first one; which of them are kept for all."""
+    recipe = recipe.replace({"training.seed": seed})
+    run = Run(folder)
+    begun = run.recipe_file.exists() or not folds.exists()
+    splits = None if begun else [Fold(**fold) for fold in json.loads(folds.read_text())]
+    run = Run.start(folder, data, recipe, resume=True, splits=splits)
+    if not folds.exists():
+        write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
+    return run
+
+
+def train(run, name, fold, minutes):
+    """Trains and tests a method; returns its result, with the epochs and seconds of all its networks."""
+    if name in PROGRAMS:
+        script, option, setting = PROGRAMS[name]
+        options = ("--run", run.folder, "--folds", fold, "--minutes", minutes, option, setting)
+        subprocess.run([sys.executable, PEERS / script, *map(str, options)], check=True)
+        result = read_json(run.result(fold, name))
+        return result, result["history"]
+    method = our_method(name, run.recipe)
+    result, epochs = run_fold(run, method, fold), run.histories(fold)
+    return result, [row for one in (*run.borrowed(method).values(), name) for row in epochs[one]]
+
+
+def compute(parsed, folder, kind, method, seed, fold):
+    """Trains and tests a method on a fold, unless its result is there, or another process does it."""
+    path = folder / kind / f"seed_{seed}" / f"fold_{fold}" / f"{method}.json"
+    if path.exists():
+        return
+    place, kept = parsed.out / kind / f"seed_{seed}", folder / kind / "recipe.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(kept, make_recipe(kind, parsed.data, place / "cache").to_json())
+    run = start(place, parsed.data, Recipe.load(kept), seed, folder / "folds.json")
+    with contextlib.suppress(RunLocked):
+        result, epochs = train(run, method, fold, parsed.peer_minutes)
+        found = {key: result.get(key) for key in KEPT} | {
+            "seconds": sum(row["seconds"] for row in epochs),
+            "history": [{key: row.get(key) for key in EPOCH} for row in result["history"]],
+            "patients": result["patients"],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(found) + "\n")
+        dsc = np.nanmean([row["dsc"] for row in result["patients"]])
+        print(f"{kind}, seed {seed}, fold {fold}, {method}: mean DSC {dsc:.3f}", flush=True)
+
+
+def read(folder):
+    """The results of a data set: `{(recipe, method): {(seed, fold): result}}`."""
+    found = {}
+    for path in sorted(folder.glob("*/seed_*/fold_*/*.json")):
+        seed, fold = (int(part.rpartition("_")[2]) for part in path.parts[-3:-1])
+        found.setdefault((path.parts[-4], path.stem), {})[seed, fold] = read_json(path)
+    return found
+
+
+def by_patient(results, structure, metric="dsc"):
+    """The numbers of each patient in each training: `{patient: {seed: value}}`."""
+    found = {}
+    for (seed, _), result in results.items():
+        for row in result["patients"]:
+            if row["structure"] == structure and row[metric] is not None and np.isfinite(row[metric]):
+                found.setdefault(row["patient"], {})[seed] = row[metric]
+    return found
+
+
+def common(scores):
+    """Scores as `{name: (trainings, patients)}`, of the patients whom all have in all their trainings."""
+    shared = set.intersection(*map(set, scores.values()))
+    tables = {}
+    for name, found in scores.items():
+        seeds = sorted({seed for values in found.values() for seed in values})
+        shared = {patient for patient in shared if len(found[patient]) == len(seeds)}
+        tables[name] = seeds
+    return {
+        name: np.array([[scores[name][patient][seed] for patient in sorted(shared)] for seed in seeds])
+        for name, seeds in tables.items()
+    }
+
+
+def table(folder, baseline=("planned_40", "mmfnet")):
+    """A row for each recipe and method, for each structure, as Markdown.
+
+    Means are over the patients that a method was tested on; the difference and the rank are over those of all methods.
+    """
+    results = read(folder)
+    names = {row["structure"]: None for folds in results.values() for one in folds.values() for row in one["patients"]}
+    lines = [
+        "| recipe | method | structure | mean DSC | median DSC | below 0.5 | NSD | HD95, mm | lesion F1 | "
+        "DSC less MMFNet's [95%] | rank [95%] | trainings | folds | patients | minutes a fold | updates |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for structure in names:
+        scores = {key: by_patient(folds, structure) for key, folds in results.items()}
+        shared = common(scores)
+        compared = baseline in shared and shared[baseline].size > 0
+        means = resample(shared) if compared else {}
+        places = ranks(means) if compared else {}
+        for key, folds in results.items():
+            values = [np.mean(list(one.values())) for one in scores[key].values()]
+            others = (
+                np.mean([np.mean(list(one.values())) for one in by_patient(folds, structure, metric).values()])
+                for metric in ("nsd", "hd95", "lesion_f1")
+            )
+            less = rank = ""
+            if compared:
+                low, middle, high = places[key]
+                rank = f"{middle:.0f} [{low:.0f}, {high:.0f}]"
+                if key != baseline:
+                    low, high = interval(means[key] - means[baseline])
+                    less = f"{shared[key].mean() - shared[baseline].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+            first = next(iter(folds.values()))
+            cells = [
+                key[0],
+                first["title"],
+                structure,
+                f"{np.mean(values):.3f}",
+                f"{np.median(values):.3f}",
+                f"{np.mean(np.less(values, 0.5)):.0%}",
+                *(f"{value:.{digits}f}" for value, digits in zip(others, (3, 1, 2), strict=True)),
+                less,
+                rank,
+                str(len({seed for seed, _ in folds})),
+                str(len({fold for _, fold in folds})),
+                str(len(values)),
+                f"{np.mean([one['seconds'] / 60 for one in folds.values()]):.0f}",
+                f"{np.mean([one['updates'] for one in folds.values()]):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
+    add("--out", type=Path, help="folder for the runs, which may be deleted afterwards")
+    add("--methods", default="mmfnet", metavar="NAMES", help=f"mmfnet, mmfnet_scratch, ..., {', '.join(PROGRAMS)}")
+    add(
+        "--recipes", default="planned_40", metavar="NAMES", help="planned_<minutes>, small, small_uniform (%(default)s)"
+    )
+    add("--peer-minutes", type=float, default=60, help="for a training of another program (%(default)s)")
+    add("--seeds", default="0", metavar="N,..", help="(%(default)s)")
+    add("--folds", default="0", metavar="N,..", help="(%(default)s)")
+    add("--tables", action="store_true", help="only make the tables")
+    parsed = parser.parse_args()
+    if parsed.data.name not in DATA:
+        parser.error(f"--data: a folder named {' or '.join(DATA)} is expected. Received: {parsed.data}")
+    if not (parsed.out or parsed.tables):
+        parser.error("--out: a folder is expected. Received: none")
+    folder = RESULTS / parsed.data.name
+    if not parsed.tables:
+        options = (parsed.seeds, parsed.folds, parsed.methods, parsed.recipes)
+        for seed, fold, method, kind in itertools.product(*(option.split(",") for option in options)):
+            compute(parsed, folder, kind, method, int(seed), int(fold))
+    text = table(folder)
+    write(folder / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

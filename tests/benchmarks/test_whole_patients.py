@@ -1,0 +1,125 @@
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from keras_mmfnet.recipe import Recipe
+
+
+@pytest.fixture
+def whole_patients(benchmarks, monkeypatch, tmp_path, tiny_cohort):
+    """The script, with its results in a temporary folder and the recipes of the small patients."""
+    script = importlib.import_module("whole_patients")
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    given = {"training.folds": 3, "data.align": "header", "patches.misalignment": (0, 0), "network.filters": (2, 4)}
+    needed = {"data.spacing": 4.0, "patches.shape": (16, 16, 16)}
+    monkeypatch.setitem(script.DATA, tiny_cohort.name, (given, needed))
+    return script
+
+
+def test_each_training_is_done_once_on_the_same_folds(whole_patients, tiny_cohort, tmp_path, monkeypatch, capsys):
+    done, called = [], []
+    rest = {"nsd": 0.5, "hd95": 3.0, "lesion_f1": 1.0}
+
+    def result_of(run, name, fold, dice):
+        patients = [{"patient": one, "structure": "tumour", "dsc": dice, **rest} for one in run.folds[fold].test]
+        result = {"method": name, "title": name, "fold": fold, "parameters": 1, "updates": 2, "machine": {}}
+        return result | {"history": [{"epoch": 0, "loss": 1.0, "seconds": 60.0}], "patients": patients}
+
+    def run_fold(run, method, fold):
+        done.append((run.folder.parts[-2:], fold, run.folds, run.recipe.training.seed))
+        for name in (*method.encoders.values(), method.name):
+            run.history(fold, name).parent.mkdir(exist_ok=True)
+            run.history(fold, name).write_text("epoch,loss,val_loss,seconds\n0,1.0,1.0,60.0\n")
+        return result_of(run, method.name, fold, 0.9 if run.folder.parts[-2] == "planned_40" else 0.4)
+
+    def program(command, check):
+        called.append(command)
+        run = whole_patients.Run(command[command.index("--run") + 1])
+        run.result(0, "nnunet_scaled").write_text(json.dumps(result_of(run, "nnunet_scaled", 0, 0.5)))
+
+    monkeypatch.setattr(whole_patients, "run_fold", run_fold)
+    monkeypatch.setattr(whole_patients.subprocess, "run", program)
+    common = ["whole_patients.py", "--data", str(tiny_cohort), "--out", str(tmp_path / "out")]
+    for options in (("--recipes", "planned_40,small"), ("--seeds", "0,1"), ("--methods", "nnunet_scaled")):
+        monkeypatch.setattr(sys, "argv", [*common, *options])
+        whole_patients.main()
+    assert [(*place, fold, seed) for place, fold, _, seed in done] == [
+        ("planned_40", "seed_0", 0, 0),
+        ("small", "seed_0", 0, 0),
+        ("planned_40", "seed_1", 0, 1),
+    ]
+    assert all(folds == done[0][2] for _, _, folds, _ in done)
+    [command] = called
+    assert command[-4:] == ["--minutes", "60", "--settings", "scaled"]
+    [results] = (tmp_path / "results").iterdir()
+    recipes = [Recipe.load(results / name / "recipe.json") for name in ("planned_40", "small")]
+    assert [recipe.training.balance for recipe in recipes] == ["volume", None]
+    assert recipes[0].reasons
+    table = capsys.readouterr().out.splitlines()
+    # Self-transfer has a network for each of three sequences, and MMFNet; the peer one.
+    assert (
+        "| planned_40 | mmfnet | tumour | 0.900 | 0.900 | 0% | 0.500 | 3.0 | 1.00 |  | 1 [1, 1] "
+        "| 2 | 1 | 2 | 4 | 2 |" in table
+    )
+    assert any("| small | mmfnet | tumour | 0.400" in line for line in table)
+    assert any("| nnunet_scaled | tumour | 0.500" in line and "-0.400 [-0.400, -0.400]" in line for line in table)
+
+
+def test_methods_take_the_sequences_of_the_recipe(whole_patients):
+    recipe = Recipe.small().replace({"data.modalities": ("flair", "t1")})
+    for name in ("mmfnet", "mmfnet_scratch", "single_encoder", "multi_encoder", "unet3d_flair"):
+        method = whole_patients.our_method(name, recipe)
+        assert method.name == name
+        network = method.build(method.adapt(recipe), "float32", None)
+        assert set(network.input) == ({"flair"} if name == "unet3d_flair" else {"flair", "t1"})
+        assert bool(method.encoders) == (name == "mmfnet")
+
+
+def test_unknown_data(whole_patients, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["whole_patients.py", "--out", str(tmp_path), "--data", "other"])
+    with pytest.raises(SystemExit):
+        whole_patients.main()
+    assert "Received: other" in capsys.readouterr().err
+
+
+def test_patients_whom_not_all_trainings_have_are_left_out(whole_patients):
+    scores = {"a": {"anna": {0: 1.0, 1: 2.0}, "ben": {0: 3.0}}, "b": {"anna": {0: 4.0}, "ben": {0: 5.0}}}
+    tables = whole_patients.common(scores)
+    np.testing.assert_array_equal(tables["a"], [[1.0], [2.0]])
+    np.testing.assert_array_equal(tables["b"], [[4.0]])
+
+
+def test_the_bootstrap_is_scipys_over_patients(benchmarks):
+    bootstrap = importlib.import_module("bootstrap")
+    rng = np.random.default_rng(0)
+    a, b = rng.beta(4, 1, 60), rng.beta(4, 1.5, 60)
+    means = bootstrap.resample({"a": a[None], "b": b[None]}, samples=20000)
+    low, high = bootstrap.interval(means["a"] - means["b"])
+    theirs = stats.bootstrap(
+        (a, b), lambda x, y, axis: (x - y).mean(axis), paired=True, method="percentile", n_resamples=20000, rng=rng
+    ).confidence_interval
+    np.testing.assert_allclose((low, high), theirs, atol=0.004)
+
+
+def test_the_bootstrap_widens_with_the_spread_between_trainings(benchmarks):
+    bootstrap = importlib.import_module("bootstrap")
+    rng = np.random.default_rng(0)
+    patients, shift = rng.normal(0.8, 0.1, 100), np.array([-0.1, 0.0, 0.1])
+    means = bootstrap.resample({"alike": patients + 0 * shift[:, None], "other": patients + shift[:, None]})
+    # Three trainings that are drawn with replacement have this standard error, patients another; they add up.
+    within, between = patients.std() / 10, shift.std() / np.sqrt(3)
+    assert means["alike"].std() == pytest.approx(within, rel=0.05)
+    assert means["other"].std() == pytest.approx(np.hypot(within, between), rel=0.05)
+
+
+def test_ranks(benchmarks):
+    bootstrap = importlib.import_module("bootstrap")
+    means = {"a": np.array([0.9, 0.9, 0.9, 0.4]), "b": np.array([0.5, 0.5, 0.5, 0.5]), "c": np.zeros(4)}
+    found = bootstrap.ranks(means)
+    assert found["c"] == (3, 3, 3)
+    assert found["a"][1] == 1
+    assert found["a"][2] > 1
