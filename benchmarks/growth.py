@@ -164,7 +164,7 @@ def draw(result, path):
     }
     axes = {key: label for key, label in axes.items() if result[key]}
     colors = [stage for stage in STAGES if not stage.endswith(ONE_CORE)]
-    figure = Figure(figsize=(5.5 * len(axes), 7), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(axes), 7.5), layout="constrained")
     panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
     for column, (key, label) in zip(panels.T, axes.items(), strict=True):
         for panel, quantity in zip(column, ("seconds", "mb"), strict=True):
@@ -183,7 +183,7 @@ def draw(result, path):
         column[1].set_ylabel("memory, MB")
         column[1].set_ylim(bottom=0)
         column[1].set_xlabel(label)
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
