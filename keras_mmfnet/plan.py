@@ -49,6 +49,8 @@ _EPOCHS, _STEPS, _LEAST_STEPS = 100, 75, 30
 # Of a training step, per voxel and unit of `_load`: bytes, as measured on PyTorch (33 to 36 with two to four sequences;
 # TensorFlow takes 20 to 25 and 0.4 GB in all), and seconds on two cores of an AMD EPYC. A prediction takes this share.
 _BYTES, _SECONDS, _PREDICTION = 35, 1.5e-8, 0.4
+# A single-modality network has an encoder and a decoder; see `_units`.
+_SINGLE_UNITS = 2
 
 
 def plan_recipe(
@@ -176,7 +178,7 @@ class _Plan:
         self.memory, self.seconds, self.speed = memory, seconds, speed
         # How many times as long as MMFNet's the training takes, with the single-modality networks of self-transfer.
         count = len(self.base.data.modalities)
-        self.networks = 1 + self.base.training.self_transfer * count * _units(1) / _units(count)
+        self.networks = 1 + self.base.training.self_transfer * count * _SINGLE_UNITS / _units(count)
         self.batch = self.base.training.batch_size if self.has("training.batch_size") else _BATCH[0]
         self.widths = self.base.network.filters[:1] if self.has("network.filters") else _WIDTHS
 
@@ -232,7 +234,7 @@ def _load(filters, strides, modalities):
 
 
 def _units(modalities):
-    """How many times a level has its features: in each encoder, the fusion block and the decoder."""
+    """How many times a level of MMFNet has its features: in each encoder, the fusion block and the decoder."""
     return modalities + 2
 
 
