@@ -36,7 +36,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 from monai.utils import set_determinism
-from patients import evaluate_patient, write_patients, write_result
+from patients import rows_of, write_mask, write_patients, write_result
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet.run import Run
@@ -153,7 +153,8 @@ def train(run, fold, name, minutes):
     for patient in run.folds[fold].test:
         begun = time.monotonic()
         values, probabilities = predict(network, patient_files(run, folder, [patient]), recipe, shape)
-        rows += evaluate_patient(run, fold, method, patient, values, probabilities, time.monotonic() - begun)
+        rows += rows_of(run, patient, values, probabilities, time.monotonic() - begun)
+        write_mask(run, fold, method, patient, values)
     parameters, updates = sum(one.numel() for one in network.parameters()), sum(row["updates"] for row in history)
     return write_result(run, fold, method, TITLES[name], rows, parameters, updates, history, "monai")
 

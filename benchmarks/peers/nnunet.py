@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from patients import evaluate_patient, write_patients, write_result
+from patients import rows_of, write_mask, write_patients, write_result
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.methods import build_mmfnet
 from keras_mmfnet.run import Run
 
 TITLES = {"planned": "nnU-Net", "scaled": "nnU-Net, scaled"}
+_PLANS = {"planned": "nnUNetPlans", "scaled": "nnUNetPlans_scaled"}
 _CONFIGURATION, _TRAINER = "3d_fullres", "MinutesTrainer"
 
 
@@ -39,12 +40,12 @@ class Workspace:
     Args:
         folder: Folder of all folds.
         fold: Number of the fold.
-        minutes: How long a training takes.
+        minutes: How long a training takes; of no use for predictions.
     """
 
     folder: Path
     fold: int
-    minutes: float
+    minutes: float = 0.0
 
     @property
     def name(self):
@@ -97,25 +98,23 @@ def convert(run, space):
 
 
 def plan(run, space, setting):
-    """Lets nnU-Net plan and preprocess; returns the name of the plans and the number of weights."""
-    plans = "nnUNetPlans"
+    """Lets nnU-Net plan and preprocess; returns the number of weights."""
     if not (space.preprocessed / "splits_final.json").exists():
         number = 100 + space.fold
         space.call("plan_and_preprocess", "-d", number, "-c", _CONFIGURATION, "-npfp", 2, "-np", 2)
         fold = run.folds[space.fold]
         splits = [{"train": list(fold.train), "val": list(fold.validation)}]
         write(space.preprocessed / "splits_final.json", json.dumps(splits))
-    made = read_json(space.preprocessed / f"{plans}.json")
-    if setting == "planned":
-        return plans, parameters_of(made, run)
-    # With as many weights as the recipe's MMFNet; they grow with the square of the features.
-    wanted = build_mmfnet(run.recipe, "float32").count_params()
-    architecture = made["configurations"][_CONFIGURATION]["architecture"]["arch_kwargs"]
-    features, share = architecture["features_per_stage"], (wanted / parameters_of(made, run)) ** 0.5
-    architecture["features_per_stage"] = [max(4, round(share * number)) for number in features]
-    made["plans_name"] = plans = f"{plans}_scaled"
-    write(space.preprocessed / f"{plans}.json", json.dumps(made, indent=1))
-    return plans, parameters_of(made, run)
+    made = read_json(space.preprocessed / f"{_PLANS['planned']}.json")
+    if setting == "scaled":
+        # With as many weights as the recipe's MMFNet; they grow with the square of the features.
+        wanted = build_mmfnet(run.recipe, "float32").count_params()
+        architecture = made["configurations"][_CONFIGURATION]["architecture"]["arch_kwargs"]
+        features, share = architecture["features_per_stage"], (wanted / parameters_of(made, run)) ** 0.5
+        architecture["features_per_stage"] = [max(4, round(share * number)) for number in features]
+        made["plans_name"] = _PLANS[setting]
+        write(space.preprocessed / f"{_PLANS[setting]}.json", json.dumps(made, indent=1))
+    return parameters_of(made, run)
 
 
 def parameters_of(plans, run):
@@ -134,40 +133,58 @@ def parameters_of(plans, run):
     return sum(weight.numel() for weight in network.parameters())
 
 
-def evaluate(run, space, setting, predicted, seconds):
-    """Evaluates the masks of the test patients; returns a row for each structure of a patient."""
-    rows = []
-    for name in run.folds[space.fold].test:
-        values = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted / f"{name}.nii.gz")))
-        with np.load(predicted / f"{name}.npz") as file:
+def predict(run, space, setting, images, out):
+    """Predicts patients with the network of a setting.
+
+    Args:
+        run: The run.
+        space: The fold's `Workspace`.
+        setting: A key of `TITLES`.
+        images: Folder of the patients' images, as from `write_images`.
+        out: Folder for what nnU-Net writes, which is emptied.
+
+    Returns:
+        `{patient: (label values, probabilities of the structures, seconds)}`.
+    """
+    begun, found = time.monotonic(), {}
+    shutil.rmtree(out, ignore_errors=True)
+    options = ("-c", _CONFIGURATION, "-f", 0, "-npp", 1, "-nps", 1, "--save_probabilities", *_common(setting))
+    space.call("predict", "-i", images, "-o", out, "-d", 100 + space.fold, *options)
+    masks = sorted(out.glob("*.nii.gz"))
+    seconds = (time.monotonic() - begun) / len(masks)
+    for path in masks:
+        name = path.name.removesuffix(".nii.gz")
+        with np.load(out / f"{name}.npz") as file:
             # Without the background's.
             probabilities = file["probabilities"][int(run.recipe.data.exclusive) :]
-        rows += evaluate_patient(run, space.fold, f"nnunet_{setting}", name, values, probabilities, seconds)
-    return rows
+        found[name] = sitk.GetArrayFromImage(sitk.ReadImage(str(path))), probabilities, seconds
+    return found
 
 
 def train(run, space, setting):
     """Trains and tests nnU-Net on a fold; what is done is not done again."""
-    result = run.result(space.fold, f"nnunet_{setting}")
-    if result.exists():
-        return read_json(result)
+    method = f"nnunet_{setting}"
+    if run.result(space.fold, method).exists():
+        return read_json(run.result(space.fold, method))
     convert(run, space)
-    plans, parameters = plan(run, space, setting)
-    network, common = space.trained(plans), ("-p", plans, "-tr", _TRAINER, "-device", "cpu")
+    parameters = plan(run, space, setting)
+    network = space.trained(_PLANS[setting])
     if not (network / "checkpoint_final.pth").exists():
         resume = ["--c"] * (network / "checkpoint_latest.pth").exists()
-        space.call("train", 100 + space.fold, _CONFIGURATION, 0, *common, *resume)
-    predicted, begun = space.folder / "predicted" / space.name / plans, time.monotonic()
-    shutil.rmtree(predicted, ignore_errors=True)
-    options = ("-c", _CONFIGURATION, "-f", 0, "-npp", 1, "-nps", 1, "--save_probabilities", *common)
-    space.call("predict", "-i", space.raw / "imagesTs", "-o", predicted, "-d", 100 + space.fold, *options)
-    seconds = (time.monotonic() - begun) / len(run.folds[space.fold].test)
-    rows = evaluate(run, space, setting, predicted, seconds)
+        space.call("train", 100 + space.fold, _CONFIGURATION, 0, *_common(setting), *resume)
+    rows = []
+    out = space.folder / "predicted" / space.name / setting
+    for name, (values, probabilities, seconds) in predict(run, space, setting, space.raw / "imagesTs", out).items():
+        rows += rows_of(run, name, values, probabilities, seconds)
+        write_mask(run, space.fold, method, name, values)
     updates = sum(map(int, (network / "updates.txt").read_text().split()))
-    title = TITLES[setting]
     return write_result(
-        run, space.fold, f"nnunet_{setting}", title, rows, parameters, updates, history(network), "nnunetv2"
+        run, space.fold, method, TITLES[setting], rows, parameters, updates, history(network), "nnunetv2"
     )
+
+
+def _common(setting):
+    return "-p", _PLANS[setting], "-tr", _TRAINER, "-device", "cpu"
 
 
 def history(network):

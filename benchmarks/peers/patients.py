@@ -25,42 +25,44 @@ def write_patients(run, names, images, labels):
         names: Names of the patients.
         images, labels: Folders to write to.
     """
-    recipe = run.recipe.data
-    images.mkdir(parents=True, exist_ok=True)
     labels.mkdir(parents=True, exist_ok=True)
     for name in names:
-        files = run.cases[name].images
-        grid = Grid.from_image(read_image(files[recipe.modalities[0]], name))
-        for channel, modality in enumerate(recipe.modalities):
-            image = read_image(files[modality], name, sitk.sitkFloat32)
-            if Grid.from_image(image) != grid:
-                low = float(sitk.GetArrayViewFromImage(image).min())
-                image = grid.image(resample(image, grid, background=low))
-            write_image(image, images / f"{name}_{channel:04d}.nii.gz")
-        [patient] = run.patients([name])
+        [patient], recipe = run.patients([name]), run.recipe.data
+        write_images(run.cases[name], recipe.modalities, patient.source, images)
         masks = list(read_masks(run.cases[name], recipe, patient).values())
         values = np.zeros(masks[0].shape, np.uint8)
         for number, mask in enumerate(masks, start=1):
             if not recipe.exclusive and ((mask > 0) & (values < number - 1)).any():
                 raise ValueError(f"{name}: each region must lie in the one before. Received: one that does not")
             values[mask > 0] = number
-        write_image(grid.image(values), labels / f"{name}.nii.gz")
+        write_image(patient.source.image(values), labels / f"{name}.nii.gz")
 
 
-def evaluate_patient(run, fold, method, name, values, probabilities, seconds):
-    """Writes the mask of a test patient beside the run's own, and evaluates it.
+def write_images(case, modalities, grid, folder):
+    """Writes the images of a `Case` on a grid as `<patient>_<channel>.nii.gz`; a sequence that is missing is zeros."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for channel, modality in enumerate(modalities):
+        image = grid.image(np.zeros(grid.shape, np.float32))
+        if modality in case.images:
+            image = read_image(case.images[modality], case.name, sitk.sitkFloat32)
+        if Grid.from_image(image) != grid:
+            low = float(sitk.GetArrayViewFromImage(image).min())
+            image = grid.image(resample(image, grid, background=low))
+        write_image(image, folder / f"{case.name}_{channel:04d}.nii.gz")
+
+
+def rows_of(run, name, values, probabilities, seconds):
+    """Evaluates a mask of a patient: a row for each structure.
 
     Args:
         run: The run.
-        fold: Number of the fold.
-        method: Name of the method.
         name: Name of the patient.
         values: Label values on the grid of the first sequence, as `write_patients` writes them, `(z, y, x)`.
         probabilities: Probabilities of the structures, `(structures, z, y, x)`.
         seconds: How long the prediction took.
 
     Returns:
-        A row for each structure.
+        A list of rows.
     """
     recipe, [patient] = run.recipe.data, run.patients([name])
     rows = []
@@ -68,10 +70,15 @@ def evaluate_patient(run, fold, method, name, values, probabilities, seconds):
         mask = (values == number if recipe.exclusive else values >= number).astype(np.uint8)
         numbers = evaluate_case(probabilities[number - 1], truth, patient.source.spacing[::-1], predicted=mask)
         rows.append({"patient": name, "structure": structure, **numbers, "seconds": seconds})
+    return rows
+
+
+def write_mask(run, fold, method, name, values):
+    """Writes the mask of a test patient beside those of the run's own methods."""
+    [patient] = run.patients([name])
     for path in run.masks(fold, method, name).values():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(patient.source.image(values), path)
-    return rows
 
 
 def write_result(run, fold, method, title, rows, parameters, updates, history, library):
