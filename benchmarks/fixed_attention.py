@@ -2,9 +2,9 @@
 
     python benchmarks/fixed_attention.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
 
-OUT is a run of reproduce_tables.py. In the trained network each channel weight is replaced by its mean over the
-validation patients, the spatial weights of each block by their overall mean, or both. The loss of DSC on the test
-patients measures what the attention adapts to each patient.
+OUT is a run of reproduce_tables.py or whole_patients.py, whose method is `mmfnet`. In the trained network each channel
+weight is replaced by its mean over the validation patients, the spatial weights of each block by their overall mean, or
+both. The loss of DSC on the test patients measures what the attention adapts to each patient.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def fix(model, kind, means):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--name", help="name of the file of results (default: that of the method)")
     parsed = parser.parse_args()
     load, recipe, validation, test = open_run(parsed)
 
@@ -92,7 +93,7 @@ def main():
         for kind in kinds:
             fix(model, kind, means[kind])
         result["less_the_network's_own"][name] = paired_difference(scores(model, test, recipe), own)
-    report(result, RESULTS / f"{parsed.method}.json")
+    report(result, RESULTS / f"{parsed.name or parsed.method}.json")
 
 
 if __name__ == "__main__":
