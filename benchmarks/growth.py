@@ -198,7 +198,8 @@ def main():
     if parsed.stage:
         print(json.dumps(measure(parsed.stage, parsed.folder)))
         return
-    result = {"machine": machine("keras-mmfnet", "numpy", "SimpleITK", "tensorflow"), "patients": {}, "voxels": {}}
+    backends = {"tensorflow", os.environ.get("KERAS_BACKEND", "tensorflow")}
+    result = {"machine": machine("keras-mmfnet", "numpy", "SimpleITK", *backends), "patients": {}, "voxels": {}}
     for count in map(int, filter(None, parsed.patients.split(","))):
         result["patients"][count] = stages_of(count, SHAPE)
     for millions in map(float, filter(None, parsed.voxels.split(","))):

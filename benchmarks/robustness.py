@@ -1,12 +1,12 @@
-"""Measures what sequences cost a trained network that are missing, or that moved against the first one.
+"""Measures what it costs a trained network that sequences are missing, or have moved against the first one.
 
     python benchmarks/robustness.py --run OUT/planned_40/seed_0 --fold 0 --methods mmfnet,nnunet_scaled
     python benchmarks/robustness.py --tables
 
 OUT is the folder of `whole_patients.py`. Each subset of the sequences is left out: MMFNet gets zeros for them, and so
-does nnU-Net. And all sequences but the first are shifted by 2, 4 and 8 mm and turned by as many degrees, each in a
-direction of its own, without interpolation: the position in the file's header is changed. MMFNet segments these
-patients also with the sequences registered first (`data.align=rigid`).
+does nnU-Net. And all sequences but the first are shifted by 2, 4 and 8 mm and rotated by as many degrees, each in a
+direction of its own, without interpolation: the position in the file's header is changed. MMFNet also segments these
+patients with the sequences registered first (`data.align=rigid`).
 """
 
 import argparse
@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,8 +23,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import numpy as np
 import SimpleITK as sitk
-from bootstrap import interval, resample
 from scipy.spatial.transform import Rotation
+from whole_patients import less, means_of
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.data import preprocess_case
@@ -36,36 +37,16 @@ from keras_mmfnet.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "robustness"
 NOTHING, LEVELS = "as they are", (2, 4, 8)
+sys.path.append(str(Path(__file__).parent / "peers"))
 
 
-def conditions(modalities):
-    """What is done to the patients, by name: the sequences that are missing, or the mm and degrees of the others."""
-    found = {NOTHING: ()}
-    for count in range(1, len(modalities)):
-        for missing in itertools.combinations(modalities, count):
-            found[f"without {' and '.join(missing)}"] = missing
-    return found | {f"moved by {level} mm and degrees": level for level in LEVELS}
-
-
-def change(case, condition, folder, modalities):
-    """The patient with sequences missing, or moved: a `Case` whose moved images are written to a folder."""
-    if isinstance(condition, tuple):
-        left = {name: image for name, image in case.images.items() if name not in condition}
-        return dataclasses.replace(case, images=left)
-    images = dict(case.images)
-    for modality in modalities[1:]:
-        # The same directions for each level.
-        rng = np.random.default_rng(list(f"{case.name} {modality}".encode()))
-        moved = displace(read_image(case.images[modality], case.name), condition, rng)
-        path = folder / case.name / f"{modality}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(moved, path)
-        images[modality] = path
-    return dataclasses.replace(case, images=images)
+def subsets(modalities):
+    """The sequences that are left out, one condition after the other."""
+    return itertools.chain.from_iterable(itertools.combinations(modalities, n) for n in range(1, len(modalities)))
 
 
 def displace(image, amount, rng):
-    """An image shifted by so many mm in a random direction, and turned by as many degrees about its centre."""
+    """An image shifted by so many mm in a random direction, and rotated by as many degrees about its centre."""
     axis, way = (vector / np.linalg.norm(vector) for vector in rng.normal(size=(2, 3)))
     rotation = Rotation.from_rotvec(np.radians(amount) * axis).as_matrix()
     middle = ((np.array(image.GetSize()) - 1) / 2).tolist()
@@ -76,61 +57,94 @@ def displace(image, amount, rng):
     return moved
 
 
-def segment(run, fold, cases, align):
-    """The DSC of patients as MMFNet segments them: `{structure: {patient: value}}`."""
-    recipe = run.recipe
-    # A recipe allows this only for networks that were trained for it.
-    data = recipe.data.model_copy(update={"allow_missing": True, "align": align})
-    network, rules = load_network(run.network(fold)), run.postprocessing([fold])
-    found = {}
-    for case in cases:
-        patient = preprocess_case(case, data)
-        segmentation = segment_case(network, patient, recipe, rules)
-        for structure, truth in read_masks(case, data, patient).items():
-            probability, mask = (
-                sitk.GetArrayViewFromImage(of[structure]) for of in (segmentation.probabilities, segmentation.masks)
-            )
-            numbers = evaluate_case(probability, truth, patient.source.spacing[::-1], predicted=mask)
-            found.setdefault(structure, {})[case.name] = numbers["dsc"]
-    return found
+def move(case, modalities, amount, folder):
+    """The patient with all sequences but the first displaced, in files in a folder; directions are always the same."""
+    images = dict(case.images)
+    for modality in modalities[1:]:
+        rng = np.random.default_rng(list(f"{case.name} {modality}".encode()))
+        path = folder / case.name / f"{modality}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(displace(read_image(case.images[modality], case.name), amount, rng), path)
+        images[modality] = path
+    return dataclasses.replace(case, images=images)
 
 
-def segment_by_nnunet(run, fold, cases, setting, folder):
-    """The same by nnU-Net, with every sequence on the grid of the first one."""
-    sys.path.insert(0, str(Path(__file__).parent / "peers"))
-    import nnunet
-    import patients
+class OurNetwork:
+    """A network of a run, with the post-processing that its validation patients chose."""
 
-    for case in cases:
-        [patient] = run.patients([case.name])
-        patients.write_images(case, run.recipe.data.modalities, patient.source, folder / "images")
-    space, found = nnunet.Workspace((run.folder / "nnunet").absolute(), fold), {}
-    predicted = nnunet.predict(run, space, setting, folder / "images", folder / "predicted")
-    for name, (values, probabilities, seconds) in predicted.items():
-        for row in patients.rows_of(run, name, values, probabilities, seconds):
-            found.setdefault(row["structure"], {})[name] = row["dsc"]
-    return found
+    def __init__(self, run, fold, method):
+        self.run, self.network = run, load_network(run.network(fold, method))
+        self.rules = run.postprocessing([fold])
+
+    def segment(self, cases, missing=(), align=None):
+        """The DSC of patients: `{structure: {patient: value}}`."""
+        recipe, found = self.run.recipe, {}
+        data = recipe.data.model_copy(update={"align": align or recipe.data.align})
+        for case in cases:
+            patient = preprocess_case(case, data)
+            images = {name: image * (name not in missing) for name, image in patient.images.items()}
+            segmentation = segment_case(self.network, dataclasses.replace(patient, images=images), recipe, self.rules)
+            for structure, truth in read_masks(case, data, patient).items():
+                probability, mask = (
+                    sitk.GetArrayViewFromImage(of[structure]) for of in (segmentation.probabilities, segmentation.masks)
+                )
+                numbers = evaluate_case(probability, truth, patient.source.spacing[::-1], predicted=mask)
+                found.setdefault(structure, {})[case.name] = numbers["dsc"]
+        return found
+
+
+class NnUNet:
+    """nnU-Net's network of a run, whose commands read and write files in a folder."""
+
+    def __init__(self, run, fold, method, folder):
+        self.run, self.setting, self.folder = run, method.removeprefix("nnunet_"), folder / "nnunet"
+        self.fold = fold
+
+    def segment(self, cases, missing=()):
+        """The DSC of patients, with all sequences on the grid of the first one: `{structure: {patient: value}}`."""
+        import handover
+        import nnunet
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for case in cases:
+            [patient] = self.run.patients([case.name])
+            left = {name: image for name, image in case.images.items() if name not in missing}
+            changed = dataclasses.replace(case, images=left)
+            handover.write_images(changed, self.run.recipe.data.modalities, patient.source, self.folder / "images")
+        space, found = nnunet.Workspace((self.run.folder / "nnunet").absolute(), self.fold), {}
+        predicted = nnunet.predict(self.run, space, self.setting, self.folder / "images", self.folder / "predicted")
+        for name, (values, probabilities, seconds) in predicted.items():
+            for row in handover.rows_of(self.run, name, values, probabilities, seconds):
+                found.setdefault(row["structure"], {})[name] = row["dsc"]
+        return found
 
 
 def measure(run, fold, method, folder):
     """The DSC of the test patients under each condition: `{condition: {structure: {patient: value}}}`."""
-    modalities, found = run.recipe.data.modalities, {}
-    for name, condition in conditions(modalities).items():
-        place = folder / name.replace(" ", "_")
-        cases = [change(run.cases[one], condition, place / "moved", modalities) for one in run.folds[fold].test]
-        if method == "mmfnet":
-            found[name] = segment(run, fold, cases, run.recipe.data.align)
-            if condition in LEVELS:
-                found[f"{name}, registered"] = segment(run, fold, cases, "rigid")
-        else:
-            found[name] = segment_by_nnunet(run, fold, cases, method.removeprefix("nnunet_"), place)
-        means = {structure: f"{_mean(patients):.3f}" for structure, patients in found[name].items()}
-        print(f"{method}, {name}: {means}", flush=True)
+    ours, modalities = not method.startswith("nnunet_"), run.recipe.data.modalities
+    network = OurNetwork(run, fold, method) if ours else NnUNet(run, fold, method, folder)
+    cases, found = [run.cases[name] for name in run.folds[fold].test], {}
+
+    def segment(condition, cases, **options):
+        found[condition] = network.segment(cases, **options)
+        print(f"{method}, {condition}: {[*map(_mean, found[condition].values())]}", flush=True)
+
+    def segment_moved(condition, cases):
+        segment(condition, cases)
+        if ours:
+            segment(f"{condition}, registered", cases, align="rigid")
+
+    segment_moved(NOTHING, cases)
+    for missing in subsets(modalities):
+        segment(f"without {' and '.join(missing)}", cases, missing=missing)
+    for amount in LEVELS:
+        moved = [move(case, modalities, amount, folder / f"moved_{amount}") for case in cases]
+        segment_moved(f"moved by {amount} mm and degrees", moved)
     return found
 
 
 def table(folder):
-    """The mean DSC under each condition, for each recipe and method, and MMFNet's less nnU-Net's, as Markdown."""
+    """The mean DSC of each recipe and method under each condition, and what the condition costs, as Markdown."""
     scores = {}
     for path in sorted(folder.glob("*/seed_*/fold_*/*.json")):
         kind, seed = path.parts[-4], int(path.parts[-3].removeprefix("seed_"))
@@ -138,35 +152,34 @@ def table(folder):
             for structure, patients in structures.items():
                 one = scores.setdefault((structure, condition), {}).setdefault((kind, path.stem), {})
                 for patient, dsc in patients.items():
-                    one.setdefault(patient, {})[seed] = dsc
-    lines = ["| structure | condition | recipe | method | mean DSC | MMFNet's less it [95%] | patients |"]
-    lines.append("|---|---|---|---|---:|---:|---:|")
+                    if dsc is not None and np.isfinite(dsc):
+                        one.setdefault(patient, {})[seed] = dsc
+    lines = [
+        "| structure | condition | recipe | method | mean DSC | minus that without it [95%], patients | "
+        "minus that of the first method [95%], patients |",
+        "|---|---|---|---|---:|---:|---:|",
+    ]
     for (structure, condition), methods in scores.items():
-        # nnU-Net does not register; what it is compared with is the same patients.
-        rivals = {**scores.get((structure, condition.removesuffix(", registered")), {}), **methods}
-        for (kind, method), found in rivals.items():
-            cells = [structure, condition, kind, method, f"{np.mean([*map(_mean, found.values())]):.3f}", ""]
-            ours = methods.get((kind, "mmfnet"))
-            if ours and method != "mmfnet":
-                shared = sorted(found.keys() & ours.keys())
-                rows = {name: [[_mean(one[p]) for p in shared]] for name, one in (("ours", ours), ("its", found))}
-                drawn = resample(rows)
-                low, high = interval(drawn["ours"] - drawn["its"])
-                less = np.mean(rows["ours"]) - np.mean(rows["its"])
-                cells[-1] = f"{less:+.3f} [{low:+.3f}, {high:+.3f}]"
-            lines.append(f"| {' | '.join([*cells, str(len(found))])} |")
+        first = next(iter(methods))
+        for (kind, method), found in methods.items():
+            cells = [
+                *(structure, condition, kind, method, f"{np.mean(means_of(found)):.3f}"),
+                less(found, scores[structure, NOTHING][kind, method]) if condition != NOTHING else "",
+                less(found, methods[first]) if (kind, method) != first else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _mean(by_name):
-    return np.mean(list(by_name.values()))
+def _mean(by_patient):
+    return round(float(np.nanmean(list(by_patient.values()))), 3)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a run of whole_patients.py, <recipe>/seed_<number>")
+    parser.add_argument("--run", type=Path, help="folder of a run, <recipe>/seed_<number>")
     parser.add_argument("--fold", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--methods", default="mmfnet", metavar="NAMES", help="mmfnet, nnunet_planned, nnunet_scaled")
+    parser.add_argument("--methods", default="mmfnet", metavar="NAMES", help="of the run (%(default)s)")
     parser.add_argument("--tables", action="store_true", help="only make the tables")
     parsed = parser.parse_args()
     if not (parsed.run or parsed.tables):
@@ -177,10 +190,10 @@ def main():
         for method in parsed.methods.split(","):
             path = place / f"fold_{parsed.fold}" / f"{method}.json"
             if not path.exists():
-                found = measure(run, parsed.fold, method, parsed.run / "robustness" / method)
+                found = measure(run, parsed.fold, method, parsed.run / "robustness" / f"fold_{parsed.fold}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path, json.dumps(found) + "\n")
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    for folder in sorted({path.parents[2] for path in RESULTS.glob("*/*/seed_*/fold_*")}):
         text = table(folder)
         write(folder / "table.md", text)
         print(text)

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import numpy as np
 from bootstrap import interval, ranks, resample
+from filelock import FileLock
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.data import Fold, find_cases
@@ -46,6 +48,7 @@ DATA = {
         {"data.normalised_scale": 1000.0, "data.spacing": None, "patches.shape": (32, 32, 32)},
     ),
 }
+RECIPES = ("planned_<minutes>", "small", "small_uniform")
 # Each with the script that trains it, and its name there.
 PROGRAMS = {
     **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled")},
@@ -63,74 +66,86 @@ def make_recipe(name, data, cache):
     patches that are placed at structures.
     """
     given, needed = DATA[data.name]
-    kind, _, rest = name.partition("_")
-    if kind == "small":
-        return Recipe.small().replace({**given, **needed, **({"patches.foreground": 0.0} if rest else {})})
+    if name.startswith("small"):
+        uniform = {"patches.foreground": 0.0} if name == "small_uniform" else {}
+        return Recipe.small().replace({**given, **needed, **uniform})
     cases = find_cases(data, given_recipe(given).data)
-    return plan_recipe(cases, given, seconds=60 * float(rest), cache=cache)
+    return plan_recipe(cases, given, seconds=60 * float(name.removeprefix("planned_")), cache=cache)
 
 
 def our_method(name, recipe):
     """A method of this package over the recipe's sequences.
 
-    `mmfnet` is MMFNet with self-transfer and `mmfnet_scratch` the same without; `single_encoder` has the sequences
-    stacked, `multi_encoder` has no fusion blocks, and `unet3d_<sequence>` has one sequence.
+    `mmfnet` is the recipe's MMFNet, with self-transfer if the recipe has it, and `mmfnet_scratch` the same without;
+    `single_encoder` has the sequences stacked, `multi_encoder` has no fusion blocks, and `unet3d_<sequence>` has one
+    sequence.
     """
     if name == "mmfnet":
-        return dataclasses.replace(method_of(recipe), title="MMFNet with self-transfer")
+        method = method_of(recipe)
+        return dataclasses.replace(method, title="MMFNet with self-transfer") if method.encoders else method
     if name == "mmfnet_scratch":
-        return dataclasses.replace(method_of(recipe), name=name, title="MMFNet", encoders={})
+        return dataclasses.replace(method_of(recipe), name=name, encoders={})
     if name in ("single_encoder", "multi_encoder"):
         return dataclasses.replace(METHODS[name], changes={})
     return find_method(name)
 
 
-def start(folder, data, recipe, seed, folds):
-    """The run of a recipe and seed, on the folds of the first one; which of them are kept for all."""
-    recipe = recipe.replace({"training.seed": seed})
-    run = Run(folder)
-    begun = run.recipe_file.exists() or not folds.exists()
-    splits = None if begun else [Fold(**fold) for fold in json.loads(folds.read_text())]
-    run = Run.start(folder, data, recipe, resume=True, splits=splits)
-    if not folds.exists():
-        write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
+def start(folder, data, kind, seed, results):
+    """The run of a recipe and seed. The recipe and the folds of the first run are kept, and are those of all others."""
+    kept, folds, run = results / kind / "recipe.json", results / "folds.json", Run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parents[1] / ".lock"):
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write(kept, make_recipe(kind, data, run.cache).to_json())
+        recipe = Recipe.load(kept).replace({"training.seed": seed})
+        splits = None if run.recipe_file.exists() or not folds.exists() else read_folds(folds)
+        run = Run.start(folder, data, recipe, resume=True, splits=splits)
+        if not folds.exists():
+            write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
+    if run.folds != read_folds(folds):
+        raise ValueError(f"{folder}: a run with the folds of {folds} is expected. Received: one with others")
     return run
 
 
+def read_folds(path):
+    """The folds that are kept beside the results."""
+    return [Fold(**{part: tuple(names) for part, names in fold.items()}) for fold in json.loads(path.read_text())]
+
+
 def train(run, name, fold, minutes):
-    """Trains and tests a method; returns its result, with the epochs and seconds of all its networks."""
+    """Trains and tests a method; returns its result, and the epochs of each of its networks."""
     if name in PROGRAMS:
         script, option, setting = PROGRAMS[name]
         options = ("--run", run.folder, "--folds", fold, "--minutes", minutes, option, setting)
-        subprocess.run([sys.executable, PEERS / script, *map(str, options)], check=True)
+        # Its networks share their converted patients.
+        with run.claim(fold, script.removesuffix(".py")):
+            subprocess.run([sys.executable, PEERS / script, *map(str, options)], check=True)
         result = read_json(run.result(fold, name))
-        return result, result["history"]
+        return result, [result["history"]]
     method = our_method(name, run.recipe)
     result, epochs = run_fold(run, method, fold), run.histories(fold)
-    return result, [row for one in (*run.borrowed(method).values(), name) for row in epochs[one]]
+    return result, [epochs[one] for one in (*run.borrowed(method).values(), name)]
 
 
-def compute(parsed, folder, kind, method, seed, fold):
+def compute(parsed, results, kind, name, seed, fold):
     """Trains and tests a method on a fold, unless its result is there, or another process does it."""
-    path = folder / kind / f"seed_{seed}" / f"fold_{fold}" / f"{method}.json"
+    path = results / kind / f"seed_{seed}" / f"fold_{fold}" / f"{name}.json"
     if path.exists():
         return
-    place, kept = parsed.out / kind / f"seed_{seed}", folder / kind / "recipe.json"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write(kept, make_recipe(kind, parsed.data, place / "cache").to_json())
-    run = start(place, parsed.data, Recipe.load(kept), seed, folder / "folds.json")
+    run = start(parsed.out / kind / f"seed_{seed}", parsed.data, kind, seed, results)
     with contextlib.suppress(RunLocked):
-        result, epochs = train(run, method, fold, parsed.peer_minutes)
+        result, networks = train(run, name, fold, parsed.peer_minutes)
         found = {key: result.get(key) for key in KEPT} | {
-            "seconds": sum(row["seconds"] for row in epochs),
+            # A training that was paused has a few long epochs, which do not count.
+            "seconds": sum(len(rows) * np.median([row["seconds"] for row in rows]) for rows in networks),
             "history": [{key: row.get(key) for key in EPOCH} for row in result["history"]],
             "patients": result["patients"],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(found) + "\n")
         dsc = np.nanmean([row["dsc"] for row in result["patients"]])
-        print(f"{kind}, seed {seed}, fold {fold}, {method}: mean DSC {dsc:.3f}", flush=True)
+        print(f"{kind}, seed {seed}, fold {fold}, {name}: mean DSC {dsc:.3f}", flush=True)
 
 
 def read(folder):
@@ -154,60 +169,66 @@ def by_patient(results, structure, metric="dsc"):
 
 def common(scores):
     """Scores as `{name: (trainings, patients)}`, of the patients whom all have in all their trainings."""
-    shared = set.intersection(*map(set, scores.values()))
-    tables = {}
-    for name, found in scores.items():
-        seeds = sorted({seed for values in found.values() for seed in values})
-        shared = {patient for patient in shared if len(found[patient]) == len(seeds)}
-        tables[name] = seeds
+    seeds = {name: sorted({seed for values in found.values() for seed in values}) for name, found in scores.items()}
+    everywhere = (
+        {patient for patient, values in found.items() if len(values) == len(seeds[name])}
+        for name, found in scores.items()
+    )
+    shared = sorted(set.intersection(*everywhere))
     return {
-        name: np.array([[scores[name][patient][seed] for patient in sorted(shared)] for seed in seeds])
-        for name, seeds in tables.items()
+        name: np.array([[found[patient][seed] for patient in shared] for seed in seeds[name]])
+        for name, found in scores.items()
     }
 
 
-def table(folder, baseline=("planned_40", "mmfnet")):
+def less(found, baseline):
+    """How much higher the mean of some scores is than the baseline's, on the patients whom both have."""
+    shared = common({"found": found, "baseline": baseline})
+    count = shared["found"].shape[1]
+    if not count:
+        return ""
+    drawn = resample(shared)
+    low, high = interval(drawn["found"] - drawn["baseline"])
+    difference = shared["found"].mean() - shared["baseline"].mean()
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}], {count}"
+
+
+def means_of(by_patient):
+    """The mean over the trainings of each patient."""
+    return [np.mean(list(values.values())) for values in by_patient.values()]
+
+
+def table(folder, baseline):
     """A row for each recipe and method, for each structure, as Markdown.
 
-    Means are over the patients that a method was tested on; the difference and the rank are over those of all methods.
+    Means are over the patients that a method was tested on, differences over those that the baseline shares, and ranks
+    over those that all share.
     """
     results = read(folder)
     names = {row["structure"]: None for folds in results.values() for one in folds.values() for row in one["patients"]}
     lines = [
         "| recipe | method | structure | mean DSC | median DSC | below 0.5 | NSD | HD95, mm | lesion F1 | "
-        "DSC less MMFNet's [95%] | rank [95%] | trainings | folds | patients | minutes a fold | updates |",
+        f"DSC minus that of {' '.join(baseline)} [95%], patients | rank [95%] | trainings | folds | patients | "
+        "minutes a fold | updates |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for structure in names:
         scores = {key: by_patient(folds, structure) for key, folds in results.items()}
         shared = common(scores)
-        compared = baseline in shared and shared[baseline].size > 0
-        means = resample(shared) if compared else {}
-        places = ranks(means) if compared else {}
+        places = ranks(resample(shared)) if next(iter(shared.values())).size else {}
         for key, folds in results.items():
-            values = [np.mean(list(one.values())) for one in scores[key].values()]
-            others = (
-                np.mean([np.mean(list(one.values())) for one in by_patient(folds, structure, metric).values()])
-                for metric in ("nsd", "hd95", "lesion_f1")
-            )
-            less = rank = ""
-            if compared:
-                low, middle, high = places[key]
-                rank = f"{middle:.0f} [{low:.0f}, {high:.0f}]"
-                if key != baseline:
-                    low, high = interval(means[key] - means[baseline])
-                    less = f"{shared[key].mean() - shared[baseline].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-            first = next(iter(folds.values()))
+            values = means_of(scores[key])
+            others = (np.mean(means_of(by_patient(folds, structure, one))) for one in ("nsd", "hd95", "lesion_f1"))
             cells = [
                 key[0],
-                first["title"],
+                next(iter(folds.values()))["title"],
                 structure,
                 f"{np.mean(values):.3f}",
                 f"{np.median(values):.3f}",
                 f"{np.mean(np.less(values, 0.5)):.0%}",
                 *(f"{value:.{digits}f}" for value, digits in zip(others, (3, 1, 2), strict=True)),
-                less,
-                rank,
+                less(scores[key], scores[baseline]) if baseline in scores and key != baseline else "",
+                "{1:.0f} [{0:.0f}, {2:.0f}]".format(*places[key]) if places else "",
                 str(len({seed for seed, _ in folds})),
                 str(len({fold for _, fold in folds})),
                 str(len(values)),
@@ -223,15 +244,17 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
     add("--out", type=Path, help="folder for the runs, which may be deleted afterwards")
-    add("--methods", default="mmfnet", metavar="NAMES", help=f"mmfnet, mmfnet_scratch, ..., {', '.join(PROGRAMS)}")
-    add(
-        "--recipes", default="planned_40", metavar="NAMES", help="planned_<minutes>, small, small_uniform (%(default)s)"
-    )
+    ours = "mmfnet, mmfnet_scratch, single_encoder, multi_encoder, unet3d_<sequence>"
+    add("--methods", default="mmfnet", metavar="NAMES", help=f"some of {ours}, {', '.join(PROGRAMS)} (%(default)s)")
+    add("--recipes", default="planned_40", metavar="NAMES", help=f"some of {', '.join(RECIPES)} (%(default)s)")
     add("--peer-minutes", type=float, default=60, help="for a training of another program (%(default)s)")
     add("--seeds", default="0", metavar="N,..", help="(%(default)s)")
     add("--folds", default="0", metavar="N,..", help="(%(default)s)")
-    add("--tables", action="store_true", help="only make the tables")
+    add("--tables", action="store_true", help="only make the table")
     parsed = parser.parse_args()
+    for kind in parsed.recipes.split(","):
+        if not (kind in RECIPES or re.fullmatch(r"planned_\d+", kind)):
+            parser.error(f"--recipes: some of {', '.join(RECIPES)} are expected. Received: {kind}")
     if parsed.data.name not in DATA:
         parser.error(f"--data: a folder named {' or '.join(DATA)} is expected. Received: {parsed.data}")
     if not (parsed.out or parsed.tables):
@@ -241,7 +264,7 @@ def main():
         options = (parsed.seeds, parsed.folds, parsed.methods, parsed.recipes)
         for seed, fold, method, kind in itertools.product(*(option.split(",") for option in options)):
             compute(parsed, folder, kind, method, int(seed), int(fold))
-    text = table(folder)
+    text = table(folder, (parsed.recipes.split(",")[0], "mmfnet"))
     write(folder / "table.md", text)
     print(text)
 

@@ -40,7 +40,7 @@ _ASPECT = 0.5
 _EMPTY = 0.1
 # Voxels between a structure and the edge of the window at the centre.
 _MARGIN = 4
-# Patches that each network should be trained on, those for which self-transfer paid in `benchmarks/README.md`, and the
+# Patches that each network should be trained on, those for which self-transfer paid in `benchmarks/cubes.md`, and the
 # fewest, for which the patch is made smaller; updates that are made of them at least.
 _PATCHES, _TRANSFER, _FEW, _UPDATES = 10_000, 2_500, 1_000, 1_250
 _BATCH = (2, 8)

@@ -38,7 +38,8 @@ from keras_mmfnet.review.patients import find_reviewed
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("benchmarks/README.md"), *DOCS]
+BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.md"))
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *BENCHMARKS, *DOCS]
 COMMANDS = typer.main.get_command(app).commands
 # Not for a test: they install, run the tests, or run elsewhere.
 NOT_PARSED = {

@@ -74,10 +74,14 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
 
     def patches(recipe):
         training = recipe.training
-        return (1 + training.self_transfer) * training.epochs * training.steps_per_epoch * voxels(recipe)
+        return (1 + 1.2 * training.self_transfer) * training.epochs * training.steps_per_epoch * voxels(recipe)
 
     assert 20 < patches(long) / patches(short) < 300
     assert planned(patients, speed=1e-11).network.filters[0] > 8, "a GPU has time for wider networks"
+    # Three single-modality networks of self-transfer take 1.2 times as long as MMFNet.
+    alone, both = (planned(patients, {"training.self_transfer": given}).training for given in (False, True))
+    updates, fewer = (one.epochs * one.steps_per_epoch * one.batch_size for one in (alone, both))
+    assert updates / fewer == pytest.approx(2.2, rel=0.1)
     assert not caplog.messages
     planned(patients, memory=1e6, seconds=1)
     assert "more than the 0.001 GB that it may take" in caplog.text

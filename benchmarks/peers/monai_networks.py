@@ -4,7 +4,8 @@
     python benchmarks/peers/monai_networks.py --run RUN --folds 0,1 --minutes 40 --networks segresnet,dynunet,swinunetr
 
 The networks have the sizes of MONAI's tutorials. Patches are of the run's shape, half of them centred on a structure;
-the loss is Dice with cross-entropy, the optimiser AdamW from 0.0001 to 0 along a cosine over the time. It may be
+the loss is Dice with cross-entropy (of regions, Dice), the optimiser AdamW from 0.0001 to 0 along a cosine over the
+time. It learns from the training patients of the fold and keeps the last weights. It may be
 stopped at any moment, and a second call resumes after the last epoch of 20 updates. The results lie beside the run's
 own, as `fold_<number>/monai_<network>.json`, and are part of its tables and report.
 """
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from handover import rows_of, write_mask, write_patients, write_result
 from monai.data import CacheDataset, DataLoader
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR
 from monai.transforms import (
     Compose,
@@ -36,7 +38,6 @@ from monai.transforms import (
     SpatialPadd,
 )
 from monai.utils import set_determinism
-from patients import rows_of, write_mask, write_patients, write_result
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet.run import Run
@@ -98,9 +99,18 @@ def random_transforms(shape, patches):
     ]
 
 
-def target_of(labels, exclusive, structures):
-    """What the loss compares with: label values, or a channel for each region."""
-    return labels if exclusive else torch.cat([labels >= number for number in range(1, structures + 1)], dim=1).float()
+def loss_of(logits, labels, exclusive):
+    """The loss of MONAI's tutorials: Dice with cross-entropy of exclusive structures, Dice of each region.
+
+    Args:
+        logits: Of the network, with a channel for the background if the structures are exclusive.
+        labels: Label values `(batch, 1, x, y, z)`, as `write_patients` writes them.
+        exclusive: Whether the structures exclude each other.
+    """
+    if exclusive:
+        return DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True)(logits, labels)
+    regions = torch.cat([labels >= number for number in range(1, logits.shape[1] + 1)], dim=1)
+    return DiceLoss(sigmoid=True, squared_pred=True)(logits, regions.float())
 
 
 def train(run, fold, name, minutes):
@@ -109,25 +119,23 @@ def train(run, fold, name, minutes):
     if run.result(fold, method).exists():
         return read_json(run.result(fold, method))
     exclusive, structures = recipe.data.exclusive, len(recipe.data.structures)
-    set_determinism(recipe.training.seed)
-    names = run.folds[fold].train + run.folds[fold].validation
-    spacing = np.median([patient.grid.spacing for patient in run.patients(names)], axis=0)
+    folder = run.folder / "monai"
+    path = folder / f"fold_{fold}_{name}.pt"
+    state = torch.load(path) if path.exists() else {}
+    history = state.get("history", [])
+    # Other patches after each interruption.
+    set_determinism(recipe.training.seed + len(history))
+    spacing = np.median([patient.grid.spacing for patient in run.patients(run.folds[fold].train)], axis=0)
     network, multiples = NETWORKS[name](len(recipe.data.modalities), structures + exclusive, spacing)
     # The run's patches in the order x, y, z, in the multiples that the network takes.
     shape = [math.ceil(size / n) * n for size, n in zip(recipe.patches.shape[::-1], multiples, strict=True)]
-    folder = run.folder / "monai"
-    files = patient_files(run, folder, names)
+    files = patient_files(run, folder, run.folds[fold].train)
     steps = read_transforms(recipe) + random_transforms(shape, recipe.training.batch_size)
     loader = DataLoader(CacheDataset(files, Compose(steps), progress=False), batch_size=1, shuffle=True)
-    loss_of = DiceCELoss(to_onehot_y=exclusive, softmax=exclusive, sigmoid=not exclusive, squared_pred=True)
     optimiser = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=1e-5)
-    path, history = folder / f"fold_{fold}_{name}.pt", []
-    if path.exists():
-        state = torch.load(path)
-        history = state["history"]
+    if state:
         network.load_state_dict(state["network"])
         optimiser.load_state_dict(state["optimiser"])
-    torch.manual_seed(recipe.training.seed + len(history))
     batches = endless(loader)
     network.train()
     spent = sum(row["seconds"] for row in history)
@@ -137,7 +145,7 @@ def train(run, fold, name, minutes):
             optimiser.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * share)) / 2
             batch = next(batches)
             optimiser.zero_grad()
-            loss = loss_of(network(batch["image"].as_tensor()), target_of(batch["label"], exclusive, structures))
+            loss = loss_of(network(batch["image"].as_tensor()), batch["label"].as_tensor(), exclusive)
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
@@ -210,8 +218,7 @@ def main():
     for fold in map(int, parsed.folds.split(",")):
         for name in parsed.networks.split(","):
             rows = train(run, fold, name, parsed.minutes)["patients"]
-            scores = [row["dsc"] for row in rows if row["dsc"] is not None]
-            print(f"{TITLES[name]}, fold {fold}: mean DSC {np.mean(scores):.3f}", flush=True)
+            print(f"{TITLES[name]}, fold {fold}: mean DSC {np.nanmean([row['dsc'] for row in rows]):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from patients import rows_of, write_mask, write_patients, write_result
+from handover import rows_of, write_mask, write_patients, write_result
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.methods import build_mmfnet
@@ -212,8 +212,9 @@ def main():
         space.folder.mkdir(exist_ok=True)
         for setting in parsed.settings.split(","):
             rows = train(run, space, setting)["patients"]
-            scores = [row["dsc"] for row in rows if row["dsc"] is not None]
-            print(f"{TITLES[setting]}, fold {fold}: mean DSC {np.mean(scores):.3f}", flush=True)
+            print(
+                f"{TITLES[setting]}, fold {fold}: mean DSC {np.nanmean([row['dsc'] for row in rows]):.3f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ def networks(benchmarks, monkeypatch):
     import monai_networks
 
     yield monai_networks
-    del sys.modules["monai_networks"], sys.modules["patients"]
+    del sys.modules["monai_networks"], sys.modules["handover"]
 
 
 class Bright(torch.nn.Module):
-    """Tumour is where t1 is bright; the weight is where it begins."""
+    """Tumour is where t1 is bright; the weight is where it begins. The first channel is `sign` times the second."""
 
-    def __init__(self, begin):
+    def __init__(self, begin, sign=-1):
         super().__init__()
-        self.begin = torch.nn.Parameter(torch.tensor(begin))
+        self.begin, self.sign = torch.nn.Parameter(torch.tensor(begin)), sign
 
     def forward(self, x):
         tumour = 40 * (x[:, :1] - self.begin)
-        return torch.cat([-tumour, tumour], dim=1)
+        return torch.cat([self.sign * tumour, tumour], dim=1)
 
 
 @pytest.mark.parametrize("spacing", [None, 2.0])
@@ -46,6 +46,25 @@ def test_masks_lie_where_the_network_sees_the_tumour(networks, tiny_cohort, tmp_
     assert min(row["dsc"] for row in found["patients"]) > (0.99 if spacing is None else 0.85)
     kept = run.results()["monai_bright"][0]["patients"]
     assert [row["dsc"] for row in kept] == [row["dsc"] for row in found["patients"]]
+
+
+def test_regions(networks, tiny_cohort, tmp_path, monkeypatch):
+    regions = {"data.structures": {"whole": (1,), "core": (1,)}, "data.modalities": ("t1", "t2"), "training.folds": 3}
+    run = Run.start(tmp_path / "run", tiny_cohort, Recipe.small().replace({**regions, "data.spacing": None}))
+    assert not run.recipe.data.exclusive
+    monkeypatch.setitem(networks.NETWORKS, "bright", lambda *_: (Bright(1.3, sign=1), (8, 8, 8)))
+    monkeypatch.setitem(networks.TITLES, "bright", "Bright")
+    rows = networks.train(run, 0, "bright", minutes=0)["patients"]
+    assert {row["structure"] for row in rows} == {"whole", "core"}
+    assert min(row["dsc"] for row in rows) > 0.99
+
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(1, 2, 4, 5, 6)), rng.integers(3, size=(1, 1, 4, 5, 6))
+    given, truth = 1 / (1 + np.exp(-logits)), np.concatenate([labels >= 1, labels >= 2], axis=1)
+    over = (2, 3, 4)
+    dice = 2 * (given * truth).sum(over) / ((given**2).sum(over) + truth.sum(over))
+    found = networks.loss_of(torch.from_numpy(logits), torch.from_numpy(labels), exclusive=False)
+    assert float(found) == pytest.approx(1 - dice.mean(), abs=1e-5)
 
 
 def test_a_network_learns_for_the_minutes_and_is_resumed(networks, tiny_cohort, tmp_path, monkeypatch):
@@ -74,7 +93,9 @@ def test_a_network_learns_for_the_minutes_and_is_resumed(networks, tiny_cohort, 
     assert [row["epoch"] for row in history] == list(range(len(history)))
     assert history[:2] == kept[1]["history"]
     assert sum(row["seconds"] for row in history) == pytest.approx(30, abs=4)
-    assert kept[-1]["network"]["begin"] > kept[1]["network"]["begin"] > 0
+    # Two updates after the last that was saved.
+    saved, resumed, last = (kept[number]["network"]["begin"] for number in (1, 3, -1))
+    assert last > resumed > saved > 0
 
 
 def test_the_networks_take_their_patches(networks):

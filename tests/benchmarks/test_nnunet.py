@@ -74,3 +74,27 @@ def test_a_fold_is_converted_trained_and_evaluated(nnunet, tiny_cohort, tmp_path
     first = sitk.ReadImage(str(space.raw / "imagesTr" / f"{fold.train[0]}_0001.nii.gz"))
     t1 = sitk.ReadImage(str(tiny_cohort / fold.train[0] / "t1.nii.gz"))
     assert (first.GetSize(), first.GetOrigin()) == (t1.GetSize(), t1.GetOrigin())
+
+
+def test_features_are_scaled_to_the_parameters_of_mmfnet(nnunet, tiny_cohort, tmp_path, monkeypatch):
+    recipe = Recipe.small().replace({"data.modalities": ("t1", "t2"), "training.folds": 3})
+    run = Run.start(tmp_path / "run", tiny_cohort, recipe)
+    space = nnunet.Workspace(tmp_path / "nnunet", 0)
+    space.preprocessed.mkdir(parents=True)
+    (space.preprocessed / "splits_final.json").write_text("[]")
+    architecture = {"arch_kwargs": {"features_per_stage": [32, 64, 128, 256, 320, 320]}}
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {"architecture": architecture}}}
+    (space.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+
+    def parameters_of(made, run):
+        features = made["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"]
+        return sum(27 * a * b for a, b in zip(features, features[1:], strict=False))
+
+    monkeypatch.setattr(nnunet, "parameters_of", parameters_of)
+    assert nnunet.plan(run, space, "planned") == parameters_of(plans, run) > 5e6
+    found = nnunet.plan(run, space, "scaled")
+    assert found == pytest.approx(nnunet.build_mmfnet(recipe, "float32").count_params(), rel=0.1)
+    assert (
+        json.loads((space.preprocessed / "nnUNetPlans_scaled.json").read_text())["plans_name"] == "nnUNetPlans_scaled"
+    )
+    assert json.loads((space.preprocessed / "nnUNetPlans.json").read_text()) == plans
