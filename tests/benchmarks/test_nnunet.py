@@ -1,5 +1,6 @@
 """nnU-Net's data set and results, with its commands replaced by what they would write."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -88,7 +89,7 @@ def test_features_are_scaled_to_the_parameters_of_mmfnet(nnunet, tiny_cohort, tm
 
     def parameters_of(made, run):
         features = made["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"]
-        return sum(27 * a * b for a, b in zip(features, features[1:], strict=False))
+        return sum(27 * a * b for a, b in itertools.pairwise(features))
 
     monkeypatch.setattr(nnunet, "parameters_of", parameters_of)
     assert nnunet.plan(run, space, "planned") == parameters_of(plans, run) > 5e6
