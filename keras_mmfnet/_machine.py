@@ -26,16 +26,20 @@ def available_memory() -> float:
     return memory
 
 
-def this_process() -> str:
-    """Names this process in a file that says who computes something: `"process 12 on node7 since <time>"`."""
-    return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+def name_process(number: int | None = None) -> str:
+    """Names a process in a file that says who computes something: `"process 12 on node7 since <time>"`.
+
+    Args:
+        number: Number of a process of this machine; `None` for this one.
+    """
+    return f"process {number or os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 def process_of(file: Path) -> str:
     """The process that a file names.
 
     Args:
-        file: What was written of `this_process`; it need not exist.
+        file: What was written of `name_process`; it need not exist.
 
     Returns:
         The text of the file, empty if that process has ended. A process of another machine is assumed to run.

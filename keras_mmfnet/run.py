@@ -17,7 +17,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
-from keras_mmfnet._machine import machine, this_process
+from keras_mmfnet._machine import machine, name_process, process_of
 from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet._start import LEARNING, check_start, keep_recipe
 from keras_mmfnet.bundle import write_bundle
@@ -273,7 +273,9 @@ the groups, folds and donor that were given |
     # --- starting, and sharing the work
 
     def require_none(self) -> None:
-        """Raises `ValueError` if the folder holds a run."""
+        """Raises `ValueError` if the folder holds a run, or jobs are making one."""
+        if not self.recipe_file.exists() and (scheduler := process_of(self.scheduler)):
+            raise ValueError(f"{self}: must hold no run that jobs are making. Received: jobs scheduled by {scheduler}")
         if self.recipe_file.exists():
             raise ValueError(
                 f"{self}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
@@ -339,6 +341,14 @@ the groups, folds and donor that were given |
         _log.info("Preprocessed %d of %d patients", len(patients), len(start.cases))
         for line in group_messages(f"{name}: {note}" for name, patient in patients.items() for note in patient.notes):
             _log.info("%s", line)
+        # Those of a resumed run must be the same, not only their names.
+        images = {
+            case.name: key(case, recipe_of(case, recipe.data), run.cache)
+            for case in start.cases
+            if case.name in patients
+        }
+        if run.cohort_file.exists():
+            _require_same_patients(run, images, bad)
         if bad and on_error is None:
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
@@ -348,8 +358,7 @@ the groups, folds and donor that were given |
         cohort = {
             "data": str(Path(data).absolute()),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
-            # Those of a resumed run must be the same, not only their names.
-            "images": {name: key(case, recipe_of(case, recipe.data), run.cache) for name, case in cases.items()},
+            "images": images,
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if start.groups is None else {"groups": start.groups}),
@@ -389,11 +398,30 @@ the groups, folds and donor that were given |
             holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
             raise RunLocked(f"{self}: fold {fold}, {name}: is being computed by {holder}") from None
         try:
-            write(owner, this_process())
+            write(owner, name_process())
             yield
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _require_same_patients(run, images, bad):
+    """Refuses to resume a run whose patients are not as they were.
+
+    `images` has the hash of each patient's images, and `bad` a `CaseError` for each who cannot be used.
+    """
+    kept, errors = run.cohort["images"], {error.patient: str(error) for error in bad}
+    received = [
+        errors.get(name) or ("other images" if name in images else "no files") + f" of {name}"
+        for name in kept
+        if images.get(name) != kept[name]
+    ]
+    if received:
+        more = [f"{len(received) - 5} more"] * (len(received) > 5)
+        raise ValueError(
+            f"{run}: the run's patients must be as they were at its start; restore their files, or start another run. "
+            f"Received: {'; '.join(received[:5] + more)}"
+        )
 
 
 def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:

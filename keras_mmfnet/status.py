@@ -18,8 +18,9 @@ class NetworkState:
     Args:
         fold: Number of the fold.
         name: Name of the network.
-        state: `"done"`: trained and, unless it only lends its encoder, evaluated; `"running"`; `"stopped"`: begun, but
-            not running; `"waiting"`: not begun, or for networks to borrow from; or `"failed"`: its job failed.
+        state: `"done"`: trained and, unless it only lends its encoder, evaluated; `"running"`; `"waiting"`: not begun,
+            or begun and waiting for networks to borrow from; `"stopped"`: begun, but its process has ended; or
+            `"failed"`: its job failed.
         epochs: Epochs that are done.
         total: Epochs of the recipe; fewer are trained if the training stops early.
         val_loss: Validation loss of the last epoch, `None` before the first one.
@@ -68,7 +69,7 @@ def network_states(run: Run) -> list[NetworkState]:
         for name in dict.fromkeys([*borrowed, *begun, *planned]):
             reason = failed.get(f"method_{fold}_{name}") or failed.get(f"network_{fold}_{name}")
             missing = [one for one in needed.get(name, ()) if not run.network(fold, one).exists()]
-            states.append(_state(run, fold, name, name in borrowed, missing, reason))
+            states.append(_state(run, fold, name, name in begun, name in borrowed, missing, reason))
     return states
 
 
@@ -85,10 +86,13 @@ def jobs_state(run: Run) -> str:
         ValueError: A file of the jobs is damaged.
     """
     folder, jobs, failed = _last_jobs(run)
-    if not jobs:
+    methods = [name.split("_", 2)[1:] for name in jobs if name.startswith("method")]
+    # What they had to do was done later without jobs.
+    later = methods and all(run.result(int(fold), name).exists() for fold, name in methods)
+    if not jobs or (failed and later and not processes_of(run)):
         return ""
     done = sum((folder / "done" / name).exists() for name in jobs)
-    scheduler = scheduler_of(run) or "the command that scheduled them has ended"
+    scheduler = process_of(run.scheduler) or "the command that scheduled them has ended"
     others = [name for name in failed if not name.startswith(("network", "method"))]
     lines = [
         f"{done} of {len(jobs)} jobs are done: {scheduler}",
@@ -97,12 +101,20 @@ def jobs_state(run: Run) -> str:
     return "\n".join(lines)
 
 
-def scheduler_of(run: Run) -> str:
-    """The process that schedules the jobs of a run; empty if none does."""
-    return process_of(run.scheduler)
+def processes_of(run: Run) -> list[str]:
+    """The processes that schedule the jobs of a run or compute its networks.
+
+    Args:
+        run: The `Run`.
+
+    Returns:
+        What each is and where, such as `"process 12 on node7 since 2026-01-01 00:00:00"`.
+    """
+    files = [run.scheduler, *sorted(run.folder.glob("fold_*/.*.owner"))]
+    return [text for text in map(process_of, files) if text]
 
 
-def _state(run, fold, name, borrowed, missing, reason):
+def _state(run, fold, name, begun, borrowed, missing, reason):
     """The state of a network; one that others borrow from need not be tested."""
     network, rows = run.network(fold, name), read_epochs(run.network(fold, name))
     holder = process_of(run.owner(fold, name))
@@ -113,7 +125,7 @@ def _state(run, fold, name, borrowed, missing, reason):
     elif reason:
         state = "failed"
     else:
-        state = "stopped" if rows or network.exists() else "waiting"
+        state = "stopped" if begun or rows or network.exists() else "waiting"
     total, last = run.recipe.training.epochs, rows[-1] if rows else {}
     training = state == "running" and last and not network.exists()
     waits = f"waits for {', '.join(missing)}" if missing else ""

@@ -23,6 +23,7 @@ from keras_mmfnet.methods import METHODS, method_of
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run, RunLocked, cross_validate
+from keras_mmfnet.status import jobs_state
 
 HERE = Path(__file__).parent
 RECIPE = Recipe().replace(
@@ -204,7 +205,7 @@ def test_snakemake_that_is_killed(tmp_path):
     (tmp_path / "logs" / "method_0_mmfnet.log").write_text("Epoch 6 of 30")
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     with open(tmp_path / "lock", "w") as lock, pytest.raises(RuntimeError, match=r"go on.* Received: .*signal 9"):
-        jobs._run_snakemake(command, None, lock.fileno(), tmp_path, ["method_0_mmfnet"])
+        jobs._run_snakemake(command, None, lock.fileno(), tmp_path, ["method_0_mmfnet"], tmp_path / "scheduler")
 
 
 def workers(folder, name=""):
@@ -265,8 +266,10 @@ def check_killed_jobs(request_of, tiny_cohort, tmp_path, profile=None):
     # Snakemake goes on if only the command is killed.
     first.kill()
     first.wait()
-    with pytest.raises(RunLocked):
+    [snakemake] = workers(run.jobs, "snakemake --snakefile")
+    with pytest.raises(RunLocked, match=rf"Received: process {snakemake.pid} on .*; kill -INT ends it and its jobs"):
         schedule(request_of(patients=()), 2)
+    assert jobs_state(run).split(" are done: ")[1].startswith(f"process {snakemake.pid} on ")
     # It is killed, and on this machine its jobs: a cluster goes on with them.
     kill(workers(run.jobs, "snakemake --snakefile" if profile else ""))
     assert not run.result(0, "mmfnet").exists()

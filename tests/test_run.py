@@ -2,6 +2,8 @@ import csv
 import gzip
 import json
 import multiprocessing
+import os
+import platform
 import re
 import shutil
 
@@ -299,6 +301,15 @@ def test_duplicates_are_looked_for_once(run, tiny_cohort, tmp_path, monkeypatch)
         check_start(Run(tmp_path / "run"), tiny_cohort, COARSE, resume=True)
 
 
+def test_a_run_that_jobs_are_making_is_not_started(tiny_cohort, tmp_path, no_training):
+    run = Run(tmp_path / "run")
+    run.jobs.mkdir(parents=True)
+    run.scheduler.write_text(f"process {os.getpid()} on {platform.node()} since 2026-01-01 00:00:00")
+    with pytest.raises(ValueError, match=rf"that jobs are making. Received: jobs scheduled by process {os.getpid()}"):
+        Run.start(run.folder, tiny_cohort, COARSE)
+    assert not run.cache.exists()
+
+
 def test_another_recipe_is_not_resumed(run, tiny_cohort, no_training):
     folder, _ = run
     other = COARSE.replace({"training.epochs": 7, "data.spacing": 3.0})
@@ -312,8 +323,26 @@ def test_other_patients_are_not_resumed(run, tiny_cohort, tmp_path, no_training)
     folder, _ = run
     shutil.copytree(tiny_cohort, tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer" / "patient_00")
-    with pytest.raises(ValueError, match="other patients"):
+    with pytest.raises(ValueError, match=r"must be as they were at its start.* Received: no files of patient_00$"):
         Run.start(folder, tmp_path / "fewer", COARSE, resume=True)
+    shutil.copytree(tiny_cohort, tmp_path / "more")
+    shutil.copytree(tiny_cohort / "patient_00", tmp_path / "more" / "another")
+    with pytest.raises(ValueError, match="other patients"):
+        Run.start(folder, tmp_path / "more", COARSE, resume=True)
+
+
+@pytest.mark.parametrize("on_error", [None, lambda error: None])
+def test_a_file_that_was_damaged_meanwhile_is_named(run, tiny_cohort, tmp_path, no_training, on_error):
+    """Whether bad patients are left out or not: this one is in the folds."""
+    folder, _ = run
+    shutil.copytree(tiny_cohort, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "patient_01" / "t2.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(
+        ValueError, match=r"must be as they were at its start.* Received: patient_01: .*t2.nii.gz"
+    ) as error:
+        Run.start(folder, tmp_path / "damaged", COARSE, resume=True, on_error=on_error)
+    assert "skip-bad" not in str(error.value)
 
 
 def test_images_that_changed_are_not_resumed(run, tiny_cohort, tmp_path, no_training):
@@ -321,7 +350,7 @@ def test_images_that_changed_are_not_resumed(run, tiny_cohort, tmp_path, no_trai
     shutil.copytree(tiny_cohort, tmp_path / "changed")
     shutil.copy(tmp_path / "changed" / "patient_01" / "t2.nii.gz", tmp_path / "changed" / "patient_00" / "t2.nii.gz")
     with pytest.raises(
-        ValueError, match=r"other patients, groups or folds. Received: images.patient_00: \w+ before, \w+ now$"
+        ValueError, match=r"must be as they were at its start; .* Received: other images of patient_00$"
     ):
         Run.start(folder, tmp_path / "changed", COARSE, resume=True)
 

@@ -1,5 +1,6 @@
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -110,7 +111,7 @@ def test_each_network_of_a_run(run):
         (0, "mmfnet", "waiting", 0, None),
         (1, "unet3d_t1", "done", 12, None),
         (1, "unet3d_t2", "stopped", 10, None),
-        (1, "mmfnet", "waiting", 0, None),
+        (1, "mmfnet", "stopped", 0, None),
         (2, "unet3d_t1", "waiting", 0, None),
         (2, "unet3d_t2", "waiting", 0, None),
         (2, "mmfnet", "failed", 0, None),
@@ -139,8 +140,8 @@ def test_a_comparison_of_one_sequence(tmp_path):
         folder.mkdir()
         (folder / ".unet3d_t1.lock").touch()
     assert [(one.fold, one.name, one.state) for one in network_states(run)] == [
-        (2, "unet3d_t1", "waiting"),
-        (10, "unet3d_t1", "waiting"),
+        (2, "unet3d_t1", "stopped"),
+        (10, "unet3d_t1", "stopped"),
     ]
 
 
@@ -160,9 +161,29 @@ def test_the_command(run):
     assert "less than a minute ago" in lines[5]
 
 
+def test_watching_ends_when_a_run_without_jobs_was_killed_before_the_first_epoch(run):
+    shutil.rmtree(run.jobs)
+    shutil.rmtree(run.fold_folder(2))
+    for owner in run.folder.glob("fold_0/.*.owner"):
+        owner.unlink()
+    shutil.rmtree(run.fold_folder(1) / ".unet3d_t2")
+    result = CliRunner().invoke(app, ["status", str(run), "--watch"])
+    assert result.exit_code == 0
+    assert result.stdout.count(" stopped ") == 4
+
+
+def test_jobs_that_failed_are_not_told_of_when_their_work_was_done_without_them(run):
+    (run.jobs / "2026-01-02_00-00-00" / "refused" / "cohort_all").write_text("a file is damaged")
+    for owner in run.folder.glob("fold_*/.*.owner"):
+        owner.unlink()
+    assert "cohort_all failed: a file is damaged" in jobs_state(run)
+    run.result(2, "mmfnet").write_text("{}")
+    assert jobs_state(run) == ""
+
+
 def test_watching_ends_when_nothing_is_left_to_do(run, monkeypatch):
     for fold in range(3):
-        for name in ("unet3d_t1", "unet3d_t2"):
+        for name in ("unet3d_t1", "unet3d_t2", "mmfnet"):
             run.network(fold, name).touch()
             run.owner(fold, name).unlink(missing_ok=True)
         run.result(fold, "mmfnet").write_text("{}")

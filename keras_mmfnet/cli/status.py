@@ -24,22 +24,20 @@ def status(
             options.recipe_of_run(run)
         with silenced():
             from keras_mmfnet.run import Run
-            from keras_mmfnet.status import jobs_state, network_states, scheduler_of
+            from keras_mmfnet.status import jobs_state, network_states, processes_of
 
         def shown():
             """What to print, and whether nothing more will happen."""
             opened, parts, states = Run(run), [], []
-            scheduler = scheduler_of(opened)  # read first: if it ends meanwhile, its last results are still shown
+            processes = processes_of(opened)  # read first: if they end meanwhile, their last results are still shown
             if about := jobs_state(opened):
                 parts.append(rich.text.Text(about))
             if opened.recipe_file.exists() or not about:
                 options.recipe_of_run(run)
                 states = network_states(opened)
                 parts.append(make_table(_HEADER, _lines(states), left=3))
-            found = {state.state for state in states}
-            # After the jobs have ended, a network that waits is not started: one that it needs has failed.
-            waiting = "waiting" in found or not found
-            return rich.console.Group(*parts), not (scheduler or "running" in found or (waiting and not about))
+            # A run without any network is just being started.
+            return rich.console.Group(*parts), not processes and bool(states or about)
 
         if not watch:
             return terminal.show(shown()[0])

@@ -26,7 +26,7 @@ import pydantic
 from keras_mmfnet._backend import configured_backend
 from keras_mmfnet._files import hold, write
 from keras_mmfnet._log import log_to_file, progress
-from keras_mmfnet._machine import available_cores, this_process
+from keras_mmfnet._machine import available_cores, name_process, process_of
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.recipe import Recipe
 
@@ -270,13 +270,12 @@ def schedule(
     run = Run(request.run)
     jobs = run.jobs
     jobs.mkdir(parents=True, exist_ok=True)
-    with _hold(jobs / ".lock") as lock:
+    with _hold(run) as lock:
         folder = jobs / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
         folder.mkdir()
         names = _prepare(folder, request)
         try:
-            write(run.scheduler, this_process())
-            _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names)
+            _run_snakemake(_snakemake(folder, number, profile), environment, lock, folder, names, run.scheduler)
         finally:
             run.scheduler.unlink(missing_ok=True)
 
@@ -287,21 +286,26 @@ def _require_snakemake():
 
 
 @contextlib.contextmanager
-def _hold(path):
-    """Locks a file as `hold` does."""
+def _hold(run):
+    """Holds the lock of those who schedule jobs of a run, as `hold` does."""
     from keras_mmfnet.run import RunLocked
 
+    path = run.jobs / ".lock"
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(hold(path))
         except BlockingIOError:
-            expected = "no other process may schedule jobs of this run"
-            raise RunLocked(f"{path.parent.parent}: {expected}. Received: {path}, which is locked") from None
+            other = process_of(run.scheduler)
+            ends = f"{other}, which does; kill -INT ends it and its jobs" if other else f"{path}, which is locked"
+            raise RunLocked(f"{run}: no other process may schedule jobs of this run. Received: {ends}") from None
         yield lock
 
 
-def _run_snakemake(command, environment, lock, folder, names):
-    """Runs Snakemake, which holds the lock, and reports the jobs that are done until it ends."""
+def _run_snakemake(command, environment, lock, folder, names, scheduler):
+    """Runs Snakemake, which holds the lock, and reports the jobs that are done until it ends.
+
+    `scheduler` is the file that names it: it goes on if this process is killed.
+    """
     with open(folder / "snakemake.log", "wb") as log:
         process = subprocess.Popen(
             command,
@@ -311,6 +315,7 @@ def _run_snakemake(command, environment, lock, folder, names):
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C is for this process, which passes it on
         )
+    write(scheduler, name_process(process.pid))
     done = set()
 
     def look():
