@@ -31,7 +31,7 @@ from keras_mmfnet._files import read_json, write
 from keras_mmfnet.data import Fold, find_cases
 from keras_mmfnet.methods import METHODS, find_method, method_of
 from keras_mmfnet.plan import given_recipe, plan_recipe
-from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.recipe import PatchRecipe, Recipe
 from keras_mmfnet.run import Run, RunLocked, run_fold
 
 RESULTS = Path(__file__).parent / "results" / "whole_patients"
@@ -48,7 +48,14 @@ DATA = {
         {"data.normalised_scale": 1000.0, "data.spacing": None, "patches.shape": (32, 32, 32)},
     ),
 }
-RECIPES = ("planned_<minutes>", "small", "small_uniform")
+# Recipes that are planned or fixed; `small_uniform` places no patches at structures, `small_strong` augments more.
+_STRONG = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
+SMALL = {
+    "small": {},
+    "small_uniform": {"patches.foreground": 0.0},
+    "small_strong": {f"patches.{field}": value for field, value in _STRONG.items()},
+}
+RECIPES = ("planned_<minutes>", *SMALL)
 # Each with the script that trains it, and its name there.
 PROGRAMS = {
     **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled")},
@@ -60,15 +67,10 @@ EPOCH = ("epoch", "loss", "val_loss", "seconds")
 
 
 def make_recipe(name, data, cache):
-    """The recipe of that name for a data set.
-
-    `planned_40` is planned for 40 minutes a fold, `small` is `Recipe.small()`, and `small_uniform` the same without
-    patches that are placed at structures.
-    """
+    """The recipe of that name for a data set; `planned_40` is planned for 40 minutes a fold."""
     given, needed = DATA[data.name]
-    if name.startswith("small"):
-        uniform = {"patches.foreground": 0.0} if name == "small_uniform" else {}
-        return Recipe.small().replace({**given, **needed, **uniform})
+    if name in SMALL:
+        return Recipe.small().replace({**given, **needed, **SMALL[name]})
     cases = find_cases(data, given_recipe(given).data)
     return plan_recipe(cases, given, seconds=60 * float(name.removeprefix("planned_")), cache=cache)
 

@@ -46,7 +46,7 @@ def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmark
     assert list(result["without"]) == ["t1", "t2", "cet1", "t1, t2", "t1, cet1", "t2, cet1"]
     for name, numbers in result["without"].items():
         assert numbers["dsc"] - result["dsc"] == pytest.approx(numbers["mean"]), name
-        assert numbers["handover"] == result["patients"] == 2
+        assert numbers["patients"] == result["patients"] == 2
     load, recipe, _, test = importlib.import_module("trained").open_run(
         importlib.import_module("argparse").Namespace(run=trained, data=tiny_cohort, method="mmfnet_mlp_std", fold=0)
     )
