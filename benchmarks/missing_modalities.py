@@ -6,7 +6,6 @@ OUT is a run of reproduce_tables.py, with --modality-dropout or without.
 """
 
 import argparse
-import itertools
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import keras
 import numpy as np
 from machine import machine, report
-from trained import add_arguments, open_run, scores
+from trained import add_arguments, open_run, scores, subsets
 
 from keras_mmfnet.evaluation import paired_difference
 
@@ -39,7 +38,7 @@ def main():
         "dsc": float(np.mean(whole)),
         "without": {},
     }
-    for missing in itertools.chain(*(itertools.combinations(names, count) for count in range(1, len(names)))):
+    for missing in subsets(names):
         found = scores(network, test, recipe, missing)
         result["without"][", ".join(missing)] = {"dsc": float(np.mean(found)), **paired_difference(found, whole)}
     report(result, RESULTS / f"{parsed.method}_dropout_{recipe.network.modality_dropout:g}.json")

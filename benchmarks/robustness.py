@@ -11,7 +11,6 @@ patients with the sequences registered first (`data.align=rigid`).
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import numpy as np
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
+from trained import subsets
 from whole_patients import less, means_of
 
 from keras_mmfnet._files import read_json, write
@@ -38,11 +38,6 @@ from keras_mmfnet.run import Run
 RESULTS = Path(__file__).parent / "results" / "robustness"
 NOTHING, LEVELS = "as they are", (2, 4, 8)
 sys.path.append(str(Path(__file__).parent / "peers"))
-
-
-def subsets(modalities):
-    """The sequences that are left out, one condition after the other."""
-    return itertools.chain.from_iterable(itertools.combinations(modalities, n) for n in range(1, len(modalities)))
 
 
 def displace(image, amount, rng):

@@ -1,5 +1,6 @@
 """Shared by the benchmarks of a trained network: loads a network of a run of mmfnet compare, and its patients."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def open_run(parsed):
         for part in ("validation", "test")
     )
     return lambda: load_network(path), run.recipe, validation, test
+
+
+def subsets(modalities):
+    """The modalities that are left out, one choice after the other: some, but not all."""
+    return itertools.chain.from_iterable(itertools.combinations(modalities, n) for n in range(1, len(modalities)))
 
 
 def scores(predict, patients, recipe, missing=()):

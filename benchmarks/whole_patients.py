@@ -223,10 +223,6 @@ def table(folder, baseline):
         places = ranks(resample(shared)) if next(iter(shared.values())).size else {}
         for key, folds in results.items():
             values = means_of(scores[key])
-            others = (
-                f"{np.mean(means_of(by_patient(folds, structure, metric))):.{digits}f}"
-                for metric, digits in metrics.values()
-            )
             cells = [
                 key[0],
                 next(iter(folds.values()))["title"],
@@ -234,7 +230,10 @@ def table(folder, baseline):
                 f"{np.mean(values):.3f}",
                 f"{np.median(values):.3f}",
                 f"{np.mean(np.less(values, 0.5)):.0%}",
-                *others,
+                *(
+                    f"{np.mean(means_of(by_patient(folds, structure, metric))):.{digits}f}"
+                    for metric, digits in metrics.values()
+                ),
                 less(scores[key], scores[baseline]) if baseline in scores and key != baseline else "",
                 "{1:.0f} [{0:.0f}, {2:.0f}]".format(*places[key]) if places else "",
                 str(len({seed for seed, _ in folds})),

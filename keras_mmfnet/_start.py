@@ -103,6 +103,25 @@ def keep_recipe(run, recipe):
     write_once(run.recipe_file, recipe.to_json(), "another recipe")
 
 
+def require_same_patients(run, images, bad):
+    """Refuses to resume a run whose patients are not as they were.
+
+    `images` has the hash of each patient's images, and `bad` a `CaseError` for each who cannot be used.
+    """
+    kept, errors = run.cohort["images"], {error.patient: str(error) for error in bad}
+    received = [
+        errors.get(name) or ("other images" if name in images else "no files") + f" of {name}"
+        for name in kept
+        if images.get(name) != kept[name]
+    ]
+    if received:
+        more = [f"{len(received) - 5} more"] * (len(received) > 5)
+        raise ValueError(
+            f"{run}: the run's patients must be as they were at its start; restore their files, or start another run. "
+            f"Received: {'; '.join(received[:5] + more)}"
+        )
+
+
 def _is_file_of(path, sha256):
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 

@@ -19,7 +19,7 @@ from keras_mmfnet._files import csv_text, read_json, write, write_once
 from keras_mmfnet._log import progress
 from keras_mmfnet._machine import machine, name_process, process_of
 from keras_mmfnet._parallel import attempt, map_patients
-from keras_mmfnet._start import LEARNING, check_start, keep_recipe
+from keras_mmfnet._start import LEARNING, check_start, keep_recipe, require_same_patients
 from keras_mmfnet.bundle import write_bundle
 from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.data.cache import key
@@ -348,7 +348,7 @@ the groups, folds and donor that were given |
             if case.name in patients
         }
         if run.cohort_file.exists():
-            _require_same_patients(run, images, bad)
+            require_same_patients(run, images, bad)
         if bad and on_error is None:
             raise CaseError.of_several(bad, len(patients) + len(bad))
         for error in bad:
@@ -403,25 +403,6 @@ the groups, folds and donor that were given |
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
-
-
-def _require_same_patients(run, images, bad):
-    """Refuses to resume a run whose patients are not as they were.
-
-    `images` has the hash of each patient's images, and `bad` a `CaseError` for each who cannot be used.
-    """
-    kept, errors = run.cohort["images"], {error.patient: str(error) for error in bad}
-    received = [
-        errors.get(name) or ("other images" if name in images else "no files") + f" of {name}"
-        for name in kept
-        if images.get(name) != kept[name]
-    ]
-    if received:
-        more = [f"{len(received) - 5} more"] * (len(received) > 5)
-        raise ValueError(
-            f"{run}: the run's patients must be as they were at its start; restore their files, or start another run. "
-            f"Received: {'; '.join(received[:5] + more)}"
-        )
 
 
 def run_fold(run: Run, method: Method, fold: int, wait: bool = False) -> dict:

@@ -3,6 +3,7 @@
 import pydicom
 import pytest
 from dicom_files import write_object, write_series
+from nodes import archive
 
 from keras_mmfnet.node.service import Node
 
@@ -32,5 +33,18 @@ def contours(tmp_path):
         node.queue.advance(study, "sending")
         node.results(study).mkdir(parents=True)
         write_object(node.results(study) / "1.2.3_rtstruct.dcm", pydicom.uid.RTStructureSetStorage)
+
+    return make
+
+
+@pytest.fixture
+def delivered(contours):
+    """Puts a study into a node that is segmented and sent to its archive."""
+
+    def make(node):
+        with archive() as (receiver, _):
+            node.archives = [receiver]
+            contours(node)
+            node.work()
 
     return make

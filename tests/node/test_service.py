@@ -237,13 +237,10 @@ def test_what_a_monitor_is_told(make_node, contours):
         server.server_close()
 
 
-def test_a_clock_that_is_put_forward(make_node, images, contours, monkeypatch):
+def test_a_clock_that_is_put_forward(make_node, images, delivered, monkeypatch):
     """Nothing is removed or complete because of it."""
     node = make_node(complete_after=60, keep_days=1)
-    with archive() as (receiver, _):
-        node.archives = [receiver]
-        contours(node)
-        node.work()
+    delivered(node)
     keep(node, images[0].read_bytes())
     monkeypatch.setattr("time.time", lambda now=time.time: now() + 1e6)
     assert not node.work()

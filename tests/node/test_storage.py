@@ -6,7 +6,7 @@ from pathlib import Path
 import pydicom
 import pytest
 from dicom_files import write_object
-from nodes import STUDY, archive, full_disk, keep, listening, pass_time, states
+from nodes import STUDY, full_disk, keep, listening, pass_time, states
 
 from keras_mmfnet.node import storage
 from keras_mmfnet.node.health import find_fault
@@ -103,12 +103,9 @@ def test_a_study_of_too_many_or_too_large_images(make_node, images, monkeypatch)
     assert len(node.queue.lacking(STUDY)) == 1
 
 
-def test_old_studies_are_removed(make_node, images, contours, monkeypatch):
+def test_old_studies_are_removed(make_node, images, delivered, monkeypatch):
     node = make_node(keep_days=2, complete_after=1e9)
-    with archive() as (receiver, _):
-        node.archives = [receiver]
-        contours(node)
-        node.work()
+    delivered(node)
     for path in images:
         keep(node, path.read_bytes())
     own, another = node.folder / "studies" / "1.2.3", node.folder / "results" / "1.2.3" / "1" / "corrections"
