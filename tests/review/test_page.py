@@ -159,8 +159,9 @@ def test_drawn_saved_and_there_again(page, client, patients, tmp_path):
     expected[slice_, outside[1], outside[0]], expected[slice_, inside[1], inside[0]] = 1, 0
 
     # Without a word, as in a crash of the browser.
+    wait_for(lambda: kept(client) == expected.ravel().tolist(), "the strokes are sent")
     open_page(page, client)
-    assert np.array_equal(np.array(list(page.evaluate("() => Array.from(window.review.drawing)"))), expected.ravel())
+    assert drawn(page) == expected.ravel().tolist()
     playwright.expect(page.locator("#save")).to_have_text("Save")
     page.keyboard.press("s")
     says(page, "anna: corrected")
@@ -269,8 +270,8 @@ def test_saving_does_not_touch_the_next_patient(page, client):
     playwright.expect(page.locator("#save")).to_have_text("Save")
     page.keyboard.press("u")
     page.keyboard.press("s")
-    says(page, "bert: ")
-    assert drawn(page) == kept(client, 1)
+    playwright.expect(page.locator("#save")).to_have_text("Accept")
+    wait_for(lambda: drawn(page) == kept(client, 1), "the strokes are sent")
 
 
 @needs_browser
@@ -333,7 +334,7 @@ def test_an_outline_is_filled(page, patients, tmp_path):
     drag(page, *(point_of(page, corner) for corner in corners))
     expected = before.copy()
     expected[z, :4, :6] = 1
-    assert page.evaluate("() => Array.from(window.review.drawing)") == expected.ravel().tolist()
+    assert drawn(page) == expected.ravel().tolist()
 
 
 def luminance(colour):
