@@ -1,6 +1,7 @@
 """Compares methods on whole patients by cross-validation: this package's, nnU-Net and MONAI's networks.
 
     python benchmarks/whole_patients.py --data DATA/lgg_patients --out OUT --methods mmfnet,nnunet_scaled --folds 0,1
+    python benchmarks/whole_patients.py --data DATA/lgg_patients --out OUT --methods mmfnet --learn-from 20
     python benchmarks/whole_patients.py --data DATA/lgg_patients --tables
 
 Each recipe is made once, and kept beside the results with the folds; from then on it is what is trained. nnU-Net and
@@ -29,7 +30,7 @@ from filelock import FileLock
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.data import Fold, find_cases
-from keras_mmfnet.methods import METHODS, find_method, method_of
+from keras_mmfnet.methods import find_method, method_of
 from keras_mmfnet.plan import given_recipe, plan_recipe
 from keras_mmfnet.recipe import PatchRecipe, Recipe
 from keras_mmfnet.run import Run, RunLocked, run_fold
@@ -48,6 +49,8 @@ DATA = {
         {"data.normalised_scale": 1000.0, "data.spacing": None, "patches.shape": (32, 32, 32)},
     ),
 }
+# The sequences of the paper's methods; those over all of them are trained over all of the recipe's.
+PAPERS = ("t1", "t2", "cet1")
 # The spacing of these patients is an estimate: nothing in mm is reported.
 NO_SPACING = ("lgg_patients",)
 # Further columns: the metric, and its digits.
@@ -60,6 +63,8 @@ SMALL = {
     "small_strong": {f"patches.{field}": value for field, value in _STRONG.items()},
 }
 RECIPES = ("planned_<minutes>", *SMALL)
+# Between the name of a recipe and the number of patients to learn from.
+FROM = "_from_"
 # Each with the script that trains it, and its name there.
 PROGRAMS = {
     **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled")},
@@ -84,32 +89,50 @@ def our_method(name, recipe):
 
     `mmfnet` is the recipe's MMFNet, with self-transfer if the recipe has it, and `mmfnet_scratch` the same without;
     `single_encoder` has the sequences stacked, `multi_encoder` has no fusion blocks, and `unet3d_<sequence>` has one
-    sequence.
+    sequence. A row of the paper's Table II, such as `mmfnet_base`, has that fusion block.
     """
-    if name == "mmfnet":
+    if name in ("mmfnet", "mmfnet_scratch"):
         method = method_of(recipe)
-        return dataclasses.replace(method, title="MMFNet with self-transfer") if method.encoders else method
-    if name == "mmfnet_scratch":
-        return dataclasses.replace(method_of(recipe), name=name, encoders={})
-    if name in ("single_encoder", "multi_encoder"):
-        return dataclasses.replace(METHODS[name], changes={})
-    return find_method(name)
+        if name == "mmfnet_scratch" or not method.encoders:
+            return dataclasses.replace(method, name=name, encoders={})
+        return dataclasses.replace(method, title="MMFNet with self-transfer")
+    method = find_method(name)
+    if method.changes["data.modalities"] == PAPERS:
+        changes = {path: value for path, value in method.changes.items() if path != "data.modalities"}
+        borrowed = recipe.data.modalities if method.encoders else ()
+        encoders = {modality: f"unet3d_{modality}" for modality in borrowed}
+        return dataclasses.replace(method, changes=changes, encoders=encoders)
+    return method
 
 
-def start(folder, data, kind, seed, results):
-    """The run of a recipe and seed. The recipe and the folds of the first run are kept, and are those of all others."""
+def start(folder, data, kind, seed, results, learners=None):
+    """The run of a recipe and seed. The recipe and the folds of the first run are kept, and are those of all others.
+
+    Args:
+        folder: Folder of the run.
+        data: Folder of the patients.
+        kind: Name of the recipe.
+        seed: Seed of the training.
+        results: Folder of the results.
+        learners: How many patients of each fold to learn from, `None` for all.
+    """
     kept, folds, run = results / kind / "recipe.json", results / "folds.json", Run(folder)
+    if learners and not folds.exists():
+        # The folds are those of all patients.
+        start(folder.parents[1] / kind / folder.name, data, kind, seed, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parents[1] / ".lock"):
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             write(kept, make_recipe(kind, data, run.cache).to_json())
         recipe = Recipe.load(kept).replace({"training.seed": seed})
-        splits = None if run.recipe_file.exists() or not folds.exists() else read_folds(folds)
+        splits = None
+        if folds.exists() and not run.recipe_file.exists():
+            splits = [fewer(fold, learners) for fold in read_folds(folds)]
         run = Run.start(folder, data, recipe, resume=True, splits=splits)
         if not folds.exists():
             write(folds, json.dumps([dataclasses.asdict(fold) for fold in run.folds], indent=1) + "\n")
-    if run.folds != read_folds(folds):
+    if run.folds != [fewer(fold, learners) for fold in read_folds(folds)]:
         raise ValueError(f"{folder}: a run with the folds of {folds} is expected. Received: one with others")
     return run
 
@@ -117,6 +140,22 @@ def start(folder, data, kind, seed, results):
 def read_folds(path):
     """The folds that are kept beside the results."""
     return [Fold(**{part: tuple(names) for part, names in fold.items()}) for fold in json.loads(path.read_text())]
+
+
+def fewer(fold, learners):
+    """A fold with fewer patients to train and to validate on, the same share of both; 20 include those of 10."""
+    if learners is None:
+        return fold
+    all_of = len(fold.train) + len(fold.validation)
+    if not 2 <= learners <= all_of:
+        raise ValueError(f"--learn-from: 2 to {all_of} patients are expected. Received: {learners}")
+    validating = max(1, round(learners * len(fold.validation) / all_of))
+    order = np.random.default_rng(0)
+    train, validation = (
+        tuple(sorted(order.permutation(names)[:count].tolist()))
+        for names, count in ((fold.train, learners - validating), (fold.validation, validating))
+    )
+    return Fold(train, validation, fold.test)
 
 
 def train(run, name, fold, minutes):
@@ -136,10 +175,11 @@ def train(run, name, fold, minutes):
 
 def compute(parsed, results, kind, name, seed, fold):
     """Trains and tests a method on a fold, unless its result is there, or another process does it."""
-    path = results / kind / f"seed_{seed}" / f"fold_{fold}" / f"{name}.json"
+    group = kind if parsed.learn_from is None else f"{kind}{FROM}{parsed.learn_from}"
+    path = results / group / f"seed_{seed}" / f"fold_{fold}" / f"{name}.json"
     if path.exists():
         return
-    run = start(parsed.out / kind / f"seed_{seed}", parsed.data, kind, seed, results)
+    run = start(parsed.out / group / f"seed_{seed}", parsed.data, kind, seed, results, parsed.learn_from)
     with contextlib.suppress(RunLocked):
         result, networks = train(run, name, fold, parsed.peer_minutes)
         found = {key: result.get(key) for key in KEPT} | {
@@ -151,7 +191,7 @@ def compute(parsed, results, kind, name, seed, fold):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(found) + "\n")
         dsc = np.nanmean([row["dsc"] for row in result["patients"]])
-        print(f"{kind}, seed {seed}, fold {fold}, {name}: mean DSC {dsc:.3f}", flush=True)
+        print(f"{group}, seed {seed}, fold {fold}, {name}: mean DSC {dsc:.3f}", flush=True)
 
 
 def read(folder):
@@ -161,6 +201,12 @@ def read(folder):
         seed, fold = (int(part.rpartition("_")[2]) for part in path.parts[-3:-1])
         found.setdefault((path.parts[-4], path.stem), {})[seed, fold] = read_json(path)
     return found
+
+
+def structures_of(results):
+    """The names of the structures."""
+    found = (one for folds in results.values() for one in folds.values())
+    return list(dict.fromkeys(row["structure"] for one in found for row in one["patients"]))
 
 
 def by_patient(results, structure, metric="dsc"):
@@ -211,13 +257,12 @@ def table(folder, baseline):
     over those that all share.
     """
     results = read(folder)
-    names = {row["structure"]: None for folds in results.values() for one in folds.values() for row in one["patients"]}
     metrics = {"lesion F1": METRICS["lesion F1"]} if folder.name in NO_SPACING else METRICS
     head = ["recipe", "method", "structure", "mean DSC", "median DSC", "below 0.5", *metrics]
     head += [f"DSC minus that of {' '.join(baseline)} [95%], patients", "rank [95%]", "trainings", "folds", "patients"]
-    head += ["minutes a fold", "updates"]
+    head += ["minutes a fold", "updates", "seconds a patient"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---" + "|---:" * (len(head) - 3) + "|"]
-    for structure in names:
+    for structure in structures_of(results):
         scores = {key: by_patient(folds, structure) for key, folds in results.items()}
         shared = common(scores)
         places = ranks(resample(shared)) if next(iter(shared.values())).size else {}
@@ -241,6 +286,7 @@ def table(folder, baseline):
                 str(len(values)),
                 f"{np.mean([one['seconds'] / 60 for one in folds.values()]):.0f}",
                 f"{np.mean([one['updates'] for one in folds.values()]):.0f}",
+                f"{np.median([row['seconds'] for one in folds.values() for row in one['patients']]):.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -257,6 +303,7 @@ def main():
     add("--peer-minutes", type=float, default=60, help="for a training of another program (%(default)s)")
     add("--seeds", default="0", metavar="N,..", help="(%(default)s)")
     add("--folds", default="0", metavar="N,..", help="(%(default)s)")
+    add("--learn-from", type=int, metavar="N", help="only so many patients, a share of them to validate on")
     add("--tables", action="store_true", help="only make the table")
     parsed = parser.parse_args()
     for kind in parsed.recipes.split(","):

@@ -22,7 +22,7 @@ def whole_patients(benchmarks, monkeypatch, tmp_path, tiny_cohort):
 
 def test_each_training_is_done_once_on_the_same_folds(whole_patients, tiny_cohort, tmp_path, monkeypatch, capsys):
     done, called = [], []
-    rest = {"nsd": 0.5, "hd95": 3.0, "lesion_f1": 1.0}
+    rest = {"nsd": 0.5, "hd95": 3.0, "lesion_f1": 1.0, "seconds": 1.5}
 
     def result_of(run, name, fold, dice):
         patients = [{"patient": one, "structure": "tumour", "dsc": dice, **rest} for one in run.folds[fold].test]
@@ -63,7 +63,7 @@ def test_each_training_is_done_once_on_the_same_folds(whole_patients, tiny_cohor
     # Self-transfer has a network for each of three sequences, and MMFNet; the peer one.
     assert (
         "| planned_40 | mmfnet | tumour | 0.900 | 0.900 | 0% | 0.500 | 3.0 | 1.00 |  | 1 [1, 1] "
-        "| 2 | 1 | 2 | 4 | 2 |" in table
+        "| 2 | 1 | 2 | 4 | 2 | 1.5 |" in table
     )
     assert any("| small | mmfnet | tumour | 0.400" in line for line in table)
     assert any("| nnunet_scaled | tumour | 0.500" in line and "-0.400 [-0.400, -0.400]" in line for line in table)
@@ -77,6 +77,29 @@ def test_methods_take_the_sequences_of_the_recipe(whole_patients):
         network = method.build(method.adapt(recipe), "float32", None)
         assert set(network.input) == ({"flair"} if name == "unet3d_flair" else {"flair", "t1"})
         assert bool(method.encoders) == (name == "mmfnet")
+    base = whole_patients.our_method("mmfnet_base_transfer", recipe)
+    assert base.adapt(recipe).network.channel_statistics == ("avg", "max")
+    assert base.adapt(recipe).data.modalities == ("flair", "t1")
+    assert base.encoders == {"flair": "unet3d_flair", "t1": "unet3d_t1"}
+
+
+def test_fewer_patients_to_learn_from(whole_patients, tiny_cohort, tmp_path):
+    fold = whole_patients.Fold(tuple("abcdefghi"), tuple("jkl"), tuple("mno"))
+    few, more = whole_patients.fewer(fold, 4), whole_patients.fewer(fold, 8)
+    assert [len(few.train), len(few.validation), few.test] == [3, 1, fold.test]
+    assert [len(more.train), len(more.validation)] == [6, 2]
+    assert set(few.names) <= set(more.names)
+    assert whole_patients.fewer(fold, 12) == whole_patients.fewer(fold, None) == fold
+    with pytest.raises(ValueError, match="2 to 12 patients are expected"):
+        whole_patients.fewer(fold, 13)
+    results = tmp_path / "results"
+    folder = tmp_path / "out" / "small_from_2" / "seed_0"
+    for _ in range(2):
+        run = whole_patients.start(folder, tiny_cohort, "small", 0, results, 2)
+        assert [len(fold.train) + len(fold.validation) for fold in run.folds] == [2, 2, 2]
+    everyone = whole_patients.start(tmp_path / "out" / "small" / "seed_0", tiny_cohort, "small", 0, results)
+    assert [fold.test for fold in everyone.folds] == [fold.test for fold in run.folds]
+    assert len(everyone.folds[0].train) > 2
 
 
 def test_unknown_data(whole_patients, monkeypatch, capsys, tmp_path):
