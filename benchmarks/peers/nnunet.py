@@ -133,6 +133,12 @@ def parameters_of(plans, run):
     return sum(weight.numel() for weight in network.parameters())
 
 
+def segment(space, setting, images, out, *options):
+    """Lets nnU-Net segment the images of a folder with the network of a setting, by its command."""
+    common = ("-c", _CONFIGURATION, "-f", 0, "-npp", 1, "-nps", 1, *_common(setting))
+    space.call("predict", "-i", images, "-o", out, "-d", 100 + space.fold, *common, *options)
+
+
 def predict(run, space, setting, images, out):
     """Predicts patients with the network of a setting.
 
@@ -148,8 +154,7 @@ def predict(run, space, setting, images, out):
     """
     begun, found = time.monotonic(), {}
     shutil.rmtree(out, ignore_errors=True)
-    options = ("-c", _CONFIGURATION, "-f", 0, "-npp", 1, "-nps", 1, "--save_probabilities", *_common(setting))
-    space.call("predict", "-i", images, "-o", out, "-d", 100 + space.fold, *options)
+    segment(space, setting, images, out, "--save_probabilities")
     masks = sorted(out.glob("*.nii.gz"))
     seconds = (time.monotonic() - begun) / len(masks)
     for path in masks:
