@@ -55,19 +55,20 @@ PAPERS = ("t1", "t2", "cet1")
 NO_SPACING = ("lgg_patients",)
 # Further columns: the metric, and its digits.
 METRICS = {"NSD": ("nsd", 3), "HD95, mm": ("hd95", 1), "lesion F1": ("lesion_f1", 2)}
-# Recipes that are planned or fixed; `small_uniform` places no patches at structures, `small_strong` augments more.
+# Recipes are planned or fixed, `planned_40` or `small`, and may be changed, as in `planned_40_dropout`.
 _STRONG = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
-SMALL = {
-    "small": {},
-    "small_uniform": {"patches.foreground": 0.0},
-    "small_strong": {f"patches.{field}": value for field, value in _STRONG.items()},
+VARIANTS = {
+    "uniform": {"patches.foreground": 0.0},
+    "strong": {f"patches.{field}": value for field, value in _STRONG.items()},
+    "dropout": {"network.modality_dropout": 0.3},
+    "misaligned": {"patches.misalignment": (4.0, 4.0)},
 }
-RECIPES = ("planned_<minutes>", *SMALL)
+RECIPE = re.compile(rf"(small|planned_\d+)(?:_({'|'.join(VARIANTS)}))?")
 # Between the name of a recipe and the number of patients to learn from.
 FROM = "_from_"
 # Each with the script that trains it, and its name there.
 PROGRAMS = {
-    **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled")},
+    **{f"nnunet_{name}": ("nnunet.py", "--settings", name) for name in ("planned", "scaled", "zeroed")},
     **{f"monai_{name}": ("monai_networks.py", "--networks", name) for name in ("segresnet", "dynunet", "swinunetr")},
 }
 # What is kept of a result, and of each of its epochs.
@@ -75,13 +76,21 @@ KEPT = ("method", "title", "fold", "parameters", "updates", "machine", "postproc
 EPOCH = ("epoch", "loss", "val_loss", "seconds")
 
 
-def make_recipe(name, data, cache):
-    """The recipe of that name for a data set; `planned_40` is planned for 40 minutes a fold."""
-    given, needed = DATA[data.name]
-    if name in SMALL:
-        return Recipe.small().replace({**given, **needed, **SMALL[name]})
-    cases = find_cases(data, given_recipe(given).data)
-    return plan_recipe(cases, given, seconds=60 * float(name.removeprefix("planned_")), cache=cache)
+def make_recipe(name, data, results, cache):
+    """The recipe of that name for a data set, which is made once; `planned_40` is planned for 40 minutes a fold."""
+    path, (given, needed) = results / name / "recipe.json", DATA[data.name]
+    if not path.exists():
+        base, variant = RECIPE.fullmatch(name).groups()
+        if variant:
+            recipe = make_recipe(base, data, results, cache).replace(VARIANTS[variant])
+        elif base == "small":
+            recipe = Recipe.small().replace({**given, **needed})
+        else:
+            cases = find_cases(data, given_recipe(given).data)
+            recipe = plan_recipe(cases, given, seconds=60 * float(base.removeprefix("planned_")), cache=cache)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, recipe.to_json())
+    return Recipe.load(path)
 
 
 def our_method(name, recipe):
@@ -116,16 +125,13 @@ def start(folder, data, kind, seed, results, learners=None):
         results: Folder of the results.
         learners: How many patients of each fold to learn from, `None` for all.
     """
-    kept, folds, run = results / kind / "recipe.json", results / "folds.json", Run(folder)
+    folds, run = results / "folds.json", Run(folder)
     if learners and not folds.exists():
         # The folds are those of all patients.
         start(folder.parents[1] / kind / folder.name, data, kind, seed, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parents[1] / ".lock"):
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write(kept, make_recipe(kind, data, run.cache).to_json())
-        recipe = Recipe.load(kept).replace({"training.seed": seed})
+        recipe = make_recipe(kind, data, results, run.cache).replace({"training.seed": seed})
         splits = None
         if folds.exists() and not run.recipe_file.exists():
             splits = [fewer(fold, learners) for fold in read_folds(folds)]
@@ -297,9 +303,10 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
     add("--out", type=Path, help="folder for the runs, which may be deleted afterwards")
+    recipes = f"small or planned_<minutes>, or one of them followed by _{', _'.join(VARIANTS)}"
     ours = "mmfnet, mmfnet_scratch, single_encoder, multi_encoder, unet3d_<sequence>"
     add("--methods", default="mmfnet", metavar="NAMES", help=f"some of {ours}, {', '.join(PROGRAMS)} (%(default)s)")
-    add("--recipes", default="planned_40", metavar="NAMES", help=f"some of {', '.join(RECIPES)} (%(default)s)")
+    add("--recipes", default="planned_40", metavar="NAMES", help=f"{recipes} (%(default)s)")
     add("--peer-minutes", type=float, default=60, help="for a training of another program (%(default)s)")
     add("--seeds", default="0", metavar="N,..", help="(%(default)s)")
     add("--folds", default="0", metavar="N,..", help="(%(default)s)")
@@ -307,8 +314,8 @@ def main():
     add("--tables", action="store_true", help="only make the table")
     parsed = parser.parse_args()
     for kind in parsed.recipes.split(","):
-        if not (kind in RECIPES or re.fullmatch(r"planned_\d+", kind)):
-            parser.error(f"--recipes: some of {', '.join(RECIPES)} are expected. Received: {kind}")
+        if not RECIPE.fullmatch(kind):
+            parser.error(f"--recipes: {recipes} is expected. Received: {kind}")
     if parsed.data.name not in DATA:
         parser.error(f"--data: a folder named {' or '.join(DATA)} is expected. Received: {parsed.data}")
     if not (parsed.out or parsed.tables):

@@ -4,10 +4,11 @@
     python benchmarks/peers/nnunet.py --run RUN --folds 0,1 --minutes 40 --settings planned,scaled
 
 Each fold is a data set of its own for nnU-Net, so that it plans without the test patients. `planned` is as it plans
-itself; `scaled` has the same plan with fewer features, about as many parameters as MMFNet. The learning
-rate falls over the time as nnU-Net's falls over its epochs; 10 updates are an epoch. It may be stopped at any moment,
-and a second call resumes after the last epoch. The results lie beside the run's own, as
-`fold_<number>/nnunet_<setting>.json`, and are part of its tables and report.
+itself; `scaled` has the same plan with fewer features, about as many parameters as MMFNet; and `zeroed` is `scaled`
+with 30% of the channels of the training patches set to zero, for patients who lack sequences. The learning rate falls
+over the time as nnU-Net's falls over its epochs; 10 updates are an epoch. It may be stopped at any moment, and a second
+call resumes after the last epoch. The results lie beside the run's own, as `fold_<number>/nnunet_<setting>.json`, and
+are part of its tables and report.
 """
 
 import argparse
@@ -28,9 +29,13 @@ from keras_mmfnet._files import read_json, write
 from keras_mmfnet.methods import build_mmfnet
 from keras_mmfnet.run import Run
 
-TITLES = {"planned": "nnU-Net", "scaled": "nnU-Net, scaled"}
-_PLANS = {"planned": "nnUNetPlans", "scaled": "nnUNetPlans_scaled"}
-_CONFIGURATION, _TRAINER = "3d_fullres", "MinutesTrainer"
+# The title of each setting, and the names of its plans and trainer.
+SETTINGS = {
+    "planned": ("nnU-Net", "nnUNetPlans", "MinutesTrainer"),
+    "scaled": ("nnU-Net, scaled", "nnUNetPlans_scaled", "MinutesTrainer"),
+    "zeroed": ("nnU-Net, scaled, channels zeroed", "nnUNetPlans_scaled", "ZeroedTrainer"),
+}
+_CONFIGURATION = "3d_fullres"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +64,10 @@ class Workspace:
     def preprocessed(self):
         return self.folder / "preprocessed" / self.name
 
-    def trained(self, plans):
-        """Folder of the network that was trained with some plans."""
-        return self.folder / "results" / self.name / f"{_TRAINER}__{plans}__{_CONFIGURATION}" / "fold_0"
+    def trained(self, setting):
+        """Folder of the network of a setting."""
+        _, plans, trainer = SETTINGS[setting]
+        return self.folder / "results" / self.name / f"{trainer}__{plans}__{_CONFIGURATION}" / "fold_0"
 
     def call(self, command, *arguments):
         """Runs a command of nnU-Net; its output goes to a file."""
@@ -105,15 +111,16 @@ def plan(run, space, setting):
         fold = run.folds[space.fold]
         splits = [{"train": list(fold.train), "val": list(fold.validation)}]
         write(space.preprocessed / "splits_final.json", json.dumps(splits))
-    made = read_json(space.preprocessed / f"{_PLANS['planned']}.json")
-    if setting == "scaled":
+    (_, all_features, _), (_, plans, _) = SETTINGS["planned"], SETTINGS[setting]
+    made = read_json(space.preprocessed / f"{all_features}.json")
+    if plans != all_features:
         # With as many weights as the recipe's MMFNet; they grow with the square of the features.
         wanted = build_mmfnet(run.recipe, "float32").count_params()
         architecture = made["configurations"][_CONFIGURATION]["architecture"]["arch_kwargs"]
         features, share = architecture["features_per_stage"], (wanted / parameters_of(made, run)) ** 0.5
         architecture["features_per_stage"] = [max(4, round(share * number)) for number in features]
-        made["plans_name"] = _PLANS[setting]
-        write(space.preprocessed / f"{_PLANS[setting]}.json", json.dumps(made, indent=1))
+        made["plans_name"] = plans
+        write(space.preprocessed / f"{plans}.json", json.dumps(made, indent=1))
     return parameters_of(made, run)
 
 
@@ -145,7 +152,7 @@ def predict(run, space, setting, images, out):
     Args:
         run: The run.
         space: The fold's `Workspace`.
-        setting: A key of `TITLES`.
+        setting: A key of `SETTINGS`.
         images: Folder of the patients' images, as from `write_images`.
         out: Folder for what nnU-Net writes, which is emptied.
 
@@ -173,7 +180,7 @@ def train(run, space, setting):
         return read_json(run.result(space.fold, method))
     convert(run, space)
     parameters = plan(run, space, setting)
-    network = space.trained(_PLANS[setting])
+    network = space.trained(setting)
     if not (network / "checkpoint_final.pth").exists():
         resume = ["--c"] * (network / "checkpoint_latest.pth").exists()
         space.call("train", 100 + space.fold, _CONFIGURATION, 0, *_common(setting), *resume)
@@ -183,13 +190,13 @@ def train(run, space, setting):
         rows += rows_of(run, name, values, probabilities, seconds)
         write_mask(run, space.fold, method, name, values)
     updates = sum(map(int, (network / "updates.txt").read_text().split()))
-    return write_result(
-        run, space.fold, method, TITLES[setting], rows, parameters, updates, history(network), "nnunetv2"
-    )
+    title = SETTINGS[setting][0]
+    return write_result(run, space.fold, method, title, rows, parameters, updates, history(network), "nnunetv2")
 
 
 def _common(setting):
-    return "-p", _PLANS[setting], "-tr", _TRAINER, "-device", "cpu"
+    _, plans, trainer = SETTINGS[setting]
+    return "-p", plans, "-tr", trainer, "-device", "cpu"
 
 
 def history(network):
@@ -209,7 +216,7 @@ def main():
     parser.add_argument("--run", type=Path, required=True, help="folder of a run, whose folds and results are used")
     parser.add_argument("--minutes", type=float, required=True, help="of each training")
     parser.add_argument("--folds", default="0", metavar="N,..", help="folds (%(default)s)")
-    parser.add_argument("--settings", default="planned,scaled", metavar="NAMES", help="some of %(default)s")
+    parser.add_argument("--settings", default=",".join(SETTINGS), metavar="NAMES", help="some of %(default)s")
     parsed = parser.parse_args()
     run = Run(parsed.run)
     for fold in map(int, parsed.folds.split(",")):
@@ -217,9 +224,7 @@ def main():
         space.folder.mkdir(exist_ok=True)
         for setting in parsed.settings.split(","):
             rows = train(run, space, setting)["patients"]
-            print(
-                f"{TITLES[setting]}, fold {fold}: mean DSC {np.nanmean([row['dsc'] for row in rows]):.3f}", flush=True
-            )
+            print(f"{setting}, fold {fold}: mean DSC {np.nanmean([row['dsc'] for row in rows]):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """nnU-Net's data set and results, with its commands replaced by what they would write."""
 
+import importlib
 import itertools
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_a_fold_is_converted_trained_and_evaluated(nnunet, tiny_cohort, tmp_path
             space.preprocessed.mkdir(parents=True)
             (space.preprocessed / "nnUNetPlans.json").write_text("{}")
         elif command == "train":
-            network = space.trained("nnUNetPlans")
+            network = space.trained("planned")
             network.mkdir(parents=True)
             (network / "updates.txt").write_text("10\n3\n")
             names = ("train_losses", "val_losses", "epoch_start_timestamps", "epoch_end_timestamps")
@@ -99,3 +101,26 @@ def test_features_are_scaled_to_the_parameters_of_mmfnet(nnunet, tiny_cohort, tm
         json.loads((space.preprocessed / "nnUNetPlans_scaled.json").read_text())["plans_name"] == "nnUNetPlans_scaled"
     )
     assert json.loads((space.preprocessed / "nnUNetPlans.json").read_text()) == plans
+
+
+def test_channels_are_zeroed(benchmarks, monkeypatch):
+    """Of nnU-Net's trainer only what is called is there."""
+
+    class Trainer:
+        def train_step(self, batch):
+            return batch
+
+    module = types.ModuleType("nnUNetTrainer")
+    module.nnUNetTrainer = Trainer
+    monkeypatch.setitem(sys.modules, "nnunetv2.training.nnUNetTrainer.nnUNetTrainer", module)
+    monkeypatch.syspath_prepend(benchmarks / "peers" / "trainers")
+    monkeypatch.delitem(sys.modules, "minutes", raising=False)
+    trainer = object.__new__(importlib.import_module("minutes").ZeroedTrainer)
+    monkeypatch.delitem(sys.modules, "minutes")
+    torch.manual_seed(0)
+    batch = trainer.train_step({"data": torch.ones(4000, 2, 1, 1, 1), "target": 1})
+    assert batch["target"] == 1
+    left = batch["data"][:, :, 0, 0, 0]
+    assert left.any(1).all()
+    # Both are drawn in 9% of the patches; one of them is then kept.
+    torch.testing.assert_close(left.mean(0), torch.full((2,), 1 - 0.3 + 0.09 / 2), atol=0.03, rtol=0)

@@ -102,6 +102,22 @@ def test_fewer_patients_to_learn_from(whole_patients, tiny_cohort, tmp_path):
     assert len(everyone.folds[0].train) > 2
 
 
+def test_a_variant_is_the_kept_recipe_with_changes(whole_patients, tiny_cohort, tmp_path, monkeypatch):
+    def make(name):
+        return whole_patients.make_recipe(name, tiny_cohort, tmp_path / "results", tmp_path / "cache")
+
+    assert make("small_uniform").patches.foreground == 0
+    varied = make("planned_1_dropout")
+    assert varied.network.modality_dropout == 0.3
+    monkeypatch.setattr(whole_patients, "plan_recipe", None)
+    base = make("planned_1")
+    assert varied == base.replace({"network.modality_dropout": 0.3})
+    assert make("planned_1_misaligned") == base.replace({"patches.misalignment": (4.0, 4.0)})
+    monkeypatch.setattr(sys, "argv", ["", "--data", str(tiny_cohort), "--out", "out", "--recipes", "small_other"])
+    with pytest.raises(SystemExit):
+        whole_patients.main()
+
+
 def test_unknown_data(whole_patients, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["whole_patients.py", "--out", str(tmp_path), "--data", "other"])
     with pytest.raises(SystemExit):
