@@ -206,7 +206,7 @@ def _opened(folder):
 
 @node.command(epilog="Example: mmfnet node status --folder NODE")
 def status(folder: _Folder):
-    """Shows the studies of a node: how far each is, and why one was refused or not sent."""
+    """Shows the studies of a node: how far each is, why one was refused or not sent, and notes on its images."""
     with session() as terminal:
         now = time.time()
         with _opened(folder) as queue:

@@ -111,7 +111,7 @@ def segment(
             try:
                 outputs.write_record(case, record, about)
                 line, compared, found = _segment(case, predict, recipe, rules, missing, names, write_dicom)
-                outputs.write_record(case, record, about | {"found": found})
+                outputs.write_record(case, record, about | found)
                 seen = opened.seen_in_training(case, folds) if compared else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
@@ -129,7 +129,8 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     """Segments a patient and writes the files, the mask last.
 
     Returns:
-        What is said of it, if it was compared with a mask, and the numbers of each structure.
+        What is said of it, if it was compared with a mask, and for the record the numbers of each structure and the
+        notes on its images.
     """
     import SimpleITK as sitk
 
@@ -192,7 +193,7 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
             write_image(found.label_image, path)
         else:
             write_image(images[what][one or recipe.data.structure_names[0]], path)
-    return "; ".join(about), case.mask is not None, numbers
+    return "; ".join(about), case.mask is not None, {"found": numbers, "notes": patient.notes}
 
 
 def _draw(case, masks, recipe, path):

@@ -41,7 +41,7 @@ class Study:
         changed: When the last image came or a step ended, in seconds since 1970.
         due: Earliest time of the next attempt, in seconds since 1970.
         attempts: How often the step it is at has failed.
-        reason: Why it failed last.
+        reason: Why it failed last, or what was noted on its images.
     """
 
     uid: str

@@ -17,6 +17,7 @@ from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 
 from keras_mmfnet._backend import configured_backend
+from keras_mmfnet._files import read_json
 from keras_mmfnet.node.faults import Faults, describe_error
 from keras_mmfnet.node.network import Archive, Certificates, WebArchive
 from keras_mmfnet.node.queue import Study, StudyQueue
@@ -229,7 +230,8 @@ class Node:
             files = sorted(out.glob("*.dcm"))
             seconds = round(time.monotonic() - begun, 1)
             _log.info("segmented", extra={"study": study.uid, "seconds": seconds})
-            self.queue.advance(study, "sending" if files else "done", "" if files else "no structure was found")
+            notes = self._notes(study) + ([] if files else ["no structure was found"])
+            self.queue.advance(study, "sending" if files else "done", "; ".join(notes))
             return
         shutil.rmtree(out, ignore_errors=True)
         last = (ended.stderr.strip() or "nothing was printed").splitlines()[-1]
@@ -279,7 +281,13 @@ class Node:
             _log.warning("not sent, which is tried again", extra={"study": study.uid, "reason": "; ".join(faults)})
             self.queue.postpone(study, "; ".join(faults))
         else:
-            self.queue.advance(study, "done")
+            self.queue.advance(study, "done", "; ".join(self._notes(study)))
+
+    def _notes(self, study):
+        """What `mmfnet segment` noted on the images of a study, such as positions that may not fit."""
+        records = (read_json(path) for path in sorted(self.results(study).glob("*.json")))
+        # A version that kept none may have segmented it.
+        return [note for record in records for note in record["about"].get("notes", ())]
 
 
 def _report_rejection(event):

@@ -25,10 +25,16 @@ def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
     patient, out = tmp_path / "Zoë", tmp_path / "out"
     for seed, name in enumerate(("T1", "T2", "T1 Gd")):
         write_series(patient, GRID, name, prefix=name, seed=seed, patient="Secret^Name")
+    for path in patient.glob("T2*"):
+        one = pydicom.dcmread(path)
+        one.FrameOfReferenceUID = "1.2.826.0.1.3680043.2.1125.99"
+        one.save_as(path)
     flags = ("--rtstruct", "--seg", "--probability", "--disagreement", "--mirror", "--gaussian")
     done = mmfnet("segment", trained, patient, "--out", out, *flags)
     assert re.search(r"1 of 1: Zoë.*; [1-9]\d* voxels of tumour, \d+\.\d ml", done.stderr)
     assert done.stdout == f"{out}\n"
+    notes = json.loads((out / "Zoë.json").read_text(encoding="utf-8"))["about"]["notes"]
+    assert any("t2: in another frame of reference than t1" in note for note in notes), "for mmfnet node status"
     ends = (".json", ".nii.gz", "_disagreement.nii.gz", "_probability.nii.gz", "_rtstruct.dcm", "_seg.dcm")
     assert sorted(path.name for path in out.iterdir()) == sorted(f"Zoë{end}" for end in ends)
     assert Grid.from_image(sitk.ReadImage(str(out / "Zoë.nii.gz"))).matches(GRID)

@@ -1,6 +1,7 @@
 """A node and those it talks to, by the DICOM protocol."""
 
 import contextlib
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -8,11 +9,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import write_series
+from dicom_files import write_object, write_series
 from nodes import STUDY, archive, keep, listening, states
 from pynetdicom import AE
 
@@ -103,6 +105,27 @@ def test_what_a_failed_segmentation_leaves(make_node, images, monkeypatch, left)
     assert node.work()
     assert states(node) == [(STUDY, "receiving" if left else "refused", 1)]
     assert not out.exists()
+
+
+def test_notes_on_the_images_are_shown_with_the_study(make_node, images, monkeypatch):
+    note = "t2: in another frame of reference than t1, so positions may not fit"
+
+    def segment(command, **options):
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / f"{STUDY}.json").write_text(json.dumps({"about": {"notes": [note]}}))
+        write_object(out / f"{STUDY}_rtstruct.dcm", pydicom.uid.RTStructureSetStorage)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with archive() as (receiver, received):
+        node = make_node([receiver], complete_after=0)
+        keep(node, images[0].read_bytes())
+        monkeypatch.setattr(subprocess, "run", segment)
+        for state in ("sending", "done"):
+            assert node.work()
+            [study] = node.queue.studies()
+            assert (study.state, study.reason) == (state, note)
+    assert len(received) == 1
 
 
 def test_a_database_that_cannot_be_used_for_a_while(make_node, monkeypatch):
