@@ -58,10 +58,12 @@ METRICS = {"NSD": ("nsd", 3), "HD95, mm": ("hd95", 1), "lesion F1": ("lesion_f1"
 # Recipes are planned or fixed, `planned_40` or `small`, and may be changed, as in `planned_40_dropout`.
 _STRONG = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
 VARIANTS = {
-    "uniform": {"patches.foreground": 0.0},
-    "strong": {f"patches.{field}": value for field, value in _STRONG.items()},
-    "dropout": {"network.modality_dropout": 0.3},
-    "misaligned": {"patches.misalignment": (4.0, 4.0)},
+    "uniform": lambda recipe: {"patches.foreground": 0.0},
+    "strong": lambda recipe: {f"patches.{field}": value for field, value in _STRONG.items()},
+    "dropout": lambda recipe: {"network.modality_dropout": 0.3},
+    "misaligned": lambda recipe: {"patches.misalignment": (4.0, 4.0)},
+    # For the minutes that the networks of self-transfer take: of three sequences about as many as MMFNet.
+    "scratch": lambda recipe: {"training.self_transfer": False, "training.epochs": 2 * recipe.training.epochs},
 }
 RECIPE = re.compile(rf"(small|planned_\d+)(?:_({'|'.join(VARIANTS)}))?")
 # Between the name of a recipe and the number of patients to learn from.
@@ -82,7 +84,8 @@ def make_recipe(name, data, results, cache):
     if not path.exists():
         base, variant = RECIPE.fullmatch(name).groups()
         if variant:
-            recipe = make_recipe(base, data, results, cache).replace(VARIANTS[variant])
+            recipe = make_recipe(base, data, results, cache)
+            recipe = recipe.replace(VARIANTS[variant](recipe))
         elif base == "small":
             recipe = Recipe.small().replace({**given, **needed})
         else:

@@ -112,6 +112,7 @@ def test_a_variant_is_the_kept_recipe_with_changes(whole_patients, tiny_cohort, 
     monkeypatch.setattr(whole_patients, "plan_recipe", None)
     base = make("planned_1")
     assert varied == base.replace({"network.modality_dropout": 0.3})
+    assert make("planned_1_scratch").training.epochs == 2 * base.training.epochs
     assert make("planned_1_misaligned") == base.replace({"patches.misalignment": (4.0, 4.0)})
     monkeypatch.setattr(sys, "argv", ["", "--data", str(tiny_cohort), "--out", "out", "--recipes", "small_other"])
     with pytest.raises(SystemExit):
