@@ -9,12 +9,13 @@ the ensemble:
 
 - `expected_dsc`: the DSC that is expected if the probabilities are true, 2 sum(p m) / (sum(p) + sum(m)), where m is the
   mask, over voxels with p of 0.05 or more;
-- `uncertainty`: the mean of 4 p (1 - p) over the voxels of the mask and those with p of 0.05 or more;
-- `spread`: the mean standard deviation of the networks' probabilities, over the same voxels;
-- `agreement`: the mean DSC of the masks of each two networks.
+- `uncertainty`: the mean of 4 p (1 - p) over these voxels;
+- `spread`: the mean standard deviation of the networks' probabilities over these voxels, of two runs or more;
+- `agreement`: the mean DSC of the masks of each two networks, of two runs or more.
 
-The last two need two runs. How well a number finds the patients with a DSC below 0.5 is the area under the ROC curve,
-and how well it orders all of them is Spearman's rank correlation.
+A patient with an empty mask has the worst value of each, as all patients here have a tumour. How well a number finds
+the patients with a DSC below 0.5 is the area under the ROC curve, and how well it orders all of them is Spearman's rank
+correlation.
 """
 
 import argparse
@@ -60,14 +61,16 @@ def numbers_of(probabilities):
     """
     mean, masks = probabilities.mean(0), probabilities >= 0.5
     mask, seen = mean >= 0.5, mean >= LOW
-    found = {
-        "expected_dsc": float(2 * mean[mask].sum() / (mean[seen].sum() + mask.sum())) if seen.any() else 1.0,
-        "uncertainty": float((4 * mean * (1 - mean))[seen].mean()) if seen.any() else 0.0,
-    }
-    if len(probabilities) > 1:
-        found["spread"] = float(probabilities.std(0)[seen].mean()) if seen.any() else 0.0
-        found["agreement"] = float(np.mean([dice(*pair) for pair in itertools.combinations(masks, 2)]))
-    return found
+    found, several = {"expected_dsc": 0.0, "uncertainty": 1.0}, {"spread": 0.5, "agreement": 0.0}
+    if mask.any():
+        found["expected_dsc"] = float(2 * mean[mask].sum() / (mean[seen].sum() + mask.sum()))
+        found["uncertainty"] = float((4 * mean * (1 - mean))[seen].mean())
+    if len(probabilities) == 1:
+        return found
+    if mask.any():
+        several["spread"] = float(probabilities.std(0)[seen].mean())
+        several["agreement"] = float(np.mean([dice(*pair) for pair in itertools.combinations(masks, 2)]))
+    return found | several
 
 
 def measure(runs, fold, method):
@@ -81,9 +84,7 @@ def measure(runs, fold, method):
             truth, mean = truth > 0, probabilities.mean(0)
             numbers = {"dsc": float(dice(mean >= 0.5, truth)), **numbers_of(probabilities)}
             rows.append({"patient": patient.name, "structure": structure, **numbers})
-            # A voxel that no network takes for tumour says nothing of the others.
-            near = (mean >= LOW) | truth
-            pooled.setdefault(structure, []).append((mean[near], truth[near]))
+            pooled.setdefault(structure, []).append((mean.ravel(), truth.ravel()))
             print(f"fold {fold}, {patient.name}, {structure}: {numbers}", flush=True)
     return rows, pooled
 
@@ -145,12 +146,15 @@ def main():
         "patients": rows,
     }
     for structure, parts in pooled.items():
-        probability, share, voxels, error = calibration(*map(np.concatenate, zip(*parts, strict=True)), bins=BINS)
+        values, truth = map(np.concatenate, zip(*parts, strict=True))
+        probability, share, voxels, _ = calibration(values, truth, bins=BINS)
+        # Almost all other voxels are background, and say nothing of the rest.
+        seen = values >= LOW
         result["structures"][structure] = {
             "probability": probability.tolist(),
             "share": share.tolist(),
             "voxels": voxels.tolist(),
-            "expected_calibration_error": error,
+            "expected_calibration_error": calibration(values[seen], truth[seen], bins=BINS)[-1],
             "finds": judge([row for row in rows if row["structure"] == structure]),
         }
     report(result, RESULTS / f"{parsed.name}.json")

@@ -35,7 +35,7 @@ def test_networks_that_differ(calibration):
     assert found["agreement"] == pytest.approx(2 * 2 / (4 + 2))
     assert found["spread"] == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)
     nothing = calibration.numbers_of(np.zeros((2, 1, 2, 4)))
-    assert nothing == {"expected_dsc": 1.0, "uncertainty": 0.0, "spread": 0.0, "agreement": 1.0}
+    assert nothing == {"expected_dsc": 0.0, "uncertainty": 1.0, "spread": 0.5, "agreement": 0.0}
 
 
 def test_a_number_that_finds_the_failures(calibration):
