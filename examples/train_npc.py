@@ -1,6 +1,6 @@
 """Trains MMFNet with self-transfer on a fold of patients, and segments its test patients.
 
-Without arguments it trains on synthetic patients, in a few minutes on two CPU cores:
+Without arguments it trains on synthetic patients, in five to ten minutes on two CPU cores:
 
     python examples/train_npc.py
 

@@ -114,8 +114,8 @@ def method_of(recipe: Recipe) -> Method:
     if len(recipe.data.modalities) < 2:
         [name] = recipe.data.modalities
         raise ValueError(
-            f"`data.modalities` must name two or more for MMFNet, which fuses them; a network of {name} alone is the "
-            f"method {_SINGLE}{name} of `mmfnet compare`. Received: {name}"
+            "`data.modalities` must name two or more for MMFNet, which fuses them; a network of one alone is the class "
+            f"UNet3D. Received: {name}"
         )
     names = recipe.data.modalities if recipe.training.self_transfer else ()
     return Method("mmfnet", "MMFNet", build_mmfnet, encoders={name: f"{_SINGLE}{name}" for name in names})

@@ -383,13 +383,13 @@ class TrainingRecipe(_Part):
             from `register_loss`. Patch classifiers always learn by cross-entropy.
         optimizer: `"adam"`, `"adamw"` or `"sgd"` (Nesterov momentum 0.99).
         clip_norm: Largest norm of the gradients of all weights together; `None` for no limit.
-        weight_average: The mean of the weights of so many last epochs competes with the best epoch on the validation
-            patients; 0: it does not.
+        weight_average: Number of last epochs whose weights are averaged. The average is used if it is better than the
+            best epoch on the validation patients. 0: no averaging.
         choose_by: What chooses the best epoch and counts for `patience`: the validation `"loss"`, or `"dsc"`, the mean
             DSC of the validation patches that have the structure.
         patience: Epochs without a better one before a training ends; `None`: it does not end early.
         folds: Folds of the cross-validation, by patient, unless a run is given folds of the user's own.
-        validation_fraction: Share of a fold's training patients that chooses the best epoch.
+        validation_fraction: Share of the patients outside the test set on whom the best epoch is chosen.
         group: Regular expression; patients whose names match with the same first group (or whole match) are one
             person and stay in the same fold. `None`: no groups.
         balance: `"volume"`: every part of a fold covers the range of the tumours' volumes. `None`: by chance alone.

@@ -26,9 +26,13 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", hel
 Paper = Annotated[bool, typer.Option("--paper", help="The paper's recipe, for a GPU.")]
 Small = Annotated[bool, typer.Option("--small", help="A fixed recipe for a CPU, without planning.")]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Planning: memory of one training step.", show_default="8GB")
+    str | None,
+    typer.Option(metavar="SIZE", help="Planning: memory of one training step, such as 24GB.", show_default="8GB"),
 ]
-Time = Annotated[str | None, typer.Option(metavar="TIME", help="Planning: time to train one fold.", show_default="2h")]
+Time = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Planning: time to train one fold, such as 30min or 1d.", show_default="2h"),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: training.epochs=20. May be repeated."),

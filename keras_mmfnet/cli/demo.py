@@ -30,7 +30,7 @@ def demo(
     device: options.Device = None,
     quiet: options.Quiet = False,
 ):
-    """Makes synthetic patients and trains on them, in a few minutes on two CPU cores."""
+    """Makes synthetic patients and trains on them, in five to ten minutes on two CPU cores."""
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     folder = shlex.quote(str(out))
     commands = {"resume_with": f"mmfnet train --out {folder} --resume", "start_with": f"mmfnet demo --out {folder}"}

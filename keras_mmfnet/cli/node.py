@@ -43,15 +43,17 @@ def start(
     seg: Annotated[bool, typer.Option("--seg", help="Send DICOM segmentations.")] = False,
     structure: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name of the one structure in them.", show_default="the recipe's"),
+        typer.Option(
+            metavar="NAME", help="Name in DICOM files, of networks of one structure.", show_default="the recipe's"
+        ),
     ] = None,
     title: Annotated[str, typer.Option(metavar="TITLE", help="AE title of this node.")] = "MMFNET",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 for a free one.")] = 11112,
     complete_after: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="A study is complete when no image came for so long.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Time without a new image after which a study is complete.")
     ] = 60.0,
-    free: Annotated[str, typer.Option(metavar="SIZE", help="What must remain free on the disk.")] = "5GB",
+    free: Annotated[str, typer.Option(metavar="SIZE", help="Free disk space below which images are refused.")] = "5GB",
     watch: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also take the images that appear in this folder.")
     ] = None,
@@ -60,7 +62,7 @@ def start(
         typer.Option(
             metavar="DAYS",
             min=0,
-            help="Remove the images and results of studies so long after they are done.",
+            help="Time after which the images and results of finished studies are removed.",
             show_default="never",
         ),
     ] = None,

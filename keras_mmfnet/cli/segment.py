@@ -31,7 +31,9 @@ def segment(
     picture: Annotated[bool, typer.Option("--picture", help="Write a PNG of a slice with the contours.")] = False,
     structure: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name of the one structure in DICOM files.", show_default="the recipe's"),
+        typer.Option(
+            metavar="NAME", help="Name in DICOM files, of networks of one structure.", show_default="the recipe's"
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(metavar="MM", min=0, help="Simplify contours by up to this distance.")

@@ -31,8 +31,8 @@ class Fold:
 
     Args:
         train: Patients whose patches train the network.
-        validation: Patients who choose the best epoch.
-        test: Patients who are only segmented in the end.
+        validation: Patients on whom the best epoch is chosen.
+        test: Patients who are segmented after the training and take no part in it.
     """
 
     train: tuple[str, ...]

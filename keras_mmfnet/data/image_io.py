@@ -119,9 +119,9 @@ def read_grid(source: Path | Volume | Series | DicomStructures, patient: str) ->
 
 
 def position_problems(source: Path | Volume | Series, patient: str) -> tuple[bool, float]:
-    """What there is to know about the position in an image's header.
+    """Checks the position in an image's header.
 
-    Of a NIfTI file's two descriptions that count, if both are given, the sform does, as in nibabel.
+    If a NIfTI file has both a sform and a qform, the sform is used, as in nibabel.
 
     Args:
         source: The file's path, a `Volume` of a file, or a DICOM `Series`.

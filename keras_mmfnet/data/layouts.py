@@ -56,10 +56,10 @@ def find_cases(
     | masks apart | `masks.json`, as `mmfnet review --export` writes it: in `images` the folders of the patients, in \
 `masks` the file of a patient's mask or `{structure: file}`; other patients keep their own masks |
 
-    Image files are NIfTI, MetaImage, NRRD or MINC. A patient of DICOM series may have the mask as such a file or as a
-    series; masks of several sequences are called by their modality, such as `mask_t1.nii.gz` or `ROI-T1WI.nii`. What
-    a series is, follows from the names of its folder and of the series; `recipe.series` says it where they do not.
-    Other files, and those whose name starts with a dot, are passed over. Which layouts were found is logged.
+    Image files are NIfTI, MetaImage, NRRD or MINC. A patient of DICOM series may have the mask as such a file or as
+    a series; masks of several sequences are called by their modality, such as `mask_t1.nii.gz` or `ROI-T1WI.nii`. A
+    series is recognised by the name of its folder and its description, or by `recipe.series`. Other files, and
+    those whose name starts with a dot, are passed over. Which layouts were found is logged.
 
     Args:
         directory: The folder.

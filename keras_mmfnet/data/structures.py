@@ -70,9 +70,9 @@ def drawn_mask(
 ) -> DicomStructures | StructureFiles | None:
     """The mask in the structure sets and segmentations among a patient's DICOM objects, or `None`.
 
-    Of several files, that one counts which has structures for most patterns; empty ones count only if no file has
-    others. Its series is the one with the images that it refers to, or else with the UID or frame of reference; where
-    several are in question, the only one in whose slices the structures lie.
+    Of several files, the one with structures for the most patterns is used; empty structures are used only if no
+    file has others. Its series is the one with the images that it refers to, or else with the UID or frame of
+    reference; where several are in question, the only one in whose slices the structures lie.
 
     Args:
         objects: Files by SOP class, as `find_objects` gives them.
