@@ -1,6 +1,6 @@
 """Tests whether MMFNet's attention depends on the patient, by replacing its weights with their means.
 
-    python benchmarks/fixed_attention.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
+    python benchmarks/fixed_attention.py --run OUT --method mmfnet_mlp_std --fold 0
 
 OUT is a run of reproduce_tables.py or whole_patients.py, whose method is `mmfnet`. In the trained network each channel
 weight is replaced by its mean over the validation patients, the spatial weights of each block by their overall mean, or

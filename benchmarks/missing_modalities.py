@@ -1,6 +1,6 @@
 """Measures the DSC of a trained network when modalities are missing.
 
-    python benchmarks/missing_modalities.py --run OUT --data DIR --method mmfnet_mlp_std --fold 0
+    python benchmarks/missing_modalities.py --run OUT --method mmfnet_mlp_std --fold 0
 
 OUT is a run of reproduce_tables.py, with --modality-dropout or without.
 """

@@ -107,13 +107,19 @@ def train_peer(method, training, validation, recipe, directory):
         patch_dataset(
             training,
             recipe.patches,
+            modalities=recipe.data.modalities,
             first_batch=len(history) * steps,
             batch_size=recipe.training.batch_size,
             seed=recipe.training.seed,
         )
     )
     held_back = patch_dataset(
-        validation, recipe.patches, training=False, batch_size=recipe.training.batch_size, seed=recipe.training.seed
+        validation,
+        recipe.patches,
+        modalities=recipe.data.modalities,
+        training=False,
+        batch_size=recipe.training.batch_size,
+        seed=recipe.training.seed,
     )
     for epoch in range(len(history), recipe.training.epochs):
         start, losses = time.perf_counter(), []

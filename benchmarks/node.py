@@ -8,7 +8,6 @@ study must arrive at the archive, with the same contours. The numbers are writte
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -25,10 +24,9 @@ import keras
 import numpy as np
 import psutil
 import pydicom
+from machine import machine, report
 from pynetdicom import AE, evt
 
-from keras_mmfnet._files import write
-from keras_mmfnet._machine import machine
 from keras_mmfnet.data.dicom import is_dicom
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.node.network import Archive
@@ -161,8 +159,7 @@ def main():
         "peak_memory_mb": round(memory / 1e6),
         "machine": machine("keras-mmfnet", "keras", "pynetdicom", os.environ.get("KERAS_BACKEND", "tensorflow")),
     }
-    print(json.dumps(result, indent=1))
-    write(RESULT, json.dumps(result, indent=1) + "\n")
+    report(result, RESULT)
 
 
 if __name__ == "__main__":

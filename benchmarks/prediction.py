@@ -34,8 +34,11 @@ def prepare(run, fold, method, names, folder):
     images, out = folder / "images", folder / "out"
     images.mkdir()
     if method == "mmfnet":
+        # Without the expert's mask, with which it would be compared.
         for name in names:
-            (images / name).symlink_to(Path(run.cohort["data"]) / name)
+            (images / name).mkdir()
+            for image in run.cases[name].images.values():
+                (images / name / image.name).symlink_to(image)
         program = Path(sys.executable).with_name("mmfnet")
         options = ("segment", run.folder, images, "--fold", fold, "--out", out, "--quiet")
         return functools.partial(subprocess.run, [program, *map(str, options)], check=True)

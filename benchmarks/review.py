@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import SimpleITK as sitk
+from machine import machine, report
 from playwright.sync_api import expect, sync_playwright
 
-from keras_mmfnet._files import write
-from keras_mmfnet._machine import machine
 from keras_mmfnet.data import Grid
 from keras_mmfnet.recipe import DataRecipe
 
@@ -116,8 +115,7 @@ def main():
         server.send_signal(signal.SIGINT)
         server.wait()
     result["machine"] = machine("keras-mmfnet", "playwright", "starlette", "uvicorn")
-    print(json.dumps(result, indent=1))
-    write(RESULT, json.dumps(result, indent=1) + "\n")
+    report(result, RESULT)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class OurNetwork:
 
     def __init__(self, run, fold, method):
         self.run, self.network = run, load_network(run.network(fold, method))
-        self.rules = run.postprocessing([fold])
+        self.rules = run.postprocessing([fold], method)
 
     def segment(self, cases, missing=(), align=None):
         """The DSC of patients: `{structure: {patient: value}}`."""

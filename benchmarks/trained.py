@@ -4,7 +4,6 @@ import itertools
 import sys
 from pathlib import Path
 
-from keras_mmfnet.data import find_cases, preprocess_case
 from keras_mmfnet.evaluation import evaluate_case
 from keras_mmfnet.inference import predict_volume
 from keras_mmfnet.models import load_network
@@ -12,10 +11,9 @@ from keras_mmfnet.run import Run
 
 
 def add_arguments(parser):
-    """Adds --run, --data, --method and --fold."""
+    """Adds --run, --method and --fold."""
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="OUT", help="a run of mmfnet compare")
-    add("--data", type=Path, required=True, help="its folder of patients")
     add("--method", default="mmfnet_mlp_std", metavar="NAME", help="one of its MMFNets (mmfnet_mlp_std)")
     add("--fold", type=int, default=0, metavar="N", help="one of its folds (0)")
 
@@ -26,12 +24,10 @@ def open_run(parsed):
     path = run.network(parsed.fold, parsed.method)
     if not path.is_file():
         sys.exit(f"error: --run, --method, --fold: a trained network is expected. Received: {path}, which is not there")
-    cases = {case.name: case for case in find_cases(parsed.data, run.recipe.data)}
-    names = run.cohort["folds"][parsed.fold]
-    validation, test = (
-        [preprocess_case(cases[name], run.recipe.data, run.cache) for name in names[part]]
-        for part in ("validation", "test")
-    )
+    if len(run.recipe.data.structures) > 1:
+        sys.exit(f"error: --run: a run of one structure is expected. Received: {', '.join(run.recipe.data.structures)}")
+    fold = run.folds[parsed.fold]
+    validation, test = run.patients(fold.validation), run.patients(fold.test)
     return lambda: load_network(path), run.recipe, validation, test
 
 

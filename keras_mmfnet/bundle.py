@@ -164,7 +164,9 @@ def local_folder(path: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ImportError(f"{path}: hf:// needs the extra: pip install 'keras-mmfnet[hub]'") from error
+        raise ImportError(
+            f"{path}: hf:// needs the extra: pip install 'keras-mmfnet[hub]'. Received: no module huggingface_hub"
+        ) from error
     return Path(snapshot_download(path.removeprefix(_HUB)))
 
 
@@ -217,7 +219,7 @@ def write_bundle(
 
 def _read_contents(file, bundle):
     values = read_json(file)
-    version = values.get("format") if isinstance(values, dict) else None
+    version = values.get("format")
     if isinstance(version, int) and version > _FORMAT:
         by = values.get("written_by", "a newer version")
         raise ValueError(

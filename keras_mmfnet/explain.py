@@ -208,7 +208,6 @@ def gradient_maps(
     model: keras.Model,
     images: Mapping[str, np.ndarray],
     method: str = "gradcam",
-    layers: Mapping[str, str] | None = None,
     score: Callable | None = None,
 ) -> dict[str, np.ndarray]:
     """Computes Grad-CAM, Grad-CAM++ or saliency maps of each modality, by tf-keras-vis on the TensorFlow backend.
@@ -216,9 +215,7 @@ def gradient_maps(
     Args:
         model: A network over a dict of inputs by modality.
         images: `{modality: float32 (batch, depth, height, width, 1)}`.
-        method: `"gradcam"`, `"gradcam++"` or `"saliency"`.
-        layers: `{modality: name of a layer}` for Grad-CAM; `None` for the last level of each modality's encoder. A
-            layer of the decoder gives the same map for all modalities.
+        method: `"gradcam"` or `"gradcam++"`, at the last level of each modality's encoder, or `"saliency"`.
         score: Function from the output `(batch, depth, height, width, structures)` to one number per patch. `None` is
             the mean probability over the voxels of at least 0.5, or over the whole patch if there are none.
 
@@ -242,7 +239,9 @@ def gradient_maps(
         from tf_keras_vis.gradcam import Gradcam, GradcamPlusPlus
         from tf_keras_vis.saliency import Saliency
     except ImportError as error:
-        raise ImportError("gradient maps need the extra: pip install 'keras-mmfnet[vis]'") from error
+        raise ImportError(
+            "gradient maps need the extra: pip install 'keras-mmfnet[vis]'. Received: no module tf_keras_vis"
+        ) from error
 
     listed = keras.Model([model.input[name] for name in images], model.output)
     seeds = list(images.values())
@@ -251,13 +250,12 @@ def gradient_maps(
         found = Saliency(listed)(score, seeds, gradient_modifier=abs, normalize_map=False)
     else:
         last = len(model.filters), getattr(model, "residual", False)
-        layers = layers or {name: block_output(name, *last) for name in images}
         cam = {"gradcam": Gradcam, "gradcam++": GradcamPlusPlus}[method](listed)
         found = [
             cam(
                 score,
                 seeds,
-                penultimate_layer=model.get_layer(layers[name]),
+                penultimate_layer=model.get_layer(block_output(name, *last)),
                 seek_penultimate_conv_layer=False,
                 normalize_cam=False,
             )[index]

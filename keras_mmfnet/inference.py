@@ -1,6 +1,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
 from keras_mmfnet.postprocess import PostProcessing
@@ -210,6 +212,11 @@ def segment_ensemble(
     )
 
 
+def mask_file(stem: str, structure: str | None) -> str:
+    """The name of the file of a structure's mask, or of all masks together under `None`."""
+    return f"{stem}_{structure}.nii.gz" if structure else f"{stem}.nii.gz"
+
+
 def segmentation_endings(recipe: DataRecipe) -> dict[tuple[str, str | None], str]:
     """What the names of the images of a segmented patient end with, after the patient's name.
 
@@ -222,7 +229,7 @@ def segmentation_endings(recipe: DataRecipe) -> dict[tuple[str, str | None], str
     maps = recipe.structure_names if len(recipe.structures) > 1 else (None,)
     names = {"probability": maps, "disagreement": maps, "mask": recipe.mask_files}
     return {
-        (what, one): f"{f'_{what}' * (what != 'mask')}{f'_{one}' * bool(one)}.nii.gz"
+        (what, one): mask_file("" if what == "mask" else f"_{what}", one)
         for what, structures in names.items()
         for one in structures
     }
@@ -239,8 +246,11 @@ def read_segmentation(
 
     Returns:
         `{structure: uint8 {0, 1}}`.
+
+    Raises:
+        CaseError: A file is missing, truncated or damaged.
     """
-    images = {one: sitk.ReadImage(str(path)) for one, path in files.items()}
+    images = {one: read_image(Path(path), Path(path).name) for one, path in files.items()}
     if None not in images:
         return images
     image, labels = Grid.from_image(images[None]).image, sitk.GetArrayFromImage(images[None])

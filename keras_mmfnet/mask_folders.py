@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet._parallel import map_patients
-from keras_mmfnet.data.case import StructureFiles
+from keras_mmfnet.data.case import StructureFiles, listed
 from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
@@ -63,8 +63,8 @@ def compare_folders(predictions: str | os.PathLike, truth: str | os.PathLike, re
         ("mask of the expert", predicted.keys() - expert),
     ):
         if alone:
-            listed = ", ".join(sorted(alone)[:10]) + (", ..." if len(alone) > 10 else "")
-            _log.warning("no %s of %d patient%s: %s", lacking, len(alone), "s" * (len(alone) > 1), listed)
+            names = listed(sorted(alone))
+            _log.warning("no %s of %d patient%s: %s", lacking, len(alone), "s" * (len(alone) > 1), names)
     names = sorted(predicted.keys() & expert)
     if not names:
         raise ValueError(f"masks of the same names are expected. Received: {predictions} and {truth} without a pair")

@@ -191,7 +191,7 @@ class _Plan:
         return getattr(getattr(self.base, part), name)
 
     def set(self, path, value, reason):
-        """Takes in a value and why; returns what counts, the given value if there is one."""
+        """Sets a planned value and its reason, unless the user gave one; returns the value that applies."""
         if self.has(path):
             return self.get(path)
         self.fields[path] = (value, reason)

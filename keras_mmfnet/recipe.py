@@ -234,7 +234,7 @@ class DataRecipe(_Part):
             ("clip", own, self.modalities),
         ):
             if unknown := [name for name in names if name not in known]:
-                expected = f"must be of {' or '.join(known)}"
+                expected = f"must be one of {', '.join(known)}"
                 raise RecipeError({f"{field}.{name}": f"{expected}. Received: {name}" for name in unknown})
         return self
 
@@ -464,7 +464,7 @@ class Recipe(_Part):
         rates = self.network.modality_dropout
         rates = rates if isinstance(rates, dict) else {self.data.modalities[0]: rates}
         for name in set(rates).difference(self.data.modalities):
-            expected = f"must be of {' or '.join(self.data.modalities)}"
+            expected = f"must be one of {', '.join(self.data.modalities)}"
             problems[f"network.modality_dropout.{name}"] = f"{expected}. Received: {name}"
         if self.data.allow_missing and len(self.data.modalities) > 1 and not any(rates.values()):
             problems["data.allow_missing"] = (

@@ -26,10 +26,10 @@ from keras_mmfnet.data.cache import key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.data.image_io import write_image
-from keras_mmfnet.data.preprocess import read_masks, recipe_of
+from keras_mmfnet.data.preprocess import key_of_images, read_masks, recipe_of
 from keras_mmfnet.evaluation import METRICS, evaluate_case, metrics_json
 from keras_mmfnet.explain import cohort_shares
-from keras_mmfnet.inference import read_segmentation, segment_case
+from keras_mmfnet.inference import mask_file, read_segmentation, segment_case
 from keras_mmfnet.methods import METHODS, Method, find_method, method_of
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.postprocess import PostProcessing, choose
@@ -107,7 +107,7 @@ the groups, folds and donor that were given |
     def masks(self, fold: int, name: str, patient: str) -> dict[str | None, Path]:
         """The files of what a method predicted for a test patient: by structure, or one for all under `None`."""
         folder = self.fold_folder(fold) / "masks" / name
-        return {one: folder / f"{patient}{f'_{one}' * bool(one)}.nii.gz" for one in self.recipe.data.mask_files}
+        return {one: folder / mask_file(patient, one) for one in self.recipe.data.mask_files}
 
     def lost_masks(self, fold: int, name: str) -> list[str]:
         """The test patients of a method's result of whom a mask is gone."""
@@ -118,8 +118,8 @@ the groups, folds and donor that were given |
         """What a method predicted for a test patient, by structure."""
         return read_segmentation(self.masks(fold, name, patient), self.recipe.data.structures)
 
-    def postprocessing(self, folds: Sequence[int]) -> PostProcessing:
-        """How masks are made of the mean probability of the MMFNets of some folds.
+    def postprocessing(self, folds: Sequence[int], name: str = "mmfnet") -> PostProcessing:
+        """How masks are made of the mean probability of a method's networks of some folds.
 
         Raises:
             ValueError: The recipe wants it chosen, and a fold has no result yet, which holds it.
@@ -129,7 +129,7 @@ the groups, folds and donor that were given |
             return PostProcessing.default(data.structure_names, data.exclusive)
         chosen = []
         for fold in folds:
-            path = self.result(fold, "mmfnet")
+            path = self.result(fold, name)
             if not path.exists():
                 raise ValueError(
                     f"{path}: a finished fold is expected, whose result holds its post-processing; --resume finishes "
@@ -230,8 +230,9 @@ the groups, folds and donor that were given |
             return ""
         names, who = {case.name}, "a patient of this name"
         if case.images.keys() >= set(self.recipe.data.modalities):
-            images = key(case, self.recipe.data)
-            if same := {name for name, one in self.cohort["images"].items() if one == images}:
+            # New masks, or none, make no other patient.
+            images = key_of_images(case, self.recipe.data)
+            if same := {name for name, one in self.cohort.get("images_alone", {}).items() if one == images}:
                 names, who = same, "this patient"
         seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
         return f"{who} was in the training set of fold{'s' * (len(seen) > 1)} {', '.join(seen)}" if seen else ""
@@ -359,6 +360,7 @@ the groups, folds and donor that were given |
             "data": str(Path(data).absolute()),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             "images": images,
+            "images_alone": {name: key_of_images(case, recipe.data, run.cache) for name, case in cases.items()},
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if start.groups is None else {"groups": start.groups}),
@@ -369,9 +371,9 @@ the groups, folds and donor that were given |
         if donor and not run.cohort_file.exists():
             write(run.donor_file, Path(donor).read_bytes())
         text = json.dumps(cohort, indent=2) + "\n"
-        # The folder of the patients may have moved, of which the errors tell too.
+        # The folder of the patients may have moved, of which the errors tell too; older runs have no `images_alone`.
         other = "another donor, other patients, groups or folds"
-        write_once(run.cohort_file, text, other, free=("data", "skipped"))
+        write_once(run.cohort_file, text, other, free=("data", "skipped", "images_alone"))
         keep_recipe(run, recipe)  # Of a new run it is the last file: a folder with a recipe is a run.
         run.cases = cases
         return run

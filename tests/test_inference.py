@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data import CaseError, Grid, preprocess_case, read_case_folder
 from keras_mmfnet.data.windows import gaussian_weights
-from keras_mmfnet.inference import masks_of, predict_volume, segment_case, segment_ensemble
+from keras_mmfnet.inference import masks_of, predict_volume, read_segmentation, segment_case, segment_ensemble
 from keras_mmfnet.models import MMFNet
 from keras_mmfnet.postprocess import MaskRule, PostProcessing
 from keras_mmfnet.recipe import DataRecipe, Recipe
@@ -248,3 +248,15 @@ def test_several_structures_of_a_patient(make_case):
     labelled = recipe.replace({"data.structures": {"low": 3, "high": 7}})
     found = segment_case(lambda batch: np.full((len(batch["t1"]), 16, 16, 16, 2), (0.2, 0.7)), case, labelled)
     assert np.unique(sitk.GetArrayFromImage(found.label_image)).tolist() == [0, 7]
+
+
+def test_a_truncated_mask_is_refused(tmp_path):
+    path = tmp_path / "anna.nii.gz"
+    mask = np.random.default_rng(0).integers(0, 2, (20, 30, 40), np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(mask), str(path))
+    [found] = read_segmentation({None: path}, {"tumour": None}).values()
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), mask)
+    path.write_bytes(path.read_bytes()[:2000])
+    for structure in (None, "tumour"):
+        with pytest.raises(CaseError, match=r"anna.nii.gz: .* Received: a file that breaks off or is damaged"):
+            read_segmentation({structure: path}, {"tumour": None})

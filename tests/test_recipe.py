@@ -215,9 +215,7 @@ def test_one_entry_of_a_field_by_modality():
     # What is said of a modality goes with it.
     fewer = recipe.replace({"data.modalities": "t2"})
     assert (fewer.data.series, fewer.data.clip) == ({"mask": "x"}, Recipe().data.clip)
-    with pytest.raises(
-        RecipeError, match=r"^`data.series.flair` must be of t1 or t2 or cet1 or mask. Received: flair$"
-    ):
+    with pytest.raises(RecipeError, match=r"^`data.series.flair` must be one of t1, t2, cet1, mask. Received: flair$"):
         Recipe().replace({"data.series.flair": "x"})
 
 

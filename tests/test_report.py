@@ -419,6 +419,11 @@ def test_the_curves_of_self_transfer(results):
     np.testing.assert_allclose(curves["from random weights"][0], [10, 20])
     np.testing.assert_allclose(curves["from random weights"][1], [0.9, 0.5])
     np.testing.assert_allclose(curves["with self-transfer"][1], [0.6, 0.4])
+    # A training ended early.
+    [first, *_] = results["mmfnet_mlp_std_transfer"]
+    first["history"] = first["history"][:1]
+    updates, losses = transfer_curves(results)["mmfnet_mlp_std"]["with self-transfer"]
+    assert len(updates) == len(losses) == 1
 
 
 def test_the_report_of_a_comparison(run, results, tmp_path):

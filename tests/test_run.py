@@ -518,6 +518,11 @@ def test_post_processing_is_chosen_on_validation_patients(tiny_cohort, tmp_path)
     gain = result["postprocess"]["gains"]["tumour"]
     assert (gain["patients"], gain["before"]) == (len(run.folds[0].validation), 0)
     assert gain["after"] > 0.3
+    run.result(0, "other").write_text(
+        json.dumps({"postprocess": {"rules": PostProcessing.default(["tumour"]).model_dump()}})
+    )
+    assert run.postprocessing([0], "other") == PostProcessing.default(["tumour"])
+    run.result(0, "other").unlink()
     rules = run.postprocessing([0])
     assert rules == PostProcessing(**result["postprocess"]["rules"])
     assert rules.structures["tumour"].threshold < 0.45

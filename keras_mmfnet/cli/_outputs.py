@@ -1,6 +1,5 @@
 """The files that `mmfnet segment` writes."""
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -30,17 +29,16 @@ class Outputs:
         """Refuses patients of whom one's file would have the name of another's."""
         files = Counter(case.name + end for case in cases for end in self.ends.values())
         if twice := [name for name, count in files.items() if count > 1]:
-            listed = ", ".join(twice[:10]) + (", ..." if len(twice) > 10 else "")
+            from keras_mmfnet.data.case import listed
+
             expected = "patients whose files have different names are expected"
-            raise ValueError(f"{expected}. Received: {listed} of two patients")
+            raise ValueError(f"{expected}. Received: {listed(twice)} of two patients")
 
     def source(self, case, networks):
         """A hash of what a patient's files are made from: the networks and the images."""
-        from keras_mmfnet.data.cache import key
-        from keras_mmfnet.data.preprocess import recipe_of
+        from keras_mmfnet.data.preprocess import key_of_images
 
-        images = key(dataclasses.replace(case, mask=None), recipe_of(case, self.recipe))
-        return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([networks, key_of_images(case, self.recipe)]).encode()).hexdigest()
 
     def there(self, case):
         """The files of a patient that exist."""
@@ -58,17 +56,29 @@ class Outputs:
         if missing and {what for what, _ in missing} <= DICOM.keys():
             import SimpleITK as sitk
 
+            from keras_mmfnet.data.image_io import read_image
+
             masks = [path for (what, _), path in there.items() if what == "mask"]
-            return missing if any(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).any() for path in masks) else {}
+            return missing if any(sitk.GetArrayFromImage(read_image(path, case.name)).any() for path in masks) else {}
         return missing
 
-    def require_same(self, case, record):
-        """Refuses to add to a patient's files, or to keep them, if they were made from something else."""
+    def require_same(self, case, record, dicom):
+        """Refuses to add to a patient's files, or to keep them, if they were made from something else.
+
+        `dicom` has the options of each kind of DICOM file that is wanted.
+        """
         from keras_mmfnet._files import read_json
 
         path, there = self._record(case), self.there(case)
         before = read_json(path) if path.exists() else {}
-        before.pop("about", None)
+        about = before.pop("about", {})
+        for kind, options in dicom.items():
+            made = about.get("dicom", {}).get(kind, options)
+            if (kind, None) in there and made != options:
+                raise ValueError(
+                    f"{case.name}: {there[kind, None]}: must be made with {options}, as now; choose another --out. "
+                    f"Received: a file made with {made}"
+                )
         if there and before != record:
             listed = ", ".join(key for key in {**record, **before} if record.get(key) != before.get(key))
             raise ValueError(
@@ -83,7 +93,8 @@ class Outputs:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._record(case)
         before = read_json(path).get("about", {}) if path.exists() else {}
-        write(path, json.dumps({**record, "about": before | about}, indent=2) + "\n")
+        dicom = before.get("dicom", {}) | about["dicom"]
+        write(path, json.dumps({**record, "about": before | about | {"dicom": dicom}}, indent=2) + "\n")
 
     def drop_record(self, case):
         """Removes the record of a patient of whom no file was written."""

@@ -109,6 +109,7 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
     """Who lacks what, and what the folds of a training would hold."""
     import statistics
 
+    from keras_mmfnet.data.case import listed
     from keras_mmfnet.data.folds import divide_patients, group_patients, refuse_duplicates
 
     usable = {row.name: row for row in rows if not row.problems}
@@ -120,8 +121,7 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
         lacking[f"without {structure}"] = some
     lacking = {what: names for what, names in lacking.items() if names}
     for what, names in lacking.items():
-        listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
-        terminal.say(f"{what}: {counted(len(names), 'patient')}: {listed}")
+        terminal.say(f"{what}: {counted(len(names), 'patient')}: {listed(sorted(names))}")
     used = set(usable).intersection(*([set().union(*(fold.names for fold in splits))] if splits else []))
     volumes = {name: usable[name].tumour_ml for name in used}
     if recipe.training.balance and None in volumes.values():

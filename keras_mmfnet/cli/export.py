@@ -70,7 +70,8 @@ def export(
                 for path in sorted(Path(hidden).iterdir()):  # OpenVINO's .xml is the last of two
                     os.rename(path, out.parent / path.name)
         except ImportError as error:
-            raise ImportError(f"{_FORMATS[out.suffix]} needs the extra: pip install 'keras-mmfnet[export]'") from error
+            needed = f"{_FORMATS[out.suffix]} needs the extra: pip install 'keras-mmfnet[export]'"
+            raise ImportError(f"{needed}. Received: {error}") from error
         terminal.say(f"Use it with {opened.recipe_file}, as examples/serve_onnx.py does")
         if opened.recipe.training.postprocess:
             for name, rule in opened.postprocessing(folds).structures.items():

@@ -57,12 +57,11 @@ def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache
     from keras_mmfnet.methods import method_of
     from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
 
-    recipe = given_recipe(given)
-    method_of(recipe)  # One sequence is refused before the patients are read.
-    recipe = recipe.data
-    cases, errors = find(data, recipe)
-    if lacking := [name for name in recipe.modalities if not any(name in case.images for case in cases)]:
-        find_cases(data, recipe.model_copy(update={"allow_missing": False}))  # which says what there is instead
+    chosen = given_recipe(given)
+    method_of(chosen)  # One sequence is refused before the patients are read.
+    cases, errors = find(data, chosen.data)
+    if lacking := [name for name in chosen.data.modalities if not any(name in case.images for case in cases)]:
+        find_cases(data, chosen.data.model_copy(update={"allow_missing": False}))  # which says what there is instead
         raise ValueError(f"{data}: must hold images of {', '.join(lacking)}. Received: no such image")
     for case in [case for case in cases if case.mask is None]:
         errors.append(CaseError(f"{case.name}: a mask is needed to plan. Received: no mask"))

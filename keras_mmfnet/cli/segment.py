@@ -84,13 +84,17 @@ def segment(
         rules = opened.postprocessing(folds)
         applied = {"postprocess": rules.model_dump(mode="json")} if recipe.training.postprocess else {}
         hashes = [hashlib.sha256(opened.network(number).read_bytes()).hexdigest() for number in folds]
-        todo = []
+        todo, dicom = [], {}
+        if rtstruct:
+            dicom["rtstruct"] = {"names": names, "tolerance": tolerance}
+        if seg:
+            dicom["seg"] = {"names": names}
         for case in cases:
             record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied}
             record |= {"labels": outputs.labels, "mask": recipe.data.mask}
             try:
                 record["source"] = outputs.source(case, hashes)
-                outputs.require_same(case, record)
+                outputs.require_same(case, record, dicom)
             except ValueError as error:
                 failed.append(error)
             else:
@@ -108,7 +112,7 @@ def segment(
             "rtstruct": functools.partial(write_rtstruct, tolerance=tolerance, max_points=max_points),
             "seg": write_segmentation,
         }
-        about = {"input": str(patients.absolute()), "data": recipe.data.model_dump(mode="json")}
+        about = {"input": str(patients.absolute()), "data": recipe.data.model_dump(mode="json"), "dicom": dicom}
         for number, (case, record, missing) in enumerate(todo, start=1):
             try:
                 outputs.write_record(case, record, about)

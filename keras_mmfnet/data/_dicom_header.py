@@ -59,7 +59,7 @@ def not_dicom(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def pydicom_errors(refuse, expected: str = "an undamaged DICOM file"):
-    """Keeps pydicom's warnings back, and turns what it raises at damaged files, which may be anything, into an error.
+    """Suppresses pydicom's warnings, and turns any exception that it raises on a damaged file into an error.
 
     Args:
         refuse: Creates the error, see `refuser`.

@@ -265,6 +265,7 @@ def noise(image: tf.Tensor, deviation: tf.Tensor, sample: tf.Tensor, sequence: i
 
 def blur(image: tf.Tensor, deviation: tf.Tensor, radius: int, axes: Sequence[int]) -> tf.Tensor:
     """Convolves with a Gaussian of a standard deviation in voxels along some axes; mirrored at the edges."""
+    deviation = tf.maximum(deviation, 1e-3)  # of 0, the weights would not be numbers
     weights = tf.exp(-(np.arange(-radius, radius + 1, dtype=np.float32) ** 2) / (2 * deviation**2))
     weights = tf.unstack(weights / tf.reduce_sum(weights))
     for axis in axes:

@@ -102,7 +102,7 @@ def _state(file):
 
 
 def verify(cache: str | os.PathLike) -> list[str]:
-    """Removes the entries whose contents are not those that were written, so that they are made again.
+    """Removes the entries whose contents are not those that were written, so that they are preprocessed again.
 
     The patients' own files are read again when they are needed next: a file may have changed, or be damaged, although
     its size and time are the same.

@@ -24,10 +24,15 @@ def group_messages(messages: Iterable[str]) -> list[str]:
         kinds.setdefault(kind, []).append((name, message))
     lines = []
     for (_, first), *others in kinds.values():
-        listed = ", ".join(name for name, _ in others[:5]) + (", ..." if len(others) > 5 else "")
-        same = f" (likewise for {len(others)} other{'s' if len(others) > 1 else ''}: {listed})"
+        names = listed([name for name, _ in others], 5)
+        same = f" (likewise for {len(others)} other{'s' if len(others) > 1 else ''}: {names})"
         lines.append(first + same if others else first)
     return lines
+
+
+def listed(texts: Sequence[str], most: int = 10) -> str:
+    """The first texts of several, such as names, in one line."""
+    return ", ".join(texts[:most]) + ", ..." * (len(texts) > most)
 
 
 class CaseError(ValueError):
@@ -190,15 +195,14 @@ class PreprocessedCase:
         there = self.images
         return {name: there[name] if name in there else np.zeros(self.shape, np.float32) for name in modalities}
 
-    def to_source(self, array: np.ndarray, threshold: float | None = None) -> sitk.Image:
+    def to_source(self, array: np.ndarray) -> sitk.Image:
         """Resamples an array on `grid`, such as a probability map, to the grid of the reference modality's image.
 
         Args:
             array: Values `(depth, height, width)`, of this case's `shape`.
-            threshold: Lowest value that belongs to the mask; `None` returns the values.
 
         Returns:
-            A SimpleITK image on `source`: float32, linearly interpolated; with a threshold, a uint8 mask {0, 1}.
+            A SimpleITK image on `source`: float32, linearly interpolated.
 
         Raises:
             ValueError: The array has another shape.
@@ -207,5 +211,4 @@ class PreprocessedCase:
         if array.shape != self.shape:
             raise ValueError(f"`array` must have the shape {self.shape} of {self.name}. Received: {array.shape}")
         # The grid can be up to half a voxel smaller than its source: `extend` fills this edge.
-        values = self.source.resample(self.grid.image(array), extend=True)
-        return self.source.image(values if threshold is None else (values >= threshold).astype(np.uint8))
+        return self.source.image(self.source.resample(self.grid.image(array), extend=True))

@@ -5,8 +5,8 @@ import itertools
 import math
 import os
 import re
-import shutil
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -140,7 +140,7 @@ def position_problems(source: Path | Volume | Series, patient: str) -> tuple[boo
 
 
 def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
-    """Writes a 3D image, compressed, so that it is there whole or not at all.
+    """Writes a 3D image atomically, compressed: the file is complete or absent.
 
     SimpleITK says nothing when it could write only half of a NIfTI file: what was written is read again.
 
@@ -149,26 +149,22 @@ def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
         path: The file, in one of the formats of `IMAGE_SUFFIXES`.
 
     Raises:
-        OSError: The file cannot be written, or not whole, as on a full disk.
+        OSError: The file cannot be written completely, as on a full disk.
     """
     path = Path(path)
     # Some formats have a second file for the voxels.
-    folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        partial = folder / path.name
-        sitk.WriteImage(image, str(partial), useCompression=True)
-        if sitk.Hash(read_image(partial, path.name)) != sitk.Hash(image):
-            raise RuntimeError("other values when read again")
-        for file in sorted(folder.iterdir(), key=partial.__eq__):
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        try:
+            sitk.WriteImage(image, str(partial), useCompression=True)
+            if sitk.Hash(read_image(partial, path.name)) != sitk.Hash(image):
+                raise RuntimeError("other values when read again")
+        except (RuntimeError, CaseError) as error:
+            raise OSError(
+                f"{path}: the file must be complete when read again; the disk may be full. Received: {reason(error)}"
+            ) from error
+        for file in sorted(Path(folder).iterdir(), key=partial.__eq__):
             os.replace(file, path.with_name(file.name))
-    except (RuntimeError, CaseError) as error:
-        raise OSError(
-            f"{path}: must be written whole, as it is not on a full disk. Received: {reason(error)}"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_file(source, refuse, pixel_type):
@@ -316,7 +312,8 @@ def _read_nifti(source, refuse):
         header = file.read(540).ljust(540, b"\0")
     order = ">" if header[0] == 0 else "<"
     version = {348: 1, 540: 2}.get(struct.unpack_from(f"{order}i", header)[0])
-    if version is None or header[344:347] != b"n+1" if version != 2 else header[4:7] != b"n+2":
+    magic = {1: header[344:347] == b"n+1", 2: header[4:7] == b"n+2"}
+    if not magic.get(version):
         raise refuse("an undamaged image file", f"no header of NIfTI, but {header[:9]}")
     places = [place.split("@") for place in _PLACES[version]]
     read = {

@@ -62,7 +62,8 @@ def patch_dataset(
     Args:
         cases: `PreprocessedCase`s with a mask.
         recipe: The `PatchRecipe`: shape, windows and augmentation.
-        modalities: Names of the modalities in the batches; `None` for all modalities of the first patient.
+        modalities: Names of the modalities in the batches; `None` for all that the patients have, in the order in
+            which they first occur.
         batch_size: Patches per batch.
         training: Whether the dataset is random and endless.
         seed: Seed of the order of the windows and of the augmentation.
@@ -342,8 +343,8 @@ def _warn(cases, starts, patch_shape):
         )
 
 
-def _listed(names, most=20):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names):
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _split(patch, modalities):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import statistics
@@ -12,7 +13,7 @@ import SimpleITK as sitk
 from keras_mmfnet.data import cache as cache_files
 from keras_mmfnet.data._errors import reason
 from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_score
-from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, ZScoreError, files_of
+from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, ZScoreError, files_of, listed
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_image
@@ -20,7 +21,7 @@ from keras_mmfnet.data.registration import apply_transform, register_rigid
 from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
 
-# Interpolation leaves what is exactly one half a hair below it; such a voxel counts as inside.
+# Interpolation leaves what is exactly one half slightly below it; such a voxel counts as inside.
 _HALF = 0.5 - 1e-4
 # Share of a mask's volume that must be left on the reference grid.
 _KEPT = 2 / 3
@@ -51,8 +52,9 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
     Raises:
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
             of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`, or are not
-            and it has one; an image is constant, in all or inside the body; an image lies outside the first one's field
-            of view; the mask has several labels and `recipe.structures` does not choose, or no voxel of those wanted.
+            and it has one; an image is constant, in all or inside the body; an image lies outside the reference
+            modality's field of view; the mask has several labels and `recipe.structures` does not choose, or no voxel
+            of those wanted.
     """
     recipe = recipe_of(case, recipe)
     try:
@@ -83,20 +85,26 @@ def recipe_of(case: Case, recipe: DataRecipe) -> DataRecipe:
     """
     present = tuple(modality for modality in recipe.modalities if modality in case.images)
     if present != recipe.modalities:
-        missing = ", ".join(modality for modality in recipe.modalities if modality not in present)
+        missing = [modality for modality in recipe.modalities if modality not in present]
         if not (present and recipe.allow_missing):
             raise CaseError(
-                f"{case.name}: an image of {missing} is expected, or `data.allow_missing` and a network that was "
-                f"trained with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
+                f"{case.name}: an image of {', '.join(missing)} is expected, or `data.allow_missing` and a network "
+                f"that was trained with `network.modality_dropout`. Received: {', '.join(case.images) or 'no image'}"
             )
-        mask_from = None if recipe.mask_from in missing.split(", ") else recipe.mask_from
+        mask_from = None if recipe.mask_from in missing else recipe.mask_from
         return recipe.model_copy(update={"modalities": present, "mask_from": mask_from})
     return recipe
+
+
+def key_of_images(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) -> str:
+    """A hash of a patient's images, whatever the masks: see `cache.key`."""
+    return cache_files.key(dataclasses.replace(case, mask=None), recipe_of(case, recipe), cache)
 
 
 def _preprocess(case, recipe):
     first = recipe.modalities[0]
     notes, images, transforms, intensities = position_notes(case, recipe), {}, {}, {}
+    z_scores = recipe.normalised_scale is not None
     # What one processor does at a time, the reading and the arithmetic, is done for several images at once.
     with ThreadPoolExecutor() as pool:
         read = pool.map(
@@ -117,7 +125,6 @@ def _preprocess(case, recipe):
                     notes.append(f"{modality}: {note}")
             values = sitk.GetArrayViewFromImage(image)
             lowest = _require_contrast(values, where)
-            z_scores = recipe.normalised_scale is not None
             if z_scores or (lowest < 0 and not isinstance(case.images[modality], Series)):
                 intensities[modality] = _Intensities.of(values)
             volume = resample(image, grid, background=lowest)
@@ -351,8 +358,8 @@ def _is_one_label(values, whole):
 
 
 def _listed(values):
-    """Up to ten values as text."""
-    return ", ".join(f"{value:g}" for value in values[:10]) + (", ..." if len(values) > 10 else "")
+    """The first values as text."""
+    return listed([f"{value:g}" for value in values])
 
 
 def read_masks(case: Case, recipe: DataRecipe, preprocessed: PreprocessedCase) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ class RigidTransform:
 
 
 def register_rigid(
-    fixed: sitk.Image, moving: sitk.Image, seed: int = 0, name: str = "registration", coarse: bool = False
+    fixed: sitk.Image, moving: sitk.Image, name: str = "registration", coarse: bool = False
 ) -> tuple[RigidTransform, float]:
     """Registers two images of a patient by a rigid transform.
 
@@ -61,7 +61,6 @@ def register_rigid(
     Args:
         fixed: 3D SimpleITK image.
         moving: 3D SimpleITK image of the same patient.
-        seed: Seed of the sampled points, 0 or more.
         name: Name in the log.
         coarse: Estimate the transform to within 1 mm in a tenth of the time, from 4 mm voxels and fewer points.
 
@@ -79,7 +78,7 @@ def register_rigid(
     levels, samples = (_LEVELS[:1], _FEW_SAMPLES) if coarse else (_LEVELS, _SAMPLES)
     for number, size in enumerate(levels, start=1):
         pair = [_coarse(image, size) for image in (fixed, moving)]
-        method = _method(pair[0], seed, samples)
+        method = _method(pair[0], samples)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=size / 2,
             minStep=_STEP,
@@ -97,25 +96,23 @@ def register_rigid(
     # Rounding removes the differences between runs that come from the order in which threads sum.
     numbers = tuple(round(number, 5) for number in transform.GetParameters())
     found = RigidTransform(numbers[:3], numbers[3:], centre)
-    gain = _information(*pair, found, seed, samples) - _information(*pair, start, seed, samples)
+    gain = _information(*pair, found, samples) - _information(*pair, start, samples)
     return (found, gain) if gain > 0 else (start, 0.0)
 
 
-def _method(fixed, seed, samples):
+def _method(fixed, samples):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
     # Random points: a regular grid aligns with the voxels of the other image, which biases the result.
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(
-        min(samples / fixed.GetNumberOfPixels(), 1.0), seed + 1
-    )  # a seed of 0 means the clock
+    method.SetMetricSamplingPercentage(min(samples / fixed.GetNumberOfPixels(), 1.0), seed=1)
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
 
-def _information(fixed, moving, transform, seed, samples):
+def _information(fixed, moving, transform, samples):
     """Mutual information of two images; higher is better."""
-    method = _method(fixed, seed, samples)
+    method = _method(fixed, samples)
     method.SetInitialTransform(transform.to_sitk())
     return -method.MetricEvaluate(fixed, moving)
 

@@ -40,7 +40,9 @@ def write_segmentation(
         from pydicom.sr.codedict import codes
         from pydicom.valuerep import DSfloat
     except ImportError as error:
-        raise ImportError("DICOM segmentations need the extra: pip install 'keras-mmfnet[dicom]'") from error
+        raise ImportError(
+            "DICOM segmentations need the extra: pip install 'keras-mmfnet[dicom]'. Received: no module highdicom"
+        ) from error
     structures = [Structure(name, mask)] if isinstance(mask, sitk.Image) else list(mask)
     grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):

@@ -180,7 +180,7 @@ def _load_preset(cls, path, changes):
         if not part.is_file():
             raise ValueError(f"{part}: a preset with such a file, or a bundle, is expected. Received: a folder without")
     values = read_json(file)
-    name = values.get("registered_name") if isinstance(values, dict) else None
+    name = values.get("registered_name")
     found = keras.saving.get_registered_object(name) if isinstance(name, str) else None
     _check_class(cls, found, file)
     try:

@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS lacking (
 );
 CREATE TABLE IF NOT EXISTS taken (path BLOB PRIMARY KEY, size INTEGER, modified INTEGER);
 """
-# Begins a study anew: what a step reports of it afterwards is ignored.
+# Restarts a study: what a step reports of it afterwards is ignored.
 _ANEW = "state = 'receiving', version = version + 1, due = 0, attempts = 0, reason = ''"
 # Seconds until the next attempt: doubled each time, from the first to the second number.
 _PAUSES = 10.0, 3600.0
@@ -37,7 +37,7 @@ class Study:
         state: `"receiving"`; `"segmenting"`; `"sending"`: segmented, and not yet with all receivers; `"done"`; or
             `"refused"`: it cannot be segmented.
         images: How many images were received.
-        version: Increases whenever the study begins anew.
+        version: Increases whenever the study restarts.
         changed: When the last image came or a step ended, in seconds since 1970.
         due: Earliest time of the next attempt, in seconds since 1970.
         attempts: How often the step it is at has failed.
@@ -57,7 +57,7 @@ class Study:
 class StudyQueue:
     """A queue in a file, which several threads and processes may use at a time.
 
-    An image that arrives late begins its study anew, whatever its state. What a step reports of a study afterwards is
+    An image that arrives late restarts its study, whatever its state. What a step reports of a study afterwards is
     ignored.
 
     Args:
@@ -76,7 +76,7 @@ class StudyQueue:
             yield database
 
     def add(self, uid: str, image: str, changed: bool = False, series: str = "") -> None:
-        """Records an image of a study. One that is recorded already begins the study anew only if it has changed.
+        """Records an image of a study. One that is recorded already restarts the study only if it has changed.
 
         Any image, even a repeated one, restarts the wait until the study is complete.
 
@@ -98,7 +98,7 @@ class StudyQueue:
                 )
 
     def lack(self, uid: str, series: str, image: str, reason: str) -> None:
-        """Records that an image of a study was not kept. The study begins anew, and is not segmented without it.
+        """Records that an image of a study was not kept. The study restarts, and is not segmented without it.
 
         Args:
             uid: Study Instance UID.

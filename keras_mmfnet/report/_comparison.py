@@ -97,7 +97,7 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         for key in OF_PAPER + DISTANCES:
             if key in OF_PAPER:
                 row[f"paper_{key}"] = folds[0]["paper"].get(key)
-            row[key], row[f"{key}_std"] = (summary[key][name] if patients else None for name in ("mean", "std"))
+            row[key], row[f"{key}_std"] = (summary[key][of] if patients else None for of in ("mean", "std"))
         common = [n for n in patients if n in reference and np.isfinite(patients[n]["dsc"] + reference[n]["dsc"])]
         same = name == baseline or not common
         difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
@@ -174,10 +174,14 @@ def transfer_curves(results: Mapping[str, Sequence[Mapping]]) -> dict[str, dict]
             label: [[epoch["val_loss"] for epoch in result["history"]] for result in found if result["fold"] in folds]
             for label, found in pair.items()
         }
-        first = results[name][0]
-        updates = first["updates"] / len(first["history"]) * np.arange(1, len(first["history"]) + 1)
         if folds:
-            charts[first["title"]] = {label: (updates, np.mean(lines, axis=0)) for label, lines in losses.items()}
+            first, curves = results[name][0], {}
+            each = first["updates"] / len(first["history"])
+            for label, lines in losses.items():
+                # Trainings may have ended early: as far as all of them went.
+                epochs = min(map(len, lines))
+                curves[label] = each * np.arange(1, epochs + 1), np.mean([line[:epochs] for line in lines], axis=0)
+            charts[first["title"]] = curves
     return charts
 
 

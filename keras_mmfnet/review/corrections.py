@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from keras_mmfnet._files import read_json, to_disk, write
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.labels import join_masks
-from keras_mmfnet.inference import read_segmentation
+from keras_mmfnet.inference import mask_file, read_segmentation
 from keras_mmfnet.review.edits import Classes, difference
 from keras_mmfnet.review.patients import ReviewPatient
 from keras_mmfnet.review.strokes import StrokeFile, pack, unpack
@@ -215,4 +215,4 @@ def versions_in(corrections: str | os.PathLike, patient: ReviewPatient) -> list[
 
 def _files(folder, stem, patient):
     """The files of the masks of a version."""
-    return {one: folder / f"{stem}{f'_{one}' * bool(one)}.nii.gz" for one in patient.masks}
+    return {one: folder / mask_file(stem, one) for one in patient.masks}

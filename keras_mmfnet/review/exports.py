@@ -11,9 +11,10 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import new_folder, write
 from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.layouts import MASKS_FILE
 from keras_mmfnet.export import Structure, write_image, write_rtstruct, write_segmentation
-from keras_mmfnet.inference import read_segmentation
+from keras_mmfnet.inference import mask_file, read_segmentation
 from keras_mmfnet.review.corrections import versions_in
 from keras_mmfnet.review.patients import ReviewPatient
 
@@ -64,7 +65,7 @@ def export_corrections(
             drawn = [Structure(n, image) for n, image in images.items() if sitk.GetArrayViewFromImage(image).any()]
             for kind in wanted if drawn else ():
                 _DICOM[kind](drawn, series[patient], filled / f"{patient.name}_{kind}.dcm")
-            names = {one: f"{patient.name}{f'_{one}' * bool(one)}.nii.gz" for one in masks}
+            names = {one: mask_file(patient.name, one) for one in masks}
             for one, name in names.items():
                 _write(masks[one], patient.recipe.structures, filled / name)
             named = list(patient.recipe.named_structures)
@@ -78,6 +79,6 @@ def _write(mask, structures, path):
     """Copies the file of a mask. A single structure, which has 1 there, gets the label that the recipe reads."""
     labels = next(iter(structures.values())) if len(structures) == 1 else None
     if isinstance(labels, tuple) and 1 not in labels:
-        write_image(sitk.ReadImage(str(mask)) * labels[0], path)
+        write_image(sitk.Cast(read_image(mask, mask.name), sitk.sitkInt32) * labels[0], path)
     else:
         shutil.copyfile(mask, path)

@@ -12,14 +12,13 @@ import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json
 from keras_mmfnet.data import find_patients, preprocess_case
-from keras_mmfnet.data.case import Case, PreprocessedCase
+from keras_mmfnet.data.case import Case, PreprocessedCase, listed
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image, write_image
 from keras_mmfnet.data.labels import join_masks, split_labels
 from keras_mmfnet.data.preprocess import read_masks, recipe_of
 from keras_mmfnet.data.registration import apply_transform
 from keras_mmfnet.inference import read_segmentation, segment_case, segmentation_endings
-from keras_mmfnet.methods import find_method, method_of
 from keras_mmfnet.models import load_network
 from keras_mmfnet.recipe import RECIPE_FILE, DataRecipe
 from keras_mmfnet.run import Run
@@ -116,7 +115,7 @@ class ReviewPatient:
             for name, image in self.predict().items():
                 self.maps[what, name].parent.mkdir(parents=True, exist_ok=True)
                 write_image(image, self.maps[what, name])
-        return self.grid.resample(sitk.ReadImage(str(path), sitk.sitkFloat32))
+        return self.grid.resample(read_image(path, path.name, sitk.sitkFloat32))
 
     def to_source(self, mask: np.ndarray) -> sitk.Image:
         """A mask as a uint8 image on the patient's own grid."""
@@ -182,7 +181,7 @@ def patients_of_contours(folder: str | os.PathLike, patients: str | os.PathLike 
     if missing:
         raise ValueError(
             f"{folder}: the images of the patients are expected where they were segmented, or in --patients. "
-            f"Received: none of {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}"
+            f"Received: none of {listed(missing)}"
         )
     return found
 
@@ -192,43 +191,39 @@ def _cases(path, recipe):
     return {case.name: case for case in find_patients(path, recipe, lambda error: None)} if Path(path).exists() else {}
 
 
-def patients_of_run(run: str | os.PathLike, method: str = "mmfnet") -> list[ReviewPatient]:
+def patients_of_run(run: str | os.PathLike) -> list[ReviewPatient]:
     """The test patients of the finished folds of a run.
 
     Args:
         run: Folder of a run.
-        method: Name of the method.
 
     Returns:
         The patients by fold and name.
 
     Raises:
-        ValueError: No fold of the method is finished, or the images are gone.
+        ValueError: No fold of MMFNet is finished, or the images are gone.
     """
     opened = Run(run)
-    results = opened.results().get(method, [])
+    results = opened.results().get("mmfnet", [])
     if not results:
-        raise ValueError(f"{run}: a finished fold of {method} is expected. Received: none")
+        raise ValueError(f"{run}: a finished fold of MMFNet is expected. Received: none")
     found = []
     for result in results:
         scores = {}
         for row in result["patients"]:
             scores.setdefault(row["patient"], {})[row["structure"]] = row
         for name, rows in sorted(scores.items()):
-            case, masks = opened.cases[name], opened.masks(result["fold"], method, name)
+            case, masks = opened.cases[name], opened.masks(result["fold"], "mmfnet", name)
             folder = opened.folder / "corrections" / name
             maps = {("probability", one): folder / f"probability_{one}.nii.gz" for one in opened.recipe.data.structures}
-            predict = functools.partial(_probabilities, opened, result["fold"], method, name)
+            predict = functools.partial(_probabilities, opened, result["fold"], name)
             place = Path(opened.cohort["data"])
             recipe = opened.recipe.data
             found.append(ReviewPatient(case, recipe, place, masks, maps, rows, opened.cache, predict))
     return found
 
 
-def _probabilities(run, fold, name, patient):
+def _probabilities(run, fold, patient):
     """What the network of a fold predicts for a patient, by structure."""
-    method = method_of(run.recipe) if name == "mmfnet" else find_method(name)
-    recipe = method.adapt(run.recipe)
-    network = method.over_volumes(load_network(run.network(fold, name), recipe), recipe)
     [preprocessed] = run.patients([patient])
-    return segment_case(network, preprocessed, recipe).probabilities
+    return segment_case(load_network(run.network(fold), run.recipe), preprocessed, run.recipe).probabilities

@@ -73,7 +73,7 @@ class Review:
             expected = f"{self.folder}: one review at a time is expected"
             raise RuntimeError(f"{expected}. Received: another one that runs") from None
         self._corrections: dict[int, Correction] = {}
-        self._lock = threading.Lock()
+        self._lock, self._predicting = threading.Lock(), threading.Lock()
 
     def close(self) -> None:
         """Lets other processes review the patients."""
@@ -88,6 +88,11 @@ class Review:
             if len(self._corrections) > _KEPT:
                 del self._corrections[next(iter(self._corrections))]
             yield found
+
+    def map(self, number: int, what: str, structure: str) -> np.ndarray:
+        """A map of a patient; one that is not there is predicted, once, whoever asks for it meanwhile."""
+        with self._predicting:
+            return self.patients[number].map(what, structure)
 
     def listed(self) -> list[dict]:
         """What the list shows of each patient."""
@@ -177,7 +182,7 @@ class _Answers:
 
     def map(self, query, body, number, what, structure):
         patient = self.review.patients[number]
-        return self._nifti(patient.map(what, structure), patient)
+        return self._nifti(self.review.map(number, what, structure), patient)
 
     def mask(self, query, body, number, which):
         patient = self.review.patients[number]
@@ -217,7 +222,7 @@ class _Answers:
         structure, threshold = _chosen(query, "structure", patient.recipe.structures), float(query["threshold"])
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: a number above 0, 1 at most, is expected. Received: {threshold}")
-        probability = patient.map("probability", patient.recipe.structure_names[structure])
+        probability = self.review.map(number, "probability", patient.recipe.structure_names[structure])
         with self.review.correction(number) as correction:
             mask = correction.classes.split(correction.drawing)[structure]
             found = grow(probability, threshold, mask)

@@ -87,7 +87,7 @@ class StrokeFile:
                 self._end += _RECORD.size + length
         elif len(content) >= len(self._header):
             raise ValueError(
-                f"{self.path}: must be unsaved strokes on the mask that is there now; rename the file to begin anew. "
+                f"{self.path}: must be unsaved strokes on the mask that is there now; rename the file to start again. "
                 "Received: strokes on another mask"
             )
         if self._end < len(content):

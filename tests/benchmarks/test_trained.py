@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import sys
@@ -23,7 +24,8 @@ def trained(tiny_cohort, tmp_path_factory):
     cases = [case.name for case in find_cases(tiny_cohort, recipe.data)]
     fold = five_folds(cases, 3, recipe.training.validation_fraction, recipe.training.seed)[0]
     (folder / "recipe.json").write_text(recipe.to_json())
-    (folder / "cohort.json").write_text(json.dumps({"folds": [{"validation": fold.validation, "test": fold.test}]}))
+    cohort = {"data": str(tiny_cohort), "patients": dict.fromkeys(cases), "folds": [dataclasses.asdict(fold)]}
+    (folder / "cohort.json").write_text(json.dumps(cohort))
     (folder / "fold_0").mkdir()
     network = MMFNet(recipe.data.modalities, recipe.patches.shape, (2, 3), reduction=2)
     rng = np.random.default_rng(0)
@@ -33,22 +35,22 @@ def trained(tiny_cohort, tmp_path_factory):
     return folder
 
 
-def run(name, trained, cohort, tmp_path, benchmarks, monkeypatch):
+def run(name, trained, tmp_path, benchmarks, monkeypatch):
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--run", str(trained), "--data", str(cohort)])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--run", str(trained)])
     script.main()
     return json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
 
 
-def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmarks, monkeypatch):
-    result = run("missing_modalities", trained, tiny_cohort, tmp_path, benchmarks, monkeypatch)
+def test_what_a_missing_modality_costs(trained, tmp_path, benchmarks, monkeypatch):
+    result = run("missing_modalities", trained, tmp_path, benchmarks, monkeypatch)
     assert list(result["without"]) == ["t1", "t2", "cet1", "t1, t2", "t1, cet1", "t2, cet1"]
     for name, numbers in result["without"].items():
         assert numbers["dsc"] - result["dsc"] == pytest.approx(numbers["mean"]), name
         assert numbers["patients"] == result["patients"] == 2
     load, recipe, _, test = importlib.import_module("trained").open_run(
-        importlib.import_module("argparse").Namespace(run=trained, data=tiny_cohort, method="mmfnet_mlp_std", fold=0)
+        importlib.import_module("argparse").Namespace(run=trained, method="mmfnet_mlp_std", fold=0)
     )
     found = []
     for case in test:
@@ -58,9 +60,7 @@ def test_what_a_missing_modality_costs(trained, tiny_cohort, tmp_path, benchmark
     assert result["without"]["t2"]["dsc"] == pytest.approx(np.mean(found))
 
 
-def test_attention_that_is_the_same_for_all_loses_nothing_by_its_mean(
-    trained, tiny_cohort, tmp_path, benchmarks, monkeypatch
-):
+def test_attention_that_is_the_same_for_all_loses_nothing_by_its_mean(trained, tmp_path, benchmarks, monkeypatch):
     path = trained / "fold_0" / "mmfnet_mlp_std.keras"
     kept, network = path.read_bytes(), keras.models.load_model(path, compile=False)
     for layer in network.layers:
@@ -70,16 +70,16 @@ def test_attention_that_is_the_same_for_all_loses_nothing_by_its_mean(
             attention.set_weights([np.zeros(weight.shape) for weight in attention.get_weights()])
     try:
         network.save(path)
-        result = run("fixed_attention", trained, tiny_cohort, tmp_path, benchmarks, monkeypatch)
+        result = run("fixed_attention", trained, tmp_path, benchmarks, monkeypatch)
     finally:
         path.write_bytes(kept)
     lost = {name: abs(numbers["mean"]) for name, numbers in result["less_the_network's_own"].items()}
     assert lost["channel"] < 1e-6 < lost["spatial"] == pytest.approx(lost["both"])
 
 
-def test_a_network_that_is_not_there(trained, tiny_cohort, benchmarks, monkeypatch, tmp_path):
+def test_a_network_that_is_not_there(trained, benchmarks, monkeypatch, tmp_path):
     script = importlib.import_module("missing_modalities")
-    arguments = ["--run", str(trained), "--data", str(tiny_cohort), "--fold", "1"]
+    arguments = ["--run", str(trained), "--fold", "1"]
     monkeypatch.setattr(sys, "argv", ["missing_modalities.py", *arguments])
     with pytest.raises(SystemExit, match=r"a trained network is expected. Received: .*fold_1"):
         script.main()

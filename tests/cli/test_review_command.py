@@ -32,7 +32,7 @@ def run(mmfnet, tiny_cohort, tiny, tmp_path_factory):
     return out
 
 
-def test_the_patients_of_a_run(run):
+def test_the_patients_of_a_run(run, tmp_path):
     patients = patients_of_run(run)
     [result] = [json.loads((run / "fold_0" / "mmfnet.json").read_text())]
     assert [patient.name for patient in patients] == sorted(row["patient"] for row in result["patients"])
@@ -44,8 +44,11 @@ def test_the_patients_of_a_run(run):
         assert np.count_nonzero(mask) == np.count_nonzero(written)
         np.testing.assert_array_equal(patient.map("probability", "tumour") >= 0.5, mask)
         assert list((run / "corrections" / patient.name).glob("probability_tumour.nii.gz"))
-    with pytest.raises(ValueError, match=r"a finished fold of multi_encoder is expected. Received: none"):
-        patients_of_run(run, "multi_encoder")
+    (tmp_path / "run").mkdir()
+    for name in ("recipe.json", "cohort.json"):
+        shutil.copy(run / name, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"a finished fold of MMFNet is expected. Received: none"):
+        patients_of_run(tmp_path / "run")
 
 
 def test_what_was_segmented(mmfnet, trained, tiny_cohort, tmp_path):

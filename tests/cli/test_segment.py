@@ -41,6 +41,10 @@ def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
     np.testing.assert_array_equal(read(out / "Zoë_probability.nii.gz") >= 0.5, read(out / "Zoë.nii.gz") > 0)
     assert read(out / "Zoë_disagreement.nii.gz").max() > 0.01
     assert [pydicom.dcmread(out / f"Zoë_{kind}.dcm").Modality for kind in ("rtstruct", "seg")] == ["RTSTRUCT", "SEG"]
+    assert "Segmented already: 1 of 1" in mmfnet("segment", trained, patient, "--out", out, *flags).stderr
+    for options in (("--structure", "GTV"), ("--tolerance", 0.5)):
+        other = mmfnet("segment", trained, patient, "--out", out, *flags, *options, code=1)
+        assert re.search(r"Zoë_rtstruct.dcm: must be made with .* as now; .* Received: a file made with", other.stderr)
     limits = ("--rtstruct", "--tolerance", 0.5, "--max-points", 3)
     refused = mmfnet("segment", trained, patient, "--out", tmp_path / "few", *limits, code=1)
     assert re.search(r"at most 3 points with a tolerance of 0.5 mm. Received: \d+ points in slice", refused.stderr)

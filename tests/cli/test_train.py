@@ -233,15 +233,17 @@ def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started,
 def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, started, tmp_path):
     fold = json.loads((started / "cohort.json").read_text(encoding="utf-8"))["folds"][1]
     seen, unseen = tiny_cohort / fold["train"][0], tiny_cohort / fold["test"][0]
-    renamed, other = tmp_path / "renamed", tmp_path / seen.name
+    renamed, redrawn, other = tmp_path / "renamed", tmp_path / "redrawn", tmp_path / seen.name
     shutil.copytree(seen, renamed)
+    shutil.copytree(seen, redrawn)
+    shutil.copy(unseen / "mask.nii.gz", redrawn)
     shutil.copytree(unseen, other)
-    shutil.copy(seen / "mask.nii.gz", other)
+    sitk.WriteImage(sitk.ReadImage(str(unseen / "t1.nii.gz")) * 2, str(other / "t1.nii.gz"))
 
     def said(patient):
         return mmfnet("segment", started, patient, "--out", tmp_path / "out" / patient.parent.name).stderr
 
-    for patient in (seen, renamed):
+    for patient in (seen, renamed, redrawn):
         assert re.search(r"DSC .* \(this patient was in the training set of fold 1\)", said(patient))
     assert re.search(r"DSC .* \(a patient of this name was in the training set of fold 1\)", said(other))
     assert re.search(r"DSC \S+ HD95 \S+ mm$", said(unseen).strip())

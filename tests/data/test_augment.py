@@ -95,6 +95,7 @@ def test_a_blur_is_scipys():
         found = augment.blur(tf.constant(IMAGE), tf.constant(0.8), 3, axes)
         expected = ndimage.gaussian_filter(IMAGE, 0.8, mode="reflect", radius=3, axes=axes)
         np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_array_equal(augment.blur(tf.constant(IMAGE), tf.constant(0.0), 3, axes), IMAGE)
 
 
 def test_a_low_resolution_is_numpys_interpolation():

@@ -797,18 +797,21 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path, suffix, full_disk):
     with pytest.raises(FileNotFoundError):
         write_image(image, path)
     path.parent.mkdir()
-    with full_disk(5000), pytest.raises(OSError, match=rf"{path}: must be written whole, .*full disk. Received: "):
+    with (
+        full_disk(5000),
+        pytest.raises(OSError, match=rf"{path}: the file must be complete when read again; .*Received: "),
+    ):
         write_image(image, path)
     assert not list(path.parent.iterdir())
     write_image(image, path)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read_image(path, "ann")), sitk.GetArrayFromImage(image))
     names = {path.name: path.stat().st_size for path in path.parent.iterdir()}
     # What is there stays where another cannot be written.
-    with full_disk(5000), pytest.raises(OSError, match="must be written whole"):
+    with full_disk(5000), pytest.raises(OSError, match="must be complete when read again"):
         write_image(image, path)
     assert {path.name: path.stat().st_size for path in path.parent.iterdir()} == names
 
 
 def test_an_image_that_no_format_is_for(tmp_path):
-    with pytest.raises(OSError, match=r"mask.xyz: must be written whole.*Received: "):
+    with pytest.raises(OSError, match=r"mask.xyz: the file must be complete.*Received: "):
         write_image(make_image(), tmp_path / "mask.xyz")

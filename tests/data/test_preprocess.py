@@ -186,7 +186,7 @@ def test_a_mask_there_and_back_differs_only_at_its_rim(tmp_path, direction, spac
     grid = make_grid(direction=direction)
     case = make_case(tmp_path, grid)
     result = preprocess_case(case, RAW.replace({"data.spacing": spacing}).data)
-    back, truth = result.to_source(result.mask, threshold=0.5), grid.image(tumour(grid))
+    back, truth = result.to_source(result.mask) >= 0.5, grid.image(tumour(grid))
     source = Grid.from_image(sitk.ReadImage(str(case.images["t1"])))
     assert Grid.from_image(back).matches(source)
     if spacing is None:
@@ -675,7 +675,7 @@ def test_brainix(brainix):
     # There and back on the oblique grid.
     drawn = result.source.resample(sitk.Cast(roi, sitk.sitkFloat32)) >= 0.5
     truth = result.source.image(drawn.astype(np.uint8))
-    back = result.to_source(result.mask, threshold=0.5)
+    back = result.to_source(result.mask) >= 0.5
     assert back.GetSize() == (512, 512, 22)
     assert differs_only_at_rim(truth, back, [3, 3, 0])
     assert dice(back, truth) > 0.97
@@ -715,7 +715,7 @@ def test_brats_tumour_core(test_data):
     labels = sitk.ReadImage(str(case.mask))
     values = sitk.GetArrayViewFromImage(labels)
     truth = Grid.from_image(labels).image(np.isin(values, (1, 3, 4)).astype(np.uint8))
-    back = result.to_source(result.mask, threshold=0.5)
+    back = result.to_source(result.mask) >= 0.5
     assert Grid.from_image(back) == Grid.from_image(labels)
     assert differs_only_at_rim(truth, back, [4, 4, 0])
     assert dice(back, truth) > 0.95

@@ -72,10 +72,10 @@ def test_a_known_transform_is_found_between_two_contrasts(transform):
     assert gain > 0 or transform == IDENTITY
 
 
-def test_the_same_seed_finds_the_same_transform():
+def test_the_same_images_have_the_same_transform():
     fixed, moving = phantom()[0], phantom(inverted=True)[0]
     transform = RigidTransform((0.05, 0.0, 0.1), (3.0, 2.0, 0.0), (0.0, 0.0, 0.0))
-    one, other = (register_rigid(fixed, apply_transform(moving, transform), seed=3)[0] for _ in range(2))
+    one, other = (register_rigid(fixed, apply_transform(moving, transform))[0] for _ in range(2))
     assert one == other
 
 

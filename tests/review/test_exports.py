@@ -21,7 +21,9 @@ def corrected(patient, folder):
     return correction.classes.split(correction.drawing)
 
 
-@pytest.mark.parametrize("structures", [{"tumour": None}, {"tumour": (4,)}, {"tumour": "tum.*"}, None])
+@pytest.mark.parametrize(
+    "structures", [{"tumour": None}, {"tumour": (4,)}, {"tumour": (300,)}, {"tumour": "tum.*"}, None]
+)
 def test_a_folder_to_train_on(tmp_path, structures):
     source = make_patient(tmp_path, None if structures else {"wt": (1, 2, 4), "tc": (1, 4), "et": (4,)})
     structures = structures or source.recipe.structures

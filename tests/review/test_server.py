@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,3 +145,21 @@ def test_many_patients_are_listed_quickly(tmp_path):
         content, _ = client.get("/secret/api/patients")
     assert len(json.loads(content)["patients"]) == 500
     assert len(content) < 200_000
+
+
+def test_a_map_is_predicted_once(patient, tmp_path):
+    """The page asks for all maps of a patient at the same time."""
+    asked, image = [], sitk.ReadImage(str(patient.maps["probability", "tumour"]))
+
+    def predict():
+        asked.append(None)
+        time.sleep(0.2)
+        return {"tumour": image}
+
+    new = dataclasses.replace(
+        patient, maps={("probability", "tumour"): tmp_path / "new" / "map.nii.gz"}, predict=predict
+    )
+    with served([new], tmp_path / "corrections") as client, ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: client.get(f"{ONE}/maps/probability/tumour.nii")[0], range(4))]
+    assert len(asked) == 1
+    assert len(set(found)) == 1
