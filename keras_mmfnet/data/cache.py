@@ -26,7 +26,7 @@ from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import Case, PreprocessedCase, StructureFiles
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid
-from keras_mmfnet.data.image_io import Volume, read_image
+from keras_mmfnet.data.image_io import Volume, read_image, voxels_lie_apart
 from keras_mmfnet.data.registration import RigidTransform
 from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
@@ -136,7 +136,7 @@ def _digest(source, patient, digest, hashes):
         found = hashes.of(source)
     except OSError as error:
         raise refuser(source, patient)("a readable file", error.strerror) from error
-    return found + sitk.Hash(read_image(source, patient)) if source.suffix.lower() in (".mhd", ".nhdr") else found
+    return found + sitk.Hash(read_image(source, patient)) if voxels_lie_apart(source, patient) else found
 
 
 def store(preprocessed: PreprocessedCase, entry: Path) -> None:

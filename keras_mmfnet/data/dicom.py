@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _MEDIA_CLASS, _CLASS, _INSTANCE = 0x00020002, 0x00080016, 0x00080018
 _PATIENT, _NAME, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x00100010, 0x0020000E, 0x00200052
+_STUDY = 0x0020000D
 _DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
 _POSITION, _FRAMES, _ROWS, _PER_FRAME = 0x00200032, 0x00280008, 0x00280010, 0x52009230
 # Position, orientation, spacing, thickness, columns and rows, slope and intercept: the tags, and how many numbers.
@@ -117,6 +118,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     """
     folder = Path(folder)
     found, others, faults, unknown, patients, instances = {}, {}, [], [], {}, {}
+    owners, studies = {}, set()
     for path in walk_files(folder):
         refuse, header = refuser(path, patient), {}
         if received := not_dicom(path):
@@ -134,12 +136,15 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
                 kind.startswith(_CAPTURE) and not header.get(_POSITION) and _PER_FRAME not in header
             ):
                 others.setdefault(kind, []).append(path)
+                if kind in (STRUCTURE_SET, *SEGMENTATIONS) and header.get(_PATIENT):
+                    owners[path] = header[_PATIENT]
                 continue
             slices = _slices(path, header, patient)
         except CaseError as error:
             faults.append((path, header, error))
             continue
         # Without an ID, the name tells the patients apart, however it is punctuated.
+        studies.add(header.get(_STUDY, ""))
         if name := header.get(_PATIENT) or "".join(filter(str.isalnum, header.get(_NAME, "").casefold())):
             patients.setdefault((bool(header.get(_PATIENT)), name), path)
         instance = header.get(_INSTANCE)
@@ -154,6 +159,15 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
                 f"{patient}: {folder}: must hold the DICOM files of one patient. "
                 f"Received: {len(different)} different {what} ({listed})"
             )
+    ids = {name for identified, name in patients if identified}
+    for path, owner in owners.items():
+        if ids and owner not in ids:
+            _log.warning("%s: %s has another PatientID than the images", patient, path.relative_to(folder))
+    if len(studies) > 1 and not patients:
+        raise CaseError(
+            f"{patient}: {folder}: must hold the DICOM files of one patient, with a PatientID or PatientName, or of "
+            f"one study. Received: {len(studies)} studies without either"
+        )
     for path, header, _ in faults:
         if header.get(_UID) and not any(header[_UID] == key[0] for key in found):
             found[_key(path, header)] = [(header, [Slice(path)])]
@@ -292,6 +306,8 @@ def _slices(path, header, patient):
 
         with pydicom_errors(refuser(path, patient)):
             return read_frames(path, pydicom.dcmread(path, force=True, stop_before_pixels=True))
+    if "MOSAIC" in header.get(_AT_ONE_PLACE["type"], "").split("\\"):
+        raise refuser(path, patient)("one slice, or frames with positions of their own", "a mosaic of all slices")
     if PIXELS not in header:
         raise refuser(path, patient)("an undamaged DICOM file", "an image without voxels, or one that breaks off")
     if header.get(_FRAMES, "1") not in ("", "1"):
@@ -336,7 +352,11 @@ def read_frames(path: Path, image: Any) -> list[Slice]:
             # Of the dimensions other than the place.
             "index": [int(i) for i, tag in zip(index, dimensions, strict=False) if tag not in (0x00209057, _POSITION)],
         }
-        slope, intercept = (value("PixelValueTransformation", f"Rescale{word}") for word in ("Slope", "Intercept"))
+        # Some writers have them once, for all frames.
+        slope, intercept = (
+            image.get(name) if (own := value("PixelValueTransformation", name)) is None else own
+            for name in ("RescaleSlope", "RescaleIntercept")
+        )
         slices.append(
             Slice(
                 path,
@@ -400,7 +420,8 @@ def read_series(series: Series, patient: str, pixel_type: int = sitk.sitkUnknown
             stored[one.path] = _stored(one.path, patient)
         frame = stored[one.path][one.frame or 0]
         frames.append((frame * one.rescale[0] + one.rescale[1]).astype(dtype) if rescaled else frame)
-    image = grid.image(np.stack(frames))
+    voxels = np.ma.stack(frames) if any(map(np.ma.is_masked, frames)) else np.stack(frames)
+    image = grid.image(voxels.filled(voxels.min()) if np.ma.count_masked(voxels) else voxels)
     return image if pixel_type == sitk.sitkUnknown else sitk.Cast(image, pixel_type)
 
 
@@ -431,7 +452,7 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Slice]]:
 
 
 def _stored(path, patient):
-    """The voxels of a file as it stores them, `(frames, rows, columns)`."""
+    """The voxels of a file as it stores them, `(frames, rows, columns)`; a masked array if some are padding."""
     import pydicom
     from pydicom import uid
 
@@ -440,18 +461,33 @@ def _stored(path, patient):
         image = pydicom.dcmread(path, force=True)
         if image.SamplesPerPixel != 1:
             raise refuse("an image with one number per voxel", f"{image.SamplesPerPixel} numbers per voxel")
+        if (colours := image.PhotometricInterpretation) not in ("MONOCHROME1", "MONOCHROME2"):
+            raise refuse("an image in shades of grey", f"PhotometricInterpretation {colours}")
         if "TransferSyntaxUID" not in image.file_meta:
             implicit, little = image.original_encoding
             syntaxes = (uid.ExplicitVRBigEndian, uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian)
             image.file_meta.TransferSyntaxUID = syntaxes[little + implicit]
-        shape = (-1, image.Rows, image.Columns)
+        shape, inverted = (-1, image.Rows, image.Columns), colours == "MONOCHROME1"
         if image.file_meta.TransferSyntaxUID.is_encapsulated:
-            return np.reshape(_decoded(image), shape)
-        array = np.reshape(image.pixel_array, shape)
-        array = ~array if image.PhotometricInterpretation == "MONOCHROME1" else array  # GDCM inverts these, too
+            array = np.reshape(_decoded(image), shape)  # GDCM inverts, too
+            return _without_padding(image, array, ~array if inverted else array)
+        stored = np.reshape(image.pixel_array, shape)
         # The unused bits of a voxel may hold other data.
         unused = image.BitsAllocated - image.BitsStored
-        return array << unused >> unused if unused else array
+        array = ~stored if inverted else stored
+        return _without_padding(image, array << unused >> unused if unused else array, stored)
+
+
+def _without_padding(image, array, stored):
+    """The array with the voxels masked that PixelPaddingValue excludes; `stored` are the numbers in the file."""
+    value = image.get("PixelPaddingValue")
+    # 0 is the background of most images anyway.
+    if not (isinstance(value, int) and value):
+        return array
+    # Both are written as signed or unsigned, whatever the voxels are.
+    limits = [np.int64(one).astype(stored.dtype) for one in (value, image.get("PixelPaddingRangeLimit") or value)]
+    padding = (stored >= min(limits)) & (stored <= max(limits))
+    return np.ma.masked_where(padding, array) if 0 < padding.sum() < padding.size else array
 
 
 def _decoded(image):

@@ -22,8 +22,8 @@ from keras_mmfnet.data.geometry import Grid, nearest_rotation
 from keras_mmfnet.data.structures import DicomStructures, read_structures
 
 # The formats SimpleITK reads that hold an image's position and orientation, without which modalities cannot be
-# brought together.
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".seg.nrrd", ".nhdr", ".mnc")
+# brought together. Not MINC: whether it gets the signs of its axes right depends on the version of ITK.
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".seg.nrrd", ".nhdr")
 _TEXT_HEADERS = (".mha", ".mhd", ".nrrd", ".nhdr")
 # In mm: how far the corners may move where axes are not quite at right angles, and how large an image may be.
 _TOLERANCE, _LARGEST = 0.5, (1, 3000)
@@ -133,10 +133,14 @@ def position_problems(source: Path | Volume | Series, patient: str) -> tuple[boo
     Raises:
         CaseError: As `read_grid`.
     """
-    if isinstance(source, (Series, DicomStructures)) or not _is_nifti(_path_and_index(source)[0]):
+    if isinstance(source, (Series, DicomStructures)):
         return True, 0.0
-    nifti = _read_nifti(source, refuser(source, patient))
-    return nifti.has_position, nifti.difference
+    refuse, (path, _) = refuser(source, patient), _path_and_index(source)
+    if _is_nifti(path):
+        nifti = _read_nifti(source, refuse)
+        return nifti.has_position, nifti.difference
+    names = rb"offset|position|origin" if path.suffix.lower() in (".mha", ".mhd") else rb"space origin"
+    return bool(re.search(rb"(?im)^\s*(" + names + rb")\s*[=:]", _text_header(path, refuse)[0])), 0.0
 
 
 def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
@@ -176,6 +180,8 @@ def _read_file(source, refuse, pixel_type):
     reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])
     reader.SetExtractIndex([0] * 3 + [index or 0] * (len(size) - 3))
     reader.SetOutputPixelType(pixel_type)
+    if _has_text_header(path):
+        _require_whole_stream(path, refuse)
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -193,7 +199,7 @@ def _path_and_index(source):
 def _read_header(source, refuse):
     """SimpleITK's reader of one 3D image after it has read the header, and the grid."""
     path, index = _path_and_index(source)
-    available = _inspect_text_header(path, refuse) if path.suffix.lower() in _TEXT_HEADERS else math.inf
+    available = _inspect_text_header(path, refuse) if _has_text_header(path) else math.inf
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -247,12 +253,7 @@ def _inspect_text_header(path, refuse):
     Returns:
         How many bytes there are in the files of the image.
     """
-    try:
-        with open(path, "rb") as file:
-            end = rb"ElementDataFile\s*[=:]\s*(?i:local)" if path.suffix.lower() in (".mha", ".mhd") else rb"\r?\n\r?\n"
-            header = re.split(end, file.read(1 << 16), maxsplit=1)[0]
-    except OSError as error:
-        raise refuse("a readable file", error.strerror) from error
+    header = _text_header(path, refuse)[0]
     for axes in re.findall(rb"NDims\s*[=:](.*)", header):
         if not (axes.strip().isdigit() and 1 <= int(axes[:9]) <= 10):
             raise refuse("an image of 1 to 10 axes", f"NDims = {os.fsdecode(axes.strip())}")
@@ -269,6 +270,56 @@ def _inspect_text_header(path, refuse):
                 raise refuse("an image with files numbered as by %03d", value)
             files.update(path.parent.iterdir())
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+
+
+def _text_header(path, refuse):
+    """The header of a MetaImage or NRRD, and where what follows it begins: the voxels, if they are in this file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+    except OSError as error:
+        raise refuse("a readable file", error.strerror) from error
+    is_meta = path.suffix.lower() in (".mha", ".mhd")
+    end = re.search(rb"ElementDataFile\s*[=:]\s*(?i:local)[^\n]*\n" if is_meta else rb"\r?\n\r?\n", start)
+    return (start[: end.start()], end.end()) if end else (start, len(start))
+
+
+def _require_whole_stream(path, refuse):
+    """Refuses compressed voxels that are damaged, of which SimpleITK fills the rest with zeros."""
+    header, offset = _text_header(path, refuse)
+    fields = {
+        key.strip().lower(): os.fsdecode(value.strip())
+        for key, _, value in (re.sub(rb":=?|=", b"=", line, count=1).partition(b"=") for line in header.splitlines())
+    }
+    packed = fields.get(b"compresseddata", "").lower() == "true"
+    packed = packed or fields.get(b"encoding", "").lower() in ("gz", "gzip")
+    name = next((fields[key] for key in (b"elementdatafile", b"data file", b"datafile") if key in fields), None)
+    file = path if name is None else path.parent / name
+    # Other files than one, and bytes to pass over, are SimpleITK's business.
+    if not packed or not file.is_file() or fields.keys() & {b"byte skip", b"byteskip", b"line skip", b"lineskip"}:
+        return
+    stream = zlib.decompressobj(wbits=47)  # of zlib or gzip
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(offset if name is None else 0)
+            while not stream.eof and (chunk := stream.unconsumed_tail or opened.read(1 << 20)):
+                stream.decompress(chunk, 1 << 24)
+    except (OSError, zlib.error) as error:
+        raise refuse("a whole, undamaged file", f"compressed voxels that are damaged ({error})") from error
+    if not stream.eof:
+        raise refuse("a whole, undamaged file", "compressed voxels that break off")
+
+
+def voxels_lie_apart(path: Path, patient: str) -> bool:
+    """Whether the voxels of an image file, a MetaImage or NRRD, lie in another file."""
+    if not _has_text_header(path):
+        return False
+    header, _ = _text_header(path, refuser(path, patient))
+    return bool(re.search(rb"(?im)^\s*(ElementDataFile\s*[=:]|data ?file\s*:)", header))
+
+
+def _has_text_header(path):
+    return path.suffix.lower() in _TEXT_HEADERS
 
 
 def _is_nifti(path):
@@ -330,7 +381,9 @@ def _read_nifti(source, refuse):
         raise refuse("an image with one number per voxel", f"the NIfTI data type {read['datatype'][0]}")
     dtype, offset = np.dtype(order + _NIFTI_TYPES[read["datatype"][0]]), read["offset"][0]
     available = path.stat().st_size * PACKED
-    if not 0 <= offset <= available or math.prod(size) * dtype.itemsize > available:
+    # Voxels come after the header, whatever some writers say.
+    offset = max(offset, 352 if version == 1 else 544)
+    if not offset <= available or math.prod(size) * dtype.itemsize > available:
         raise refuse("a whole file", f"{_by(size)} voxels in {path.stat().st_size} bytes")
     unit = {1: 1000.0, 3: 0.001}.get(read["units"][0] & 7, 1.0)
     has_qform, has_sform = (code > 0 for code in read["codes"])

@@ -56,7 +56,7 @@ def find_cases(
     | masks apart | `masks.json`, as `mmfnet review --export` writes it: in `images` the folders of the patients, in \
 `masks` the file of a patient's mask or `{structure: file}`; other patients keep their own masks |
 
-    Image files are NIfTI, MetaImage, NRRD or MINC. A patient of DICOM series may have the mask as such a file or as
+    Image files are NIfTI, MetaImage or NRRD. A patient of DICOM series may have the mask as such a file or as
     a series; masks of several sequences are called by their modality, such as `mask_t1.nii.gz` or `ROI-T1WI.nii`. A
     series is recognised by the name of its folder and its description, or by `recipe.series`. Other files, and
     those whose name starts with a dot, are passed over. Which layouts were found is logged.
@@ -413,6 +413,10 @@ def _less(stem, modality, fits):
 # --- DICOM
 
 
+# Masks of the head and its tissues, which tools for brain images leave.
+OTHER_MASK = re.compile(r"(brain|skull|head|body|tissue|(?<![a-z])(bet|wm|gm|csf))[ _.-]*(mask|seg|roi|label)")
+
+
 def _holds_dicom(folder):
     return any(path.suffix.lower() == ".dcm" or is_dicom(path) for path in walk_files(folder))
 
@@ -445,7 +449,9 @@ def _find_dicom(folder, recipe, optional):
             is_mask = any(re.search(pattern, text.lower()) for text in (one.description, os.path.basename(name[1])))
         (masks if is_mask else images)[one] = name
     for path in walk_files(folder):
-        if image_suffix(path) and re.search(file_pattern, path.name.lower()):
+        stem = (image_stem(path) or "").lower()
+        other = not own and stem != recipe.mask.lower() and OTHER_MASK.search(stem)
+        if stem and re.search(file_pattern, path.name.lower()) and not other:
             masks[path] = path.name, str(path.parent.relative_to(folder))
     chosen = {modality: _choose(folder, images, masks, modality, recipe, optional) for modality in recipe.modalities}
     if not any(chosen.values()):

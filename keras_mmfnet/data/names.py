@@ -13,6 +13,12 @@ _WITHOUT = (
     r"(without|w ?/ ?o(ut)?|wo(ut)?|not?|non?|nicht|ohne|o\.?(?= ?km)|kein[a-z]*|sans|senza|sin|sine|sem|s/|zonder|bez"
     r"|utan|uden|uten|ilman|before|prior( to)?|vor|voor|avant|antes|prima|før|fore|przed|pr[aä]e?|pre|minus)"
 )
+# Words in other scripts that say there is no contrast, that there is, and that say neither, in this order.
+_OTHER_SCRIPTS = (
+    (" native ", "平扫 平掃 非增强 非造影 조영전 бесконтрастн(ая|ое) без.контраста"),  # noqa: RUF001
+    (" contrast ", "增强[后後]? 增強[后後]? 强化 強化 造影[后後]? 조영(후|증강)? (с.)?контраст[а-я]*"),  # noqa: RUF001
+    (" ", "[轴軸矢冠][位状狀]位? [横橫][断斷][位面]? 压脂 脂肪抑制 аксиальн[а-я]* сагиттальн[а-я]* корональн[а-я]*"),  # noqa: RUF001
+)
 # Words that may stand between "without" and the agent.
 _FILLER = (
     r"(intraven[a-zöø]*|iv|any|the|of|der|von|de|del|di|du|la|injection|injecao|inyeccion|inj|gabe|administration"
@@ -54,7 +60,8 @@ def sequence_of(name: str, folder: str = "") -> str | None:
 
     A T1-weighted image counts as contrast-enhanced where the name says so ("post contrast", "+C", "KM", an agent), and
     as `t1` where the name denies it ("pre", "w/o contrast", "nativ") or says nothing. A name that says both, or that
-    speaks of a difference, a time course or a map, means no sequence.
+    speaks of a difference, a time course or a map, means no sequence. Neither does a name of T1 with words of another
+    script that are not known here.
 
     Args:
         name: What the scanner or the dataset calls the image, ignoring case.
@@ -67,7 +74,8 @@ def sequence_of(name: str, folder: str = "") -> str | None:
     folder = _BOTH.sub(" ", folder)
     text = f"{folder} {name}"
     is_t1, is_t2 = _T1.search(text), _T2.search(text)
-    if is_t1 and is_t2:
+    # A word that cannot be read here may say that there is contrast.
+    if is_t1 and (is_t2 or any(letter.isalpha() and "LATIN" not in unicodedata.name(letter, "") for letter in name)):
         return None
     if is_t1:  # "T1 FLAIR" is weighted by T1
         native, rest = _NATIVE.search(text), _NATIVE.sub(" ", text)
@@ -82,7 +90,10 @@ def sequence_of(name: str, folder: str = "") -> str | None:
 
 def _plain(text):
     """The text in lower case, without accents, underscores, and the dots of abbreviations such as "i.v."."""
-    text = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    text = text.lower()
+    for meaning, words in _OTHER_SCRIPTS:
+        text = re.sub("|".join(words.split()), meaning, text)
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = re.sub(r"(?<![a-z])([a-z])\.(?=[a-z](?![a-z]))", r"\1", text)
     return _NOT_AGENT.sub(" ", re.sub(r"[_\s]+", " ", text)).strip()
 

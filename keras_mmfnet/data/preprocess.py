@@ -16,7 +16,7 @@ from keras_mmfnet.data.body import body_mask, bounding_box, otsu_threshold, z_sc
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, StructureFiles, ZScoreError, files_of, listed
 from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
-from keras_mmfnet.data.image_io import position_problems, read_image
+from keras_mmfnet.data.image_io import position_problems, read_grid, read_image
 from keras_mmfnet.data.registration import apply_transform, register_rigid
 from keras_mmfnet.data.structures import DicomStructures
 from keras_mmfnet.recipe import DataRecipe
@@ -180,6 +180,17 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
             notes.append(
                 f"{name}: in another frame of reference than {other}, so positions may not fit; register the images "
                 "with data.align=rigid"
+            )
+    if len(without) == len(sources) > 1:
+        grids = [read_grid(source, case.name) for _, source, _ in sources]
+        if any(one.size != grids[0].size or not np.allclose(one.spacing, grids[0].spacing, 1e-3) for one in grids):
+            received = "; ".join(
+                f"{name} of {' x '.join(map(str, one.size))} voxels of {' x '.join(f'{s:.4g}' for s in one.spacing)} mm"
+                for (name, *_), one in zip(sources, grids, strict=True)
+            )
+            raise CaseError(
+                f"{case.name}: images without a position in their headers must have the same size and spacing. "
+                f"Received: {received}"
             )
     if 0 < len(without) < len(sources):
         raise CaseError(
@@ -353,8 +364,16 @@ def structure_voxels(values: np.ndarray, labels: Sequence[int] | None = None, al
 
 def _is_one_label(values, whole):
     """Whether fractions are those of one label: nearly all whole values besides 0 are the largest."""
-    labels = whole[(np.abs(values - whole) < 1e-3) & (whole != 0)]
-    return values.max() >= 0.5 and (not labels.size or np.mean(labels == whole.max()) > 0.9)
+    exact = (np.abs(values - whole) < 1e-3) & (whole != 0)
+    labels = whole[exact]
+    if values.max() < 0.5 or (labels.size and np.mean(labels == whole.max()) <= 0.9):
+        return False
+    # Between a label and the background, interpolation leaves sheets of the values between them, and nothing thicker.
+    inside = exact & (whole != whole.max())
+    for axis in range(inside.ndim):
+        slices = np.moveaxis(inside, axis, 0)
+        inside = np.moveaxis(slices[:-2] & slices[1:-1] & slices[2:], 0, axis)
+    return not inside.any()
 
 
 def _listed(values):

@@ -34,6 +34,8 @@ _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _UNDAMAGED = "an undamaged DICOM structure set or segmentation"
 # How far contours may lie from a slice, and frames from the regular line, as a share of the distance between slices.
 _BETWEEN = 0.2
+# How far contours may reach beyond the image, in voxels.
+_OUTSIDE = 1.5
 # The largest distance between slices, in thicknesses of a slice.
 _GAP = 2.05
 
@@ -167,13 +169,15 @@ def read_structures(source: DicomStructures, patient: str) -> sitk.Image:
 class _Structure(NamedTuple):
     """A structure of a file: its closed contours, each `((points, 3) in mm, whether it is XOR)`, or its segment number.
 
-    `others` are its contours of other kinds, with their number; `instances` the images that it refers to.
+    `others` are its contours of other kinds, with their number; `fragments` its closed ones of one or two points, which
+    enclose nothing; `instances` the images that it refers to.
     """
 
     name: str
     number: int
     contours: Sequence[tuple[np.ndarray, bool]] | None = None
     others: Mapping[str, int] = MappingProxyType({})
+    fragments: Sequence[np.ndarray] = ()
     instances: frozenset[str] = frozenset()
     frame_of_reference: str = ""
 
@@ -213,7 +217,9 @@ def _open(path, refuse):
     if file.SOPClassUID in SEGMENTATIONS:
         about = frozenset(_values(file, "ReferencedSOPInstanceUID")), str(file.get("FrameOfReferenceUID") or "")
         found = [(_name(one.SegmentLabel), int(one.SegmentNumber)) for one in file.SegmentSequence]
-        return file, [_Structure(*one, None, {}, *about) for one in found]
+        if file.get("SegmentationType") == "LABELMAP":  # whose background may be a segment
+            found = [one for one in found if one[1] not in (0, file.get("PixelPaddingValue"))]
+        return file, [_Structure(*one, None, {}, (), *about) for one in found]
     if file.SOPClassUID != STRUCTURE_SET:
         raise refuse("a DICOM structure set or segmentation", file.SOPClassUID.name)
     contours = {}
@@ -222,18 +228,20 @@ def _open(path, refuse):
         contours.setdefault(int(roi.ReferencedROINumber), []).extend(roi.get("ContourSequence") or [])
     found = []
     for roi in file.StructureSetROISequence:
-        closed, others, instances = {}, Counter(), set()
+        closed, others, fragments, instances = {}, Counter(), [], set()
         for contour in contours.get(int(roi.ROINumber), []):
             kind, data = str(contour.get("ContourGeometricType") or "no type"), tuple(contour.get("ContourData") or ())
             if kind in _CLOSED and len(data) >= 9:
                 closed[data] = np.reshape(np.array(data, float), (-1, 3)), kind == "CLOSEDPLANAR_XOR"
+            elif kind in _CLOSED and len(data) in (3, 6):
+                fragments.append(np.reshape(np.array(data, float), (-1, 3)))
             else:
                 others[kind] += 1
             instances.update(one.ReferencedSOPInstanceUID for one in contour.get("ContourImageSequence") or [])
-        if closed or not others:
+        if closed or not (others or fragments):
             about = frozenset(instances), str(roi.get("ReferencedFrameOfReferenceUID") or "")
             name = _name(roi.get("ROIName") or "")
-            found.append(_Structure(name, int(roi.ROINumber), list(closed.values()), others, *about))
+            found.append(_Structure(name, int(roi.ROINumber), list(closed.values()), others, fragments, *about))
     return file, found
 
 
@@ -298,7 +306,13 @@ def _masks(structure: _Structure, grid: Grid, slices: Sequence[Slice], refuse) -
             raise refuse("contours in the slices of the series", f"one of {name!r} between them or across them")
         if not 0 <= number < grid.size[2]:
             raise refuse("contours in the slices of the series", f"one of {name!r} outside all {grid.size[2]} slices")
+        if (points[:, :2] < -_OUTSIDE).any() or (points[:, :2] > np.subtract(grid.size[:2], 1) + _OUTSIDE).any():
+            raise refuse("contours in the images of the series", f"one of {name!r} outside, in slice {number}, from 0")
         found.setdefault(number, []).append((points[:, :2], xor))
+    for fragment in structure.fragments:
+        if int(np.rint(grid.indices(fragment)[:, 2].mean())) not in found:
+            received = f"one of {name!r} of {len(fragment)}, alone in its slice"
+            raise refuse("structures of closed contours of 3 or more points", received)
     masks = {}
     for number, contours in sorted(found.items()):
         polygons, xor = zip(*contours, strict=True)
