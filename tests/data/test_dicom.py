@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from dicom_files import GRID, change_series, find_series, item, write_enhanced, write_object, write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import find_objects, read_series, series_grid, walk_files
+from keras_mmfnet.data.dicom import STRUCTURE_SET, find_objects, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
 
 
@@ -593,7 +593,66 @@ def test_a_patient_id_that_is_missing_is_no_other_patient(tmp_path):
     assert len(find_series(tmp_path, "ann")) == 2
 
 
+# --- voxels that are no intensities
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_padding_is_background(inverted, compressed, tmp_path):
+    """Whatever the sign that its value is written with."""
+    array = np.random.default_rng(0).integers(100, 1000, GRID.shape).astype(np.uint16)
+    array[:, :2] = 63536
+    write_series(tmp_path, array=array)
+
+    def change(image, number):
+        image.PixelRepresentation = 1
+        image.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+        image.add_new("PixelPaddingValue", "SS", -2000)
+        if compressed:
+            image.compress(pydicom.uid.RLELossless)
+
+    change_series(tmp_path, change)
+    found = sitk.GetArrayFromImage(read(tmp_path))
+    inside = (~array.astype(np.int16) if inverted else array.astype(np.int16))[:, 2:]
+    np.testing.assert_array_equal(found[:, 2:], inside)
+    assert np.all(found[:, :2] == inside.min())
+
+
+def test_what_is_no_slice_of_intensities_is_refused(tmp_path):
+    write_series(tmp_path / "palette")
+    change_series(tmp_path / "palette", lambda image, _: setattr(image, "PhotometricInterpretation", "PALETTE COLOR"))
+    assert "Received: PhotometricInterpretation PALETTE COLOR" in refused(tmp_path / "palette")
+    write_series(tmp_path / "mosaic")
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    change_series(tmp_path / "mosaic", lambda image, _: setattr(image, "ImageType", kind))
+    assert "Received: a mosaic of all slices" in refused(tmp_path / "mosaic")
+
+
+def test_objects_of_other_patients(tmp_path, caplog):
+    write_series(tmp_path / "ann" / "t1", uid="1.2.3")
+    write_object(tmp_path / "ann" / "rs.dcm", STRUCTURE_SET, PatientID="2")
+    find_objects(tmp_path / "ann", "ann")
+    assert "ann: rs.dcm has another PatientID than the images" in caplog.text
+    for number, name in enumerate(("a", "b")):
+        write_series(tmp_path / "two" / name, uid=f"1.2.{number}", patient="")
+        study = f"1.2.826.0.1.{number}"
+        change_series(tmp_path / "two" / name, lambda image, _, study=study: setattr(image, "StudyInstanceUID", study))
+    with pytest.raises(CaseError, match="Received: 2 studies without either"):
+        find_objects(tmp_path / "two", "two")
+
+
 # --- enhanced objects
+
+
+def test_slopes_that_frames_share(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (3, 6, 8))
+    path = tmp_path / "image.dcm"
+    write_enhanced(path, [{"position": (0, 0, 4 * n)} for n in range(3)], array, RescaleSlope=2.5, RescaleIntercept=-3)
+    file = pydicom.dcmread(path)
+    for frame in file.PerFrameFunctionalGroupsSequence:
+        del frame.PixelValueTransformationSequence
+    file.save_as(path)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read(tmp_path)), array * 2.5 - 3)
 
 
 def test_enhanced_frames_by_position_with_slopes_of_their_own(tmp_path):

@@ -214,6 +214,56 @@ def test_a_mask_as_slicer_calls_it_is_found(tmp_path):
     write_image(read_image(found.mask, "ann"), tmp_path / "other.seg.nrrd")
 
 
+@pytest.mark.parametrize("suffix", ["mha", "nrrd", "mhd", "nhdr"])
+def test_damaged_compressed_voxels_are_refused(suffix, tmp_path):
+    """SimpleITK fills what is missing with zeros."""
+    path = tmp_path / f"image.{suffix}"
+    array = np.random.default_rng(0).integers(0, 9, (10, 24, 30), np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path), True)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_image(path, "ann")), array)
+    file = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2].ljust(len(whole), b"\0"), whole[:-300] + bytes(20) + whole[-280:]):
+        file.write_bytes(damaged)
+        with pytest.raises(CaseError, match=r"^ann: .*Received: compressed voxels that"):
+            read_image(path, "ann")
+
+
+@pytest.mark.parametrize("suffix", ["mha", "nrrd", "nii.gz"])
+def test_headers_without_a_position(suffix, tmp_path):
+    image, path = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16)), tmp_path / f"t1.{suffix}"
+    image.SetOrigin((1, 2, 3))
+    sitk.WriteImage(image, str(path))
+    assert position_problems(path, "ann")[0]
+    if suffix == "nii.gz":
+        save(path, affine(GRID), sform=0, qform=0)
+    else:
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(line for line in lines if not line.startswith((b"Offset", b"space origin"))))
+        assert len(lines) > len(path.read_bytes().splitlines())
+    assert not position_problems(path, "ann")[0]
+
+
+def test_images_without_a_position_must_be_alike(tmp_path):
+    for name, size in (("t1", (30, 24, 10)), ("t2", (30, 24, 5))):
+        array = np.random.default_rng(0).integers(0, 1000, size).astype(np.int16)
+        save(tmp_path / f"{name}.nii.gz", affine(GRID), array, sform=0, qform=0)
+    case = Case("ann", {name: tmp_path / f"{name}.nii.gz" for name in ("t1", "t2")}, None)
+    with pytest.raises(
+        CaseError, match=r"the same size and spacing. Received: t1 of 30 x 24 x 10 .*; t2 of 30 x 24 x 5"
+    ):
+        preprocess_case(case, RAW.model_copy(update={"modalities": ("t1", "t2")}))
+
+
+def test_voxels_of_a_nifti_file_come_after_its_header(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, GRID.size).astype(np.int16)
+    path = save(tmp_path / "t1.nii", affine(GRID), array)
+    content = bytearray(path.read_bytes())
+    content[108:112] = struct.pack("<f", 0.0)
+    path.write_bytes(content)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_image(path, "ann")), array.T)
+
+
 @pytest.mark.parametrize("align", ["header", "rigid"])
 def test_another_frame_of_reference_is_noted(align, tmp_path):
     for name in ("T1", "T2"):

@@ -482,6 +482,22 @@ def test_dicom_patients_who_lack_something(tmp_path):
         find_patients(tmp_path / "none", able)
 
 
+@pytest.mark.parametrize("name", ["brain_mask.nii.gz", "HD-BET/t1_brain_mask.nii.gz", "wm_seg.nii.gz"])
+def test_a_mask_of_the_brain_is_none_of_the_tumour(name, tmp_path):
+    for sequence in ("T1", "T2", "T1 Gd"):
+        write_series(tmp_path / "ann" / sequence, description=sequence)
+    path = tmp_path / "ann" / name
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(sitk.Image(16, 12, 5, sitk.sitkUInt8), str(path))
+    assert read_case_folder(tmp_path / "ann", RECIPE.data, require_mask=False).mask is None
+    tumour = tmp_path / "ann" / "brain_tumour_mask.nii.gz"
+    sitk.WriteImage(sitk.Image(16, 12, 5, sitk.sitkUInt8), str(tumour))
+    assert read_case_folder(tmp_path / "ann", RECIPE.data).mask == tumour
+    named = RECIPE.data.model_copy(update={"mask": path.name.removesuffix(".nii.gz")})
+    tumour.unlink()
+    assert read_case_folder(tmp_path / "ann", named).mask in (path, {"t1": path})
+
+
 def test_an_ambiguous_mask_stops_no_segmentation(tmp_path, caplog):
     make_patient(tmp_path / "ann", (*FILES, "mask.mha"))
     write_dicom_patient(tmp_path / "bob")

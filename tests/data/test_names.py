@@ -4,6 +4,8 @@ from keras_mmfnet.data.names import is_named, sequence_of
 
 NAMES = {
     "t1": [
+        "T1 平扫 轴位",
+        "T1 без контраста",
         "AX T1 PRE CONTRAST",
         "AX T1 WITHOUT CONTRAST",
         "T1 W/O CONTRAST",
@@ -137,6 +139,10 @@ NAMES = {
         "T1 magnetization transfer contrast",
     ],
     "cet1": [
+        "T1增强",
+        "T1 横断位 增强",
+        "T1 造影後",
+        "T1 с контрастом",  # noqa: RUF001
         "AX T1 POST CONTRAST",
         "AX T1 +C",
         "T1 TSE TRA KM",
@@ -257,6 +263,7 @@ NAMES = {
         "t2f flair",
     ],
     None: [
+        "T1 未知",
         "AX T1 pre and post contrast",
         "T1 SUB",
         "T1 subtraction",

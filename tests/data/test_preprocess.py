@@ -414,6 +414,19 @@ def test_one_image_of_z_scores_is_noted(tmp_path):
     assert re.match(r"t2: has values from -.*; if all images are z-scores, set data.normalised_scale=1$", note)
 
 
+def test_two_labels_after_an_interpolation_are_refused():
+    z, y, x = np.indices((30, 40, 40))
+    distance = np.sqrt((x - 20) ** 2 + (y - 20) ** 2 + (z - 15) ** 2)
+    labels = np.where(distance < 4, 1, np.where(distance < 12, 2, 0))
+    grid = make_grid((40, 40, 30), (1.0, 1.0, 1.0))
+    other = Grid(grid.size, (0.93, 0.93, 0.93), tuple(grid.positions(np.array([0.3, 0.4, 0.2]))), grid.direction)
+    images = (grid.image(some.astype(np.float32)) for some in (2 * (labels > 0), labels))
+    one, both = (resample(image, other, background=0.0) for image in images)
+    np.testing.assert_array_equal(structure_voxels(one), one > 1)
+    with pytest.raises(ValueError, match="must hold whole numbers"):
+        structure_voxels(both)
+
+
 def test_magnitudes_that_an_interpolation_overshot_and_ct_are_no_z_scores(tmp_path):
     case = make_case(tmp_path)
     for seed, path in enumerate(case.images.values()):

@@ -126,6 +126,8 @@ def test_what_is_not_on_the_slices_is_refused(series, tmp_path):
     assert "slices, from 0: 2 (slice_06.dcm), 4 (slice_04.dcm)" in refused(second, series)
     elsewhere = write_structures(tmp_path / "elsewhere.dcm", series, GTV=[circle(6.3, 2)])
     assert "refers to a series in the patient's folder" in refused(elsewhere, None)
+    beside = write_structures(tmp_path / "beside.dcm", series, GTV=[circle(6.3, 2), circle(4.3, 3, centre=(38, 16))])
+    assert "one of 'GTV' outside, in slice 3, from 0" in refused(beside, series)
     points = write_structures(tmp_path / "points.dcm", series, "POINT", GTV=[circle(6.3, 2)])
     assert "Received: none" in refused(points, series)
 
@@ -178,6 +180,15 @@ def test_contours_of_other_kinds_and_in_several_items(series, tmp_path):
     second.ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
     file.save_as(path)
     assert "'GTV' that also has others: 1 OPEN_PLANAR" in refused(path, series)
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_fragments_of_contours(points, series, tmp_path):
+    whole = [circle(6.3, z) for z in (2, 3)]
+    path = write_structures(tmp_path / "rs.dcm", series, GTV=[*whole, circle(2.3, 3)[:points]])
+    np.testing.assert_array_equal(read(path, series)[0] > 0, disk(6.3, (2, 3)))
+    alone = write_structures(tmp_path / "alone.dcm", series, GTV=[*whole, circle(2.3, 4)[:points]])
+    assert f"one of 'GTV' of {points}, alone in its slice" in refused(alone, series)
 
 
 def test_the_series_that_contours_were_drawn_on(series, tmp_path):
@@ -235,7 +246,13 @@ def test_an_image_is_no_structure_set(series):
     assert "structure set or segmentation. Received: MR Image" in refused(series.files[0], series)
 
 
-def write_segments(path, series, fractional=False, **masks):
+def _pixels(kind, masks):
+    if kind == "LABELMAP":
+        return sum(number * mask.astype(np.uint8) for number, mask in enumerate(masks, start=1))
+    return np.stack(masks, -1).astype(np.float32 if kind == "FRACTIONAL" else np.uint8)
+
+
+def write_segments(path, series, kind="BINARY", **masks):
     images = [pydicom.dcmread(file) for file in series.files]
     normal = np.reshape(GRID.direction, (3, 3))[:, 2]
     images.sort(key=lambda image: float(np.dot(normal, np.array(image.ImagePositionPatient, float))))
@@ -253,8 +270,8 @@ def write_segments(path, series, fractional=False, **masks):
     ]
     written = highdicom.seg.Segmentation(
         source_images=images,
-        pixel_array=np.stack(list(masks.values()), -1).astype(np.float32 if fractional else np.uint8),
-        segmentation_type="FRACTIONAL" if fractional else "BINARY",
+        pixel_array=_pixels(kind, [*masks.values()]),
+        segmentation_type=kind,
         segment_descriptions=segments,
         series_instance_uid=generate_uid(),
         series_number=1,
@@ -286,6 +303,13 @@ def test_segments_on_the_grid_of_their_frames(series, tmp_path):
     np.testing.assert_array_equal(whole, tumour | node)
 
 
+def test_a_label_map_has_a_background(series, tmp_path):
+    path = write_segments(tmp_path / "seg.dcm", series, "LABELMAP", GTV=disk(6.3, (2, 3, 4)))
+    assert [one.SegmentLabel for one in pydicom.dcmread(path).SegmentSequence] == ["Background", "GTV"]
+    for pattern in (None, "GTV", ".*"):
+        np.testing.assert_array_equal(read(path, series, pattern)[0] > 0, disk(6.3, (2, 3, 4)))
+
+
 @pytest.mark.parametrize("slices", [(1, 6), (1, 3, 6), (4,)])
 def test_segments_between_which_frames_are_missing(slices, series, tmp_path):
     lesions = disk(6.3, slices)
@@ -307,7 +331,7 @@ def test_segments_between_which_frames_are_missing(slices, series, tmp_path):
 
 def test_fractions_count_from_one_half_on(series, tmp_path):
     fractions = np.clip(1.2 - np.abs(np.indices(GRID.shape)[2] - 20) / 10, 0, 1) * disk(12, (3, 4))
-    path = write_segments(tmp_path / "seg.dcm", series, fractional=True, GTV=fractions)
+    path = write_segments(tmp_path / "seg.dcm", series, kind="FRACTIONAL", GTV=fractions)
     array, grid = read(path, None)
     assert grid.size[2] == 2
     np.testing.assert_array_equal(array > 0, fractions[3:5] >= 0.5)
