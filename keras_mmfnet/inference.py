@@ -83,6 +83,10 @@ def predict_volume(
             inside = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
             total[there] += (probability * weights)[inside]
             count[there] += weights[inside]
+    if not np.isfinite(total).all():
+        raise ValueError(
+            "the network must give finite probabilities. Received: NaN or infinity, as of extreme values in float16"
+        )
     return total / np.where(count > 0, count, 1)
 
 
@@ -275,8 +279,14 @@ def masks_of(
 
     Returns:
         `{structure: bool array}`, and their label image or `None`.
+
+    Raises:
+        ValueError: `postprocess` has rules of other structures, or in another order.
     """
     postprocess = postprocess or PostProcessing.default(recipe.structure_names, recipe.exclusive)
+    wanted, received = (f"{', '.join(one.structures)}, exclusive={one.exclusive}" for one in (recipe, postprocess))
+    if received != wanted:
+        raise ValueError(f"`postprocess` must have rules of {wanted}. Received: {received}")
     found = postprocess.apply(np.stack([probabilities[name] for name in recipe.structures], axis=-1), spacing_zyx)
     masks = {name: found[..., number] for number, name in enumerate(recipe.structures)}
     labels = join_masks(masks, recipe.structures)

@@ -158,6 +158,8 @@ def _recipe_of_predictions(masks, recipe):
 
     `PATIENT.json` beside a mask tells. Without it, that is so if no prediction has another value.
     """
+    for patient, record in _records(masks).items():
+        _require_predicted(patient, record.get("labels", {}), recipe.structures)
     [(name, labels), *others] = recipe.structures.items()
     if others or not isinstance(labels, tuple) or 1 in labels:
         return recipe
@@ -171,6 +173,16 @@ def _recipe_of_predictions(masks, recipe):
             return recipe
     _log.warning("The predictions have the values 0 and 1 alone: 1 is taken for %s", name)
     return as_one
+
+
+def _require_predicted(patient, predicted, structures):
+    """Refuses structures that are not among those that were predicted, by the label values that `segment` wrote."""
+    wanted = {name: list(labels) for name, labels in structures.items() if isinstance(labels, tuple)}
+    if len(predicted) > 1 and (unknown := [name for name in wanted if wanted[name] != predicted.get(name)]):
+        raise ValueError(
+            f"{patient}: structures that were predicted are expected: {predicted}. "
+            f"Received: {', '.join(f'{name}={wanted[name]}' for name in unknown)}"
+        )
 
 
 def _compare(patient, recipes):

@@ -282,6 +282,8 @@ the groups, folds and donor that were given |
                 f"{self}: must hold no run, unless that run is to be resumed (--resume). Received: a folder with "
                 f"{self.recipe_file.name}"
             )
+        if left := [path for kind in ("keras", "json") for path in self.folder.glob(f"fold_*/*.{kind}")]:
+            raise ValueError(f"{self}: must hold no results of another run. Received: a folder with {left[0]}")
 
     @classmethod
     def start(

@@ -260,3 +260,28 @@ def test_a_truncated_mask_is_refused(tmp_path):
     for structure in (None, "tumour"):
         with pytest.raises(CaseError, match=r"anna.nii.gz: .* Received: a file that breaks off or is damaged"):
             read_segmentation({structure: path}, {"tumour": None})
+
+
+def test_what_no_network_may_give_is_refused():
+    images = {"t1": np.zeros((4, 8, 8), np.float32)}
+
+    def predict(batch):
+        found = np.full((*batch["t1"].shape[:4], 1), 0.5, np.float32)
+        found[0, 0, 0, 0] = np.nan
+        return found
+
+    with pytest.raises(ValueError, match=r"finite probabilities\. Received: NaN or infinity"):
+        predict_volume(predict, images, (4, 8, 8), (None, None, None), (2, 4, 4))
+
+
+def test_rules_of_other_structures_are_refused():
+    recipe = DataRecipe(structures={"whole": (1, 2), "core": (1,)})
+    probabilities = {name: np.full((2, 3, 4), 0.8) for name in recipe.structures}
+    rule = MaskRule()
+    for rules in (
+        PostProcessing(structures={"core": rule, "whole": rule}, exclusive=False),
+        PostProcessing(structures={"whole": rule, "core": rule}),
+        PostProcessing(structures={"liver": rule, "spleen": rule}, exclusive=False),
+    ):
+        with pytest.raises(ValueError, match=r"must have rules of whole, core, exclusive=False. Received: "):
+            masks_of(probabilities, recipe, rules)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -89,3 +91,22 @@ def test_no_structure_in_common(tmp_path):
         compare_folders(
             tmp_path / "predicted", tmp_path / "expert", DataRecipe(structures={"gtv": "gtv", "ctv": "ctv"})
         )
+
+
+def test_structures_that_were_not_predicted_are_refused(tmp_path):
+    labels = np.random.default_rng(0).choice(np.array([0, 1, 4], np.uint8), (4, 6, 8))
+    for side in ("predicted", "expert"):
+        (tmp_path / side).mkdir()
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / side / "ann.nii.gz"))
+    record = {"labels": {"whole": [1, 4], "inner": [4]}}
+    (tmp_path / "predicted" / "ann.json").write_text(json.dumps(record))
+
+    def compare(structures):
+        return compare_folders(tmp_path / "predicted", tmp_path / "expert", DataRecipe(structures=structures))
+
+    assert [row["dsc"] for row in compare({"whole": (1, 4)})] == [1.0]
+    for structures in ({"necrosis": (1,)}, {"whole": (1, 4), "inner": (1,)}):
+        with pytest.raises(
+            ValueError, match=r"ann: structures that were predicted are expected: .* Received: (nec|inn)"
+        ):
+            compare(structures)

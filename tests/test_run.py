@@ -267,6 +267,14 @@ def test_a_run_is_not_overwritten(run, tiny_cohort, no_training):
         cross(folder, tiny_cohort)
 
 
+def test_results_that_are_left_in_a_folder_are_refused(run, tiny_cohort, tmp_path, no_training):
+    left = shutil.copytree(run[0], tmp_path / "left")
+    for name in ("recipe.json", "cohort.json"):
+        (left / name).unlink()
+    with pytest.raises(ValueError, match=r"no results of another run. Received: a folder with .*fold_0"):
+        Run.start(left, tiny_cohort, Run(run[0]).recipe)
+
+
 def test_a_start_that_was_killed_is_started_again(tiny_cohort, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Recipe, "to_json", lambda self: (tmp_path / "nowhere" / "killed").read_text())

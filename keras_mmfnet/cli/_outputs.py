@@ -34,11 +34,9 @@ class Outputs:
             expected = "patients whose files have different names are expected"
             raise ValueError(f"{expected}. Received: {listed(twice)} of two patients")
 
-    def source(self, case, networks):
-        """A hash of what a patient's files are made from: the networks and the images."""
-        from keras_mmfnet.data.preprocess import key_of_images
-
-        return hashlib.sha256(json.dumps([networks, key_of_images(case, self.recipe)]).encode()).hexdigest()
+    def source(self, images, networks):
+        """A hash of what a patient's files are made from: those of the images and of the networks."""
+        return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
 
     def there(self, case):
         """The files of a patient that exist."""
@@ -46,8 +44,14 @@ class Outputs:
         return {about: path for about, path in files.items() if path.exists()}
 
     def missing(self, case, wanted):
-        """The files of a patient that are to be written. No DICOM file of empty masks is."""
-        there = self.there(case)
+        """The files of a patient that are to be written. No DICOM file of empty masks is.
+
+        They are all of them if it is not known what was found: the patient was interrupted.
+        """
+        from keras_mmfnet._files import read_json
+
+        record = self._record(case)
+        there = self.there(case) if record.exists() and "found" in read_json(record).get("about", {}) else {}
         missing = {
             about: self.folder / f"{case.name}{end}"
             for about, end in self.ends.items()

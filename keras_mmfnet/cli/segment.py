@@ -65,6 +65,7 @@ def segment(
         from keras_mmfnet.data import find_patients
         from keras_mmfnet.data.case import group_messages
         from keras_mmfnet.data.dicom import Series
+        from keras_mmfnet.data.preprocess import key_of_images
         from keras_mmfnet.export import write_rtstruct, write_segmentation
         from keras_mmfnet.inference import segment_ensemble
 
@@ -93,12 +94,13 @@ def segment(
             record = {"folds": folds, "mirror": mirror, "gaussian": gaussian, **applied}
             record |= {"labels": outputs.labels, "mask": recipe.data.mask}
             try:
-                record["source"] = outputs.source(case, hashes)
+                images = key_of_images(case, recipe.data)
+                record["source"] = outputs.source(images, hashes)
                 outputs.require_same(case, record, dicom)
             except ValueError as error:
                 failed.append(error)
             else:
-                todo += [(case, record, missing)] if (missing := outputs.missing(case, wanted)) else []
+                todo += [(case, images, record, missing)] if (missing := outputs.missing(case, wanted)) else []
         if done := total - len(todo) - len(failed):
             _log.info("Segmented already: %d of %s", done, counted(total, "patient"))
         networks = options.load_networks(opened, folds) if todo else []
@@ -113,7 +115,8 @@ def segment(
             "seg": write_segmentation,
         }
         about = {"input": str(patients.absolute()), "data": recipe.data.model_dump(mode="json"), "dicom": dicom}
-        for number, (case, record, missing) in enumerate(todo, start=1):
+        for number, (case, images, record, missing) in enumerate(todo, start=1):
+            about["images"] = images
             try:
                 outputs.write_record(case, record, about)
                 line, compared, found = _segment(case, predict, recipe, rules, missing, names, write_dicom)

@@ -44,6 +44,8 @@ _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # SOP classes of what may be a mask: RT Structure Set, Segmentation, Label Map Segmentation.
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+# What the objects of this package say of themselves in SeriesDescription until an expert has reviewed them.
+DRAFT = "MMFNet (AI, not reviewed)"
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
 # In ms: how much the times of one echo may differ from slice to slice.
@@ -190,6 +192,11 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     if passed := {kind: paths for kind, paths in others.items() if kind not in (STRUCTURE_SET, *SEGMENTATIONS)}:
         _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(passed))
     return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
+
+
+def is_draft(path: Path, patient: str) -> bool:
+    """Whether a DICOM object was made by this package, and not reviewed by an expert."""
+    return read_header(path, patient).get(_DESCRIPTION) == DRAFT
 
 
 def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:

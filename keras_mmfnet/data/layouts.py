@@ -19,6 +19,7 @@ from keras_mmfnet.data.dicom import (
     describe_objects,
     find_objects,
     is_dicom,
+    is_draft,
     walk_files,
 )
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
@@ -185,7 +186,12 @@ def _read_masks_apart(directory, recipe, require_mask, on_error):
         )
     cases = {}
     for place in about["images"]:
-        for case in find_patients(directory / place, recipe, on_error):
+        # Of a dataset, `find_patients` would only find those to segment.
+        if (directory / place / "dataset.json").is_file():
+            found = find_cases(directory / place, recipe, False, on_error)
+        else:
+            found = find_patients(directory / place, recipe, on_error)
+        for case in found:
             if case.name in cases and case.images != cases[case.name].images:
                 raise ValueError(f"{where}: patients of different names are expected. Received: {case.name} twice")
             cases[case.name] = case
@@ -442,6 +448,12 @@ def _find_dicom(folder, recipe, optional):
     meant = [m for m in recipe.modalities if re.search(rf"{pattern}|number", recipe.series.get(m, "").lower())]
     images, masks = {}, {}
     series, others = find_objects(folder, folder.name)
+    drawn = [path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in others.get(kind, ())]
+    if drafts := [path for path in drawn if is_draft(path, folder.name)]:
+        names = ", ".join(path.name for path in drafts)
+        _log.info("%s: not used as masks, as no expert has reviewed them: %s", folder.name, names)
+        left = {kind: [path for path in paths if path not in drafts] for kind, paths in others.items()}
+        others = {kind: paths for kind, paths in left.items() if paths}
     for one in series:
         name = one.description, str(one.folder.relative_to(folder))
         is_mask = own and re.search(own, " ".join(name[::-1]).lower())

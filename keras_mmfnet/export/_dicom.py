@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +12,13 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import Series, Slice, series_grid
+from keras_mmfnet.data.dicom import DRAFT, Series, Slice, series_grid
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.version import __version__
 
 # What every object says of itself; at most 64 characters.
 MANUFACTURER, MODEL, VERSION = "keras-mmfnet", "MMFNet", __version__
 UNREVIEWED = "AI, not reviewed"
-SERIES_DESCRIPTION = f"{MODEL} ({UNREVIEWED})"
 # What an image must have for DICOM objects to refer to it: elements of type 1, neither absent nor empty.
 NEEDED = "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID".split()
 # Of the patient and the study. Those of type 2 are in every object, though they may be empty; the others as they are.
@@ -176,7 +176,7 @@ def planes(series: Series, grid: Grid, slices: Sequence[Slice]) -> list[Plane]:
     return found
 
 
-def describe(dataset: Any, image: Any) -> None:
+def describe(dataset: Any, image: Any, reviewer: str | None) -> None:
     """Gives an object the patient and study of an image and our labels."""
     from pydicom import config
     from pydicom.datadict import dictionary_VR
@@ -195,7 +195,12 @@ def describe(dataset: Any, image: Any) -> None:
             value = None
         setattr(dataset, keyword, value)
     dataset.Manufacturer, dataset.ManufacturerModelName, dataset.SoftwareVersions = MANUFACTURER, MODEL, VERSION
-    dataset.SeriesDescription = SERIES_DESCRIPTION
+    dataset.SeriesDescription = DRAFT if reviewer is None else f"{MODEL}, reviewed by {reviewer}"[:64]
+
+
+def reviewer_of(name: str | None) -> str | None:
+    """A name as DICOM's elements can hold it; `None` if nobody has reviewed."""
+    return None if name is None else re.sub(r"[\\^=\x00-\x1f]", " ", name).strip()[:40] or "an expert"
 
 
 def colour(structure: Structure, number: int) -> tuple[int, int, int]:

@@ -26,10 +26,12 @@ def write_rtstruct(
     probability: sitk.Image | None = None,
     tolerance: float = 0.0,
     max_points: int | None = None,
+    reviewed_by: str | None = None,
 ) -> None:
     """Writes a mask as a DICOM RT structure set (RTSTRUCT) that refers to the images it was drawn on.
 
-    The structure is of type GTV, generated automatically, unapproved, and labelled as not reviewed. Its contours lie in
+    The structure is of type GTV, generated automatically, unapproved, and labelled as not reviewed unless somebody has
+    reviewed it. Its contours lie in
     the planes of the images and enclose the centres of the mask's pixels, and no others: the file is read back and
     compared with the mask before it is kept. A hole is joined to the outline by a narrow channel (the "keyhole" of
     PS3.3 C.8.8.6.3), so that each contour is one simple polygon of type CLOSED_PLANAR.
@@ -44,6 +46,7 @@ def write_rtstruct(
         tolerance: How far in mm from a contour the points may lie that it leaves out; 0 leaves out none. It is less
             where a slice would otherwise have a Dice below 0.98 with the mask, or a contour another area by over 1%.
         max_points: Most points that a contour may have; `None`: any number.
+        reviewed_by: The expert who accepted or corrected the mask; `None`: it is labelled as not reviewed.
 
     Raises:
         ValueError: `tolerance` is negative or not finite, a mask is empty or lies on another grid, the series is none
@@ -56,9 +59,14 @@ def write_rtstruct(
     grid, slices, arrays = _dicom.arrays(structures, series)
     with _dicom.library_errors(series):
         planes = _dicom.planes(series, grid, slices)
-        dataset = _structure_set(planes)
+        reviewer = _dicom.reviewer_of(reviewed_by)
+        dataset = _structure_set(planes, reviewer)
         for number, (structure, array) in enumerate(zip(structures, arrays, strict=True), start=1):
             _add(dataset, number, structure, array, planes, tolerance, max_points)
+            if reviewer:
+                dataset.StructureSetROISequence[-1].ROIGenerationAlgorithm = "SEMIAUTOMATIC"
+                observation = dataset.RTROIObservationsSequence[-1]
+                observation.ROIInterpreter, observation.ROIObservationDescription = reviewer, f"reviewed by {reviewer}"
         content, back = _dicom.encode(dataset, planes[0].image, [structure.name for structure in structures])
         for contour, structure, array in zip(back.ROIContourSequence, structures, arrays, strict=True):
             found = _read(contour, planes, array.shape)
@@ -66,7 +74,7 @@ def write_rtstruct(
         write(Path(path), content)
 
 
-def _structure_set(planes):
+def _structure_set(planes, reviewer):
     """A structure set without structures."""
     from pydicom import Dataset, uid
     from pydicom.dataset import FileMetaDataset
@@ -77,11 +85,11 @@ def _structure_set(planes):
     # In the implicit transfer syntax a contour may have more than the 64 KiB that the explicit one allows.
     dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
     dataset.SOPClassUID, dataset.SOPInstanceUID = uid.RTStructureSetStorage, uid.generate_uid(None)
-    _dicom.describe(dataset, planes[0].image)
+    _dicom.describe(dataset, planes[0].image, reviewer)
     dataset.Modality, dataset.SeriesInstanceUID, dataset.SeriesNumber = "RTSTRUCT", uid.generate_uid(None), 901
     dataset.InstanceNumber, dataset.OperatorsName = 1, None
-    dataset.StructureSetLabel = "AI not reviewed"  # at most 16 characters
-    dataset.StructureSetDescription = _dicom.UNREVIEWED
+    dataset.StructureSetLabel = "reviewed" if reviewer else "AI not reviewed"  # at most 16 characters
+    dataset.StructureSetDescription = f"reviewed by {reviewer}" if reviewer else _dicom.UNREVIEWED
     for name in ("InstanceCreation", "StructureSet"):
         setattr(dataset, f"{name}Date", now.strftime("%Y%m%d"))
         setattr(dataset, f"{name}Time", now.strftime("%H%M%S"))

@@ -16,19 +16,25 @@ _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageComp
 
 
 def write_segmentation(
-    mask: sitk.Image | Sequence[Structure], series: Series, path: str | os.PathLike, name: str = "tumour"
+    mask: sitk.Image | Sequence[Structure],
+    series: Series,
+    path: str | os.PathLike,
+    name: str = "tumour",
+    reviewed_by: str | None = None,
 ) -> None:
     """Writes a mask as a DICOM segmentation (SEG) that refers to the images it was drawn on.
 
-    The segment is generated automatically, labelled as not reviewed, and a neoplasm unless its name or `Structure` says
-    otherwise. It has a frame for each slice from the first to the last with tumour, and their distance is that of the
-    slices' positions. The file is read back and compared with the mask before it is kept.
+    The segment is generated automatically, labelled as not reviewed unless somebody has reviewed it, and a neoplasm
+    unless its name or `Structure` says otherwise. It has a frame for each slice from the first to the last with tumour,
+    and their distance is that of the slices' positions. The file is read back and compared with the mask before it is
+    kept.
 
     Args:
         mask: A uint8 image {0, 1} on the grid of the series, with a voxel of 1; or several `Structure`s.
         series: The DICOM `Series`, as `find_cases` gives it for the reference modality.
         path: The file.
         name: What the segment is called.
+        reviewed_by: The expert who accepted or corrected the mask; `None`: it is labelled as not reviewed.
 
     Raises:
         ImportError: The extra `dicom` is not installed.
@@ -48,6 +54,7 @@ def write_segmentation(
     with _dicom.library_errors(series):
         planes = _dicom.planes(series, grid, slices)
         image = planes[0].image
+        reviewer, kinds = _dicom.reviewer_of(reviewed_by), highdicom.seg.SegmentAlgorithmTypeValues
         algorithm = highdicom.AlgorithmIdentificationSequence(
             name=_dicom.MODEL, version=_dicom.VERSION, family=codes.cid7162.ArtificialIntelligence
         )
@@ -57,7 +64,7 @@ def write_segmentation(
                 segment_label=structure.name,
                 segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
                 segmented_property_type=highdicom.sr.CodedConcept(*(_dicom.code(structure) or _dicom.NEOPLASM)),
-                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_type=kinds.SEMIAUTOMATIC if reviewer else kinds.AUTOMATIC,
                 algorithm_identification=algorithm,
                 display_color=highdicom.color.CIELabColor.from_rgb(*_dicom.colour(structure, number)),
             )
@@ -83,8 +90,9 @@ def write_segmentation(
             manufacturer_model_name=_dicom.MODEL,
             software_versions=_dicom.VERSION,
             device_serial_number="0",
-            content_description=_dicom.UNREVIEWED,
-            content_label="AI_NOT_REVIEWED",
+            content_description=f"reviewed by {reviewer}" if reviewer else _dicom.UNREVIEWED,
+            content_label="REVIEWED" if reviewer else "AI_NOT_REVIEWED",
+            content_creator_name=reviewer,
             omit_empty_frames=False,
             pixel_measures=highdicom.PixelMeasuresSequence(
                 pixel_spacing=grid.spacing[1::-1],
@@ -94,7 +102,7 @@ def write_segmentation(
         )
         # Of a single frame the library makes it 1.
         _measures(segmentation).SpacingBetweenSlices = DSfloat(grid.spacing[2], auto_format=True)
-        _dicom.describe(segmentation, image)
+        _dicom.describe(segmentation, image, reviewer)
         if planes[0].frame:
             _refer_to_frames(segmentation, sources, planes[there])
         content, back = _dicom.encode(segmentation, image, [structure.name for structure in structures])

@@ -14,6 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json, to_disk, write
+from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import write_image
 from keras_mmfnet.data.labels import join_masks
 from keras_mmfnet.inference import mask_file, read_segmentation
@@ -72,9 +73,10 @@ class Correction:
     def _load(self):
         """Reads the last version, or the prediction, and the strokes since."""
         patient = self.patient
+        patient.require_same_images()
         last = self.versions()[-1:]
         files = last[0].masks if last else patient.masks
-        found = read_segmentation(files, patient.recipe.structures)
+        found = read_version(last[0], patient) if last else read_segmentation(files, patient.recipe.structures)
         masks = [patient.grid.resample(found[name]) > 0 for name in self.classes.structures]
         self._before = self.classes.join(masks)
         self._origin = next(iter(files.values()))
@@ -174,6 +176,7 @@ class Correction:
             "state": STATES[changed or bool(before and before[0].about["state"] == STATES[1])],
             "by": by,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "structures": self.patient.recipe.model_dump(mode="json")["structures"],
             "from": str(self._origin),
             "base": self._base,
             "changes": changes,
@@ -199,6 +202,27 @@ class Correction:
                 "volume_ml": round(int(np.count_nonzero(new)) * ml, 4),
             }
         return found
+
+
+def read_version(version: Version, patient: ReviewPatient) -> dict[str, sitk.Image]:
+    """The masks of a version by structure.
+
+    Raises:
+        ValueError: They are of other structures or on another grid than the patient's masks now.
+    """
+    structures = patient.recipe.model_dump(mode="json")["structures"]
+    if (before := version.about.get("structures", structures)) != structures:
+        raise ValueError(
+            f"{version.record}: a correction of the structures {structures} is expected; move the corrections "
+            f"elsewhere. Received: one of {before}"
+        )
+    found = read_segmentation(version.masks, patient.recipe.structures)
+    if not all(Grid.from_image(image).matches(patient.source) for image in found.values()):
+        raise ValueError(
+            f"{version.record}: a correction on the grid of the patient's masks is expected; move the corrections "
+            "elsewhere. Received: one on another grid"
+        )
+    return found
 
 
 def versions_in(corrections: str | os.PathLike, patient: ReviewPatient) -> list[Version]:

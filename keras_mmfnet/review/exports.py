@@ -14,8 +14,8 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.layouts import MASKS_FILE
 from keras_mmfnet.export import Structure, write_image, write_rtstruct, write_segmentation
-from keras_mmfnet.inference import mask_file, read_segmentation
-from keras_mmfnet.review.corrections import versions_in
+from keras_mmfnet.inference import mask_file
+from keras_mmfnet.review.corrections import read_version, versions_in
 from keras_mmfnet.review.patients import ReviewPatient
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def export_corrections(
         The files.
 
     Raises:
-        ValueError: No mask was accepted or corrected, or the images are no DICOM series.
+        ValueError: No mask was accepted or corrected, the images are no DICOM series or not those that were segmented,
+            or a mask is of other structures or on another grid.
         FileExistsError: The folder exists.
     """
     folder, wanted = Path(folder), list(dicom)
@@ -60,11 +61,13 @@ def export_corrections(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as filled:
         for patient, versions in found.items():
-            masks = versions[-1].masks
-            images = read_segmentation(masks, patient.recipe.structures)
+            patient.require_same_images()
+            masks, about = versions[-1].masks, versions[-1].about
+            images = read_version(versions[-1], patient)
             drawn = [Structure(n, image) for n, image in images.items() if sitk.GetArrayViewFromImage(image).any()]
             for kind in wanted if drawn else ():
-                _DICOM[kind](drawn, series[patient], filled / f"{patient.name}_{kind}.dcm")
+                path = filled / f"{patient.name}_{kind}.dcm"
+                _DICOM[kind](drawn, series[patient], path, reviewed_by=about["by"])
             names = {one: mask_file(patient.name, one) for one in masks}
             for one, name in names.items():
                 _write(masks[one], patient.recipe.structures, filled / name)

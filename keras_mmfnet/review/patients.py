@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from keras_mmfnet.data.case import Case, PreprocessedCase, listed
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image, write_image
 from keras_mmfnet.data.labels import join_masks, split_labels
-from keras_mmfnet.data.preprocess import read_masks, recipe_of
+from keras_mmfnet.data.preprocess import key_of_images, read_masks, recipe_of
 from keras_mmfnet.data.registration import apply_transform
 from keras_mmfnet.inference import read_segmentation, segment_case, segmentation_endings
 from keras_mmfnet.models import load_network
@@ -37,6 +38,7 @@ class ReviewPatient:
         scores: What is known of the prediction, by structure: some of the numbers of `evaluate_case`.
         cache: Folder of the preprocessed patients, or `None`.
         predict: Returns the probabilities by structure, on the same grid, for the files of `maps` that do not exist.
+        images: What `key_of_images` gave for the images that were segmented, or `None`.
     """
 
     case: Case
@@ -47,6 +49,18 @@ class ReviewPatient:
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     cache: Path | None = None
     predict: Callable[[], Mapping[str, sitk.Image]] | None = None
+    images: str | None = None
+
+    def require_same_images(self) -> None:
+        """Raises `ValueError` if the images are not those that were segmented."""
+        if self.images not in (None, self._images_now):
+            raise ValueError(
+                f"{self.name}: {self.place}: the images that were segmented are expected. Received: other images"
+            )
+
+    @functools.cached_property
+    def _images_now(self):
+        return key_of_images(self.case, self.recipe, self.cache)
 
     @property
     def name(self) -> str:
@@ -127,7 +141,7 @@ def find_reviewed(folder: str | os.PathLike, patients: str | os.PathLike | None 
 
     Args:
         folder: Folder of a run, or of what `mmfnet segment` wrote.
-        patients: For the latter, the folder of the patients if it has moved since.
+        patients: The folder of the patients if it has moved since.
 
     Returns:
         The patients.
@@ -137,7 +151,7 @@ def find_reviewed(folder: str | os.PathLike, patients: str | os.PathLike | None 
     """
     folder = Path(folder)
     if (folder / RECIPE_FILE).is_file():
-        return patients_of_run(folder)
+        return patients_of_run(folder, patients)
     return patients_of_contours(folder, patients)
 
 
@@ -177,7 +191,8 @@ def patients_of_contours(folder: str | os.PathLike, patients: str | os.PathLike 
         masks = {one: path for (what, one), path in files.items() if what == "mask"}
         first = recipe.structure_names[0]
         maps = {(what, one or first): path for (what, one), path in files.items() if what != "mask" and path.exists()}
-        found.append(ReviewPatient(case, recipe, Path(place), masks, maps, about["found"]))
+        images = about.get("images")
+        found.append(ReviewPatient(case, recipe, Path(place), masks, maps, about["found"], images=images))
     if missing:
         raise ValueError(
             f"{folder}: the images of the patients are expected where they were segmented, or in --patients. "
@@ -191,11 +206,12 @@ def _cases(path, recipe):
     return {case.name: case for case in find_patients(path, recipe, lambda error: None)} if Path(path).exists() else {}
 
 
-def patients_of_run(run: str | os.PathLike) -> list[ReviewPatient]:
+def patients_of_run(run: str | os.PathLike, patients: str | os.PathLike | None = None) -> list[ReviewPatient]:
     """The test patients of the finished folds of a run.
 
     Args:
         run: Folder of a run.
+        patients: The patients' folder if it has moved since.
 
     Returns:
         The patients by fold and name.
@@ -207,19 +223,23 @@ def patients_of_run(run: str | os.PathLike) -> list[ReviewPatient]:
     results = opened.results().get("mmfnet", [])
     if not results:
         raise ValueError(f"{run}: a finished fold of MMFNet is expected. Received: none")
-    found = []
+    place, recipe, found = Path(patients or opened.cohort["data"]), opened.recipe.data, []
+    cases = _cases(place, recipe)
+    if missing := [row["patient"] for result in results for row in result["patients"] if row["patient"] not in cases]:
+        expected = "the images of the patients are expected where they were, or in --patients"
+        raise ValueError(f"{run}: {expected}. Received: none of {listed(list(dict.fromkeys(missing)))} in {place}")
     for result in results:
+        # Of the network as it is now.
+        network = hashlib.sha256(opened.network(result["fold"]).read_bytes()).hexdigest()[:8]
         scores = {}
         for row in result["patients"]:
             scores.setdefault(row["patient"], {})[row["structure"]] = row
         for name, rows in sorted(scores.items()):
-            case, masks = opened.cases[name], opened.masks(result["fold"], "mmfnet", name)
-            folder = opened.folder / "corrections" / name
-            maps = {("probability", one): folder / f"probability_{one}.nii.gz" for one in opened.recipe.data.structures}
+            masks, folder = opened.masks(result["fold"], "mmfnet", name), opened.folder / "corrections" / name
+            maps = {("probability", one): folder / f"probability_{one}_{network}.nii.gz" for one in recipe.structures}
             predict = functools.partial(_probabilities, opened, result["fold"], name)
-            place = Path(opened.cohort["data"])
-            recipe = opened.recipe.data
-            found.append(ReviewPatient(case, recipe, place, masks, maps, rows, opened.cache, predict))
+            images = opened.cohort.get("images_alone", {}).get(name)
+            found.append(ReviewPatient(cases[name], recipe, place, masks, maps, rows, opened.cache, predict, images))
     return found
 
 

@@ -43,7 +43,18 @@ def test_the_patients_of_a_run(run, tmp_path):
         written = sitk.GetArrayFromImage(sitk.ReadImage(str(run / "fold_0/masks/mmfnet" / f"{patient.name}.nii.gz")))
         assert np.count_nonzero(mask) == np.count_nonzero(written)
         np.testing.assert_array_equal(patient.map("probability", "tumour") >= 0.5, mask)
-        assert list((run / "corrections" / patient.name).glob("probability_tumour.nii.gz"))
+        assert list((run / "corrections" / patient.name).glob("probability_tumour_*.nii.gz"))
+        patient.require_same_images()
+    moved = shutil.copytree(json.loads((run / "cohort.json").read_text())["data"], tmp_path / "moved")
+    [first, *_] = find_reviewed(run, moved)
+    assert (first.place, first.case.images["t1"].parent.parent) == (moved, moved)
+    first.require_same_images()
+    shutil.copy(moved / patients[1].name / "t1.nii.gz", moved / first.name / "t1.nii.gz")
+    with pytest.raises(ValueError, match=r"the images that were segmented are expected\. Received: other images"):
+        Correction(find_reviewed(run, moved)[0], tmp_path / "corrections")
+    shutil.rmtree(moved / first.name)
+    with pytest.raises(ValueError, match=f"or in --patients. Received: none of {first.name} in {moved}"):
+        find_reviewed(run, moved)
     (tmp_path / "run").mkdir()
     for name in ("recipe.json", "cohort.json"):
         shutil.copy(run / name, tmp_path / "run")

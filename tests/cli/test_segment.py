@@ -45,6 +45,12 @@ def test_a_dicom_patient_is_segmented(mmfnet, trained, tmp_path):
     for options in (("--structure", "GTV"), ("--tolerance", 0.5)):
         other = mmfnet("segment", trained, patient, "--out", out, *flags, *options, code=1)
         assert re.search(r"Zoë_rtstruct.dcm: must be made with .* as now; .* Received: a file made with", other.stderr)
+    # Interrupted before it was known what was found.
+    record = json.loads((out / "Zoë.json").read_text(encoding="utf-8"))
+    found = record["about"].pop("found")
+    (out / "Zoë.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "1 of 1: Zoë" in mmfnet("segment", trained, patient, "--out", out, *flags).stderr
+    assert json.loads((out / "Zoë.json").read_text(encoding="utf-8"))["about"]["found"] == found
     limits = ("--rtstruct", "--tolerance", 0.5, "--max-points", 3)
     refused = mmfnet("segment", trained, patient, "--out", tmp_path / "few", *limits, code=1)
     assert re.search(r"at most 3 points with a tolerance of 0.5 mm. Received: \d+ points in slice", refused.stderr)

@@ -8,9 +8,11 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import filled, find_series, write_series
 
-from keras_mmfnet.data.dicom import read_series, series_grid
+from keras_mmfnet.data.dicom import is_draft, read_series, series_grid
 from keras_mmfnet.data.geometry import Grid
+from keras_mmfnet.data.layouts import read_case_folder
 from keras_mmfnet.export import Structure, _dicom, write_rtstruct, write_segmentation
+from keras_mmfnet.recipe import DataRecipe
 from keras_mmfnet.version import __version__
 
 
@@ -199,6 +201,42 @@ def test_what_a_file_says_of_itself(write, tmp_path):
         [segment] = written.SegmentSequence
         assert segment.SegmentAlgorithmType == "AUTOMATIC"
         assert segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Neoplasm"
+    assert is_draft(tmp_path / "out.dcm", "ann")
+
+
+@pytest.mark.parametrize("write", [write_rtstruct, write_segmentation])
+def test_what_a_reviewed_file_says_of_itself(write, tmp_path):
+    write_series(tmp_path / "t1", oblique_grid())
+    [series] = find_series(tmp_path / "t1", "ann")
+    grid = Grid.from_image(read_series(series, "ann"))
+    write(grid.image(ring(grid)), series, tmp_path / "out.dcm", reviewed_by="Dr.\\Ä=" + "x" * 99)
+    written, name = pydicom.dcmread(tmp_path / "out.dcm"), "Dr. Ä " + "x" * 34
+    assert written.SeriesDescription == f"MMFNet, reviewed by {name}"
+    if write is write_rtstruct:
+        assert written.StructureSetLabel == "reviewed"
+        assert written.StructureSetDescription == f"reviewed by {name}"
+        assert written.StructureSetROISequence[0].ROIGenerationAlgorithm == "SEMIAUTOMATIC"
+        assert str(written.RTROIObservationsSequence[0].ROIInterpreter) == name
+    else:
+        assert (written.ContentLabel, str(written.ContentCreatorName)) == ("REVIEWED", name)
+        assert written.SegmentSequence[0].SegmentAlgorithmType == "SEMIAUTOMATIC"
+    assert not is_draft(tmp_path / "out.dcm", "ann")
+
+
+def test_a_draft_in_the_patients_folder_is_no_mask(tmp_path, caplog):
+    """As when the contours come back from the archive."""
+    for name in ("T1", "T2", "T1 Gd"):
+        write_series(tmp_path / "ann" / name, oblique_grid(), description=name)
+    caplog.set_level("INFO")
+    recipe = DataRecipe(spacing=None)
+    series = read_case_folder(tmp_path / "ann", recipe, require_mask=False).images["t1"]
+    grid = Grid.from_image(read_series(series, "ann"))
+    write_rtstruct(grid.image(ring(grid)), series, tmp_path / "ann" / "draft.dcm")
+    assert read_case_folder(tmp_path / "ann", recipe, require_mask=False).mask is None
+    assert "not used as masks, as no expert has reviewed them: draft.dcm" in caplog.text
+    write_rtstruct(grid.image(ring(grid)), series, tmp_path / "ann" / "reviewed.dcm", reviewed_by="me")
+    [mask] = read_case_folder(tmp_path / "ann", recipe).mask.values()
+    assert mask.path.name == "reviewed.dcm"
 
 
 def probability(grid, middle, radius):

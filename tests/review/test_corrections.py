@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -162,3 +163,16 @@ def test_what_was_corrected_is_not_merely_accepted(patient, tmp_path):
     correction.draw(pack(np.array([0], np.uint32), np.array([1], np.uint8)), correction.state)
     states = [correction.save("me", correction.state).about["state"] for _ in range(2)]
     assert states == ["corrected", "corrected"]
+
+
+def test_a_correction_of_other_structures_or_on_another_grid(regions, tmp_path):
+    correction = Correction(regions, tmp_path / "corrections")
+    correction.save("me", correction.state)
+    others = regions.recipe.model_copy(update={"structures": {"wt": (1, 2, 4), "tc": (1,), "et": (4,)}})
+    with pytest.raises(ValueError, match=r"001.json: a correction of the structures .* Received: one of "):
+        Correction(dataclasses.replace(regions, recipe=others), tmp_path / "corrections")
+    mask = sitk.ReadImage(str(regions.masks[None]))
+    mask.SetOrigin([value + 0.7 for value in mask.GetOrigin()])
+    sitk.WriteImage(mask, str(tmp_path / "moved.nii.gz"))
+    with pytest.raises(ValueError, match=r"001.json: a correction on the grid .* Received: one on another grid"):
+        Correction(dataclasses.replace(regions, masks={None: tmp_path / "moved.nii.gz"}), tmp_path / "corrections")

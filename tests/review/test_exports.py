@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import SimpleITK as sitk
 from review_patients import make_patient
 
 from keras_mmfnet.data import find_cases, find_patients, preprocess_case
+from keras_mmfnet.data.preprocess import key_of_images
 from keras_mmfnet.review.corrections import Correction
 from keras_mmfnet.review.exports import export_corrections
 
@@ -71,3 +73,34 @@ def test_what_is_refused(patient, tmp_path):
         file.write_text(json.dumps(about | changes))
         with pytest.raises(ValueError, match=message):
             find_cases(tmp_path / "out", patient.recipe)
+
+
+def test_other_images_than_those_that_were_segmented(patient, tmp_path):
+    one = dataclasses.replace(patient, images=key_of_images(patient.case, patient.recipe))
+    corrected(one, tmp_path / "corrections")
+    export_corrections([one], tmp_path / "corrections", tmp_path / "out")
+    shutil.copy(patient.case.images["t2"], patient.case.images["t1"])
+    later = dataclasses.replace(one)  # as another process finds it
+    with pytest.raises(ValueError, match=r"anna: .*the images that were segmented are expected"):
+        export_corrections([later], tmp_path / "corrections", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_patients_of_a_dataset_with_images_to_segment(tmp_path):
+    source = make_patient(tmp_path)
+    dataset = tmp_path / "dataset"
+    for folder, name in (("imagesTr", "anna"), ("imagesTs", "carl")):
+        (dataset / folder).mkdir(parents=True)
+        for channel, path in enumerate(source.case.images.values()):
+            shutil.copy(path, dataset / folder / f"{name}_{channel:04d}.nii.gz")
+    (dataset / "labelsTr").mkdir()
+    shutil.copy(source.case.mask, dataset / "labelsTr" / "anna.nii.gz")
+    (dataset / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"})
+    )
+    [case] = [case for case in find_cases(dataset, source.recipe, require_mask=False) if case.name == "anna"]
+    one = dataclasses.replace(source, case=case, place=dataset)
+    [mask] = corrected(one, tmp_path / "corrections")
+    export_corrections([one], tmp_path / "corrections", tmp_path / "out")
+    [case] = find_cases(tmp_path / "out", source.recipe)
+    np.testing.assert_array_equal(preprocess_case(case, source.recipe).mask, mask)
