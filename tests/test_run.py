@@ -271,7 +271,7 @@ def test_results_that_are_left_in_a_folder_are_refused(run, tiny_cohort, tmp_pat
     left = shutil.copytree(run[0], tmp_path / "left")
     for name in ("recipe.json", "cohort.json"):
         (left / name).unlink()
-    with pytest.raises(ValueError, match=r"no results of another run. Received: a folder with .*fold_0"):
+    with pytest.raises(ValueError, match=r"no results of another run. Received: a folder with .*fold_1"):
         Run.start(left, tiny_cohort, Run(run[0]).recipe)
 
 
