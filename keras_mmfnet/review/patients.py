@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from keras_mmfnet._files import read_json
-from keras_mmfnet.data import find_patients, preprocess_case
+from keras_mmfnet.data import find_cases, find_patients, preprocess_case
 from keras_mmfnet.data.case import Case, PreprocessedCase, listed
 from keras_mmfnet.data.geometry import Grid, resample, upright_grid
 from keras_mmfnet.data.image_io import read_image, write_image
@@ -224,10 +224,12 @@ def patients_of_run(run: str | os.PathLike, patients: str | os.PathLike | None =
     if not results:
         raise ValueError(f"{run}: a finished fold of MMFNet is expected. Received: none")
     place, recipe, found = Path(patients or opened.cohort["data"]), opened.recipe.data, []
-    cases = _cases(place, recipe)
+    cases = opened.cases
+    if patients:
+        cases = {case.name: case for case in find_cases(place, recipe, require_mask=False)}
     if missing := [row["patient"] for result in results for row in result["patients"] if row["patient"] not in cases]:
-        expected = "the images of the patients are expected where they were, or in --patients"
-        raise ValueError(f"{run}: {expected}. Received: none of {listed(list(dict.fromkeys(missing)))} in {place}")
+        missing = listed(list(dict.fromkeys(missing)))
+        raise ValueError(f"{run}: the images of its patients are expected. Received: none of {missing} in {place}")
     for result in results:
         # Of the network as it is now.
         network = hashlib.sha256(opened.network(result["fold"]).read_bytes()).hexdigest()[:8]

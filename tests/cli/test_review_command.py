@@ -53,7 +53,9 @@ def test_the_patients_of_a_run(run, tmp_path):
     with pytest.raises(ValueError, match=r"the images that were segmented are expected\. Received: other images"):
         Correction(find_reviewed(run, moved)[0], tmp_path / "corrections")
     shutil.rmtree(moved / first.name)
-    with pytest.raises(ValueError, match=f"or in --patients. Received: none of {first.name} in {moved}"):
+    with pytest.raises(
+        ValueError, match=f"images of its patients are expected. Received: none of {first.name} in {moved}"
+    ):
         find_reviewed(run, moved)
     (tmp_path / "run").mkdir()
     for name in ("recipe.json", "cohort.json"):
