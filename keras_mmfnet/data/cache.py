@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 # A cache entry depends on these fields of a `DataRecipe`, on the content of the files and on `_VERSION`. Increase the
 # version whenever preprocessing or the format of an entry changes.
 _FIELDS = ("modalities", "mask_from", "allow_empty", "align", "spacing", "normalised_scale", "clip")
-_VERSION = 11
+_VERSION = 12
 # Folder of what is known of the patients' own files, in a cache.
 _KNOWN = ".known"
 # A file may change again within a step of the file system's clock, in nanoseconds.

@@ -231,9 +231,9 @@ def patients_of_run(run: str | os.PathLike, patients: str | os.PathLike | None =
         missing = listed(list(dict.fromkeys(missing)))
         raise ValueError(f"{run}: the images of its patients are expected. Received: none of {missing} in {place}")
     for result in results:
-        # Of the network as it is now.
-        network = hashlib.sha256(opened.network(result["fold"]).read_bytes()).hexdigest()[:8]
-        scores = {}
+        file, scores = opened.network(result["fold"]), {}
+        # Of the network as it is now; one that is gone can predict nothing more.
+        network = hashlib.sha256(file.read_bytes()).hexdigest()[:8] if file.exists() else "none"
         for row in result["patients"]:
             scores.setdefault(row["patient"], {})[row["structure"]] = row
         for name, rows in sorted(scores.items()):
