@@ -260,7 +260,7 @@ def users_folder(tiny_recipe, tiny_cohort, tmp_path, monkeypatch):
             write_series(Path("patients", name, description), grid, description, patient=name, array=array)
         shutil.copy(folder / "mask.nii.gz", Path("patients", name))
         t1 = next(one for one in find_series(Path("patients", name), name) if series[one.description] == "t1")
-        write_rtstruct(images["mask"], t1, Path("patients", name, "structures.dcm"), "GTV")
+        write_rtstruct(images["mask"], t1, Path("patients", name, "structures.dcm"), "GTV", reviewed_by="an expert")
         Path("prostates", name).mkdir(parents=True)
         for source, target in (("t1", "t2"), ("t2", "adc"), ("mask", "mask")):
             shutil.copy(folder / f"{source}.nii.gz", Path("prostates", name, f"{target}.nii.gz"))
