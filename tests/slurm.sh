@@ -27,8 +27,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
-NodeName=one NodeHostname=$(hostname) Port=16818 CPUs=1 RealMemory=4000
-NodeName=two NodeHostname=$(hostname) Port=16819 CPUs=1 RealMemory=4000
+# The nodes count as what is said here, whatever memory this machine has.
+SlurmdParameters=config_overrides
+NodeName=one NodeHostname=$(hostname) Port=16818 CPUs=1 RealMemory=16000
+NodeName=two NodeHostname=$(hostname) Port=16819 CPUs=1 RealMemory=16000
 PartitionName=main Nodes=ALL Default=YES
 CONF
 mount --bind "$folder/etc" /etc/slurm
