@@ -16,7 +16,7 @@ from keras_mmfnet.data.case import StructureFiles, listed
 from keras_mmfnet.data.dicom import find_objects
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import image_stem, read_image
-from keras_mmfnet.data.layouts import OTHER_MASK
+from keras_mmfnet.data.names import is_mask_of_tissue
 from keras_mmfnet.data.preprocess import structures_in, unclaimed_labels
 from keras_mmfnet.data.structures import DicomStructures, drawn_mask
 from keras_mmfnet.evaluation import compare_masks, rows_by_structure
@@ -138,7 +138,7 @@ def _mask_in(patient, recipe):
     named, stems = recipe.named_structures, {path: image_stem(path) or "" for path in sorted(patient.iterdir())}
     is_mask = _MASK.search if recipe.mask == _DEFAULT else re.compile(re.escape(recipe.mask)).fullmatch
     if recipe.mask == _DEFAULT:
-        stems = {path: stem for path, stem in stems.items() if not OTHER_MASK.search(stem.lower())}
+        stems = {path: stem for path, stem in stems.items() if not is_mask_of_tissue(stem)}
     if not named and (found := [path for path, stem in stems.items() if is_mask(stem)]):
         return only(found)
     series, objects = find_objects(patient, patient.name)

@@ -23,7 +23,7 @@ from keras_mmfnet.data.dicom import (
     walk_files,
 )
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
-from keras_mmfnet.data.names import is_named, sequence_of
+from keras_mmfnet.data.names import is_mask_of_tissue, is_named, sequence_of
 from keras_mmfnet.data.structures import drawn_mask
 from keras_mmfnet.recipe import DataRecipe
 
@@ -419,10 +419,6 @@ def _less(stem, modality, fits):
 # --- DICOM
 
 
-# Masks of the head and its tissues, which tools for brain images leave.
-OTHER_MASK = re.compile(r"(brain|skull|head|body|tissue|(?<![a-z])(bet|wm|gm|csf))[ _.-]*(mask|seg|roi|label)")
-
-
 def _holds_dicom(folder):
     return any(path.suffix.lower() == ".dcm" or is_dicom(path) for path in walk_files(folder))
 
@@ -462,7 +458,7 @@ def _find_dicom(folder, recipe, optional):
         (masks if is_mask else images)[one] = name
     for path in walk_files(folder):
         stem = (image_stem(path) or "").lower()
-        other = not own and stem != recipe.mask.lower() and OTHER_MASK.search(stem)
+        other = not own and stem != recipe.mask.lower() and is_mask_of_tissue(stem)
         if stem and re.search(file_pattern, path.name.lower()) and not other:
             masks[path] = path.name, str(path.parent.relative_to(folder))
     chosen = {modality: _choose(folder, images, masks, modality, recipe, optional) for modality in recipe.modalities}

@@ -1,4 +1,4 @@
-"""Which sequence a name means: a DICOM series, a channel of a dataset, a file. Pure functions of the text."""
+"""What a name means: a sequence, or a mask of a tissue. Pure functions of the text."""
 
 import re
 import unicodedata
@@ -52,6 +52,7 @@ _ALONE = re.compile(rf"(?<![a-z])(post{_TREATMENT}|(iv|pi|late|delayed)(?![a-z])
 _T1 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|ce|t?f?se|gre|ir|fs)?t1(?!\d|rho)")
 _T2 = re.compile(r"(?<![a-z])(3d|s|ax|sag|cor|tra|t?f?se|fs)?t2(?!\d| ?\*| ?star)")
 _FLAIR = re.compile(r"flair|dark.?fluid")
+_TISSUE = re.compile(r"(brain|skull|head|body|tissue|(?<![a-z])(bet|wm|gm|csf))[ _.-]*(mask|seg|roi|label)")
 SEQUENCES = ("t1", "t2", "cet1", "flair")
 
 
@@ -115,3 +116,8 @@ def is_named(name: str, sequence: str, pattern: str | None = None, folder: str =
         return sequence_of(name, folder) == sequence
     pattern = pattern or rf"(?<![a-z0-9]){re.escape(sequence)}(?![a-z0-9])"
     return re.search(pattern, f"{folder} {name}", re.IGNORECASE) is not None
+
+
+def is_mask_of_tissue(name: str) -> bool:
+    """Whether a name is that of a mask of the head or a tissue, as tools for brain images leave them."""
+    return bool(_TISSUE.search(name.lower()))

@@ -224,9 +224,8 @@ def patients_of_run(run: str | os.PathLike, patients: str | os.PathLike | None =
     if not results:
         raise ValueError(f"{run}: a finished fold of MMFNet is expected. Received: none")
     place, recipe, found = Path(patients or opened.cohort["data"]), opened.recipe.data, []
-    cases = opened.cases
-    if patients:
-        cases = {case.name: case for case in find_cases(place, recipe, require_mask=False)}
+    # The run's own folder may be gone.
+    cases = {one.name: one for one in find_cases(place, recipe, require_mask=False)} if patients else opened.cases
     if missing := [row["patient"] for result in results for row in result["patients"] if row["patient"] not in cases]:
         missing = listed(list(dict.fromkeys(missing)))
         raise ValueError(f"{run}: the images of its patients are expected. Received: none of {missing} in {place}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -52,6 +53,10 @@ def test_the_patients_of_a_run(run, tmp_path):
     shutil.copy(moved / patients[1].name / "t1.nii.gz", moved / first.name / "t1.nii.gz")
     with pytest.raises(ValueError, match=r"the images that were segmented are expected\. Received: other images"):
         Correction(find_reviewed(run, moved)[0], tmp_path / "corrections")
+    away = Path(shutil.copytree(run, tmp_path / "away"))
+    cohort = json.loads((away / "cohort.json").read_text())
+    (away / "cohort.json").write_text(json.dumps(cohort | {"data": str(tmp_path / "nowhere")}))
+    assert find_reviewed(away, moved)[0].place == moved
     shutil.rmtree(moved / first.name)
     with pytest.raises(
         ValueError, match=f"images of its patients are expected. Received: none of {first.name} in {moved}"

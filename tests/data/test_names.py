@@ -1,6 +1,6 @@
 import pytest
 
-from keras_mmfnet.data.names import is_named, sequence_of
+from keras_mmfnet.data.names import is_mask_of_tissue, is_named, sequence_of
 
 NAMES = {
     "t1": [
@@ -319,3 +319,10 @@ def test_a_pattern_decides_instead():
     assert is_named("AX T1 W/WO CONTRAST", "cet1", "w/wo")
     assert is_named("3d", "t1", r"^12/", folder="12/")
     assert not is_named("AX T1", "t1", "mprage")
+
+
+def test_masks_of_tissues():
+    assert all(map(is_mask_of_tissue, ("brain_mask", "T1_Brain_Mask", "wm_seg", "bet.label")))
+    assert not any(
+        map(is_mask_of_tissue, ("mask", "brain_tumour_mask", "head_neck_gtv_mask", "alphabet_seg", "seg_brain"))
+    )
