@@ -65,6 +65,7 @@ class Series:
         frame_of_reference: UID of the coordinates that its positions are given in.
         frames: Of files with several frames each: by file, the numbers of the frames that belong to the image, from 0.
         fault: Why it cannot be read, if that is known.
+        study: Its StudyInstanceUID, if nothing else tells whose it is: neither a PatientID nor a PatientName.
     """
 
     folder: Path
@@ -75,6 +76,7 @@ class Series:
     frame_of_reference: str = ""
     frames: tuple[tuple[int, ...], ...] = ()
     fault: str = ""
+    study: str = ""
 
     def __str__(self):
         count = f"{sum(map(len, self.frames))} frames" if self.frames else f"{len(self.files)} files"
@@ -162,14 +164,13 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
                 f"Received: {len(different)} different {what} ({listed})"
             )
     ids = {name for identified, name in patients if identified}
+    if len(studies) > 1 and not patients:
+        _log.warning(
+            "%s: %d studies without a PatientID or PatientName are taken for one patient's", patient, len(studies)
+        )
     for path, owner in owners.items():
         if ids and owner not in ids:
             _log.warning("%s: %s has another PatientID than the images", patient, path.relative_to(folder))
-    if len(studies) > 1 and not patients:
-        raise CaseError(
-            f"{patient}: {folder}: must hold the DICOM files of one patient, with a PatientID or PatientName, or of "
-            f"one study. Received: {len(studies)} studies without either"
-        )
     for path, header, _ in faults:
         if header.get(_UID) and not any(header[_UID] == key[0] for key in found):
             found[_key(path, header)] = [(header, [Slice(path)])]
@@ -243,7 +244,8 @@ def _series(slices, header, detail, fault):
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
     about = (header.get(_DESCRIPTION, ""), label, header.get(_UID, ""), header.get(_FRAME_OF_REFERENCE, ""))
-    return Series(folder, files, *about, frames, fault)
+    study = "" if header.get(_PATIENT) or header.get(_NAME) else header.get(_STUDY, "")
+    return Series(folder, files, *about, frames, fault, study)
 
 
 def _volumes(slices):

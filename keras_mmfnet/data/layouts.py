@@ -135,7 +135,11 @@ def find_patients(
     several = bool(folders) and len(complete) == min(2, len(folders))
     if not several and (_holds_dicom(path) or (_stems(path) and not complete)):
         try:
-            return [read_case_folder(path, recipe, require_mask=False)]
+            case = read_case_folder(path, recipe, require_mask=False)
+            # Of several studies nobody knows whether they are of one patient, unless they lie in one folder.
+            studies = {getattr(image, "study", "") for image in case.images.values()} - {""}
+            if len(studies) < 2 or not folders:
+                return [case]
         except CaseError:
             inside = any(_holds(folder, recipe, 2) for folder in folders)
             if not inside and (_holds(path, recipe, 2) or not _hint(path, recipe)):

@@ -637,8 +637,9 @@ def test_objects_of_other_patients(tmp_path, caplog):
         write_series(tmp_path / "two" / name, uid=f"1.2.{number}", patient="")
         study = f"1.2.826.0.1.{number}"
         change_series(tmp_path / "two" / name, lambda image, _, study=study: setattr(image, "StudyInstanceUID", study))
-    with pytest.raises(CaseError, match="Received: 2 studies without either"):
-        find_objects(tmp_path / "two", "two")
+    found, _ = find_objects(tmp_path / "two", "two")
+    assert [one.study for one in found] == ["1.2.826.0.1.0", "1.2.826.0.1.1"]
+    assert "two: 2 studies without a PatientID or PatientName are taken for one patient's" in caplog.text
 
 
 # --- enhanced objects

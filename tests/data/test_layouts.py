@@ -482,6 +482,22 @@ def test_dicom_patients_who_lack_something(tmp_path):
         find_patients(tmp_path / "none", able)
 
 
+@pytest.mark.parametrize("patient", ["", "1"])
+def test_studies_of_which_nobody_knows_whose_they_are(patient, tmp_path):
+    """Two incomplete patients without an ID do not become one; a patient's own folder may have several studies."""
+    for number, (folder, sequence) in enumerate((("a", "T1"), ("a", "T2"), ("b", "T1 Gd"))):
+        place = tmp_path / "all" / folder / sequence
+        write_series(place, description=sequence, patient=patient, uid=f"1.2.{number}")
+        study = {"a": "1.2.826.0.1.0", "b": "1.2.826.0.1.1"}[folder]
+        change_series(place, lambda image, _, study=study: setattr(image, "StudyInstanceUID", study))
+    assert len(read_case_folder(tmp_path / "all", RECIPE.data, require_mask=False).images) == 3
+    if patient:
+        assert [case.name for case in find_patients(tmp_path / "all", RECIPE.data)] == ["all"]
+    else:
+        with pytest.raises(CaseError, match="2 of 2 patients cannot be used"):
+            find_patients(tmp_path / "all", RECIPE.data)
+
+
 @pytest.mark.parametrize("name", ["brain_mask.nii.gz", "HD-BET/t1_brain_mask.nii.gz", "wm_seg.nii.gz"])
 def test_a_mask_of_the_brain_is_none_of_the_tumour(name, tmp_path):
     for sequence in ("T1", "T2", "T1 Gd"):
