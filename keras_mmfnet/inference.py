@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from keras_mmfnet.data.body import otsu_threshold
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import read_image
 from keras_mmfnet.data.labels import join_masks, split_labels
-from keras_mmfnet.data.windows import crop, gaussian_weights, window_starts
+from keras_mmfnet.data.windows import crop, gaussian_weights, window_box, window_starts
 from keras_mmfnet.postprocess import PostProcessing
-from keras_mmfnet.recipe import DataRecipe, Recipe
+from keras_mmfnet.recipe import DataRecipe, PatchRecipe, Recipe
 
 # A Keras model or any other callable from `{modality: (batch, depth, height, width, 1)}` to probabilities
 # `(batch, depth, height, width, structures)`.
@@ -111,6 +112,7 @@ class Segmentation:
         disagreements: The standard deviation of the networks' probabilities, float32; 0 of one network.
         label_image: All masks as one image: 1 of one structure, of several the recipe's label values, see
             `labels.join_masks`; `None` if each structure has a file of its own.
+        notes: On what may lie outside the windows of the recipe, see `window_notes`.
 
     One structure is unpacked by `mask, probability, disagreement = segment_case(...)`; of several this is a
     `ValueError`.
@@ -120,6 +122,7 @@ class Segmentation:
     probabilities: Mapping[str, sitk.Image]
     disagreements: Mapping[str, sitk.Image]
     label_image: sitk.Image | None
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[sitk.Image]:
         if len(self.masks) > 1:
@@ -213,7 +216,35 @@ def segment_ensemble(
         probabilities,
         disagreements,
         None if labels is None else image(labels),
+        window_notes(case, recipe.patches, average.max(axis=-1) > 0.5),
     )
+
+
+def window_notes(case: PreprocessedCase, patches: PatchRecipe, found: np.ndarray) -> tuple[str, ...]:
+    """Notes on a patient of whom a part of the tumour may lie outside the windows, where nothing is looked for.
+
+    Args:
+        case: A `PreprocessedCase`.
+        patches: The `PatchRecipe` of the network.
+        found: The voxels of any structure, bool, on the case's grid.
+
+    Returns:
+        A note if nothing was found and a twentieth of the body or more lies outside; and one if what was found reaches
+        an edge of the windows within the body.
+    """
+    box = window_box(case.shape, patches.shape, patches.stride, case.centre)
+    image = next(iter(case.images.values()))
+    body = image > otsu_threshold(image)
+    covered = np.count_nonzero(body[box]) / max(np.count_nonzero(body), 1)
+    advice = "a network of larger `patches.shape`, or with a `patches.stride` in plane, sees more"
+    if not found.any():
+        return (f"the windows cover {covered:.0%} of the body; {advice}",) if covered <= 0.95 else ()
+    for axis, (side, size) in enumerate(zip(box, case.shape, strict=True)):
+        for edge, beyond in ((side.start, side.start - 1), (side.stop - 1, side.stop)):
+            on_edge = found.take(edge, axis)
+            if on_edge.any() and 0 <= beyond < size and (on_edge & body.take(beyond, axis)).any():
+                return (f"what was found reaches the edge of the windows and may go on beyond; {advice}",)
+    return ()
 
 
 def mask_file(stem: str, structure: str | None) -> str:

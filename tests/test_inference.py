@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import keras
@@ -138,6 +139,30 @@ def test_networks_are_averaged_and_their_disagreement_is_told(make_case):
         segment_case(constant(0.2), case, recipe, mirror=True)
     with pytest.raises(ValueError, match=r"at least one network. Received: \[\]"):
         segment_ensemble([], case, recipe)
+
+
+def test_a_tumour_that_may_lie_outside_the_windows_is_noted(make_case):
+    case = make_case(shape=(16, 64, 16))
+    body = np.zeros(case.shape, np.float32)
+    body[:, 8:56] = 1
+    case = dataclasses.replace(case, images={"t1": body})
+
+    def notes(height, predict):
+        changes = {"data.modalities": ("t1",), "patches.shape": (16, height, 16)}
+        return segment_case(predict, case, Recipe().replace(changes)).notes
+
+    def nothing(batch):
+        return np.zeros_like(batch["t1"])
+
+    def upper_rows(batch):
+        return (np.arange(batch["t1"].shape[2])[:, None, None] < 2) * batch["t1"]
+
+    (note,) = notes(32, nothing)
+    assert "the windows cover 67% of the body" in note
+    (note,) = notes(32, upper_rows)
+    assert "reaches the edge of the windows and may go on beyond" in note
+    # The windows hold the body, or the volume.
+    assert notes(48, nothing) == notes(48, upper_rows) == notes(64, upper_rows) == ()
 
 
 def test_images_of_different_shapes_are_refused():

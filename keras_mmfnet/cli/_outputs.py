@@ -1,5 +1,6 @@
 """The files that `mmfnet segment` writes."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -100,10 +101,25 @@ class Outputs:
         dicom = before.get("dicom", {}) | about["dicom"]
         write(path, json.dumps({**record, "about": before | about | {"dicom": dicom}}, indent=2) + "\n")
 
-    def drop_record(self, case):
-        """Removes the record of a patient of whom no file was written."""
-        if not self.there(case):
-            self._record(case).unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def claim(self, case):
+        """Holds a patient's files for this process. The record is removed if no file is written."""
+        import filelock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f".{case.name}.lock"
+        try:
+            with filelock.FileLock(lock, timeout=0):
+                try:
+                    yield
+                finally:
+                    if not self.there(case):
+                        self._record(case).unlink(missing_ok=True)
+                    with contextlib.suppress(PermissionError):  # Windows keeps files that are open
+                        lock.unlink()
+        except filelock.Timeout:
+            expected = "no other `mmfnet segment` may write the same files at the same time; choose another --out"
+            raise ValueError(f"{case.name}: {expected}. Received: one that is running") from None
 
     def _record(self, case):
         return self.folder / f"{case.name}.json"

@@ -118,13 +118,15 @@ def segment(
         for number, (case, images, record, missing) in enumerate(todo, start=1):
             about["images"] = images
             try:
-                outputs.write_record(case, record, about)
-                line, compared, found = _segment(case, predict, recipe, rules, missing, names, write_dicom)
-                outputs.write_record(case, record, about | found)
+                with outputs.claim(case):
+                    # Another process may have written files since.
+                    outputs.require_same(case, record, dicom)
+                    outputs.write_record(case, record, about)
+                    line, compared, found = _segment(case, predict, recipe, rules, missing, names, write_dicom)
+                    outputs.write_record(case, record, about | found)
                 seen = opened.seen_in_training(case, folds) if compared else ""
                 _log.info("%d of %d: %s", number, len(todo), f"{line} ({seen})" if seen else line)
             except ValueError as error:
-                outputs.drop_record(case)
                 failed.append(error)
                 _log.warning("%d of %d: %s was not segmented, see the end", number, len(todo), case.name)
             progress("segmenting", number, len(todo))
@@ -153,7 +155,8 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
     patient = preprocess_case(dataclasses.replace(case, mask=None), recipe.data)
     found = predict(patient)
     arrays = {name: sitk.GetArrayViewFromImage(mask) for name, mask in found.masks.items()}
-    about, anything = [case.name, *patient.notes], any(array.any() for array in arrays.values())
+    notes = [*patient.notes, *found.notes]
+    about, anything = [case.name, *notes], any(array.any() for array in arrays.values())
     probabilities = {name: sitk.GetArrayViewFromImage(image) for name, image in found.probabilities.items()}
     voxel_ml = math.prod(patient.source.spacing) / 1000
     numbers = {}
@@ -202,7 +205,7 @@ def _segment(case, predict, recipe, rules, files, names, write_dicom):
             write_image(found.label_image, path)
         else:
             write_image(images[what][one or recipe.data.structure_names[0]], path)
-    return "; ".join(about), case.mask is not None, {"found": numbers, "notes": patient.notes}
+    return "; ".join(about), case.mask is not None, {"found": numbers, "notes": notes}
 
 
 def _draw(case, masks, recipe, path):

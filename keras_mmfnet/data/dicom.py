@@ -46,6 +46,10 @@ STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 # What the objects of this package say of themselves in SeriesDescription until an expert has reviewed them.
 DRAFT = "MMFNet (AI, not reviewed)"
+# What anonymisation leaves of the IDs and names of all patients, in lower case without punctuation.
+_ANONYMOUS = re.compile(
+    r"((patient|name|id)?(anon|anonym(ous|i[sz]ed)?|unknown|none|removed)(patient|name|id)?)?|x+|0+|na"
+)
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
 # In ms: how much the times of one echo may differ from slice to slice.
@@ -140,17 +144,17 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
                 kind.startswith(_CAPTURE) and not header.get(_POSITION) and _PER_FRAME not in header
             ):
                 others.setdefault(kind, []).append(path)
-                if kind in (STRUCTURE_SET, *SEGMENTATIONS) and header.get(_PATIENT):
-                    owners[path] = header[_PATIENT]
+                by_id, owner = _owner(header)
+                if kind in (STRUCTURE_SET, *SEGMENTATIONS) and by_id:
+                    owners[path] = owner
                 continue
             slices = _slices(path, header, patient)
         except CaseError as error:
             faults.append((path, header, error))
             continue
-        # Without an ID, the name tells the patients apart, however it is punctuated.
         studies.add(header.get(_STUDY, ""))
-        if name := header.get(_PATIENT) or "".join(filter(str.isalnum, header.get(_NAME, "").casefold())):
-            patients.setdefault((bool(header.get(_PATIENT)), name), path)
+        if (owner := _owner(header))[1]:
+            patients.setdefault(owner, path)
         instance = header.get(_INSTANCE)
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
@@ -210,6 +214,18 @@ def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
     )
 
 
+def _owner(header):
+    """Whether the PatientID tells the patients apart, and it; or the PatientName, however it is punctuated."""
+    if (patient := header.get(_PATIENT, "")) and not _ANONYMOUS.fullmatch(_letters(patient)):
+        return True, patient
+    name = _letters(header.get(_NAME, ""))
+    return False, "" if _ANONYMOUS.fullmatch(name) else name
+
+
+def _letters(text):
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
 def _key(path, header):
     """What the files of one series have in common."""
     key = tuple(header.get(tag, "") for tag in (_UID, _NUMBER, _DESCRIPTION))
@@ -244,7 +260,7 @@ def _series(slices, header, detail, fault):
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
     about = (header.get(_DESCRIPTION, ""), label, header.get(_UID, ""), header.get(_FRAME_OF_REFERENCE, ""))
-    study = "" if header.get(_PATIENT) or header.get(_NAME) else header.get(_STUDY, "")
+    study = "" if _owner(header)[1] else header.get(_STUDY, "")
     return Series(folder, files, *about, frames, fault, study)
 
 

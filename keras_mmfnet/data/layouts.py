@@ -317,6 +317,13 @@ def _find_images(folder, recipe, optional):
     layout, images = _find_files(folder, files, recipe)
     if not any(images.values()) and _holds_dicom(folder):
         return "DICOM", *_find_dicom(folder, recipe, optional)
+    if optional and any(images.values()) and not all(images.values()) and _holds_dicom(folder):
+        series = {one: (one.description, one.folder.name) for one in find_objects(folder, folder.name)[0]}
+        if hidden := [m for m, path in images.items() if not path and _named(series, m, recipe)]:
+            raise CaseError(
+                f"{folder.name}: {folder}: must hold all sequences as image files, or all as DICOM series. Received: "
+                f"{', '.join(path.name for path in images.values() if path)}, and DICOM series of {', '.join(hidden)}"
+            )
     for modality, path in images.items():
         is_near = functools.partial(is_named, sequence=sequence_of(modality) or modality)
         # A file with a misspelt name is not a missing sequence.
@@ -567,13 +574,23 @@ def _no_dataset(path):
     )
 
 
+def _case_name(root):
+    """The function from the name of an image file of a dataset, without its ending, to the case's.
+
+    Where images and labels are called alike, a file has all channels; otherwise its name ends with that of a channel.
+    """
+    alike = _stems(root / "labelsTr").keys() & _stems(root / "imagesTr").keys()
+    return str if alike else functools.partial(_CHANNEL.sub, "")
+
+
 def _find_dataset_case(path, recipe):
     """The case of a dataset that a name or a file stands for, in a list."""
     folder, suffix, root = path.parent, image_suffix(path), _dataset_root(path.parent)
-    name = _CHANNEL.sub("", image_stem(path) or path.name)
     if root and (suffix or not path.exists()):
+        case_name = _case_name(root)
+        name = case_name(image_stem(path) or path.name)
         for images in _image_folders(folder, root):
-            if name in {_CHANNEL.sub("", stem) for stem in _stems(images)}:
+            if name in map(case_name, _stems(images)):
                 return _read_dataset(root, [images], recipe, False, None, name)
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], 1)
@@ -588,9 +605,9 @@ def _find_dataset_case(path, recipe):
 def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
     """The patients that a `dataset.json` describes, in some folders: all, or `only` the one of this name."""
     path, optional = root / "dataset.json", recipe.allow_missing
-    layout, numbers = _channels(path, recipe, optional)
+    layout, numbers, channels = _channels(path, recipe, optional)
 
-    def read(folder, files, labels, label_files, name):
+    def read(folder, name, files, labels, label_files):
         mask = _mask(lambda _: _find_file(labels, label_files, [name], name), require_mask)
         if not mask and require_mask and folder.name == "imagesTs":
             return None
@@ -602,31 +619,40 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
                 f"{name}: {folder}: must hold a file for each channel or one of all channels. "
                 f"Received: {', '.join(file.name for file in (whole, *found.values()) if file)}"
             )
+        if other := sorted(files.keys() - {name, *(f"{name}_{number:04d}" for number in channels)}):
+            listed = ", ".join(f"{name}_{number:04d}" for number in channels)
+            raise CaseError(
+                f"{name}: {folder}: must hold the channels that {path.name} names, {listed}. "
+                f"Received: {', '.join(other)}"
+            )
         if whole:
-            found = {modality: Volume(whole, number) for modality, number in numbers.items()}
+            # Of one channel it has three axes.
+            found = {m: Volume(whole, number) if len(channels) > 1 else whole for m, number in numbers.items()}
         found = {modality: source for modality, source in found.items() if source}
         if not (len(found) == len(numbers) or (optional and found)) or (require_mask and not mask):
             wanted = ", ".join(f"{name}_{number:04d}" for number in numbers.values())
             label = f", and {labels.name} {name}" if require_mask else ""
-            received = [*(stem for stem in files if stem.startswith(name)), f"{'a' if mask else 'no'} label"]
+            received = [*files, f"{'a' if mask else 'no'} label"]
             raise CaseError(
                 f"{name}: {folder}: must hold {wanted} or {name}{label}; {_ALLOW_MISSING}. "
                 f"Received: {', '.join(received)}"
             )
         return layout, Case(name, found, mask)
 
-    readers = []
+    readers, case_name = [], _case_name(root)
     for folder in folders:
-        files, labels = _stems(folder), folder.with_name(folder.name.replace("images", "labels"))
+        labels, cases = folder.with_name(folder.name.replace("images", "labels")), {}
         label_files = _stems(labels) if labels != folder else {}
-        for name in dict.fromkeys(_CHANNEL.sub("", stem) for stem in files):
+        for stem, paths in _stems(folder).items():
+            cases.setdefault(case_name(stem), {})[stem] = paths
+        for name, files in cases.items():
             if only in (None, name):
-                readers.append(functools.partial(read, folder, files, labels, label_files, name))
+                readers.append(functools.partial(read, folder, name, files, labels, label_files))
     return _read_all(readers, on_error, f"{path}: must lie beside imagesTr with images", f"no patient in {root}")
 
 
 def _channels(path, recipe, optional):
-    """The name of the layout, and the number of each modality's channel."""
+    """The name of the layout, the number of each modality's channel, and the names of all channels by number."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         channels = described.get("channel_names") or described["modality"]
@@ -644,4 +670,4 @@ def _channels(path, recipe, optional):
             )
         if found:
             numbers[modality] = found[0]
-    return "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon", numbers
+    return "nnU-Net" if "channel_names" in described else "Medical Segmentation Decathlon", numbers, channels

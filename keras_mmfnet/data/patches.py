@@ -8,7 +8,7 @@ import numpy as np
 from keras_mmfnet._machine import available_memory
 from keras_mmfnet.data import augment
 from keras_mmfnet.data.case import PreprocessedCase
-from keras_mmfnet.data.windows import window_starts
+from keras_mmfnet.data.windows import window_box, window_starts
 from keras_mmfnet.recipe import PatchRecipe
 
 try:
@@ -223,7 +223,7 @@ def _load(cases, recipe, modalities, training, parts):
         `movable`, see `augment.draw_transform`.
     """
     starts = [np.array(window_starts(case.shape, recipe.shape, recipe.stride, case.centre)) for case in cases]
-    _warn(cases, starts, recipe.shape)
+    _warn(cases, recipe)
     depth, *plane = recipe.shape
     spacing = np.array([case.spacing for case in cases], np.float32)
     in_space, placed = training and not recipe.in_plane, training and recipe.foreground
@@ -320,18 +320,17 @@ def _place(sample, tables, recipe, seed):
     return patient, start, *tf.unstack(tf.where(placed, around, bounds))
 
 
-def _warn(cases, starts, patch_shape):
-    small = [case.name for case in cases if any(n < p for n, p in zip(case.shape, patch_shape, strict=True))]
+def _warn(cases, recipe):
+    small = [case.name for case in cases if any(n < p for n, p in zip(case.shape, recipe.shape, strict=True))]
     if small:
         warnings.warn(
-            f"volumes smaller than the patch {patch_shape} are padded with their background: {_listed(small)}",
+            f"volumes smaller than the patch {recipe.shape} are padded with their background: {_listed(small)}",
             stacklevel=3,
         )
     outside = []
-    for case, first in zip(cases, starts, strict=True):
-        low, high = np.maximum(first.min(axis=0), 0), first.max(axis=0) + patch_shape
+    for case in cases:
         mask = case.mask
-        seen = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].sum(dtype=int)
+        seen = mask[window_box(case.shape, recipe.shape, recipe.stride, case.centre)].sum(dtype=int)
         whole = mask.sum(dtype=int)
         if seen < whole:
             outside.append(f"{case.name} ({1 - seen / whole:.0%})")

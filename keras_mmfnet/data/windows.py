@@ -39,6 +39,18 @@ def window_starts(
     return list(itertools.product(*axes))
 
 
+def window_box(
+    shape: Sequence[int],
+    patch_shape: Sequence[int],
+    stride: Sequence[int | None],
+    centre: Sequence[float],
+) -> tuple[slice, slice, slice]:
+    """The voxels of a volume that lie in its windows; the arguments are those of `window_starts`."""
+    starts = np.array(window_starts(shape, patch_shape, stride, centre))
+    low, high = np.maximum(starts.min(axis=0), 0), np.minimum(starts.max(axis=0) + patch_shape, shape)
+    return tuple(slice(int(first), int(last)) for first, last in zip(low, high, strict=True))
+
+
 def gaussian_weights(patch_shape: Sequence[int]) -> np.ndarray:
     """Gaussian weights of the voxels of a window, for the average of overlapping windows.
 

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import filelock
 import numpy as np
 import pydicom
 import pytest
@@ -176,6 +177,17 @@ def test_a_folder_of_patients(mmfnet, trained, tiny_cohort, tmp_path, monkeypatc
     shutil.copy(patients / "patient_02" / "t1.nii.gz", patients / "patient_00" / "t1.nii.gz")
     other = mmfnet("segment", trained, patients, "--out", out, "--picture", code=1)
     assert "error: not segmented: 1 of 4 patients" in other.stderr
+
+
+def test_a_patient_whom_another_process_segments(mmfnet, trained, tiny_cohort, tmp_path):
+    patient, out = tiny_cohort / "patient_00", tmp_path / "out"
+    out.mkdir()
+    with filelock.FileLock(out / ".patient_00.lock"):
+        refused = mmfnet("segment", trained, patient, "--out", out, code=1).stderr
+        assert "patient_00: no other `mmfnet segment` may write the same files at the same time" in refused
+        assert not list(out.glob("patient_00*"))
+    mmfnet("segment", trained, patient, "--out", out)
+    assert {path.name for path in out.iterdir()} == {"patient_00.nii.gz", "patient_00.json"}
 
 
 def test_patients_whose_files_would_have_one_name(mmfnet, trained, tiny_cohort, tmp_path):

@@ -285,6 +285,33 @@ def test_decathlon(tmp_path):
         read_image(Volume(tmp_path / "imagesTr" / "x_1.nii.gz", 4), "x_1")
 
 
+def test_cases_whose_names_end_like_channels(tmp_path):
+    """The Decathlon's files have all channels, whatever the cases are called."""
+    names = ("case_0000", "case_0001")
+    recipe = RECIPE.replace({"data.modalities": ("t1",)}).data
+    files = {f"imagesTr/{name}.nii.gz": make_image(n) for n, name in enumerate(names)}
+    make_dataset(tmp_path, {"modality": {"0": "T1"}}, files, [f"labelsTr/{name}.nii.gz" for name in names])
+    for cases in (find_cases(tmp_path, recipe), find_patients(tmp_path, recipe)):
+        assert [case.name for case in cases] == list(names)
+        image = read_image(cases[1].images["t1"], "")
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(make_image(1)))
+    assert [case.name for case in find_patients(tmp_path / "imagesTr" / "case_0001.nii.gz", recipe)] == ["case_0001"]
+    # Without labels, a second channel of one case would be left out in silence.
+    shutil.rmtree(tmp_path / "labelsTr")
+    with pytest.raises(CaseError, match=r"the channels that dataset.json names, case_0000. Received: case_0001"):
+        find_patients(tmp_path, recipe)
+
+
+def test_image_files_beside_dicom_series(tmp_path):
+    write_series(tmp_path / "ann" / "DICOM" / "T2", description="T2")
+    write(tmp_path / "ann" / "t1.nii.gz", make_image())
+    able = RECIPE.replace({"data.allow_missing": True, "network.modality_dropout": 0.3}).data
+    with pytest.raises(CaseError, match=r"or all as DICOM series. Received: t1.nii.gz, and DICOM series of t2"):
+        read_case_folder(tmp_path / "ann", able, require_mask=False)
+    write(tmp_path / "ann" / "t2.nii.gz", make_image())
+    assert list(read_case_folder(tmp_path / "ann", able, require_mask=False).images) == ["t1", "t2"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -482,7 +509,7 @@ def test_dicom_patients_who_lack_something(tmp_path):
         find_patients(tmp_path / "none", able)
 
 
-@pytest.mark.parametrize("patient", ["", "1"])
+@pytest.mark.parametrize("patient", ["", "ANONYMOUS", "Unknown_ID", "000", "1", "Anon-7"])
 def test_studies_of_which_nobody_knows_whose_they_are(patient, tmp_path):
     """Two incomplete patients without an ID do not become one; a patient's own folder may have several studies."""
     for number, (folder, sequence) in enumerate((("a", "T1"), ("a", "T2"), ("b", "T1 Gd"))):
@@ -491,7 +518,7 @@ def test_studies_of_which_nobody_knows_whose_they_are(patient, tmp_path):
         study = {"a": "1.2.826.0.1.0", "b": "1.2.826.0.1.1"}[folder]
         change_series(place, lambda image, _, study=study: setattr(image, "StudyInstanceUID", study))
     assert len(read_case_folder(tmp_path / "all", RECIPE.data, require_mask=False).images) == 3
-    if patient:
+    if patient in ("1", "Anon-7"):
         assert [case.name for case in find_patients(tmp_path / "all", RECIPE.data)] == ["all"]
     else:
         with pytest.raises(CaseError, match="2 of 2 patients cannot be used"):

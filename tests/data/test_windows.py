@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_mmfnet.data.windows import crop, window_starts
+from keras_mmfnet.data.windows import crop, window_box, window_starts
 
 
 def test_windows_slide_over_the_slices_about_the_centre():
@@ -29,6 +29,17 @@ def test_strides_in_plane_cover_the_volume():
     for start in window_starts(shape, patch, (4, 16, 16), (8, 35, 45)):
         covered[tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))] += 1
     assert covered.min() >= 1
+
+
+@pytest.mark.parametrize("stride", [(4, None, None), (8, 16, 24)])
+def test_the_box_holds_the_voxels_of_all_windows(stride):
+    shape, patch, centre = (10, 40, 50), (16, 32, 32), (5, 30, 20)
+    seen = np.zeros(shape, bool)
+    for start in window_starts(shape, patch, stride, centre):
+        seen[tuple(slice(max(a, 0), a + n) for a, n in zip(start, patch, strict=True))] = True
+    boxed = np.zeros(shape, bool)
+    boxed[window_box(shape, patch, stride, centre)] = True
+    np.testing.assert_array_equal(boxed, seen)
 
 
 def test_cut_inside_is_a_slice():
