@@ -55,7 +55,8 @@ PAPERS = ("t1", "t2", "cet1")
 NO_SPACING = ("lgg_patients",)
 # Further columns: the metric, and its digits.
 METRICS = {"NSD": ("nsd", 3), "HD95, mm": ("hd95", 1), "lesion F1": ("lesion_f1", 2)}
-# Recipes are planned or fixed, `planned_40` or `small`, and may be changed, as in `planned_40_dropout`.
+# Recipes are planned or fixed, `planned_40` or `small`, and may be changed, as in `planned_40_dropout`; or they are for
+# as many updates as those of another program took in its minutes, as in `planned_40_815_updates`.
 _STRONG = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
 VARIANTS = {
     "uniform": lambda recipe: {"patches.foreground": 0.0},
@@ -65,7 +66,7 @@ VARIANTS = {
     # For the minutes that the networks of self-transfer take: of three sequences about as many as MMFNet.
     "scratch": lambda recipe: {"training.self_transfer": False, "training.epochs": 2 * recipe.training.epochs},
 }
-RECIPE = re.compile(rf"(small|planned_\d+)(?:_({'|'.join(VARIANTS)}))?")
+RECIPE = re.compile(rf"(small|planned_\d+)(?:_({'|'.join(VARIANTS)}|(\d+)_updates))?")
 # Between the name of a recipe and the number of patients to learn from.
 FROM = "_from_"
 # Each with the script that trains it, and its name there.
@@ -82,10 +83,11 @@ def make_recipe(name, data, results, cache):
     """The recipe of that name for a data set, which is made once; `planned_40` is planned for 40 minutes a fold."""
     path, (given, needed) = results / name / "recipe.json", DATA[data.name]
     if not path.exists():
-        base, variant = RECIPE.fullmatch(name).groups()
+        base, variant, updates = RECIPE.fullmatch(name).groups()
         if variant:
             recipe = make_recipe(base, data, results, cache)
-            recipe = recipe.replace(VARIANTS[variant](recipe))
+            epochs = max(1, round(int(updates or 0) / recipe.training.steps_per_epoch))
+            recipe = recipe.replace({"training.epochs": epochs} if updates else VARIANTS[variant](recipe))
         elif base == "small":
             recipe = Recipe.small().replace({**given, **needed})
         else:
@@ -259,13 +261,29 @@ def means_of(by_patient):
     return [np.mean(list(values.values())) for values in by_patient.values()]
 
 
-def table(folder, baseline):
+def tables(folder, baseline):
+    """The tables of a data set as Markdown: all methods at about the same minutes, and some at the same updates."""
+    results = read(folder)
+    updates = {key: RECIPE.fullmatch(key[0].partition(FROM)[0])[3] for key in results}
+    text = table(folder, {key: found for key, found in results.items() if not updates[key]}, baseline)
+    for number in sorted({int(one) for one in updates.values() if one}):
+        # An epoch of MMFNet is whole.
+        same = {
+            key: found
+            for key, found in results.items()
+            if all(abs(one["updates"] - number) <= 0.05 * number for one in found.values())
+        }
+        first = next((key for key in same if key[1] == baseline[1]), baseline)
+        text += f"\nAt the same number of updates, {number}:\n\n{table(folder, same, first)}"
+    return text
+
+
+def table(folder, results, baseline):
     """A row for each recipe and method, for each structure, as Markdown.
 
     Means are over the patients that a method was tested on, differences over those that the baseline shares, and ranks
     over those that all share.
     """
-    results = read(folder)
     metrics = {"lesion F1": METRICS["lesion F1"]} if folder.name in NO_SPACING else METRICS
     head = ["recipe", "method", "structure", "mean DSC", "median DSC", "below 0.5", *metrics]
     head += [f"DSC minus that of {' '.join(baseline)} [95%], patients", "rank [95%]", "trainings", "folds", "patients"]
@@ -306,7 +324,7 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, required=True, help=f"folder of patients, named {' or '.join(DATA)}")
     add("--out", type=Path, help="folder for the runs, which may be deleted afterwards")
-    recipes = f"small or planned_<minutes>, or one of them followed by _{', _'.join(VARIANTS)}"
+    recipes = f"small or planned_<minutes>, or one of them followed by _{', _'.join(VARIANTS)} or _<n>_updates"
     ours = "mmfnet, mmfnet_scratch, single_encoder, multi_encoder, unet3d_<sequence>"
     add("--methods", default="mmfnet", metavar="NAMES", help=f"some of {ours}, {', '.join(PROGRAMS)} (%(default)s)")
     add("--recipes", default="planned_40", metavar="NAMES", help=f"{recipes} (%(default)s)")
@@ -328,7 +346,7 @@ def main():
         options = (parsed.seeds, parsed.folds, parsed.methods, parsed.recipes)
         for seed, fold, method, kind in itertools.product(*(option.split(",") for option in options)):
             compute(parsed, folder, kind, method, int(seed), int(fold))
-    text = table(folder, (parsed.recipes.split(",")[0], "mmfnet"))
+    text = tables(folder, (parsed.recipes.split(",")[0], "mmfnet"))
     write(folder / "table.md", text)
     print(text)
 

@@ -113,10 +113,31 @@ def test_a_variant_is_the_kept_recipe_with_changes(whole_patients, tiny_cohort, 
     base = make("planned_1")
     assert varied == base.replace({"network.modality_dropout": 0.3})
     assert make("planned_1_scratch").training.epochs == 2 * base.training.epochs
+    assert make("planned_1_215_updates").training.epochs == max(1, round(215 / base.training.steps_per_epoch))
     assert make("planned_1_misaligned") == base.replace({"patches.misalignment": (4.0, 4.0)})
     monkeypatch.setattr(sys, "argv", ["", "--data", str(tiny_cohort), "--out", "out", "--recipes", "small_other"])
     with pytest.raises(SystemExit):
         whole_patients.main()
+
+
+def test_the_second_table_is_at_the_same_updates(whole_patients, tmp_path):
+    patient = {"structure": "tumour", "nsd": 0.5, "hd95": 3.0, "lesion_f1": 1.0, "seconds": 1.0}
+    for place, dice, updates in (
+        ("planned_40/seed_0/fold_0/mmfnet", 0.9, 400),
+        ("planned_40/seed_0/fold_0/nnunet_scaled", 0.5, 104),
+        ("planned_40_100_updates/seed_0/fold_0/mmfnet", 0.7, 100),
+    ):
+        path = tmp_path / "patients" / f"{place}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [patient | {"patient": name, "dsc": dice} for name in ("anna", "ben")]
+        path.write_text(json.dumps({"title": path.stem, "updates": updates, "seconds": 60.0, "patients": rows}))
+    first, second = whole_patients.tables(path.parents[3], ("planned_40", "mmfnet")).split(
+        "\nAt the same number of updates, 100:\n\n"
+    )
+    rows = [[line.split(" | ")[3] for line in text.splitlines()[2:]] for text in (first, second)]
+    assert rows == [["0.900", "0.500"], ["0.500", "0.700"]]
+    assert "-0.200 [-0.200, -0.200], 2" in second
+    assert "DSC minus that of planned_40_100_updates mmfnet" in second
 
 
 def test_unknown_data(whole_patients, monkeypatch, capsys, tmp_path):
