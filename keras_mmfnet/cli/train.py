@@ -69,22 +69,13 @@ def train(
         + [f"--workers={workers}"] * bool(workers)
     )
     with session(quiet, resume_with=again) as terminal:
-        if corrections and (data or resume or dry_run or not source):
-            given = {"DATA": data, "--resume": resume, "--dry-run": dry_run, "no --from": not source}
-            expected = "a reviewed run (--from) is expected with it, no DATA, no --resume and no --dry-run"
-            received = ", ".join(name for name, there in given.items() if there)
-            raise ValueError(f"--corrections: {expected}. Received: {received}")
+        _check_corrections(corrections, data, resume, dry_run, source)
         if data is None and not (resume or corrections):
             raise ValueError("DATA: a folder of patients is expected. Received: no folder")
         if data is not None:
             options.require_folder(data, "DATA")
         fixed = {"--recipe": recipe, "--paper": paper, "--small": small, "--resume": resume, "--from": source}
-        planned = not any(fixed.values())
-        if (memory or time) and not planned:
-            received = next(option for option, value in fixed.items() if value)
-            raise ValueError(f"--memory, --time: a training that is planned is expected. Received: {received}")
-        if small and (recipe or paper):
-            raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
+        planned = _is_planned(fixed, memory or time)
         default, opened = options.open_bundle(source, "--from") if source else (None, None)
         # A plan's reasons are of other patients.
         default = default and default.model_copy(update={"reasons": {}})
@@ -146,6 +137,24 @@ def train(
                 scheduled.show(terminal, request)
             else:
                 run_training(terminal, out, data, chosen, folds, resume, opened, scheduled, **arguments)
+
+
+def _check_corrections(corrections, data, resume, dry_run, source):
+    if corrections and (data or resume or dry_run or not source):
+        given = {"DATA": data, "--resume": resume, "--dry-run": dry_run, "no --from": not source}
+        expected = "a reviewed run (--from) is expected with it, no DATA, no --resume and no --dry-run"
+        received = ", ".join(name for name, there in given.items() if there)
+        raise ValueError(f"--corrections: {expected}. Received: {received}")
+
+
+def _is_planned(fixed, budget):
+    """Whether the recipe is planned: no option fixes it. A budget is for a plan only."""
+    received = [option for option, value in fixed.items() if value]
+    if budget and received:
+        raise ValueError(f"--memory, --time: a training that is planned is expected. Received: {received[0]}")
+    if fixed["--small"] and (fixed["--recipe"] or fixed["--paper"]):
+        raise ValueError("--recipe, --paper, --small: one of them is expected. Received: several")
+    return not received
 
 
 def _export_reviewed(source, out):
