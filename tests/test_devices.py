@@ -161,6 +161,7 @@ devices.set_devices(2)
     (tmp_path / "ends.py").write_text(script)
     [words] = end(start(tmp_path, "ends.py"), status=1)
     assert "the process of device 1 must run until the end. Received: status 1: no memory" in words
+    assert "no GPU was found: 2 processes share the CPU and are slower than one" in words
 
 
 def test_devices_that_are_not_there():

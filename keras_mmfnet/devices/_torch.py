@@ -1,6 +1,7 @@
 import atexit
 import contextlib
 import datetime
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from torch import distributed
 
 from keras_mmfnet.devices import Devices, choose, started_with_others
+
+_log = logging.getLogger(__name__)
 
 # How long a process waits for the others: in a training, and for the next training, while the first one reads patients
 # and segments.
@@ -110,8 +113,9 @@ def make_devices(number, sync_batch_norm):
             )
         return _Processes(sync_batch_norm)
     if not gpus:
-        # Several processes can share a CPU: slower than one, and the same otherwise.
         number = 1 if number == "all" else number
+        if number > 1:
+            _log.warning("no GPU was found: %d processes share the CPU and are slower than one", number)
     number = len(choose(number, gpus)) if gpus else number
     return _Processes(sync_batch_norm, _start(number, gpus)) if number > 1 else Devices()
 
