@@ -22,9 +22,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import numpy as np
 import SimpleITK as sitk
+from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 from trained import subsets
-from whole_patients import less, means_of
+from whole_patients import less, mean_dsc, means_of
 
 from keras_mmfnet._files import read_json, write
 from keras_mmfnet.data import preprocess_case
@@ -138,8 +139,8 @@ def measure(run, fold, method, folder):
     return found
 
 
-def table(folder):
-    """The mean DSC of each recipe and method under each condition, and what the condition costs, as Markdown."""
+def read(folder):
+    """The DSC under each condition: `{(structure, condition): {(recipe, method): {patient: {seed: value}}}}`."""
     scores = {}
     for path in sorted(folder.glob("*/seed_*/fold_*/*.json")):
         kind, seed = path.parts[-4], int(path.parts[-3].removeprefix("seed_"))
@@ -149,6 +150,11 @@ def table(folder):
                 for patient, dsc in patients.items():
                     if dsc is not None and np.isfinite(dsc):
                         one.setdefault(patient, {})[seed] = dsc
+    return scores
+
+
+def table(scores):
+    """The mean DSC of each recipe and method under each condition, and what the condition costs, as Markdown."""
     lines = [
         "| structure | condition | recipe | method | mean DSC | minus that without it [95%], patients | "
         "minus that of the first method [95%], patients |",
@@ -166,6 +172,28 @@ def table(folder):
     return "\n".join(lines) + "\n"
 
 
+def draw(scores, path):
+    """Draws a row for each condition and a panel for each structure: the mean DSC with its interval over patients."""
+    structures, conditions = (list(dict.fromkeys(names)) for names in zip(*scores, strict=True))
+    methods = list(dict.fromkeys(method for found in scores.values() for method in found))
+    figure = Figure(figsize=(3 + 4 * len(structures), 1 + 0.4 * len(conditions)), layout="constrained")
+    axes = figure.subplots(1, len(structures), squeeze=False, sharey=True)
+    for axis, structure in zip(axes[0], structures, strict=True):
+        for number, method in enumerate(methods):
+            places = [place for place, one in enumerate(conditions) if method in scores.get((structure, one), {})]
+            points = [mean_dsc(scores[structure, conditions[place]][method]) for place in places]
+            mean, low, high = np.transpose(points)
+            # Beside each other, about the middle of the row.
+            rows = np.array(places) + 0.6 * ((number + 0.5) / len(methods) - 0.5)
+            label = ", ".join(method[::-1])
+            axis.errorbar(mean, rows, xerr=(mean - low, high - mean), fmt="o", capsize=3, label=label)
+        axis.set(title=structure, xlabel="mean DSC", xlim=(-0.02, 1), yticks=range(len(conditions)))
+        axis.set_yticklabels(conditions)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
 def _mean(by_patient):
     return round(float(np.nanmean(list(by_patient.values()))), 3)
 
@@ -175,7 +203,7 @@ def main():
     parser.add_argument("--run", type=Path, help="folder of a run, <recipe>/seed_<number>")
     parser.add_argument("--fold", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--methods", default="mmfnet", metavar="NAMES", help="of the run (%(default)s)")
-    parser.add_argument("--tables", action="store_true", help="only make the tables")
+    parser.add_argument("--tables", action="store_true", help="only make the tables and charts")
     parsed = parser.parse_args()
     if not (parsed.run or parsed.tables):
         parser.error("--run: a folder is expected. Received: none")
@@ -189,9 +217,10 @@ def main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path, json.dumps(found) + "\n")
     for folder in sorted({path.parents[2] for path in RESULTS.glob("*/*/seed_*/fold_*")}):
-        text = table(folder)
-        write(folder / "table.md", text)
-        print(text)
+        scores = read(folder)
+        write(folder / "table.md", table(scores))
+        draw(scores, folder / "chart.png")
+        print(table(scores))
 
 
 if __name__ == "__main__":

@@ -256,6 +256,12 @@ def less(found, baseline):
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}], {count}"
 
 
+def mean_dsc(by_patient):
+    """The mean over patients and trainings, and its 95% interval."""
+    [values] = common({"": by_patient}).values()
+    return values.mean(), *interval(resample({"": values})[""])
+
+
 def means_of(by_patient):
     """The mean over the trainings of each patient."""
     return [np.mean(list(values.values())) for values in by_patient.values()]

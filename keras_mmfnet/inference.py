@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data.body import otsu_threshold
 from keras_mmfnet.data.case import PreprocessedCase
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.image_io import read_image
@@ -229,16 +228,16 @@ def window_notes(case: PreprocessedCase, patches: PatchRecipe, found: np.ndarray
         found: The voxels of any structure, bool, on the case's grid.
 
     Returns:
-        A note if nothing was found and a twentieth of the body or more lies outside; and one if what was found reaches
+        A note if nothing was found and more than a twentieth of the body lies outside; and one if what was found reaches
         an edge of the windows within the body.
     """
     box = window_box(case.shape, patches.shape, patches.stride, case.centre)
     image = next(iter(case.images.values()))
-    body = image > otsu_threshold(image)
-    covered = np.count_nonzero(body[box]) / max(np.count_nonzero(body), 1)
+    body = image > image.mean()
+    inside, whole = np.count_nonzero(body[box]), np.count_nonzero(body)
     advice = "a network of larger `patches.shape`, or with a `patches.stride` in plane, sees more"
     if not found.any():
-        return (f"the windows cover {covered:.0%} of the body; {advice}",) if covered <= 0.95 else ()
+        return (f"the windows cover {inside / whole:.0%} of the body; {advice}",) if inside < 0.95 * whole else ()
     for axis, (side, size) in enumerate(zip(box, case.shape, strict=True)):
         for edge, beyond in ((side.start, side.start - 1), (side.stop - 1, side.stop)):
             on_edge = found.take(edge, axis)

@@ -71,6 +71,7 @@ def test_a_network_loses_by_what_it_looks_at(robustness, run, tmp_path, monkeypa
     assert len(asked) == 1
     less = 0.5 - found["as they are"]
     table = capsys.readouterr().out
+    assert (data / "chart.png").stat().st_size > 1000
     assert f"| tumour | as they are | planned_40 | nnunet_scaled | 0.500 |  | {less:+.3f} [" in table
     less = found["without t2"] - found["as they are"]
     assert f"| tumour | without t2 | planned_40 | mmfnet | 0.000 | {less:+.3f} [" in table

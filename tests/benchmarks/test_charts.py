@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture
-def curves(benchmarks, monkeypatch, tmp_path):
-    script = importlib.import_module("curves")
+def charts(benchmarks, monkeypatch, tmp_path):
+    script = importlib.import_module("charts")
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     folds = [{"train": ["c", "d", "e"], "validation": ["f"], "test": ["a", "b"]}]
     (tmp_path / "heads").mkdir()
@@ -30,26 +30,30 @@ def curves(benchmarks, monkeypatch, tmp_path):
     return script
 
 
-def test_lines_through_the_results(curves, monkeypatch, tmp_path):
-    results = curves.read(tmp_path / "heads")
-    found = curves.against_minutes(results, "tumour")
+def test_lines_through_the_results(charts, monkeypatch, tmp_path):
+    results = charts.read(tmp_path / "heads")
+    found = charts.against_minutes(results, "tumour")
     assert {name: [point[:2] for point in points] for name, points in found.items()} == {
         "mmfnet": [(9, pytest.approx(0.6)), (40, pytest.approx(0.75))],
         "nnunet_scaled": [(40, 0.5)],
     }
     _, low, high = found["mmfnet"][0][1:]
     assert (low, high) == (pytest.approx(0.5), pytest.approx(0.7))
-    fewer = curves.against_patients(results, "tumour", 4)
+    fewer = charts.against_patients(results, "tumour", 4)
     assert {name: [point[:2] for point in points] for name, points in fewer.items()} == {
         "mmfnet, planned_40": [(2, pytest.approx(0.2)), (4, pytest.approx(0.75))]
     }
-    monkeypatch.setattr(sys, "argv", ["curves.py", "--data", "heads"])
-    curves.main()
-    assert all((tmp_path / "heads" / f"{name}.png").stat().st_size > 1000 for name in ("minutes", "patients"))
+    values, (mean, _, _) = charts.of_patients(results, "tumour")["mmfnet, planned_40"]
+    assert (values, mean) == (pytest.approx([0.7, 0.8]), pytest.approx(0.75))
+    monkeypatch.setattr(sys, "argv", ["charts.py", "--data", "heads"])
+    charts.main()
+    assert all(
+        (tmp_path / "heads" / f"{name}.png").stat().st_size > 1000 for name in ("methods", "minutes", "patients")
+    )
 
 
-def test_no_results(curves, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["curves.py", "--data", "other"])
+def test_no_results(charts, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["charts.py", "--data", "other"])
     with pytest.raises(SystemExit):
-        curves.main()
+        charts.main()
     assert "Received: other" in capsys.readouterr().err
