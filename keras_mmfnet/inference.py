@@ -228,8 +228,8 @@ def window_notes(case: PreprocessedCase, patches: PatchRecipe, found: np.ndarray
         found: The voxels of any structure, bool, on the case's grid.
 
     Returns:
-        A note if nothing was found and more than a twentieth of the body lies outside; and one if what was found reaches
-        an edge of the windows within the body.
+        A note if nothing was found and more than a twentieth of the body lies outside; or one if what was found
+        reaches an edge of the windows within the body.
     """
     box = window_box(case.shape, patches.shape, patches.stride, case.centre)
     image = next(iter(case.images.values()))

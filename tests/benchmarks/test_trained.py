@@ -77,6 +77,26 @@ def test_attention_that_is_the_same_for_all_loses_nothing_by_its_mean(trained, t
     assert lost["channel"] < 1e-6 < lost["spatial"] == pytest.approx(lost["both"])
 
 
+def test_where_the_attention_looks(trained, tmp_path, benchmarks, monkeypatch):
+    script = importlib.import_module("attention_maps")
+
+    def weights_of(model, case, recipe, blocks):
+        return dict.fromkeys(blocks, np.where(case.mask > 0, 0.75, 0.25))
+
+    weights = script.weights_of
+    monkeypatch.setattr(script, "weights_of", weights_of)
+    result = run("attention_maps", trained, tmp_path, benchmarks, monkeypatch)
+    assert len(result["inside_and_rest"]) == 2
+    assert all(one == [0.75, 0.25] for blocks in result["inside_and_rest"].values() for one in blocks.values())
+    assert all(sum(share.values()) == pytest.approx(1) for share in result["share"].values())
+    assert (trained / "attention_maps.png").stat().st_size > 1000
+    arguments = importlib.import_module("argparse").Namespace(run=trained, method="mmfnet_mlp_std", fold=0)
+    load, recipe, _, [case, _] = importlib.import_module("trained").open_run(arguments)
+    found = weights(load(), case, recipe, ["fusion1"])["fusion1"]
+    assert found.shape == case.shape
+    assert 0 < found.max() < 1
+
+
 def test_a_network_that_is_not_there(trained, benchmarks, monkeypatch, tmp_path):
     script = importlib.import_module("missing_modalities")
     arguments = ["--run", str(trained), "--fold", "1"]
