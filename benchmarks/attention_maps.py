@@ -2,9 +2,9 @@
 
     python benchmarks/attention_maps.py --run OUT --method mmfnet --fold 0 --patients 10
 
-OUT is a run of reproduce_tables.py or whole_patients.py. The picture, OUT/attention_maps.png, has a row for each patient:
-the slice with most of the tumour and the expert's contour, in the first sequence and over the weights. The file of
-results has, for each block and patient, the mean weight inside the tumour and in the rest of the body, and each
+OUT is a run of reproduce_tables.py or whole_patients.py. The picture, OUT/attention_maps.png, has a row for each
+patient: the slice with most of the tumour and the expert's contour, in the first sequence and over the weights. The
+file of results has, for each block and patient, the mean weight inside the tumour and in the rest of the body, and each
 sequence's share of the weighted features around the tumour.
 """
 
