@@ -27,6 +27,7 @@ def trained(tiny_cohort, tmp_path_factory):
     cohort = {"data": str(tiny_cohort), "patients": dict.fromkeys(cases), "folds": [dataclasses.asdict(fold)]}
     (folder / "cohort.json").write_text(json.dumps(cohort))
     (folder / "fold_0").mkdir()
+    keras.utils.set_random_seed(0)
     network = MMFNet(recipe.data.modalities, recipe.patches.shape, (2, 3), reduction=2)
     rng = np.random.default_rng(0)
     network.set_weights([weight + 0.3 * rng.normal(size=weight.shape) for weight in network.get_weights()])
