@@ -9,6 +9,11 @@ from collections import Counter
 DICOM = {"rtstruct": "_rtstruct.dcm", "seg": "_seg.dcm"}
 
 
+def source_of(images, networks):
+    """A hash of what a patient's files are made from: those of the images and of the networks."""
+    return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
+
+
 class Outputs:
     """The files of each patient in a folder, by what they hold and the structure, `None` for all; the masks are last.
 
@@ -34,10 +39,6 @@ class Outputs:
 
             expected = "patients whose files have different names are expected"
             raise ValueError(f"{expected}. Received: {listed(twice)} of two patients")
-
-    def source(self, images, networks):
-        """A hash of what a patient's files are made from: those of the images and of the networks."""
-        return hashlib.sha256(json.dumps([networks, images]).encode()).hexdigest()
 
     def there(self, case):
         """The files of a patient that exist."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from keras_mmfnet.cli import _options as options
-from keras_mmfnet.cli._outputs import DICOM, Outputs
+from keras_mmfnet.cli._outputs import DICOM, Outputs, source_of
 from keras_mmfnet.cli._process import start_backend
 from keras_mmfnet.cli._terminal import counted, session
 
@@ -95,7 +95,7 @@ def segment(
             record |= {"labels": outputs.labels, "mask": recipe.data.mask}
             try:
                 images = key_of_images(case, recipe.data)
-                record["source"] = outputs.source(images, hashes)
+                record["source"] = source_of(images, hashes)
                 outputs.require_same(case, record, dicom)
             except ValueError as error:
                 failed.append(error)
