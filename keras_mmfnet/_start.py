@@ -11,7 +11,7 @@ from keras_mmfnet._files import read_json, write_once
 from keras_mmfnet._precision import dtype_policy
 from keras_mmfnet.data import find_cases, find_duplicates, group_patients, refuse_duplicates
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.folds import Fold, divide_patients
+from keras_mmfnet.data.folds import Fold, check_ids, divide_patients
 from keras_mmfnet.devices import check_recipe
 from keras_mmfnet.losses import make_loss
 from keras_mmfnet.methods import Method, build_mmfnet, find_method, method_of
@@ -88,6 +88,7 @@ def check_start(run, data, recipe, resume=False, groups=None, splits=None, metho
     grouped = group_patients(cases, recipe.training.group, groups)
     if not kept:  # A run that is resumed must have the same images, which were checked at its start.
         refuse_duplicates(find_duplicates(cases), grouped)
+        check_ids(cases, grouped)
     start = Start(recipe, methods, cases, bad, grouped, groups, splits, given or kept.get("donor"))
     start.divide()  # Too few patients are found before the long work.
     if len(recipe.data.mask_files) > 1:
@@ -165,7 +166,8 @@ def _check_folds(folds, cases, volumes, recipe, methods):
             lacking = [one for one in recipe.data.structures if one not in there]
             if volumes is not None and (lacking if part == "train" else not there):
                 what = ", ".join(lacking) if there else "tumour"
+                remedy = "--splits" if recipe.training.balance else "`training.balance=volume` or --splits"
                 raise ValueError(
-                    f"fold {number}: {method.title} must have a patient with {what} for {part}; "
-                    f"`training.balance=volume` or --splits may help. Received: {', '.join(served)}, all without"
+                    f"fold {number}: {method.title} must have a patient with {what} for {part}; {remedy} may help. "
+                    f"Received: {', '.join(served)}, all without"
                 )

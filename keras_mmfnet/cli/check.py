@@ -35,6 +35,7 @@ def check(
         from keras_mmfnet._files import csv_text, write
         from keras_mmfnet.data import CaseError, find_duplicates
         from keras_mmfnet.data.case import group_messages
+        from keras_mmfnet.data.folds import same_ids
         from keras_mmfnet.data.survey import CaseSurvey, survey
         from keras_mmfnet.plan import given_recipe, recipe_to_check
 
@@ -72,6 +73,8 @@ def check(
         copies = find_duplicates(cases)
         for same in copies:
             terminal.say(f"the same images: {', '.join(same)}")
+        for same in same_ids(cases):
+            terminal.say(f"the same PatientID: {', '.join(same)}")
         if csv:
             write(csv, csv_text([_columns(row, chosen.modalities, names) for row in rows]))
         if as_json:
@@ -110,7 +113,7 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
     import statistics
 
     from keras_mmfnet.data.case import listed
-    from keras_mmfnet.data.folds import divide_patients, group_patients, refuse_duplicates
+    from keras_mmfnet.data.folds import check_ids, divide_patients, group_patients, refuse_duplicates
 
     usable = {row.name: row for row in rows if not row.problems}
     modalities = recipe.data.modalities
@@ -127,7 +130,9 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
     if recipe.training.balance and None in volumes.values():
         return terminal.say("the folds are balanced by volume, which --deep reads")
     try:
-        grouped = group_patients([case for case in cases if case.name in used], recipe.training.group, groups)
+        chosen = [case for case in cases if case.name in used]
+        grouped = group_patients(chosen, recipe.training.group, groups)
+        check_ids(chosen, grouped)
         refuse_duplicates([same for names in copies if len(same := used.intersection(names)) > 1], grouped)
         folds = divide_patients(used, recipe.training, grouped, splits, volumes, [r.name for r in rows if r.problems])
     except ValueError as error:

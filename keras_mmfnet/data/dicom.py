@@ -199,6 +199,12 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
 
 
+def patient_id(series: Series) -> str:
+    """The PatientID of a series; `""` if there is none, or one that anonymisation leaves for all patients."""
+    by_id, owner = _owner(read_header(series.files[0], str(series.folder)))
+    return owner if by_id else ""
+
+
 def is_draft(path: Path, patient: str) -> bool:
     """Whether a DICOM object was made by this package, and not reviewed by an expert."""
     return read_header(path, patient).get(_DESCRIPTION) == DRAFT

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,9 +16,12 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._dicom_header import read_header
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.dicom import Series
+from keras_mmfnet.data.dicom import Series, patient_id
+from keras_mmfnet.data.geometry import upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.recipe import TrainingRecipe
+
+_log = logging.getLogger(__name__)
 
 # PatientID and StudyInstanceUID.
 _STUDY = (0x00100020, 0x0020000D)
@@ -68,6 +72,7 @@ def five_folds(
             the folds are only as even as the groups allow. A patient without an entry is a group of one.
         volumes: The tumour's volume of each patient by name, whose range every part of every fold then covers: of the
             patients in the order of their volumes, neighbours go to different parts. A group counts by its largest.
+            Where two units outside the test set have a tumour, so have training and validation.
 
     Returns:
         A list of `folds` times `Fold`, the names in each sorted.
@@ -275,7 +280,20 @@ def _hold_back(units, fraction, volumes, *key):
         if len(units[first]) + sum(len(units[one]) for one in validation) <= wanted:
             validation.append(first)
     validation = validation or [min(rest, key=lambda first: len(units[first]))]
-    return _names(set(rest) - set(validation), units), _names(validation, units)
+    train = [first for first in rest if first not in validation]
+    if volumes is not None:
+        _share_tumours(train, validation, {first: any(volumes[name] for name in units[first]) for first in rest}, units)
+    return _names(train, units), _names(validation, units)
+
+
+def _share_tumours(train, validation, tumours, units):
+    """Swaps two units, if one part has no tumour and the other has several."""
+    for lacking, other in ((train, validation), (validation, train)):
+        given = [first for first in other if tumours[first]]
+        if len(given) > 1 and not any(tumours[first] for first in lacking):
+            pairs = itertools.product(given, lacking)
+            one, back = min(pairs, key=lambda pair: abs(len(units[pair[0]]) - len(units[pair[1]])))
+            other[other.index(one)], lacking[lacking.index(back)] = back, one
 
 
 def group_patients(
@@ -310,31 +328,64 @@ def group_patients(
     return groups
 
 
-def refuse_duplicates(copies: Sequence[Collection[str]], groups: Collection[str]) -> None:
-    """Refuses patients who occur several times, unless they are in groups, which tell who is who.
+def refuse_duplicates(copies: Sequence[Collection[str]], groups: Mapping[str, str]) -> None:
+    """Refuses patients who occur several times, unless they are in one group.
 
     Args:
         copies: The names of each patient who occurs more than once, as from `find_duplicates`.
-        groups: The names of the patients who are in a group, as from `group_patients`.
+        groups: The group of each patient by name, as from `group_patients`.
 
     Raises:
-        ValueError: One of them is in no group.
+        ValueError: One of them is in no group, or two are in different groups.
     """
-    apart = [sorted(names) for names in copies if not set(groups) >= set(names)]
-    if apart:
-        listed = "; ".join(" = ".join(names) for names in apart[:20])
+    if apart := _apart(copies, groups):
         raise ValueError(
-            "each patient must occur once, or training and test would share images; remove the copies, or give "
-            "`training.group`, a regular expression for the part of a name that tells the patient, or --groups. "
-            f"Received: {listed}{f'; ... and {len(apart) - 20} more' if len(apart) > 20 else ''}"
+            "each patient must occur once, or training and test would share images; remove the copies, or give one "
+            "group to all of a patient's by `training.group`, a regular expression for the part of a name that tells "
+            f"the patient, or by --groups. Received: {_equal(apart)}"
         )
 
 
-def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
-    """Finds patients who are in the cohort several times, by the image of each one's reference modality.
+def check_ids(cases: Sequence[Case], groups: Mapping[str, str]) -> None:
+    """Refuses DICOM patients of one study unless they are in groups, and warns of others with one PatientID.
 
-    DICOM series are compared by PatientID and StudyInstanceUID, image files by their voxels, whatever the format,
-    pixel type or compression. Only files of equal size and spacing are read; those that cannot be read are passed over.
+    Groups are trusted: anonymisation may have left one study or ID to several persons.
+
+    Args:
+        cases: The patients.
+        groups: The group of each patient by name, as from `group_patients`.
+
+    Raises:
+        ValueError: Patients have one PatientID and one StudyInstanceUID, and are in no group.
+    """
+    refuse_duplicates([_names_of(same) for same in _alike(cases, map(_study, cases))], dict.fromkeys(groups, ""))
+    if apart := _apart(same_ids(cases), dict.fromkeys(groups, "")):
+        about = "These have the same PatientID; if they are one person, give them one group (--groups), or training and"
+        _log.warning("%s test would share the person: %s", about, _equal(apart))
+
+
+def same_ids(cases: Sequence[Case]) -> list[tuple[str, ...]]:
+    """Finds DICOM patients with the same PatientID, but for what anonymisation leaves to all, such as `ANON`.
+
+    Args:
+        cases: The patients.
+
+    Returns:
+        The names of those with each such PatientID.
+    """
+
+    def patient(case):
+        source = next(iter(case.images.values()))
+        return patient_id(source) if isinstance(source, Series) else None
+
+    return [_names_of(same) for same in _alike(cases, map(patient, cases))]
+
+
+def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
+    """Finds patients who are in the cohort several times, by the voxels of each one's reference modality.
+
+    Format, pixel type, compression and the order of the axes make no difference. Only images of equal size and spacing
+    are read; those that cannot be read are passed over.
 
     Args:
         cases: The patients.
@@ -342,39 +393,60 @@ def find_duplicates(cases: Sequence[Case]) -> list[tuple[str, ...]]:
     Returns:
         The names of each patient who occurs more than once.
     """
-    alike = [cases]
     with ThreadPoolExecutor() as pool:
-        for key in (_header, _voxels):
-            divided = []
-            for group in alike:
-                by_key = {}
-                for case, value in zip(group, pool.map(key, group), strict=True):
-                    by_key.setdefault(value or case.name, []).append(case)
-                divided += [same for same in by_key.values() if len(same) > 1]
-            alike = divided
-    return sorted(tuple(sorted(case.name for case in same)) for same in alike)
+        alike = _alike(cases, pool.map(_grid, cases))
+        return sorted(_names_of(same) for group in alike for same in _alike(group, pool.map(_voxels, group)))
 
 
-def _header(case):
-    """Size and spacing of an image file, PatientID and StudyInstanceUID of a DICOM series; `None` if unknown."""
+def _alike(cases, values):
+    """The cases that have the same value, two or more; a value that is empty is no one's."""
+    found = {}
+    for case, value in zip(cases, values, strict=True):
+        if value:
+            found.setdefault(value, []).append(case)
+    return [same for same in found.values() if len(same) > 1]
+
+
+def _names_of(cases):
+    return tuple(sorted(case.name for case in cases))
+
+
+def _apart(alike, groups):
+    """Those of some names that belong together who are not in one group."""
+    return [sorted(names) for names in alike if len({groups.get(name, (name,)) for name in names}) > 1]
+
+
+def _equal(several):
+    more = f"; ... and {len(several) - 20} more" if len(several) > 20 else ""
+    return "; ".join(" = ".join(names) for names in several[:20]) + more
+
+
+def _study(case):
+    """PatientID and StudyInstanceUID of a DICOM series, `None` if they are unknown."""
     source = next(iter(case.images.values()))
     try:
-        if isinstance(source, Series):
-            study = tuple(map(read_header(source.files[0], case.name).get, _STUDY))
-            return study if all(study) else None
-        grid = read_grid(source, case.name)
-        return grid.size, tuple(f"{np.float32(step):.5g}" for step in grid.spacing)
+        study = tuple(map(read_header(source.files[0], case.name).get, _STUDY)) if isinstance(source, Series) else ()
     except CaseError:
         return None
+    return study if all(study) else None
+
+
+def _grid(case):
+    """Size and spacing of the image in the order of the patient's axes."""
+    try:
+        grid = upright_grid(read_grid(next(iter(case.images.values())), case.name))
+    except CaseError:
+        return None
+    return grid.size, tuple(f"{np.float32(step):.5g}" for step in grid.spacing)
 
 
 def _voxels(case):
-    """A hash of the voxels of an image file; the same value for all DICOM series, which only the header compares."""
-    source = next(iter(case.images.values()))
+    """A hash of the voxels in the order of the patient's axes."""
     try:
-        return ("series",) if isinstance(source, Series) else sitk.Hash(read_image(source, case.name, sitk.sitkFloat32))
+        image = read_image(next(iter(case.images.values())), case.name, sitk.sitkFloat32)
     except CaseError:
         return None
+    return sitk.Hash(sitk.DICOMOrient(image, "LPS"))
 
 
 def _shuffle(names, *key):

@@ -1,16 +1,18 @@
 import dataclasses
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from dicom_files import write_series
+from dicom_files import change_series, write_series
 
 from keras_mmfnet.data import folds
 from keras_mmfnet.data.case import Case
 from keras_mmfnet.data.folds import (
     Fold,
+    check_ids,
     divide_patients,
     find_duplicates,
     five_folds,
@@ -18,6 +20,7 @@ from keras_mmfnet.data.folds import (
     read_groups,
     read_splits,
     refuse_duplicates,
+    same_ids,
 )
 from keras_mmfnet.data.image_io import Volume
 from keras_mmfnet.data.layouts import find_cases
@@ -201,24 +204,57 @@ def test_what_cannot_be_read_is_no_duplicate(tmp_path, voxels):
     assert find_duplicates([Case(path.stem, {"t1": path}) for path in tmp_path.iterdir()]) == []
 
 
-def test_finds_the_same_study(tmp_path):
+def test_finds_the_same_voxels_in_another_order_of_the_axes(tmp_path, voxels):
+    image = sitk.ReadImage(str(save(tmp_path / "a.nii.gz", voxels)))
+    sitk.WriteImage(sitk.DICOMOrient(image, "SAR"), str(tmp_path / "b.nii.gz"))
+    sitk.WriteImage(sitk.Flip(image, (True, False, False)), str(tmp_path / "turned.nii.gz"))
+    cases = [Case(name, {"t1": tmp_path / f"{name}.nii.gz"}) for name in ("a", "b", "turned")]
+    # A flipped image has its axis in the header: it is the same one.
+    assert find_duplicates(cases) == [("a", "b", "turned")]
+    sitk.WriteImage(sitk.GetImageFromArray(voxels[:, ::-1]), str(tmp_path / "turned.nii.gz"))
+    assert find_duplicates(cases) == [("a", "b")]
+
+
+def dicom_cases(folder):
+    return find_cases(folder, Recipe().replace({"data.modalities": "t1"}).data, require_mask=False)
+
+
+def test_finds_the_same_voxels_of_dicom_series_whatever_their_ids(tmp_path):
+    for name, patient, seed in (("ann", "1", 1), ("again", "2", 1), ("bob", "3", 2)):
+        write_series(tmp_path / name, patient=patient, seed=seed)
+        study = f"1.2.3.{patient}"
+        change_series(tmp_path / name, lambda image, _, study=study: setattr(image, "StudyInstanceUID", study))
+    assert find_duplicates(dicom_cases(tmp_path)) == [("again", "ann")]
+
+
+def test_the_same_study_or_id(tmp_path, caplog):
     # The files of `write_series` are all of one study.
-    for name, patient in {"ann": "1", "bob": "2", "again": "1", "nobody_1": "", "nobody_2": ""}.items():
-        write_series(tmp_path / name, patient=patient, seed=len(name))
-    cases = find_cases(tmp_path, Recipe().replace({"data.modalities": "t1"}).data, require_mask=False)
-    assert find_duplicates(cases) == [("again", "ann")]
+    for name, patient in {"ann": "1", "bob": "2", "again": "1", "x": "", "y": "", "z_1": "ANON", "z_2": "ANON"}.items():
+        write_series(tmp_path / name, patient=patient, seed=len(caplog.records) + ord(name[-1]))
+    cases = dicom_cases(tmp_path)
+    assert same_ids(cases) == [("again", "ann")]
+    with pytest.raises(ValueError, match=r"each patient must occur once.*Received: again = ann; z_1 = z_2$"):
+        check_ids(cases, {})
+    check_ids(cases, {case.name: case.name for case in cases})
+    assert not caplog.messages
+    # Another visit.
+    for name in ("again", "z_2"):
+        change_series(tmp_path / name, lambda image, _: setattr(image, "StudyInstanceUID", "1.2.3"))
+    check_ids(dicom_cases(tmp_path), {})
+    [message] = caplog.messages
+    assert re.search(r"same PatientID; .*--groups.*: again = ann$", message)
 
 
 def test_duplicates_are_refused_unless_they_are_one_group(tmp_path, voxels):
     path = save(tmp_path / "t1.nii", voxels)
     cases = [Case(name, {"t1": path}) for name in ("p7_before", "p7_after")]
     cases += [Case("p8", {"t1": save(tmp_path / "other.nii", voxels + 1)})]
-    for pattern in (None, "before", "p7_before|p8"):
-        with pytest.raises(ValueError, match=r"give `training.group`, .*Received: p7_after = p7_before$"):
+    # A list of groups names everybody: it does not say that these are different.
+    for pattern in (None, "before", "p7_before|p8", ".+"):
+        with pytest.raises(ValueError, match=r"by `training.group`, .*Received: p7_after = p7_before$"):
             refuse_duplicates(find_duplicates(cases), group_patients(cases, pattern))
     refuse_duplicates(find_duplicates(cases), group_patients(cases, r"^p7"))
     assert group_patients(cases, r"^(p\d+)") == {"p7_before": "p7", "p7_after": "p7", "p8": "p8"}
-    # The names are trusted: copies that were made anonymous to one ID.
     assert group_patients(cases, ".+") == {name: name for name in ("p7_before", "p7_after", "p8")}
     assert group_patients(cases, r"^p7") == {"p7_before": "p7", "p7_after": "p7"}
     assert group_patients(cases[1:]) == {}
@@ -253,6 +289,18 @@ def test_folds_balanced_by_volume_cover_its_range():
         together = five_folds(NAMES, seed=seed, volumes=volumes, groups=groups)
         assert all(len({name in fold.test for name in NAMES[20:]}) == 1 for fold in together)
     assert len({five_folds(NAMES, seed=seed, volumes=volumes)[0].test for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize(("folds", "patients", "tumours"), [(3, 6, 3), (3, 10, 3), (5, 10, 3), (3, 20, 5)])
+def test_few_tumours_are_shared_by_training_and_validation(folds, patients, tumours):
+    names = NAMES[:patients]
+    volumes = {name: float(max(0, number - patients + tumours + 1)) for number, name in enumerate(names)}
+    for seed in range(20):
+        for fold in five_folds(names, folds, seed=seed, volumes=volumes):
+            assert fold.names == set(names)
+            rest = sum(volumes[name] > 0 for name in (*fold.train, *fold.validation))
+            if rest > 1:
+                assert all(any(volumes[name] for name in part) for part in (fold.train, fold.validation))
 
 
 def test_folds_from_a_file(tmp_path):
