@@ -92,7 +92,7 @@ def read_json(path):
         ValueError: The file is damaged; the message names it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: must be undamaged JSON. Received: {error}") from error
     if not isinstance(found, dict):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,7 @@ def _is_file_of(path, sha256):
 
 
 def _donor(path, recipe):
-    """What `cohort.json` says of a donor: its hash and the modalities whose encoders it gives.
+    """What `cohort.json` says of a donor: its hash, the modalities whose encoders it gives, and what it learnt from.
 
     Raises:
         ValueError: It has none of the recipe's modalities, or encoders that do not fit the recipe.
@@ -142,7 +143,19 @@ def _donor(path, recipe):
             f"Received: one for {', '.join(inputs) or 'no modality'}"
         )
     build_mmfnet(recipe, "float32", dict.fromkeys(recipe.data.modalities) | dict.fromkeys(names, network))
-    return {"modalities": names, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"modalities": names, "sha256": sha256, "learned": _learned(path.absolute())}
+
+
+def _learned(network):
+    """The hashes of the images that a network of a run was trained on or chosen by, and those of its own donor."""
+    cohort, number = network.parents[1] / "cohort.json", network.parent.name.removeprefix("fold_")
+    if not (cohort.is_file() and number.isdecimal()):
+        return []  # of a bundle, or from elsewhere
+    cohort = read_json(cohort)
+    fold, hashes = cohort["folds"][int(number)], cohort.get("image_hashes", {})
+    own = itertools.chain.from_iterable(hashes.get(name, ()) for part in LEARNING for name in fold[part])
+    return sorted({*own, *cohort.get("donor", {}).get("learned", ())})
 
 
 def _check_folds(folds, cases, volumes, recipe, methods):

@@ -214,12 +214,21 @@ def _compare(patient, recipes):
             if np.count_nonzero(whole) == np.count_nonzero(truth):
                 grids[1], truth = grids[0], whole
         if not grids[0].matches(grids[1]):
-            sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm" for grid in grids)
+            # The axes may be in another order.
+            (grids[0], inside), (grids[1], truth) = _upright(grids[0], inside), _upright(grids[1], truth)
+        if not grids[0].matches(grids[1]):
+            sizes = " and ".join(f"{grid.size} voxels of {grid.spacing} mm from {grid.origin}" for grid in grids)
             listed = " and ".join(map(str, sources))
             raise ValueError(f"{name}: both masks must lie on one grid. Received: {listed} with {sizes}")
         numbers = compare_masks(inside, truth, grids[0].spacing[::-1])
         rows.append({"patient": name, "structure": structure, **numbers})
     return rows, unclaimed_labels(found[1], recipes[1]), notes
+
+
+def _upright(grid, mask):
+    """A grid and its mask in the order of the patient's axes."""
+    image = sitk.DICOMOrient(grid.image(mask.astype(np.uint8)), "LPS")
+    return Grid.from_image(image), sitk.GetArrayFromImage(image) > 0
 
 
 def _warn_of_absent(rows, structures):

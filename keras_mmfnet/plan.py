@@ -332,13 +332,14 @@ def _plan_alignment(plan, sample):
 
 def _plan_spacing(plan, cases, patients):
     """The pixel size: the median, or larger pixels where those would be too many for the time and the memory."""
-    pixels = []
+    sides = []
     for case in cases:
         first = next(name for name in plan.base.data.modalities if name in case.images)
         try:
-            pixels.append(math.prod(upright_grid(read_grid(case.images[first], case.name)).spacing[:2]) ** 0.5)
+            sides.append(upright_grid(read_grid(case.images[first], case.name)).spacing[:2])
         except CaseError:
             continue
+    pixels = [math.prod(pair) ** 0.5 for pair in sides]
     median, slices = statistics.median(pixels), statistics.median(patient.spacing[0] for patient in patients)
     volumes = [volume for patient in patients for volume in patient.volumes.values() if volume]
     diameter = 2 * (np.quantile(volumes, 0.1) * 750 / math.pi) ** (1 / 3) if volumes else math.inf
@@ -358,8 +359,9 @@ def _plan_spacing(plan, cases, patients):
         )
     else:
         reason = f"the median pixel {_of(pixels)}, from {min(pixels):.3g} to {max(pixels):.3g} mm"
-        if max(pixels) < 1.02 * min(pixels):
-            spacing, reason = None, f"all images have pixels of {median:.3g} mm, which need no resampling"
+        if all(max(one) < 1.02 * min(one) for one in zip(*sides, strict=True)):
+            size = " x ".join(f"{one:.3g}" for one in dict.fromkeys(sides[0]))
+            spacing, reason = None, f"all images have pixels of {size} mm, which need no resampling"
     plan.set("data.spacing", spacing, reason)
 
 
@@ -583,7 +585,9 @@ def _plan_training(plan, patients, shape, strides, stride, width):
 
 
 def _plan_folds(plan, count):
-    if 3 <= count < plan.base.training.folds:
+    if count < 3:
+        _log.warning("3 or more patients are needed to train: there %s", "is 1" if count == 1 else f"are {count}")
+    elif count < plan.base.training.folds:
         plan.set("training.folds", count, f"there are {count} patients")
 
 

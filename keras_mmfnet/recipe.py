@@ -508,8 +508,9 @@ class Recipe(_Part):
             values["data"]["series"].pop(name, None)
             if values["data"]["clip"].get(name) != _CLIP.get(name):
                 values["data"]["clip"].pop(name, None)
-            if isinstance(values["network"]["modality_dropout"], dict):
-                values["network"]["modality_dropout"].pop(name, None)
+            if isinstance(rates := values["network"]["modality_dropout"], dict) and rates.pop(name, None):
+                # Of those that are left none may be missing.
+                values["data"]["allow_missing"] &= any(rates.values())
         for path, value in changes.items():
             *above, last = path.split(".")
             inner = values
@@ -554,7 +555,7 @@ class Recipe(_Part):
             ValueError: The file cannot be read or is no recipe; see `from_json`.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             received = getattr(error, "strerror", None) or error
             raise ValueError(f"{path}: the JSON file of a recipe is expected. Received: {received}") from error

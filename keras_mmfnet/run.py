@@ -22,7 +22,7 @@ from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet._start import LEARNING, check_start, keep_recipe, require_same_patients
 from keras_mmfnet.bundle import write_bundle
 from keras_mmfnet.data import find_cases, preprocess_case
-from keras_mmfnet.data.cache import key
+from keras_mmfnet.data.cache import image_hashes, key
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase, group_messages
 from keras_mmfnet.data.folds import Fold
 from keras_mmfnet.data.image_io import write_image
@@ -228,12 +228,13 @@ the groups, folds and donor that were given |
         """Says that networks of some folds were trained on a patient, or chosen by it; empty text if none was."""
         if not self.cohort_file.is_file():
             return ""
-        names, who = {case.name}, "a patient of this name"
-        if case.images.keys() >= set(self.recipe.data.modalities):
-            # New masks, or none, make no other patient.
-            images = key_of_images(case, self.recipe.data)
-            if same := {name for name, one in self.cohort.get("images_alone", {}).items() if one == images}:
-                names, who = same, "this patient"
+        names, who, images = {case.name}, "a patient of this name", set(image_hashes(case))
+        if not images.isdisjoint(self.cohort.get("donor", {}).get("learned", ())):
+            return "this patient was in the training set of the network that the training started from"
+        # New masks, or none, make no other patient.
+        hashes = self.cohort.get("image_hashes", {})
+        if same := {name for name, own in hashes.items() if not images.isdisjoint(own)}:
+            names, who = same, "this patient"
         seen = [str(fold) for fold in folds if names & {*self.folds[fold].train, *self.folds[fold].validation}]
         return f"{who} was in the training set of fold{'s' * (len(seen) > 1)} {', '.join(seen)}" if seen else ""
 
@@ -363,6 +364,7 @@ the groups, folds and donor that were given |
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
             "images": images,
             "images_alone": {name: key_of_images(case, recipe.data, run.cache) for name, case in cases.items()},
+            "image_hashes": {name: image_hashes(case, run.cache) for name, case in cases.items()},
             "skipped": {error.patient: str(error) for error in bad},
             "folds": [dataclasses.asdict(fold) for fold in folds],
             **({} if start.groups is None else {"groups": start.groups}),
@@ -373,9 +375,9 @@ the groups, folds and donor that were given |
         if donor and not run.cohort_file.exists():
             write(run.donor_file, Path(donor).read_bytes())
         text = json.dumps(cohort, indent=2) + "\n"
-        # The folder of the patients may have moved, of which the errors tell too; older runs have no `images_alone`.
+        # The folder of the patients may have moved, of which the errors tell too; older runs have fewer hashes.
         other = "another donor, other patients, groups or folds"
-        write_once(run.cohort_file, text, other, free=("data", "skipped", "images_alone"))
+        write_once(run.cohort_file, text, other, free=("data", "skipped", "images_alone", "image_hashes"))
         keep_recipe(run, recipe)  # Of a new run it is the last file: a folder with a recipe is a run.
         run.cases = cases
         return run

@@ -34,6 +34,23 @@ def test_two_folders_from_python(tmp_path, caplog):
     assert "no mask of the expert of 1 patient: predicted" in caplog.text
 
 
+def test_masks_in_another_order_of_the_axes(tmp_path):
+    rng, found = np.random.default_rng(0), []
+    images = [sitk.GetImageFromArray(rng.integers(0, 2, (4, 6, 8)).astype(np.uint8)) for _ in range(2)]
+    for folder, axes in (("same", "LPS"), ("other", "SAR")):
+        for side, image, order in zip(("predicted", "expert"), images, ("LPS", axes), strict=True):
+            image.SetSpacing((0.5, 1.0, 3.0))
+            (tmp_path / folder / side).mkdir(parents=True)
+            sitk.WriteImage(sitk.DICOMOrient(image, order), str(tmp_path / folder / side / "ann.nii.gz"))
+        found += compare_folders(tmp_path / folder / "predicted", tmp_path / folder / "expert", DataRecipe())
+    assert found[1] == pytest.approx(found[0], nan_ok=True)
+    moved = sitk.ReadImage(str(tmp_path / "other" / "expert" / "ann.nii.gz"))
+    moved.SetOrigin((7.0, 0.0, 0.0))
+    sitk.WriteImage(moved, str(tmp_path / "other" / "expert" / "ann.nii.gz"))
+    with pytest.raises(ValueError, match=r"must lie on one grid. Received: .* from \(3.5, -5.0, 0.0\)"):
+        compare_folders(tmp_path / "other" / "predicted", tmp_path / "other" / "expert", DataRecipe())
+
+
 def test_the_mask_that_the_network_was_trained_on(tmp_path):
     patient, predictions = tmp_path / "patients" / "ann", tmp_path / "predicted"
     patient.mkdir(parents=True)

@@ -257,6 +257,23 @@ def test_real_heads_are_all_within_the_windows_that_are_planned(test_data, tmp_p
     assert images["t1"].shape == (2, *recipe.patches.shape, 1)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("equal", [True, False])
+def test_pixels_that_are_not_square(equal, cohort, caplog):
+    """They are equal where both sides are, not where their areas are; and two patients are too few to train."""
+    for number in range(2, 6):
+        shutil.rmtree(cohort / f"patient_0{number}")
+    for number, patient in enumerate(sorted(cohort.iterdir())):
+        for path in patient.iterdir():
+            image = sitk.ReadImage(str(path))
+            image.SetSpacing((1.0, 4.0, 4.0) if equal or number % 2 else (4.0, 1.0, 4.0))
+            sitk.WriteImage(image, str(path))
+    recipe = plan_of(cohort, {"data.align": "header", "patches.misalignment": (0, 0)})
+    assert (recipe.data.spacing is None) == equal
+    assert not equal or recipe.reasons["data.spacing"].startswith("all images have pixels of 1 x 4 mm")
+    assert "3 or more patients are needed to train: there are 2" in caplog.text
+
+
 def test_the_speed_of_this_machine():
     assert 1e-12 < measure_speed((4, 8, 8)) < 1e-3
 

@@ -191,6 +191,19 @@ def test_a_change_that_cannot_be(changes, message):
         Recipe().replace(changes)
 
 
+def test_a_file_that_an_editor_of_windows_saved(tmp_path):
+    (tmp_path / "recipe.json").write_text(Recipe.small().to_json().replace("\n", "\r\n"), encoding="utf-8-sig")
+    assert Recipe.load(tmp_path / "recipe.json") == Recipe.small()
+
+
+def test_no_sequence_may_be_missing_where_those_that_might_are_left_out():
+    able = Recipe().replace({"data.allow_missing": True, "network.modality_dropout": {"t1": 0.3, "t2": 0.1}})
+    fewer = able.replace({"data.modalities": ("t2", "cet1")})
+    assert (fewer.data.allow_missing, fewer.network.modality_dropout) == (True, {"t2": 0.1})
+    fewer = able.replace({"network.modality_dropout": {"t1": 0.3}}).replace({"data.modalities": ("t2", "cet1")})
+    assert (fewer.data.allow_missing, fewer.network.modality_dropout) == (False, {})
+
+
 def test_a_part_by_itself_names_its_fields():
     with pytest.raises(ValueError, match=r"^`epochs` must be greater than or equal to 1. Received: 0$"):
         TrainingRecipe(epochs=0)

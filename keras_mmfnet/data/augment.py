@@ -17,22 +17,23 @@ from keras_mmfnet.recipe import PatchRecipe
 INTENSITIES = ("blur", "low_resolution", "bias_field", "gamma", "contrast", "brightness", "noise")
 
 
-def margin(recipe: PatchRecipe, pixel: float = 1.0) -> np.ndarray:
+def margin(recipe: PatchRecipe, pixels: np.ndarray | Sequence[Sequence[float]] = ((1.0, 1.0),)) -> np.ndarray:
     """The margin in pixels `(y, x)` on each side that moving a patch in plane needs.
 
     It is half the difference between the moved patch's bounding box and the patch, plus one pixel for interpolation.
 
     Args:
         recipe: The `PatchRecipe`.
-        pixel: The smallest pixel size in mm, for the misalignment.
+        pixels: Pixel sizes in mm `(patients, 2)`, along y and x.
 
     Returns:
         Two integers.
     """
     shift, angle = recipe.misalignment
     sine = math.sin(math.radians(min(recipe.max_rotation + angle, 90)))
-    half, scale = np.array(recipe.shape[1:]) / 2, 1 + recipe.max_scaling
-    return np.ceil(scale * sine * half[::-1] + (scale - 1) * half + shift / pixel).astype(int) + 1
+    half, scale, pixels = np.array(recipe.shape[1:]) / 2, 1 + recipe.max_scaling, np.asarray(pixels)
+    turned = sine * (half[::-1] * pixels[:, ::-1] / pixels).max(axis=0)
+    return np.ceil(scale * turned + (scale - 1) * half + shift / pixels.min(axis=0)).astype(int) + 1
 
 
 def extent_in_space(recipe: PatchRecipe, spacing: np.ndarray) -> np.ndarray:
@@ -163,13 +164,16 @@ def move_in_plane(
         if 0 in recipe.flip_axes:
             box = tf.where(transform["signs"][0] < 0, box[:, :, ::-1], box)
         _, y, x = _steps(transform, recipe)
+        # Angles are those between lengths, not between numbers of pixels.
+        tall = pixel[0] / pixel[1]
         if "misalignment_angles" not in transform:
-            rows, columns = _rotate(y, x, transform["angles"][0])
+            rows, columns = _rotate(y * tall, x, transform["angles"][0])
             # All slices and channels of a pixel are contiguous: each neighbour is one row of memory.
-            return _interpolate(box, [rows + middle[0], columns + middle[1]])
-        rows, columns = _rotate(y, x, transform["angles"][0] + transform["misalignment_angles"][:, 0, None, None])
+            return _interpolate(box, [rows / tall + middle[0], columns + middle[1]])
+        angles = transform["angles"][0] + transform["misalignment_angles"][:, 0, None, None]
+        rows, columns = _rotate(y * tall, x, angles)
         shifts = (transform["misalignment_shifts"][:, 1:] / pixel)[..., None, None]
-        coordinates = [rows + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
+        coordinates = [rows / tall + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
         return _interpolate(tf.transpose(box, (0, 1, 3, 2)), coordinates, each_channel=True)
 
     order = (0, 3, 1, 2) if "misalignment_angles" in transform else (3, 2, 0, 1)

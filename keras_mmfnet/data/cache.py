@@ -69,6 +69,23 @@ def key(case: Case, recipe: DataRecipe, cache: str | os.PathLike | None = None) 
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def image_hashes(case: Case, cache: str | os.PathLike | None = None) -> list[str]:
+    """A hash of each image of a patient, of its content alone, whatever it is called and whatever the recipe.
+
+    Args:
+        case: A `Case`.
+        cache: As for `key`.
+    """
+    hashes = _Hashes(Path(cache) / _KNOWN / f"{case.name}.json" if cache else None)
+
+    def digest(source):
+        return _digest(source, case.name, digest, hashes)
+
+    found = [hashlib.sha256(json.dumps(digest(source)).encode()).hexdigest() for source in case.images.values()]
+    hashes.keep()
+    return sorted(found)
+
+
 class _Hashes:
     """The hashes of files, kept in a JSON file with their sizes and times: `{path: [size, time, hash]}`."""
 

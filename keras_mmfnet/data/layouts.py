@@ -36,6 +36,17 @@ _ALLOW_MISSING = "patients may lack it with `data.allow_missing`, and `data.moda
 _CHANNEL = re.compile(r"_\d{4}$")
 # Of a folder of masks whose patients' images lie elsewhere: it names their folders, and each patient's mask.
 MASKS_FILE = "masks.json"
+# How the names of the folders begin that systems put among those of users.
+_NO_PATIENTS = (
+    ".",
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
 # What the file of a mask may be called.
 _MASK = r"(?<![a-z])(mask|label|roi|seg|gtv)"
 
@@ -281,7 +292,7 @@ def _stems(folder):
 
 
 def _folders(directory):
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(_NO_PATIENTS))
 
 
 def _read_folder(folder, recipe, require_mask):
@@ -654,7 +665,7 @@ def _read_dataset(root, folders, recipe, require_mask, on_error, only=None):
 def _channels(path, recipe, optional):
     """The name of the layout, the number of each modality's channel, and the names of all channels by number."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(path.read_text(encoding="utf-8-sig"))
         channels = described.get("channel_names") or described["modality"]
         channels = {int(number): str(name).lower() for number, name in channels.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -101,7 +101,7 @@ def patch_dataset(
     # The pipeline captures tensors by reference and does not copy them into its graph.
     voxels, tables = _load(cases, recipe, modalities, training, parts)
     spacing = tables["spacing"].numpy()
-    margin = augment.margin(recipe, spacing[:, 1:].min())
+    margin = augment.margin(recipe, spacing[:, 1:])
     plane = np.add(recipe.shape, [0, *2 * margin])
     space = augment.extent_in_space(recipe, spacing)
 
@@ -227,7 +227,7 @@ def _load(cases, recipe, modalities, training, parts):
     depth, *plane = recipe.shape
     spacing = np.array([case.spacing for case in cases], np.float32)
     in_space, placed = training and not recipe.in_plane, training and recipe.foreground
-    margin = augment.margin(recipe, spacing[:, 1:].min()) + recipe.max_offset[1:] if training else np.zeros(2, int)
+    margin = augment.margin(recipe, spacing[:, 1:]) + recipe.max_offset[1:] if training else np.zeros(2, int)
     most = min(10_000, _VOXELS // (len(cases) * len(cases[0].masks)))
     voxels = [
         [_some_voxels(mask, most) for mask in case.masks.values() if mask.any()] if placed else [] for case in cases

@@ -27,6 +27,8 @@ _HALF = 0.5 - 1e-4
 _KEPT = 2 / 3
 # Voxels of the reference grid that one structure of several may lose besides.
 _FEW = 10
+# Share of the reference grid that a structure fills at most; more, and the mask's background is not 0.
+_FULL = 0.95
 # Of the 99th percentile: how far below 0 the interpolation of a magnitude brings its 1st percentile at most.
 _OVERSHOOT = 0.02
 
@@ -53,8 +55,8 @@ def preprocess_case(case: Case, recipe: DataRecipe, cache: str | os.PathLike | N
         CaseError: A modality is missing, and the recipe does not `allow_missing`; a file is damaged or not a 3D image
             of finite numbers; the images are z-scores already and the recipe has no `normalised_scale`, or are not
             and it has one; an image is constant, in all or inside the body; an image lies outside the reference
-            modality's field of view; the mask has several labels and `recipe.structures` does not choose, or no voxel
-            of those wanted.
+            modality's field of view; the mask fills the image, or has several labels and `recipe.structures` does not
+            choose, or no voxel of those wanted.
     """
     recipe = recipe_of(case, recipe)
     try:
@@ -548,12 +550,18 @@ def _one_on(where, name, inside, own, recipe, grid):
 def _read_masks(case, recipe, grid, upright, transforms):
     """The masks on `grid` and notes on them; `upright` is the reference modality's own grid in the order of `grid`."""
     masks, grids, volumes, others = _masks_on(case, recipe, grid, transforms)
+    files = [file for source in mask_sources(case, recipe).values() for file in files_of(source)]
+    for name, mask in masks.items():
+        if (share := np.count_nonzero(mask) / mask.size) > _FULL:
+            raise CaseError(
+                f"{case.name}: {', '.join(map(str, files))}: must have a background, of the value 0. "
+                f"Received: {name} in {share:.1%} of the voxels"
+            )
     first, kept = recipe.modalities[0], {name: _millilitres(mask, grid) for name, mask in masks.items()}
     notes = mask_notes(case, recipe)
     if others:
         notes.append(f"mask: has labels that belong to no structure: {_listed(sorted(others))}")
     if not any(kept.values()):
-        files = [file for source in mask_sources(case, recipe).values() for file in files_of(source)]
         images = [read_image(file, case.name) for file in files]
         labels = np.unique([label for image in images for label in np.unique(sitk.GetArrayViewFromImage(image))])
         other = _listed(labels[labels != 0])

@@ -162,6 +162,9 @@ def planes(series: Series, grid: Grid, slices: Sequence[Slice]) -> list[Plane]:
     for image in images.values():
         if lacking := [f"{pydicom.tag.Tag(keyword)} {keyword}" for keyword in NEEDED if not image.get(keyword)]:
             raise refused(series, f"images without {', '.join(lacking)}")
+    for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        if len({image[keyword].value for image in images.values()}) > 1:
+            raise refused(series, f"images with several {keyword}s")
     corners, found = np.array([(0, 0), (grid.size[0] - 1, 0), (0, grid.size[1] - 1)]), []
     for index, one in enumerate(slices):
         axes = np.reshape(one.orientation, (2, 3)).T * one.spacing[::-1]

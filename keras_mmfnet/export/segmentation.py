@@ -74,8 +74,7 @@ def write_segmentation(
         used = np.flatnonzero(pixels.any(axis=(1, 2, 3)))
         # Readers that take frames for a stack without a gap are right as well.
         there = slice(used[0], used[-1] + 1)
-        thickness = image.get("SliceThickness") or 0
-        thickness = thickness if thickness > 0 else grid.spacing[2]
+        thickness = _thickness(image) or grid.spacing[2]
         sources = _sources(planes[there], thickness)
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
@@ -113,6 +112,14 @@ def write_segmentation(
         for number, (structure, array) in enumerate(zip(structures, arrays, strict=True)):
             _dicom.require_same(found[..., number], array, structure)
         write(Path(path), content)
+
+
+def _thickness(image):
+    """The thickness of the slices in mm, 0 if the header does not tell."""
+    try:
+        return max(float(image.get("SliceThickness") or 0), 0.0)
+    except ValueError:
+        return 0.0
 
 
 def _sources(planes, thickness):

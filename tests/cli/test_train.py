@@ -15,8 +15,9 @@ from keras_mmfnet import plan, training
 from keras_mmfnet import run as runner
 from keras_mmfnet.bundle import Bundle
 from keras_mmfnet.cli._options import choose_recipe
-from keras_mmfnet.data import Grid
+from keras_mmfnet.data import Grid, read_case_folder
 from keras_mmfnet.recipe import Recipe
+from keras_mmfnet.run import Run
 
 
 @pytest.fixture(scope="session")
@@ -228,6 +229,18 @@ def test_a_run_starts_from_a_bundle_or_another_run(mmfnet, tiny_cohort, started,
     fold = json.loads((started / "cohort.json").read_text(encoding="utf-8"))["folds"][1]
     names = ", ".join(sorted(fold["train"] + fold["validation"]))
     assert f"warning: That network was trained on {names}: if they are test patients here" in other.stderr
+    # Whatever they are called here, with fewer sequences, and if the network in between was trained on others.
+    for number, name in enumerate(fold["train"] + fold["validation"] + fold["test"]):
+        shutil.copytree(tiny_cohort / name, tmp_path / "renamed" / f"{number}")
+    changes = ("--set", "data.modalities=t2,cet1")
+    other = mmfnet("train", tmp_path / "renamed", "--out", tmp_path / "fewer", "--from", started, *changes, code=1)
+    learned = range(len(fold["train"] + fold["validation"]))
+    assert f"That network was trained on {', '.join(map(str, learned))}: if" in other.stderr
+    between = Run(tmp_path / "fewer")
+    case = read_case_folder(tmp_path / "renamed" / "0", Recipe().data)
+    assert between.seen_in_training(case, []) == (
+        "this patient was in the training set of the network that the training started from"
+    )
 
 
 def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, started, tmp_path):
@@ -238,7 +251,8 @@ def test_segmenting_a_patient_of_the_training_says_so(mmfnet, tiny_cohort, start
     shutil.copytree(seen, redrawn)
     shutil.copy(unseen / "mask.nii.gz", redrawn)
     shutil.copytree(unseen, other)
-    sitk.WriteImage(sitk.ReadImage(str(unseen / "t1.nii.gz")) * 2, str(other / "t1.nii.gz"))
+    for name in ("t1", "t2", "cet1"):
+        sitk.WriteImage(sitk.ReadImage(str(unseen / f"{name}.nii.gz")) * 2, str(other / f"{name}.nii.gz"))
 
     def said(patient):
         return mmfnet("segment", started, patient, "--out", tmp_path / "out" / patient.parent.name).stderr

@@ -262,6 +262,10 @@ def test_nnunet(tmp_path, caplog):
     }
     assert cases[1].mask == tmp_path / "labelsTr" / "x_02.nii.gz"
     assert caplog.messages == ["nnU-Net: 2 patients"]
+    # As editors of Windows begin a file.
+    text = (tmp_path / "dataset.json").read_text()
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8-sig")
+    assert find_cases(tmp_path, RECIPE.data) == cases
     assert [case.name for case in find_cases(tmp_path, RECIPE.data, require_mask=False)] == ["x_01", "x_02", "x_03"]
     shutil.copy(tmp_path / "imagesTr" / "x_01_0002.nii.gz", tmp_path / "imagesTr" / "x_01_0002.nii")
     with pytest.raises(CaseError, match=r"x_01_0002: must be one file. Received: x_01_0002.nii, x_01_0002.nii.gz"):
@@ -364,6 +368,14 @@ def test_a_pattern_chooses_among_series_of_one_description_by_number_or_time(pat
         assert text in str(caught.value)
     chosen = recipe.model_copy(update={"series": {"t1": pattern}})
     assert read_case_folder(tmp_path / "ann", chosen, require_mask=False).images["t1"].folder.name == "S602"
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "lost+found", "System Volume Information", "$RECYCLE.BIN"])
+def test_a_folder_of_the_system_is_no_patient(name, tmp_path):
+    make_patient(tmp_path / "ann")
+    (tmp_path / name / "ann").mkdir(parents=True)
+    (tmp_path / name / "desktop.ini").touch()
+    assert [case.name for case in find_cases(tmp_path, RECIPE.data)] == ["ann"]
 
 
 def test_a_fault_in_a_series_that_is_not_chosen_stops_nothing(tmp_path):

@@ -483,6 +483,15 @@ def test_a_mask_without_the_wanted_labels_is_refused(tmp_path):
     assert message.endswith("Received: 1")
 
 
+@pytest.mark.parametrize("value", [1, 255, -1024])
+def test_a_mask_whose_background_is_not_0_is_refused(value, tmp_path):
+    case = make_case(tmp_path)
+    inverted = sitk.Cast(sitk.ReadImage(str(case.mask)) == 0, sitk.sitkInt16) * value
+    sitk.WriteImage(inverted, str(case.mask))
+    message = refused(case, RAW, case.mask)
+    assert re.search(r"must have a background, of the value 0. Received: tumour in 9\d\.\d% of the voxels$", message)
+
+
 def test_a_patient_without_tumour(tmp_path):
     case = make_case(tmp_path)
     sitk.WriteImage(0 * sitk.ReadImage(str(case.mask)), str(case.mask))

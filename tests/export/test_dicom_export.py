@@ -133,6 +133,10 @@ def edit(folder, change):
     [
         (lambda image: image.pop("StudyInstanceUID"), r"images without \(0020,000D\) StudyInstanceUID"),
         (lambda image: setattr(image, "FrameOfReferenceUID", ""), r"images without \(0020,0052\) FrameOfReferenceUID"),
+        (
+            lambda image: setattr(image, "StudyInstanceUID", f"1.2.3.{image.InstanceNumber}"),
+            "images with several StudyInstanceUIDs",
+        ),
         (None, "a KeyError of the library"),
     ],
 )
@@ -388,12 +392,15 @@ def test_headers_that_lack_or_hold_what_they_must_not(write, tmp_path):
     assert "SpecificCharacterSet" not in written
 
 
-@pytest.mark.parametrize("tumour", [[1, 2, 5], [4]])
-def test_the_distance_of_slices_is_that_of_their_positions(tumour, tmp_path):
+@pytest.mark.parametrize(("tumour", "thickness"), [([1, 2, 5], ("DS", 0)), ([4], ("LO", "5 mm"))])
+def test_the_distance_of_slices_is_that_of_their_positions(tumour, thickness, tmp_path):
     write_series(tmp_path / "t1", oblique_grid())
-    edit(
-        tmp_path / "t1", lambda image: (setattr(image, "SpacingBetweenSlices", 1), setattr(image, "SliceThickness", 0))
-    )
+
+    def change(image):
+        image.SpacingBetweenSlices = 1
+        image[0x00180050] = pydicom.DataElement(0x00180050, *thickness)
+
+    edit(tmp_path / "t1", change)
     [series] = find_series(tmp_path / "t1", "ann")
     grid, mask = oblique_grid(), np.zeros(oblique_grid().shape, np.uint8)
     mask[tumour, 5:9, 5:9] = 1
