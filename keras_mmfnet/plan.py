@@ -36,8 +36,6 @@ _SHORTEST, _LEVELS = 4, 4
 _WIDTHS = (32, 16, 8)
 # Least depth of a patch in mm over its width; the paper's is 3/8.
 _ASPECT = 0.5
-# Share of windows without a structure, above which patches are placed at structures.
-_EMPTY = 0.1
 # Voxels between a structure and the edge of the window at the centre.
 _MARGIN = 4
 # Patches that each network should be trained on, those for which self-transfer paid in `benchmarks/cubes.md`, and the
@@ -528,8 +526,7 @@ def _plan_windows(plan, patients, shape, spacing):
     empty = np.mean(
         [not p.box or any(b <= a or a + n <= c for a, n, c, b in zip(s, shape, *p.box, strict=True)) for p, s in starts]
     )
-    reason = f"{empty:.0%} of the windows have no structure; nnU-Net's third from {_EMPTY:.0%} on"
-    plan.set("patches.foreground", 0.33 if empty > _EMPTY else 0.0, reason)
+    plan.set("patches.foreground", 0.33, f"nnU-Net's third; {empty:.0%} of the windows have no structure")
     return stride
 
 

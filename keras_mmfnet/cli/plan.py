@@ -76,6 +76,7 @@ def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache
     values = recipe.model_dump(mode="json")
     rows = [[path, _text(values, path), reason] for path, reason in recipe.reasons.items()]
     terminal.table(["planned", "value", "because"], rows, left=3)
+    terminal.say("All other fields are the paper's, but for those that were given.")
     return recipe
 
 

@@ -80,7 +80,7 @@ def test_every_update_is_made_and_none_stops_early():
     recipe = command.recipe_of(chosen, ["unet3d_t1"], False)
     assert (recipe.training.epochs, recipe.training.patience, recipe.training.schedule) == (7, 7, "cosine")
     rates = recipe.training.pretrain_learning_rate, recipe.training.warmup_learning_rate, recipe.training.learning_rate
-    assert rates == (0.002, 1e-2, 1e-3)
+    assert rates == (0.002, 1e-3, 1e-3)
     assert command.recipe_of(Recipe(), list(METHODS), True) == Recipe()
 
 
