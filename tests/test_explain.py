@@ -21,8 +21,8 @@ from keras_mmfnet.recipe import Recipe
 scipy_name = pytest.mark.filterwarnings("ignore:Please import `zoom` from the `scipy.ndimage`:DeprecationWarning")
 
 
-def network(deaf_to=()):
-    model = MMFNet(("t1", "t2"), (4, 16, 16), (2, 3), reduction=2)
+def network(deaf_to=(), **options):
+    model = MMFNet(("t1", "t2"), (4, 16, 16), (2, 3), reduction=2, **options)
     fill(model)
     for layer in model.layers:
         if layer.name.startswith(tuple(f"{name}_" for name in deaf_to)) and layer.name.endswith("_norm"):
@@ -134,6 +134,21 @@ def test_all_pictures_of_a_patient(make_case, mask, caplog):
         assert [text.get_text() for text in legend.get_texts()] == [*(["expert"] if mask else []), "prediction"]
     with pytest.raises(ValueError, match=r"must be of gradcam, gradcam\+\+, saliency\. Received: \['lime'\]"):
         explain_patient(network(), case, recipe, methods=("lime",))
+
+
+@scipy_name
+@pytest.mark.parametrize("labels", [{"edema": 2, "core": 1}, {"whole": (1, 2), "core": 1}])
+def test_pictures_of_one_of_several_structures(make_case, labels):
+    changes = {"data.modalities": ("t1", "t2"), "data.structures": labels, "patches.shape": (4, 16, 16)}
+    recipe = Recipe().replace({**changes, "network.filters": (2, 3)})
+    case = make_case(shape=(12, 24, 24))
+    case = dataclasses.replace(case, masks=dict.fromkeys(labels, case.mask))
+    model = network(structures=recipe.data.structure_names, exclusive=recipe.data.exclusive)
+    for methods in ((), ("gradcam", "saliency")) if BACKEND == "tensorflow" else ((),):
+        figures = explain_patient(model, case, recipe, methods, structure="core")
+        assert list(figures) == ["attention", "spatial_fusion1", "spatial_fusion2", "spatial_fusion_bottom", *methods]
+    with pytest.raises(ValueError, match=r"`structure` must be one of .*, core. Received: 'nodes'"):
+        explain_patient(model, case, recipe, (), structure="nodes")
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="works there")

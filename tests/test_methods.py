@@ -47,16 +47,18 @@ def test_every_row_of_the_tables_with_its_numbers():
     assert len({method.title for method in METHODS.values()}) == 23
 
 
+@pytest.mark.parametrize("labels", [{"gtv": 1, "node": 2}, {"whole": (1, 2), "core": 1}], ids=["exclusive", "regions"])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_predicts_volumes(name):
+def test_every_method_predicts_volumes(name, labels):
     method = METHODS[name]
-    recipe = method.adapt(RECIPE.replace({"data.structures": {"gtv": 1, "node": 2}}))
+    recipe = method.adapt(RECIPE.replace({"data.structures": labels}))
     network = method.over_volumes(method.build(recipe, "float32", encoders=None), recipe)
     assert tuple(network.input) == recipe.data.modalities
     volumes = {modality: random_volume(1, 4, 8, 8, 1) for modality in recipe.data.modalities}
     probability = to_numpy(network(volumes))
     assert probability.shape == (1, 4, 8, 8, 2)
-    assert 0 <= probability.min() <= probability.sum(axis=-1).max() <= 1 + 1e-6
+    most = probability.sum(axis=-1) if recipe.data.exclusive else probability
+    assert 0 <= probability.min() <= most.max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("name", ["unet2d_t1", "unet3d_t1", "single_encoder", "multi_encoder", "mmfnet_base"])

@@ -33,20 +33,36 @@ def run_saved_model(path, inputs):
     return program.serve(inputs).numpy()
 
 
+EVERYTHING = {
+    "filters": (2, 3, 4),
+    "structures": ("wt", "tc"),
+    "exclusive": False,
+    "strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "normalization": "instance",
+    "residual": True,
+    "deep_supervision": True,
+}
+
+
 @pytest.mark.parametrize(
-    ("form", "name", "run"),
+    ("form", "name", "run", "options"),
     [
-        ("onnx", "network.onnx", run_onnx),
-        ("openvino", "network.xml", run_openvino),
-        ("tf_saved_model", "network", run_saved_model),
+        ("onnx", "network.onnx", run_onnx, {}),
+        ("onnx", "network.onnx", run_onnx, {"structures": ("edema", "core")}),
+        ("onnx", "network.onnx", run_onnx, EVERYTHING),
+        ("openvino", "network.xml", run_openvino, {}),
+        ("tf_saved_model", "network", run_saved_model, {}),
     ],
 )
-def test_an_exported_network_gives_the_same(form, name, run, tmp_path):
-    model = MMFNet(("t1", "t2"), (4, 8, 8), (2, 3), reduction=2, modality_dropout=0.5)
+def test_an_exported_network_gives_the_same(form, name, run, options, tmp_path):
+    options = {"filters": (2, 3)} | options
+    model = MMFNet(("t1", "t2"), (4, 8, 8), reduction=2, modality_dropout=0.5, **options)
     fill(model)
     model.export(tmp_path / name, format=form, verbose=False)
     for batch in (1, 3):
         inputs = {name: random_volume(batch, 4, 8, 8, 1, seed=seed) for seed, name in enumerate(model.modalities)}
         expected = to_numpy(model(inputs))
+        assert expected.shape[-1] == len(options.get("structures", "1"))
         assert np.ptp(expected) > 0.01
         np.testing.assert_allclose(run(tmp_path / name, inputs), expected, rtol=1e-4, atol=1e-5)
