@@ -400,7 +400,7 @@ def test_the_rows_of_a_comparison(results):
 def test_the_tables_of_a_comparison(results, tmp_path):
     write_tables(results, tmp_path)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[2].startswith("| **Multi** | 0.7000 | 0.6000 ± 0.0816 | 0.7400 | 0.5000 ± 0.0000 |")
+    assert lines[2].startswith("| **Multi** | 0.7000 | 0.6000 ± 0.0816 [0.5000, 0.7000] | 0.7400 | 0.5000 ± 0.0000 [")
     assert "+0.1500 [+0.1000, +0.2000]" in lines[3]
     assert "| -0.5000 |" in lines[5]
     assert len({line.count("|") for line in lines}) == 1

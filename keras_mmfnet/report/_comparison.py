@@ -85,8 +85,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         baseline: Name of the method that the others are compared with, on the patients that both have.
 
     Returns:
-        Dicts of `method`, `title`, `folds`, `patients`, means and standard deviations of the metrics, the paper's,
-        the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several structures the metrics
+        Dicts of `method`, `title`, `folds`, `patients`, means of the metrics, their standard deviations and 95%
+        intervals, the paper's, the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several structures the metrics
         are each patient's means over them, and there is the DSC of each, such as `dsc_core`.
     """
     reference, rows = by_patient(results.get(baseline, [])), []
@@ -97,7 +97,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
         for key in OF_PAPER + DISTANCES:
             if key in OF_PAPER:
                 row[f"paper_{key}"] = folds[0]["paper"].get(key)
-            row[key], row[f"{key}_std"] = (summary[key][of] if patients else None for of in ("mean", "std"))
+            for of in ("mean", "std", "low", "high"):
+                row[key if of == "mean" else f"{key}_{of}"] = summary[key][of] if patients else None
         common = [n for n in patients if n in reference and np.isfinite(patients[n]["dsc"] + reference[n]["dsc"])]
         same = name == baseline or not common
         difference = {} if same else paired_difference(*[[p[n]["dsc"] for n in common] for p in (patients, reference)])
@@ -131,6 +132,8 @@ def cells(rows, baseline):
             if key in OF_PAPER:
                 cells.append("" if row[f"paper_{key}"] is None else metric.text(row[f"paper_{key}"]))
             cells.append("" if row[key] is None else f"{metric.text(row[key])} ± {metric.text(row[f'{key}_std'])}")
+            if row[f"{key}_low"] is not None:
+                cells[-1] += f" [{metric.text(row[f'{key}_low'])}, {metric.text(row[f'{key}_high'])}]"
         if row["difference_mean"] is None:
             cells += ["baseline" if row["method"] == baseline else "", ""]
         else:
