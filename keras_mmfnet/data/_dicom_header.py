@@ -50,6 +50,8 @@ def not_dicom(path: str | os.PathLike) -> str:
         return f"one that cannot be read ({error.strerror})"
     if start[128:132] == b"DICM":
         return ""
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzipped file"
     # Groups 2 or 8, of either byte order, with a value representation or a plausible length.
     group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
     if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6].isupper() or start[6:8] == b"\0\0"):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import filecmp
 import functools
@@ -17,7 +18,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._dicom_header import PIXELS, not_dicom, pydicom_errors, read_header, walk_files
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.case import CaseError
+from keras_mmfnet.data.case import CaseError, listed
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _MEDIA_CLASS, _CLASS, _INSTANCE = 0x00020002, 0x00080016, 0x00080018
 _PATIENT, _NAME, _UID, _FRAME_OF_REFERENCE = 0x00100020, 0x00100010, 0x0020000E, 0x00200052
 _STUDY = 0x0020000D
 _DESCRIPTION, _NUMBER, _TIME = 0x0008103E, 0x00200011, 0x00080031
+_SERIES_DATE, _STUDY_DATE = 0x00080021, 0x00080020
 _POSITION, _FRAMES, _ROWS, _PER_FRAME = 0x00200032, 0x00280008, 0x00280010, 0x52009230
 # Position, orientation, spacing, thickness, columns and rows, slope and intercept: the tags, and how many numbers.
 _GEOMETRY = (
@@ -44,6 +46,7 @@ _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # SOP classes of what may be a mask: RT Structure Set, Segmentation, Label Map Segmentation.
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_MASKS = (STRUCTURE_SET, *SEGMENTATIONS)
 # What the objects of this package say of themselves in SeriesDescription until an expert has reviewed them.
 DRAFT = "MMFNet (AI, not reviewed)"
 # What anonymisation leaves of the IDs and names of all patients, in lower case without punctuation.
@@ -64,7 +67,8 @@ class Series:
         folder: The folder they lie in, or the one above where they lie in several.
         files: Their paths.
         description: What the scanner calls the series.
-        label: Its number, time, echo and what else tells it from others, as text.
+        label: Its number, time, echo and what else tells it from others, as text. Date and UID only where no other
+            part does.
         uid: Its SeriesInstanceUID.
         frame_of_reference: UID of the coordinates that its positions are given in.
         frames: Of files with several frames each: by file, the numbers of the frames that belong to the image, from 0.
@@ -112,7 +116,8 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
 
     Echoes, phases, b-values and acquisitions in one series come as a `Series` each. An object that occurs twice counts
     once. A file that cannot be read, or is not DICOM although it is named like the slices beside it, is a fault of its
-    series or, if that is unknown, of all series in its folder. It is raised when such a series is read.
+    series or, if that is unknown, of all series in its folder. It is raised when such a series is read. Structure sets
+    and segmentations that are damaged are among the other objects.
 
     Args:
         folder: The folder of one patient.
@@ -126,7 +131,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     """
     folder = Path(folder)
     found, others, faults, unknown, patients, instances = {}, {}, [], [], {}, {}
-    owners, studies = {}, set()
+    owners, studies, dates = {}, set(), {}
     for path in walk_files(folder):
         refuse, header = refuser(path, patient), {}
         if received := not_dicom(path):
@@ -137,43 +142,40 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
             continue
         try:
             read_header(path, patient, header)
-            kind = header.get(_CLASS) or header.get(_MEDIA_CLASS, "")
+            kind = _kind(header)
             if not kind and _ROWS not in header:
                 raise refuse("a DICOM object of some class", "one without SOPClassUID")
             if (kind and not _IMAGE.fullmatch(kind)) or (
                 kind.startswith(_CAPTURE) and not header.get(_POSITION) and _PER_FRAME not in header
             ):
-                others.setdefault(kind, []).append(path)
-                by_id, owner = _owner(header)
-                if kind in (STRUCTURE_SET, *SEGMENTATIONS) and by_id:
-                    owners[path] = owner
+                paths = others.setdefault(kind, [])
+                if kind not in _MASKS or not any(filecmp.cmp(path, one, shallow=False) for one in paths):
+                    paths.append(path)
+                if kind in _MASKS and (identity := _owner(header)[0]):
+                    owners[path] = identity
                 continue
             slices = _slices(path, header, patient)
         except CaseError as error:
-            faults.append((path, header, error))
+            if (kind := _kind(header)) in _MASKS:
+                others.setdefault(kind, []).append(path)
+            else:
+                faults.append((path, header, error))
             continue
         studies.add(header.get(_STUDY, ""))
-        if (owner := _owner(header))[1]:
+        if any(owner := _owner(header)):
             patients.setdefault(owner, path)
         instance = header.get(_INSTANCE)
         if not (instance and any(_same(one, slices) for one in instances.get(instance, []))):
             instances.setdefault(instance, []).append(slices)
             found.setdefault(_key(path, header), []).append((header, slices))
-    for by_id, what in ((True, "PatientIDs"), (False, "PatientNames")):
-        different = [path for (identified, _), path in patients.items() if identified == by_id]
-        if len(different) > 1:
-            listed = ", ".join(str(path.relative_to(folder)) for path in different)
-            raise CaseError(
-                f"{patient}: {folder}: must hold the DICOM files of one patient. "
-                f"Received: {len(different)} different {what} ({listed})"
-            )
-    ids = {name for identified, name in patients if identified}
+    _require_one_patient(patients, folder, patient)
+    ids = {identity for identity, _ in patients if identity}
     if len(studies) > 1 and not patients:
         _log.warning(
             "%s: %d studies without a PatientID or PatientName are taken for one patient's", patient, len(studies)
         )
-    for path, owner in owners.items():
-        if ids and owner not in ids:
+    for path, identity in owners.items():
+        if ids and identity not in ids:
             _log.warning("%s: %s has another PatientID than the images", patient, path.relative_to(folder))
     for path, header, _ in faults:
         if header.get(_UID) and not any(header[_UID] == key[0] for key in found):
@@ -181,33 +183,45 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
     series, used = [], set()
     for key, members in found.items():
         slices = [one for _, part in members for one in part]
+        headers = {one.path: header for header, part in members for one in part}
+        dates[key[0]] = members[0][0].get(_SERIES_DATE) or members[0][0].get(_STUDY_DATE, "")
         names = set().union(*(_names(one.path) for one in slices))
         folders = {one.path.parent for one in slices}
         mine = [f for f in faults if (f[0].parent in folders if not f[1].get(_UID) else f[1].get(_UID) == key[0])]
         # A file named like the slices may be a damaged one. Nothing else would tell that the last slice is missing.
-        mine += [one for one in unknown if _names(one[0]) & names]
+        mine += [one for one in unknown if not names.isdisjoint(_names(one[0]))]
         used.update(path for path, _, _ in mine)
         fault = str(mine[0][2]) if mine else ""
-        series += [_series(part, members[0][0], detail, fault) for detail, part in _volumes(slices)]
+        series += [_series(part, headers[part[0].path], detail, fault) for detail, part in _volumes(slices)]
     noted = [error for path, _, error in faults if path not in used]
     if noted and not series:
         raise noted[0]
     for error in noted:
         _log.warning("%s; passed over", error)
-    if passed := {kind: paths for kind, paths in others.items() if kind not in (STRUCTURE_SET, *SEGMENTATIONS)}:
+    left = {}
+    for path, *_ in unknown:
+        if path not in used and ((ending := _names(path)[1][1]) in (".dcm", ".ima") or "#" in ending):
+            left.setdefault(path.parent, []).append(path)
+    for place, [first, *more] in left.items():
+        count, received = len(more) + 1, not_dicom(first)
+        _log.warning("%s: %s: no DICOM, passed over: %d files (%s is %s)", patient, place, count, first.name, received)
+    if passed := {kind: paths for kind, paths in others.items() if kind not in _MASKS}:
         _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(passed))
+    series = _with_dates(series, dates)
     return sorted(series, key=lambda one: (str(one.folder), one.description, one.label)), others
 
 
 def patient_id(series: Series) -> str:
     """The PatientID of a series; `""` if there is none, or one that anonymisation leaves for all patients."""
-    by_id, owner = _owner(read_header(series.files[0], str(series.folder)))
-    return owner if by_id else ""
+    return _owner(read_header(series.files[0], str(series.folder)))[0]
 
 
 def is_draft(path: Path, patient: str) -> bool:
-    """Whether a DICOM object was made by this package, and not reviewed by an expert."""
-    return read_header(path, patient).get(_DESCRIPTION) == DRAFT
+    """Whether a DICOM object was made by this package, and not reviewed by an expert, as far as it can be read."""
+    header = {}
+    with contextlib.suppress(CaseError):
+        read_header(path, patient, header)
+    return header.get(_DESCRIPTION) == DRAFT
 
 
 def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
@@ -221,15 +235,36 @@ def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
 
 
 def _owner(header):
-    """Whether the PatientID tells the patients apart, and it; or the PatientName, however it is punctuated."""
-    if (patient := header.get(_PATIENT, "")) and not _ANONYMOUS.fullmatch(_letters(patient)):
-        return True, patient
-    name = _letters(header.get(_NAME, ""))
-    return False, "" if _ANONYMOUS.fullmatch(name) else name
+    """PatientID and PatientName, the latter however it is punctuated; `""` for one that tells no patients apart."""
+    identity, name = header.get(_PATIENT, ""), _letters(header.get(_NAME, ""))
+    return "" if _ANONYMOUS.fullmatch(_letters(identity)) else identity, "" if _ANONYMOUS.fullmatch(name) else name
+
+
+def _require_one_patient(patients, folder, patient):
+    """Refuses the files of several patients, given one file of each PatientID and PatientName.
+
+    Those without a PatientID must have the name of one with it.
+    """
+    identified = {identity: path for (identity, _), path in patients.items() if identity}
+    known = {name: path for (identity, name), path in patients.items() if identity}
+    strange = {name: path for (identity, name), path in patients.items() if not identity and name not in known}
+    without = ", some without a PatientID" if known else ""
+    named = [*[*known.values()][:1], *strange.values()] if strange else []
+    for what, different in (("PatientIDs", [*identified.values()]), (f"PatientNames{without}", named)):
+        if len(different) > 1:
+            paths = ", ".join(str(path.relative_to(folder)) for path in different)
+            raise CaseError(
+                f"{patient}: {folder}: must hold the DICOM files of one patient. "
+                f"Received: {len(different)} different {what} ({paths})"
+            )
 
 
 def _letters(text):
     return "".join(filter(str.isalnum, text.casefold()))
+
+
+def _kind(header):
+    return header.get(_CLASS) or header.get(_MEDIA_CLASS, "")
 
 
 def _key(path, header):
@@ -239,10 +274,10 @@ def _key(path, header):
 
 
 def _names(path):
-    """What the names of files that belong together have in common: all but the digits, or the ending."""
-    name = re.sub(r"\d+", "#", path.name.lower())
+    """What the names of files that belong together have in common: all but digits, hashes and UUIDs, or the ending."""
+    name = re.sub(r"[\da-f]{8,}(-[\da-f]{4,})*|\d+", "#", path.name.lower().removesuffix(".gz"))
     suffix = Path(name).suffix
-    return {(path.parent, name), (path.parent, name if "#" in suffix else suffix or name)}
+    return (path.parent, name), (path.parent, name if "#" in suffix else suffix or name)
 
 
 def _same(one, other):
@@ -266,8 +301,23 @@ def _series(slices, header, detail, fault):
     label = ", ".join(filter(None, (number and f"number {number}", time, *detail)))
     folder = Path(os.path.commonpath([path.parent for path in files]))
     about = (header.get(_DESCRIPTION, ""), label, header.get(_UID, ""), header.get(_FRAME_OF_REFERENCE, ""))
-    study = "" if _owner(header)[1] else header.get(_STUDY, "")
+    study = "" if any(_owner(header)) else header.get(_STUDY, "")
     return Series(folder, files, *about, frames, fault, study)
+
+
+def _with_dates(series, dates):
+    """The series; those that look alike get their date into the label, and the UID where that is not enough."""
+
+    def look(one):
+        return one.folder, one.description, one.label
+
+    for extra in (lambda uid: re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", dates[uid]), str):
+        alike = Counter(map(look, series))
+        labels = [
+            ", ".join(filter(None, (one.label, extra(one.uid) if alike[look(one)] > 1 else ""))) for one in series
+        ]
+        series = [dataclasses.replace(one, label=label) for one, label in zip(series, labels, strict=True)]
+    return series
 
 
 def _volumes(slices):
@@ -468,18 +518,25 @@ def series_grid(series: Series, patient: str) -> tuple[Grid, list[Slice]]:
 
     Raises:
         CaseError: A file is damaged, or has no position, orientation or pixel size; the slices differ in size, spacing
-            or orientation; two are at the same place, one is missing between others, or some lie more than `TOLERANCE`
-            from their place in a regular stack.
+            or orientation, or are of several frames of reference; two are at the same place, one is missing between
+            others, or some lie more than `TOLERANCE` from their place in a regular stack, which rounding to whole mm
+            does not explain.
     """
     if series.fault:
         raise CaseError(series.fault)
-    slices = []
+    slices, frames, refuse = [], {}, refuser(series, patient)
     for number, path in enumerate(series.files):
-        found = _slices(path, read_header(path, patient), patient)
+        header = read_header(path, patient)
+        frames.setdefault(header.get(_FRAME_OF_REFERENCE, ""), path.name)
+        found = _slices(path, header, patient)
         slices += [one for one in found if not series.frames or one.frame in series.frames[number]]
+    frames.pop("", None)
+    if len(frames) > 1:
+        received = f"{len(frames)} FrameOfReferenceUIDs ({listed([*frames.values()])})"
+        raise refuse("slices of one frame of reference; positions in several do not fit together", received)
     for one in slices:
         require_geometry(one, patient)
-    return _stack(slices, refuser(series, patient))
+    return _stack(slices, refuse)
 
 
 def _stored(path, patient):
@@ -494,6 +551,11 @@ def _stored(path, patient):
             raise refuse("an image with one number per voxel", f"{image.SamplesPerPixel} numbers per voxel")
         if (colours := image.PhotometricInterpretation) not in ("MONOCHROME1", "MONOCHROME2"):
             raise refuse("an image in shades of grey", f"PhotometricInterpretation {colours}")
+        if image.get("ModalityLUTSequence"):
+            raise refuse("an image with a rescale slope and intercept, if any", "a ModalityLUTSequence")
+        bits, high = image.get("BitsStored"), image.get("HighBit")
+        if None not in (bits, high) and high != bits - 1:
+            raise refuse("an image whose HighBit is BitsStored - 1", f"HighBit {high} and BitsStored {bits}")
         if "TransferSyntaxUID" not in image.file_meta:
             implicit, little = image.original_encoding
             syntaxes = (uid.ExplicitVRBigEndian, uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian)
@@ -603,10 +665,25 @@ def _step(slices, positions, normal, refuse):
     between = f"{steps[odd]:.3g} mm from {names[odd]} to {names[odd + 1]}, and {usual:.3g} mm between others"
     if steps.max() > 1.5 * usual:
         raise refuse("a stack without a gap", between)
-    if off > TOLERANCE or interleaved or steps.min() < 0.5 * usual:
+    # Of thinner slices, whole mm do not tell whether one is missing.
+    rounded = step >= 2 and _rounded(positions, normal)
+    if (off > TOLERANCE and not rounded) or interleaved or steps.min() < 0.5 * usual:
         raise refuse(f"slices at equal distances, to within {TOLERANCE} mm", between)
     line = positions.mean(axis=0) + np.outer(along, normal)
     aside = float(np.linalg.norm(positions - line, axis=1).max())
-    if aside > TOLERANCE:
+    if aside > TOLERANCE and not rounded:
         raise refuse("slices one behind the other, as a tilted gantry's are not", f"some {aside:.3g} mm aside")
     return step
+
+
+def _rounded(positions, normal):
+    """Whether positions are whole mm, as rounding leaves them of equal steps along the normal."""
+    if not np.array_equal(positions, np.rint(positions)):
+        return False
+    first, second = np.triu_indices(len(positions), 1)
+    rise = (positions[second] - positions[first]) * np.copysign(1, normal)
+    run = np.outer(second - first, np.maximum(np.abs(normal), 1e-6))
+    # Rounding changes a difference by 1 mm at most, and by less where the ends are not both at halves of a mm, as those
+    # of one step hardly are. So each difference bounds the step, and some step must be within all bounds.
+    most = np.where(second - first > 1, 1.001, 0.999)[:, None]
+    return ((rise - most) / run).max() < ((rise + most) / run).min()

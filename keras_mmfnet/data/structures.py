@@ -93,6 +93,7 @@ def drawn_mask(
     for path in (path for kind in (STRUCTURE_SET, *SEGMENTATIONS) for path in objects.get(kind, ())):
         refuse = refuser(path, patient)
         with pydicom_errors(refuse, _UNDAMAGED):
+            read_header(path, patient)  # which refuses a file that breaks off
             file, structures = _open(path, refuse)
             matches = {name: _matching(pattern, structures) for name, pattern in named.items()}
             chosen = [one for match in matches.values() for one in match] or structures

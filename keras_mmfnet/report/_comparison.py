@@ -86,8 +86,8 @@ def compare_results(results: Mapping[str, Sequence[Mapping]], baseline: str) -> 
 
     Returns:
         Dicts of `method`, `title`, `folds`, `patients`, means of the metrics, their standard deviations and 95%
-        intervals, the paper's, the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several structures the metrics
-        are each patient's means over them, and there is the DSC of each, such as `dsc_core`.
+        intervals, the paper's, the numbers of `paired_difference` in DSC, `parameters` and times in seconds. Of several
+        structures the metrics are each patient's means over them, and there is the DSC of each, such as `dsc_core`.
     """
     reference, rows = by_patient(results.get(baseline, [])), []
     for name, folds in results.items():

@@ -1,4 +1,8 @@
+import gzip
+import hashlib
 import io
+import shutil
+import uuid
 
 import numpy as np
 import pydicom
@@ -7,7 +11,7 @@ import SimpleITK as sitk
 from dicom_files import GRID, change_series, find_series, item, write_enhanced, write_object, write_series
 
 from keras_mmfnet.data.case import CaseError
-from keras_mmfnet.data.dicom import STRUCTURE_SET, find_objects, read_series, series_grid, walk_files
+from keras_mmfnet.data.dicom import SEGMENTATIONS, STRUCTURE_SET, find_objects, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
 
 
@@ -138,6 +142,61 @@ def test_slices_that_do_not_fit_together(change, message, tmp_path):
     assert message in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: hashlib.md5(name.encode()).hexdigest(),
+        lambda name: hashlib.sha256(name.encode()).hexdigest()[:8].upper(),
+        lambda name: str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"<html>404", gzip.compress(b"a slice")])
+def test_outer_slices_named_by_hashes(content, renamed, tmp_path):
+    write_series(tmp_path)
+    paths = [path.rename(tmp_path / renamed(path.name)) for path in sorted(tmp_path.iterdir())]
+    assert read(tmp_path).GetSize() == GRID.size
+    for path in paths[-2:]:
+        path.write_bytes(content)
+    with pytest.raises(CaseError, match=r"ann: .*: must be a slice, as the files beside it. Received: ") as caught:
+        read(tmp_path)
+    assert any(path.name in str(caught.value) for path in paths[-2:])
+
+
+@pytest.mark.parametrize("ending", [".dcm", ""])
+def test_outer_slices_that_are_gzipped(ending, tmp_path):
+    write_series(tmp_path)
+    for path in tmp_path.iterdir():
+        path.rename(path.with_suffix(ending))
+    path = tmp_path / f"slice_00{ending}"
+    (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    # An image beside them is none of them.
+    (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(b"an image"))
+    with pytest.raises(CaseError, match=rf"slice_00{ending}.gz: must be a slice, .*Received: a gzipped file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        (lambda content: content[128:], r"one that starts with b'DICM"),
+        (lambda content: bytes(512) + content, r"one that starts with b'\x00"),
+        (gzip.compress, "a gzipped file"),
+    ],
+)
+def test_a_folder_of_files_that_are_no_dicom(change, received, tmp_path, caplog):
+    write_series(tmp_path / "T1", description="T1")
+    write_series(tmp_path / "T2", description="T2")
+    for path in sorted((tmp_path / "T1").iterdir()):
+        path.with_suffix("").write_bytes(change(path.read_bytes()))
+        path.unlink()
+    for name in ("README", "notes_1.txt", "mask_1.nii.gz"):
+        (tmp_path / "T2" / name).write_bytes(b"text")
+    assert [one.description for one in find_series(tmp_path, "ann")] == ["T2"]
+    [message] = caplog.messages
+    assert message.startswith(f"ann: {tmp_path / 'T1'}: no DICOM, passed over: 5 files (slice_00 is {received}")
+
+
 @pytest.mark.parametrize("content", [b"", b"no DICOM", b"\0" * 128 + b"DICM" + b"\1" * 64])
 def test_a_damaged_file(content, tmp_path):
     write_series(tmp_path)
@@ -216,6 +275,31 @@ def test_voxels_of_twelve_bits(signed, inverted, tmp_path):
     change_series(tmp_path, change)
     expected = (-1 if signed else 4095) - array if inverted else array
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"BitsStored": 12, "HighBit": 15}, "HighBit is BitsStored - 1. Received: HighBit 15 and BitsStored 12"),
+        (
+            {"ModalityLUTSequence": item(LUTDescriptor=[4, 0, 16], LUTData=bytes(8), ModalityLUTType="US")},
+            "a rescale slope and intercept, if any. Received: a ModalityLUTSequence",
+        ),
+    ],
+)
+def test_voxels_that_are_stored_in_rare_ways(change, message, compressed, tmp_path):
+    write_series(tmp_path)
+
+    def changed(image, _):
+        if compressed:
+            image.compress(pydicom.uid.RLELossless)
+        for name, value in change.items():
+            setattr(image, name, value)
+
+    change_series(tmp_path, changed)
+    with pytest.raises(CaseError, match=rf"ann: .*slice_0\d.dcm: must be an image .*{message}"):
+        read(tmp_path)
 
 
 # --- what is no image
@@ -438,6 +522,35 @@ def test_rounded_positions_are_judged_against_the_whole_line(step, decimals, deg
     assert off.max() < 0.5 * 10.0**-decimals
 
 
+@pytest.mark.parametrize("start", [0, 0.25, -60.4])
+@pytest.mark.parametrize("degrees", [0, 10, 33])
+@pytest.mark.parametrize("step", [2.3, 3.3, 3.9, 4.1, 6.1])
+def test_positions_in_whole_mm(step, degrees, start, tmp_path):
+    """The rounding and the error of the fit add up to more than half a mm; a missing slice is one all the same."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    grid = Grid((16, 12, 30), (0.5, 0.5, step), (start, start, start), (1.0, 0, 0, 0, c, -s, 0, s, c))
+    write_series(tmp_path, grid=grid)
+    change_series(
+        tmp_path, lambda image, _: setattr(image, "ImagePositionPatient", np.rint(image.ImagePositionPatient).tolist())
+    )
+    found, centres = Grid.from_image(read(tmp_path)), np.array([(8, 6, 0), (8, 6, 29)])
+    off = np.linalg.norm(found.positions(centres) - grid.positions(centres), axis=1)
+    assert off.max() < 0.5 * 3**0.5
+    (tmp_path / "slice_14.dcm").unlink()
+    assert "a stack without a gap" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("moved", [(0, 0, 2), (1, 0, 0), (0, -2, 0)])
+def test_what_rounding_to_whole_mm_does_not_explain(moved, tmp_path):
+    write_series(tmp_path, grid=Grid((16, 12, 22), (0.5, 0.5, 5.0), GRID.origin, GRID.direction))
+
+    def change(image, number):
+        image.ImagePositionPatient = list(np.array([0, 0, 5 * number]) + np.array(moved) * (number == 9))
+
+    change_series(tmp_path, change)
+    assert "must be slices " in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
@@ -585,6 +698,58 @@ def test_two_series_of_one_uid_are_not_mixed(tmp_path):
     further = Grid(GRID.size, GRID.spacing, (0.0, 0.0, 20.0), GRID.direction)
     write_series(tmp_path, uid="1.2.3", description="T2", grid=further, prefix="other")
     assert [(one.description, len(one.files)) for one in find_series(tmp_path, "ann")] == [("T1", 5), ("T2", 5)]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (
+            {"SeriesDate": None, "StudyDate": None},
+            ["number 7", "number 7, 1.2.0", "number 7, 1.2.1"],
+        ),
+        ({"SeriesDate": "20200102"}, ["number 7", "number 7, 2020-01-02, 1.2.0", "number 7, 2020-01-02, 1.2.1"]),
+        ({"StudyDate": "20200102", "SeriesDate": None}, None),
+    ],
+)
+def test_a_series_that_is_repeated_is_told_by_date_or_uid(values, labels, tmp_path):
+    """Those of other descriptions keep their short labels."""
+    for number, description in enumerate(("T1", "T1", "FLAIR")):
+        write_series(tmp_path / str(number), description=description, uid=f"1.2.{number}")
+
+        def change(image, _, number=number):
+            image.SeriesNumber = 7
+            for name, value in values.items():
+                setattr(image, name, value and (value if labels else f"{int(value) + number}"))
+
+        change_series(tmp_path / str(number), change)
+        for path in (tmp_path / str(number)).iterdir():
+            path.rename(tmp_path / f"{number}_{path.name}")
+    found = [one.label for one in find_series(tmp_path, "ann")]
+    assert found == (labels or ["number 7", "number 7, 2020-01-02", "number 7, 2020-01-03"])
+
+
+@pytest.mark.parametrize("apart", [lambda n: n % 2, lambda n: n > 0, lambda n: n])
+def test_slices_of_several_frames_of_reference(apart, tmp_path):
+    write_series(tmp_path)
+    change_series(tmp_path, lambda image, n: setattr(image, "FrameOfReferenceUID", f"1.2.{int(apart(n))}"))
+    assert "slices of one frame of reference; " in (message := refused(tmp_path))
+    assert "FrameOfReferenceUIDs (slice_00.dcm, slice_01.dcm" in message
+
+
+def test_frames_of_reference_of_the_images_in_one_series(tmp_path):
+    """Blanks do not count, and each image may have one of its own; nor does it matter where it is missing."""
+    for n in range(2):
+        write_series(tmp_path / str(n), uid="1.2.3", seed=n)
+
+        def change(image, slice_, n=n):
+            image.TemporalPositionIdentifier, image.SOPInstanceUID = n + 1, f"{image.SOPInstanceUID}.{n}"
+            image.FrameOfReferenceUID = f"1.2.{n}{' ' * (slice_ == 2)}" if slice_ != 3 else ""
+
+        with pydicom.config.disable_value_validation():
+            change_series(tmp_path / str(n), change)
+    found = find_series(tmp_path, "ann")
+    assert [one.frame_of_reference for one in found] == ["1.2.0", "1.2.1"]
+    assert [read_series(one, "ann").GetSize() for one in found] == [GRID.size] * 2
 
 
 def test_a_patient_id_that_is_missing_is_no_other_patient(tmp_path):
@@ -752,3 +917,50 @@ def test_two_patients_without_an_id_are_told_apart_by_their_names(tmp_path):
     change_series(tmp_path / "b", name("JONES^BOB"))
     with pytest.raises(CaseError, match=r"DICOM files of one patient. Received: 2 different PatientNames"):
         find_series(tmp_path, "ann")
+
+
+def write_owned(folder, owners):
+    """Writes a series for each `(PatientID, PatientName)`."""
+    for number, (identity, name) in enumerate(owners):
+        write_series(folder / str(number), description=f"T{number}", patient=identity)
+        change_series(folder / str(number), lambda image, _, name=name: setattr(image, "PatientName", name))
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        [("123", "Ann^One"), ("", "Bob^Other")],
+        [("ANON", "Ann"), ("123", "Bob")],
+        [("123", "Ann"), ("", "Ann"), ("", "Bob"), ("", "")],
+        [("123", ""), ("", "Bob")],
+    ],
+)
+def test_a_name_without_an_id_that_none_with_an_id_has(owners, tmp_path):
+    write_owned(tmp_path, owners)
+    with pytest.raises(
+        CaseError, match=r"one patient. Received: 2 different PatientNames, some without a Pat"
+    ) as caught:
+        find_series(tmp_path, "ann")
+    assert "Bob" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        [("123", "SMITH^ANN"), ("", "Smith, Ann"), ("ANON", "smith^ann^^")],
+        [("123", "Ann"), ("", ""), ("ANON", "Anonymous")],
+        [("123", "Ann"), ("123", "Ann^Married"), ("", "Ann")],
+    ],
+)
+def test_one_patient_whose_name_is_spelt_otherwise_or_missing(owners, tmp_path):
+    write_owned(tmp_path, owners)
+    assert len(find_series(tmp_path, "ann")) == len(owners)
+
+
+@pytest.mark.parametrize("kind", [STRUCTURE_SET, *SEGMENTATIONS])
+def test_a_mask_that_is_there_twice_counts_once(kind, tmp_path):
+    for name in ("one", "other"):
+        write_object(tmp_path / "a" / f"{name}.dcm", kind)
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "one.dcm", tmp_path / "b" / "copy.dcm")
+    assert find_objects(tmp_path, "ann")[1] == {kind: [tmp_path / "a" / "one.dcm", tmp_path / "a" / "other.dcm"]}

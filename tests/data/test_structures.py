@@ -445,3 +445,16 @@ def test_a_patient_may_lack_a_structure(series, tmp_path, caplog):
     assert caplog.messages[-1].endswith("; the mask is not used")
     with pytest.raises(CaseError, match=r"a file for each of the structures gtv, node. Received: files of gtv$"):
         preprocess_case(read_case_folder(folder, able), recipe)
+
+
+def test_a_segmentation_that_breaks_off(tmp_path, caplog):
+    folder = tmp_path / "ann"
+    write_series(folder / "T1", GRID, description="T1")
+    path = write_segments(folder / "seg.dcm", find_series(folder, "ann")[0], GTV=disk(6.3, (2, 3)))
+    path.write_bytes(path.read_bytes()[:-300])
+    recipe = DataRecipe(modalities=("t1",), spacing=None, normalised_scale=1.0)
+    with pytest.raises(CaseError, match=r"ann: .*seg.dcm: must be an undamaged DICOM file. Received: voxels of"):
+        read_case_folder(folder, recipe)
+    assert read_case_folder(folder, recipe, require_mask=False).mask is None
+    assert "seg.dcm" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("; the mask is not used")
