@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
 from keras_mmfnet.data.folds import (
     Fold,
+    check_ids,
     divide_patients,
     find_duplicates,
     five_folds,
@@ -23,6 +24,7 @@ from keras_mmfnet.data.folds import (
     read_groups,
     read_splits,
     refuse_duplicates,
+    same_ids,
 )
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
@@ -47,6 +49,7 @@ __all__ = [
     "Fold",
     "Grid",
     "PreprocessedCase",
+    "check_ids",
     "divide_patients",
     "find_cases",
     "find_duplicates",
@@ -59,4 +62,5 @@ __all__ = [
     "read_groups",
     "read_splits",
     "refuse_duplicates",
+    "same_ids",
 ]
