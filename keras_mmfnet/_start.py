@@ -10,9 +10,9 @@ from pathlib import Path
 
 from keras_mmfnet._files import read_json, write_once
 from keras_mmfnet._precision import dtype_policy
-from keras_mmfnet.data import find_cases, find_duplicates, group_patients, refuse_duplicates
+from keras_mmfnet.data import check_ids, find_cases, find_duplicates, group_patients, refuse_duplicates
 from keras_mmfnet.data.case import Case, CaseError
-from keras_mmfnet.data.folds import Fold, check_ids, divide_patients
+from keras_mmfnet.data.folds import Fold, divide_patients
 from keras_mmfnet.devices import check_recipe
 from keras_mmfnet.losses import make_loss
 from keras_mmfnet.methods import Method, build_mmfnet, find_method, method_of

@@ -33,9 +33,8 @@ def check(
     """
     with session(quiet) as terminal:
         from keras_mmfnet._files import csv_text, write
-        from keras_mmfnet.data import CaseError, find_duplicates
+        from keras_mmfnet.data import CaseError, find_duplicates, same_ids
         from keras_mmfnet.data.case import group_messages
-        from keras_mmfnet.data.folds import same_ids
         from keras_mmfnet.data.survey import CaseSurvey, survey
         from keras_mmfnet.plan import given_recipe, recipe_to_check
 
@@ -112,8 +111,8 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
     """Who lacks what, and what the folds of a training would hold."""
     import statistics
 
+    from keras_mmfnet.data import check_ids, divide_patients, group_patients, refuse_duplicates
     from keras_mmfnet.data.case import listed
-    from keras_mmfnet.data.folds import check_ids, divide_patients, group_patients, refuse_duplicates
 
     usable = {row.name: row for row in rows if not row.problems}
     modalities = recipe.data.modalities

@@ -6,7 +6,7 @@ geometry, polygons, labels        grids and resampling; masks from contours; sev
 preprocess, body, registration    brings a patient onto one grid and scale; body mask; rigid registration
 cache                             preprocessed patients on disk
 survey, fingerprint               what `mmfnet check` shows; what a plan is made from
-folds                             divides patients into training, validation and test
+duplicates, folds                 who occurs several times; divides patients into training, validation and test
 windows, voxels                   windows of a volume; voxels in memory or in files
 augment, patches                  augmented training patches
 """
@@ -14,18 +14,8 @@ augment, patches                  augmented training patches
 from typing import TYPE_CHECKING
 
 from keras_mmfnet.data.case import Case, CaseError, PreprocessedCase
-from keras_mmfnet.data.folds import (
-    Fold,
-    check_ids,
-    divide_patients,
-    find_duplicates,
-    five_folds,
-    group_patients,
-    read_groups,
-    read_splits,
-    refuse_duplicates,
-    same_ids,
-)
+from keras_mmfnet.data.duplicates import check_ids, find_duplicates, refuse_duplicates, same_ids
+from keras_mmfnet.data.folds import Fold, divide_patients, five_folds, group_patients, read_groups, read_splits
 from keras_mmfnet.data.geometry import Grid
 from keras_mmfnet.data.layouts import find_cases, find_patients, read_case_folder
 from keras_mmfnet.data.preprocess import preprocess_case
