@@ -109,7 +109,7 @@ def check(cases, recipe):
             "angles": tf.constant([transform["angle"], 0, 0], tf.float32),
             "scale": tf.constant(1.0),
         }
-        expected = augment.move_in_plane(tf.constant(box.transpose(2, 3, 1, 0)), theirs, None, margin, recipe)
+        expected = augment.move_in_plane(tf.constant(box.transpose(2, 3, 1, 0)), theirs, tf.ones(2), margin, recipe)
         for move in (by_numpy, by_torch):
             np.testing.assert_allclose(move(box, transform, recipe), expected, atol=1e-3)
 

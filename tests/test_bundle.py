@@ -420,7 +420,8 @@ def test_a_run_starts_from_the_encoders_of_a_donor(tiny_cohort, tmp_path, donor,
     """The others by self-transfer; a resumed run uses them again, other methods do without."""
     run = Run.start(tmp_path / "run", tiny_cohort, TINY, donor=donor)
     checksum = hashlib.sha256(donor.read_bytes()).hexdigest()
-    assert run.cohort["donor"] == {"modalities": ["t1"], "sha256": checksum}
+    # It learnt from no patient of a run.
+    assert run.cohort["donor"] == {"modalities": ["t1"], "sha256": checksum, "learned": []}
     assert run.donor_file.read_bytes() == donor.read_bytes()
     run, asked = Run.start(run.folder, tiny_cohort, TINY, resume=True), []
 

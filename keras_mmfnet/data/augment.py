@@ -164,16 +164,15 @@ def move_in_plane(
         if 0 in recipe.flip_axes:
             box = tf.where(transform["signs"][0] < 0, box[:, :, ::-1], box)
         _, y, x = _steps(transform, recipe)
-        # Angles are those between lengths, not between numbers of pixels.
         tall = pixel[0] / pixel[1]
         if "misalignment_angles" not in transform:
-            rows, columns = _rotate(y * tall, x, transform["angles"][0])
+            rows, columns = _rotate(y, x, transform["angles"][0], tall)
             # All slices and channels of a pixel are contiguous: each neighbour is one row of memory.
-            return _interpolate(box, [rows / tall + middle[0], columns + middle[1]])
+            return _interpolate(box, [rows + middle[0], columns + middle[1]])
         angles = transform["angles"][0] + transform["misalignment_angles"][:, 0, None, None]
-        rows, columns = _rotate(y * tall, x, angles)
+        rows, columns = _rotate(y, x, angles, tall)
         shifts = (transform["misalignment_shifts"][:, 1:] / pixel)[..., None, None]
-        coordinates = [rows / tall + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
+        coordinates = [rows + middle[0] + shifts[:, 0], columns + middle[1] + shifts[:, 1]]
         return _interpolate(tf.transpose(box, (0, 1, 3, 2)), coordinates, each_channel=True)
 
     order = (0, 3, 1, 2) if "misalignment_angles" in transform else (3, 2, 0, 1)
@@ -344,8 +343,9 @@ def _steps(transform, recipe):
         yield step * (transform["signs"][axis] * scale)
 
 
-def _rotate(u, v, angle):
-    return tf.sin(angle) * v + tf.cos(angle) * u, tf.cos(angle) * v - tf.sin(angle) * u
+def _rotate(u, v, angle, tall=1.0):
+    """Rotates a position; its first coordinate counts steps that are `tall` times as long as the second's."""
+    return tf.sin(angle) / tall * v + tf.cos(angle) * u, tf.cos(angle) * v - tf.sin(angle) * tall * u
 
 
 def _interpolate(values, coordinates, each_channel=False, start=None, last=None):
