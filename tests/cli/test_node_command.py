@@ -138,6 +138,15 @@ def listens(port):
         return True
 
 
+# The network of these tests finds tumour everywhere in its windows.
+NOTE = "what was found reaches the edge of the windows and may go on beyond"
+
+
+def is_done(folder, images):
+    [(state_of, count, reason)] = state(folder)
+    return (state_of, count) == ("done", images) and NOTE in reason
+
+
 def state(folder):
     return [(study.state, study.images, study.reason) for study in StudyQueue(folder / "queue.sqlite").studies()]
 
@@ -165,7 +174,7 @@ def test_from_an_archive_and_back(mmfnet, trained, tmp_path):
                     archive.send_all()
                 wait_for(moment, f"moment {number}")
         with started_node(trained, folder, port, archive.dicom, *options) as node:
-            wait_for(lambda: state(folder) == [("done", 15, "")], "the study is done")
+            wait_for(lambda: is_done(folder, 15), "the study is done")
             node.send_signal(signal.SIGINT)
             assert node.wait(60) == 0
         status = mmfnet("node", "status", "--folder", folder)
@@ -204,7 +213,7 @@ def test_a_real_head_from_an_archive_and_back(mmfnet, of_brainix, test_data, tmp
         with started_node(of_brainix, folder, port, archive.dicom, "--rtstruct"):
             wait_for(lambda: listens(port), "the node listens")
             archive.send_all()
-            wait_for(lambda: state(folder) == [("done", 66, "")], "the study is done")
+            wait_for(lambda: is_done(folder, 66), "the study is done")
         [structures] = archive.objects("RT Structure Set")
     for name in ("T1", "T2", "FLAIR"):
         shutil.copytree(test_data / "brainix" / name, tmp_path / "head" / name)
