@@ -150,7 +150,7 @@ def test_slices_that_do_not_fit_together(change, message, tmp_path):
         lambda name: str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"<html>404", gzip.compress(b"a slice")])
+@pytest.mark.parametrize("content", [b"", b"<html>404", gzip.compress(b"a slice")], ids=["empty", "html", "gzipped"])
 def test_outer_slices_named_by_hashes(content, renamed, tmp_path):
     write_series(tmp_path)
     paths = [path.rename(tmp_path / renamed(path.name)) for path in sorted(tmp_path.iterdir())]
