@@ -26,6 +26,37 @@ def available_memory() -> float:
     return memory
 
 
+def peak_memory() -> int:
+    """The most bytes that the backend's first GPU has given so far, or without a GPU, that this process took.
+
+    Returns:
+        The bytes; 0 where they are not known, without a GPU on another system than Linux.
+    """
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        if tf.config.list_logical_devices("GPU"):
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    else:
+        import jax
+
+        if jax.devices()[0].platform == "gpu":
+            return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+
+
 def name_process(number: int | None = None) -> str:
     """Names a process in a file that says who computes something: `"process 12 on node7 since <time>"`.
 

@@ -220,7 +220,7 @@ def mask_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box about a bool mask; one without voxels if the mask is empty."""
     from scipy import ndimage
 
-    found = ndimage.find_objects(mask.astype(np.uint8))
+    found = ndimage.find_objects(mask.astype(np.uint8)) if mask.size else []
     return found[0] if found else (slice(0),) * mask.ndim
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from keras_mmfnet._log import progress
+from keras_mmfnet._machine import peak_memory
 from keras_mmfnet._parallel import attempt, map_patients
 from keras_mmfnet.data.case import Case, CaseError, ZScoreError
 from keras_mmfnet.data.fingerprint import fingerprint_case, intensities, misalignment
+from keras_mmfnet.data.folds import group_patients
 from keras_mmfnet.data.geometry import upright_grid
 from keras_mmfnet.data.image_io import read_grid
 from keras_mmfnet.data.preprocess import preprocess_case
@@ -26,8 +28,9 @@ from keras_mmfnet.recipe import DataRecipe, Recipe
 _log = logging.getLogger(__name__)
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
 _SAMPLE, _REGISTERED = 8, 4
-# Misalignment in mm above which the sequences are registered: twice the error of a registration.
-_MOVED = 2.0
+# Misalignment in mm above which the sequences are registered: twice the error of a registration; and that in mm or
+# degrees from which it may as well be a failed registration.
+_MOVED, _FAR = 2.0, 10.0
 # Factors of the median pixel that are tried, the largest pixels in mm, and the diameter of a structure in pixels that
 # must be left.
 _FACTORS, _LARGEST, _RESOLVED = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4), 2.0, 16
@@ -44,11 +47,27 @@ _PATCHES, _TRANSFER, _FEW, _UPDATES = 10_000, 2_500, 1_000, 1_250
 _BATCH = (2, 8)
 # The paper's epochs and updates per epoch, and the fewest updates.
 _EPOCHS, _STEPS, _LEAST_STEPS = 100, 75, 30
-# Of a training step, per voxel and unit of `_load`: bytes, as measured on PyTorch (33 to 36 with two to four sequences;
-# TensorFlow takes 20 to 25 and 0.4 GB in all), and seconds on two cores of an AMD EPYC. A prediction takes this share.
-_BYTES, _SECONDS, _PREDICTION = 35, 1.5e-8, 0.4
+# Fewer bytes per feature are no measurement: a training step keeps several copies of the features.
+_LEAST_BYTES = 8
+# The share of a training step that a prediction takes.
+_PREDICTION = 0.4
 # A single-modality network has an encoder and a decoder; see `_units`.
 _SINGLE_UNITS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What a training step takes per voxel of a patch and feature of the network.
+
+    The defaults were measured on two cores of an AMD EPYC, the bytes on PyTorch.
+
+    Args:
+        seconds: Seconds.
+        bytes: Bytes of memory.
+    """
+
+    seconds: float = 1.5e-8
+    bytes: float = 35.0
 
 
 def plan_recipe(
@@ -56,9 +75,10 @@ def plan_recipe(
     changes: Mapping[str, Any] | None = None,
     memory: float = 8e9,
     seconds: float = 7200.0,
-    speed: float = _SECONDS,
+    cost: StepCost | None = None,
     cache: str | PathLike | None = None,
     on_error: Callable[[CaseError], None] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Plans a recipe from the patients: a fingerprint of them, and rules from there to each number.
 
@@ -70,9 +90,10 @@ def plan_recipe(
         changes: Fields that are given, `{path: value}`, as for `Recipe.replace`; the others are planned around them.
         memory: Bytes that a training step may take.
         seconds: What the training of one fold may take, self-transfer included.
-        speed: Seconds of a training step per voxel of a network of unit load, as from `measure_speed`.
+        cost: What a training step takes on this machine, from `measure_cost`. `None`: the defaults of `StepCost`.
         cache: As for `preprocess_case`; the training then finds the patients there.
         on_error: Called with the `CaseError` of each patient that cannot be used. `None`: they are raised as one.
+        groups: As for `group_patients`: there are no more folds than groups.
 
     Returns:
         A `Recipe` with `reasons`.
@@ -81,12 +102,18 @@ def plan_recipe(
         CaseError: Patients cannot be used.
         ValueError: There is no patient, or none who has one of the modalities or a structure, or a change is invalid.
     """
-    plan, bad = _Plan(dict(changes or {}), memory, seconds, speed), []
+    plan, bad = _Plan(dict(changes or {}), memory, seconds, cost or StepCost()), []
+    grouped = group_patients(cases, plan.base.training.group, groups)
     _plan_data(plan, cases)
     read = functools.partial(attempt, functools.partial(_fingerprint, recipe=plan.data(), cache=cache))
-    patients = []
-    for found in map_patients(read, cases, [case.name for case in cases], "reading patients for the plan"):
-        (bad if isinstance(found, CaseError) else patients).append(found)
+    patients, used = [], []
+    found = map_patients(read, cases, [case.name for case in cases], "reading patients for the plan")
+    for case, patient in zip(cases, found, strict=True):
+        if isinstance(patient, CaseError):
+            bad.append(patient)
+        else:
+            patients.append(patient)
+            used.append(case.name)
     if bad and (on_error is None or not patients):
         raise CaseError.of_several(bad, len(cases))
     for error in bad:
@@ -94,6 +121,7 @@ def plan_recipe(
     if not any(patient.box for patient in patients):
         raise ValueError(f"a patient with a structure is expected. Received: {len(patients)} patients, all without")
     _plan_network(plan, patients)
+    _plan_folds(plan, used, grouped)
     return plan.recipe(Recipe())
 
 
@@ -115,7 +143,7 @@ def given_recipe(changes: Mapping[str, Any]) -> Recipe:
     able = {"network.filters": (1,) * count, "network.strides": ((1, 1, 1),) * count, "data.spacing": None}
     if "patches.stride" not in changes:
         able["patches.stride"] = (None, None, None)
-    if "data.allow_missing" not in changes and changes.get("network.modality_dropout", True):
+    if changes.get("data.allow_missing", True) and changes.get("network.modality_dropout", True):
         able |= {"data.allow_missing": True, "network.modality_dropout": 0.3}
     if "patches.shape" not in changes:  # one that fits what is given
         steps, strides = changes.get("patches.stride"), changes.get("network.strides") or able["network.strides"]
@@ -133,13 +161,19 @@ def _multiple(steps, strides):
         return 1, 1, 1
 
 
-def recipe_to_check(cases: Sequence[Case], changes: Mapping[str, Any], voxels: bool = False) -> Recipe:
+def recipe_to_check(
+    cases: Sequence[Case],
+    changes: Mapping[str, Any],
+    voxels: bool = False,
+    groups: Mapping[str, str] | None = None,
+) -> Recipe:
     """What a plan has of the fields that decide who can be used and how the patients are divided.
 
     Args:
         cases: The patients.
         changes: As for `plan_recipe`.
         voxels: Whether the voxels of a patient may be read, which tell whether the images are z-scores already.
+        groups: As for `plan_recipe`.
 
     Returns:
         A `Recipe` with `reasons`. Its network is not planned.
@@ -151,7 +185,11 @@ def recipe_to_check(cases: Sequence[Case], changes: Mapping[str, Any], voxels: b
     if voxels:
         _plan_scale(plan, cases, plan.data())
         plan.set("training.balance", "volume", "each part of a fold covers the volumes that there are")
-    _plan_folds(plan, len(cases))
+    try:
+        grouped = group_patients(cases, plan.base.training.group, groups)
+    except ValueError:
+        grouped = {}  # Dividing the patients will tell.
+    _plan_folds(plan, [case.name for case in cases], grouped)
     return plan.recipe(plan.base)
 
 
@@ -171,9 +209,9 @@ def _find_scale(cases, recipe):
 class _Plan:
     """The fields planned so far, `{path: (value, reason)}`; those that are given stay as they are."""
 
-    def __init__(self, given, memory=0.0, seconds=0.0, speed=0.0):
+    def __init__(self, given, memory=0.0, seconds=0.0, step=None):
         self.given, self.base, self.fields = given, given_recipe(given), {}
-        self.memory, self.seconds, self.speed = memory, seconds, speed
+        self.memory, self.seconds, self.step = memory, seconds, step
         # How many times as long as MMFNet's the training takes, with the single-modality networks of self-transfer.
         count = len(self.base.data.modalities)
         self.networks = 1 + self.base.training.self_transfer * count * _SINGLE_UNITS / _units(count)
@@ -208,7 +246,7 @@ class _Plan:
     def cost(self, shape, strides, width):
         """Bytes and seconds of a patch in a training step."""
         units = math.prod(shape) * _load(_filters(width, len(strides)), strides, len(self.base.data.modalities))
-        return _BYTES * units, self.speed * units
+        return self.step.bytes * units, self.step.seconds * units
 
     def patches(self, seconds_each):
         """How many patches each network can be trained on, validation taking up to a third of the time."""
@@ -224,7 +262,7 @@ def _filters(width, levels):
 
 
 def _load(filters, strides, modalities):
-    """What a voxel of a patch costs, in units of `_BYTES` and of `measure_speed`."""
+    """Features of the network per voxel of a patch, in units of `StepCost`."""
     total, voxels = 0.0, 1.0
     for count, stride in zip(filters, strides, strict=True):
         total, voxels = total + voxels * count, voxels / math.prod(stride)
@@ -249,9 +287,10 @@ def _plan_data(plan, cases):
     if any(lacking.values()):
         listed = ", ".join(f"{name} in {number}" for name, number in lacking.items() if number)
         plan.set("data.allow_missing", True, f"missing: {listed} of {count} patients")
-        plan.set("network.modality_dropout", 0.3, "for missing sequences: DSC without T2 0.70 instead of 0.58")
     elif not plan.has("data.allow_missing"):
         plan.base = plan.base.replace({"data.allow_missing": False})
+    if plan.base.data.allow_missing:
+        plan.set("network.modality_dropout", 0.3, "for missing sequences: DSC without T2 0.70 instead of 0.58")
     sample = _read_sample(plan, cases)
     if not sample:
         return  # Reading all patients will tell why.
@@ -312,15 +351,23 @@ def _plan_alignment(plan, sample):
     recipe = plan.data()
     if len(recipe.modalities) < 2 or (plan.has("data.align") and plan.has("patches.misalignment")):
         return
-    found = {}
+    found = {name: [] for name in recipe.modalities[1:]}
     for number, case in enumerate(sample, start=1):
         for name, moved in misalignment(case, recipe).items():
-            found.setdefault(name, []).append(moved)
+            found[name].append(moved)
         progress("registering a sample for the plan", number, len(sample))
-    if max(map(len, found.values()), default=0) <= len(sample) / 2:
+    near = {name: [moved for moved in each if max(moved) <= _FAR] for name, each in found.items()}
+    known = [name for name, each in near.items() if len(each) > len(sample) / 2]
+    if far := [name for name in near if len(found[name]) > len(sample) / 2 and name not in known]:
+        about = "%s: %g mm or %g degrees or more from the reference modality in most patients of the sample, or not "
+        about += "registered. If the patients moved so far, set data.align=rigid and look at the images of `check`."
+        _log.warning(about, ", ".join(far), _FAR, _FAR)
+    if not known:
         return plan.set("data.align", "header", "misalignment not known: too small images, or registration failed")
-    millimetres, degrees = np.max([np.median(moved, axis=0) for moved in found.values()], axis=0)
+    millimetres, degrees = np.max([np.median(near[name], axis=0) for name in known], axis=0)
     apart = f"sequences lie {millimetres:.1f} mm and {degrees:.1f} degrees apart, the median {_of(sample)}"
+    if unknown := [name for name in near if name not in known]:
+        apart += f", not known of {', '.join(unknown)}"
     apart += f"; registered from {_MOVED:g} mm on"
     rigid = plan.set("data.align", "rigid" if millimetres > _MOVED else "header", apart) == "rigid"
     left = (1.0, 1.0) if rigid else (round(float(millimetres), 1), round(float(degrees), 1))
@@ -460,11 +507,12 @@ def _levels(plan, spacing, shape):
     """
     given = plan.get("network.strides") if plan.has("network.strides") else None
     exact, levels = plan.has("patches.shape"), len(given or ()) or _LEVELS
+    least = 3 if plan.base.network.deep_supervision else 1
     levels = len(plan.get("network.filters")) if plan.has("network.filters") else levels
     size, step, strides, kernels = list(map(int, shape)), list(spacing), [], [(1, 1, 1)]
     while len(strides) < levels:
         able = [n >= 2 * _SHORTEST and not (exact and n % 2) for n in size]
-        if strides and not (any(able) or given or plan.has("network.filters")):
+        if len(strides) >= least and not (any(able) or given or plan.has("network.filters")):
             break
         finest = min((mm for mm, can in zip(step, able, strict=True) if can), default=0)
         pooled = [2 if can and mm < 2 * finest else 1 for mm, can in zip(step, able, strict=True)]
@@ -475,8 +523,10 @@ def _levels(plan, spacing, shape):
         step = [mm * by for mm, by in zip(step, strides[-1], strict=True)]
     factors = np.prod(strides, axis=0, dtype=int) if strides else np.ones(3, int)
     if not exact:
-        depth = max(shape[0] // factors[0], 1) * factors[0]
-        shape = [depth, *(math.ceil(n / by) * by for n, by in zip(shape[1:], factors[1:], strict=True))]
+        steps = [step or 1 for step in plan.base.patches.stride]  # those given, as they are
+        shape = [max(shape[0] // factors[0], 1) * factors[0], *shape[1:]]
+        pairs = zip(np.maximum(shape, steps), factors, strict=True)
+        shape = [math.ceil(n / by) * by for n, by in pairs]
     return tuple(map(int, shape)), tuple(strides), tuple(kernels[1:])
 
 
@@ -519,9 +569,14 @@ def _plan_windows(plan, patients, shape, spacing):
     if few:
         reason = f"too few patients off the centre ({left} left, {right} right) to rule out a side"
     plan.set("patches.flip_axes", (2,) if few or both else (), reason)
-    thick = max(spacing) >= 2 * min(spacing)
-    how = "thicker than wide: they rotate in plane" if thick else "near enough to cubes to rotate about any axis"
-    plan.set("patches.in_plane", thick, f"voxels of {_by(np.round(spacing, 2))} mm are {how}")
+    thick, flat = max(spacing) >= 2 * min(spacing), shape[0] < _SHORTEST
+    how = "no cubes: patches rotate in plane" if thick else "near enough to cubes to rotate about any axis"
+    reason = (
+        f"patches of {shape[0]} slices rotate in plane"
+        if flat
+        else f"voxels of {_by(np.round(spacing, 2))} mm are {how}"
+    )
+    plan.set("patches.in_plane", thick or flat, reason)
     starts = [(p, s) for p in patients for s in window_starts(p.shape, shape, stride, p.centre)]
     empty = np.mean(
         [not p.box or any(b <= a or a + n <= c for a, n, c, b in zip(s, shape, *p.box, strict=True)) for p, s in starts]
@@ -578,14 +633,15 @@ def _plan_training(plan, patients, shape, strides, stride, width):
         reason = f"structures have {min(volumes):.3g} to {max(volumes):.3g} ml: each part of a fold covers that range"
         plan.set("training.balance", "volume", reason)
     plan.set("training.postprocess", True, "chosen by the DSC of validation patients")
-    _plan_folds(plan, count)
 
 
-def _plan_folds(plan, count):
+def _plan_folds(plan, names, grouped):
+    count = len({grouped[name] for name in names if name in grouped}) + sum(name not in grouped for name in names)
+    kind = "patients" if count == len(names) else "groups of patients"
     if count < 3:
-        _log.warning("3 or more patients are needed to train: there %s", "is 1" if count == 1 else f"are {count}")
+        _log.warning("3 or more %s are needed to train: there %s", kind, "is 1" if count == 1 else f"are {count}")
     elif count < plan.base.training.folds:
-        plan.set("training.folds", count, f"there are {count} patients")
+        plan.set("training.folds", count, f"there are {count} {kind}")
 
 
 def _by(sizes):
@@ -598,14 +654,17 @@ def _duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.2g} s"
 
 
-def measure_speed(patch_shape: Sequence[int] = (16, 64, 64)) -> float:
+def measure_cost(patch_shape: Sequence[int] = (16, 64, 64)) -> StepCost:
     """Measures training steps of an MMFNet of one sequence and one level, which is compiled in seconds.
+
+    The memory is by how much more a step of eight patches takes than one of four. Where it cannot be told, as in a
+    process that took more before, it is the default of `StepCost`.
 
     Args:
         patch_shape: `(depth, height, width)` of the patches.
 
     Returns:
-        Seconds per voxel and unit of `_load`, for `plan_recipe`.
+        The cost, for `plan_recipe`.
     """
     import keras
 
@@ -613,14 +672,21 @@ def measure_speed(patch_shape: Sequence[int] = (16, 64, 64)) -> float:
     from keras_mmfnet.losses import DiceLoss
     from keras_mmfnet.models import MMFNet
 
-    filters, strides, batch = (8,), ((2, 2, 2),), 4
+    filters, strides, few = (8,), ((2, 2, 2),), 4
+    units = math.prod(patch_shape) * _load(filters, strides, modalities=1)
     model = MMFNet(("t1",), patch_shape, filters, dtype=dtype_policy("auto"))
     model.compile(keras.optimizers.Adam(), DiceLoss())
     model.optimizer.build(model.trainable_variables)  # or TensorFlow traces the step twice
-    image = np.random.default_rng(0).normal(size=(batch, *patch_shape, 1)).astype("float32")
-    mask, times = (image > 1).astype("uint8"), []
-    for _ in range(6):
+    image = np.random.default_rng(0).normal(size=(2 * few, *patch_shape, 1)).astype("float32")
+    mask = (image > 1).astype("uint8")
+
+    def step(patches):
         start = time.perf_counter()
-        float(model.train_on_batch({"t1": image}, mask))
-        times.append(time.perf_counter() - start)
-    return min(times) / (batch * math.prod(patch_shape) * _load(filters, strides, modalities=1))
+        float(model.train_on_batch({"t1": image[:patches]}, mask[:patches]))
+        return time.perf_counter() - start
+
+    seconds = min(step(few) for _ in range(6)) / (few * units)
+    peak = peak_memory()
+    step(2 * few)
+    grown = (peak_memory() - peak) / (few * units)
+    return StepCost(seconds, grown if grown > _LEAST_BYTES else StepCost.bytes)

@@ -273,7 +273,7 @@ def users_folder(tiny_recipe, tiny_cohort, tmp_path, monkeypatch):
         labels = Grid.from_image(images["mask"]).image(labels)
         sitk.WriteImage(labels, str(Path("brats", name, f"{name}_seg.nii.gz")))
     # A plan of the same size, and of this machine's speed without measuring it.
-    monkeypatch.setattr(plan, "measure_speed", lambda: 1e-8)
+    monkeypatch.setattr(plan, "measure_cost", lambda: plan.StepCost(1e-8))
     monkeypatch.setattr(plan, "plan_recipe", lambda cases, given, **_: Recipe.small().replace(given))
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)  # it would last
     return tmp_path

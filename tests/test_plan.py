@@ -1,6 +1,8 @@
 import dataclasses
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from keras_mmfnet import plan
 from keras_mmfnet.data import CaseError, find_cases, patch_dataset, preprocess_case
 from keras_mmfnet.data.fingerprint import CaseFingerprint
 from keras_mmfnet.data.windows import window_starts
-from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe, recipe_to_check
+from keras_mmfnet.plan import StepCost, given_recipe, measure_cost, plan_recipe, recipe_to_check
 from keras_mmfnet.recipe import Recipe, RecipeError
 
 
@@ -34,8 +36,8 @@ def make_patients(rng, count=6):
     return patients
 
 
-def planned(patients, changes=None, memory=8e9, seconds=7200.0, speed=1.5e-8):
-    one = plan._Plan(changes or {}, memory, seconds, speed)
+def planned(patients, changes=None, memory=8e9, seconds=7200.0, cost=None):
+    one = plan._Plan(changes or {}, memory, seconds, cost or StepCost())
     plan._plan_network(one, patients)
     return one.recipe(Recipe())
 
@@ -68,7 +70,7 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
     little, much = (planned(patients, memory=memory) for memory in (1e9, 8e9))
     assert voxels(little) < voxels(much)
     for recipe, memory in ((little, 1e9), (much, 8e9)):
-        cost = plan._load(recipe.network.filters, recipe.network.strides, 3) * plan._BYTES
+        cost = plan._load(recipe.network.filters, recipe.network.strides, 3) * StepCost.bytes
         assert voxels(recipe) * cost <= memory
     short, long = (planned(patients, seconds=seconds) for seconds in (900, 90000))
 
@@ -77,7 +79,7 @@ def test_memory_and_time_are_kept_and_more_of_them_are_used(caplog):
         return (1 + 1.2 * training.self_transfer) * training.epochs * training.steps_per_epoch * voxels(recipe)
 
     assert 20 < patches(long) / patches(short) < 300
-    assert planned(patients, speed=1e-11).network.filters[0] > 8, "a GPU has time for wider networks"
+    assert planned(patients, cost=StepCost(seconds=1e-11)).network.filters[0] > 8, "a GPU has time for wider networks"
     assert not caplog.messages
     planned(patients, memory=1e6, seconds=1)
     assert "more than the 0.001 GB that it may take" in caplog.text
@@ -194,11 +196,66 @@ def test_patients_who_moved_between_the_sequences(cohort):
     image = sitk.ReadImage(str(path))
     image.SetOrigin(np.add(image.GetOrigin(), (6, 6, 0)).tolist())
     sitk.WriteImage(image, str(path))
-    one = plan._Plan({}, 8e9, 7200, 1.5e-8)
+    one = plan._Plan({}, 8e9, 7200, StepCost())
     plan._plan_data(one, find_cases(cohort, one.data())[:1])
     assert one.fields["data.align"][0] == "rigid"
     assert one.fields["data.align"][1].startswith("sequences lie 8.")
     assert one.fields["patches.misalignment"][0] == (1, 1)
+
+
+@pytest.mark.once
+def test_a_sequence_that_moved_too_far_to_be_sure_of_is_not_known(cohort, monkeypatch, caplog):
+    moved = {"t2": (15.0, 1.0), "cet1": (0.5, 0.2)}
+    monkeypatch.setattr(plan, "misalignment", lambda case, recipe: moved)
+    one = plan._Plan({}, 8e9, 7200, StepCost())
+    plan._plan_data(one, find_cases(cohort, one.data()))
+    value, reason = one.fields["data.align"]
+    assert value == "header"
+    apart = "sequences lie 0.5 mm and 0.2 degrees apart, the median of 4 patients"
+    assert reason == f"{apart}, not known of t2; registered from 2 mm on"
+    assert "t2: 10 mm or 10 degrees or more from the reference modality" in caplog.text
+    assert "data.align=rigid" in caplog.text
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"patches.stride": (12, None, None)},
+        {"patches.stride": (4, 90, None)},
+        {"patches.stride": (300, 300, 300)},
+        {"network.deep_supervision": True},
+        {"network.deep_supervision": True, "patches.stride": (7, 9, 11)},
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rest_is_planned_to_fit_what_is_given(given, seed):
+    patients = make_patients(np.random.default_rng(seed))
+    recipe = planned(patients, given, memory=3e8, seconds=60)
+    assert recipe.patches.stride == given.get("patches.stride", recipe.patches.stride)
+    assert not recipe.network.deep_supervision or len(recipe.network.filters) >= 3
+
+
+@pytest.mark.once
+def test_there_are_no_more_folds_than_groups(cohort):
+    groups = {f"patient_{number:02}": "ab"[number % 2] if number < 4 else f"c{number}" for number in range(6)}
+    given = {"data.align": "header", "patches.misalignment": (0, 0)}
+    cases = find_cases(cohort, given_recipe(given).data)
+    assert len(cases) == 6
+    for recipe in (plan_recipe(cases, given, groups=groups), recipe_to_check(cases, given, groups=groups)):
+        assert recipe.training.folds == 4
+        assert recipe.reasons["training.folds"] == "there are 4 groups of patients"
+    by_pattern = {**given, "training.group": r"_0[0-3]|_0[45]"}
+    assert "training.folds" not in recipe_to_check(cases, by_pattern).reasons
+    with pytest.raises(ValueError, match="must match the names"):
+        plan_recipe(cases, {**given, "training.group": "nobody"})
+
+
+@pytest.mark.once
+def test_missing_sequences_that_are_allowed_though_nobody_lacks_one(cohort):
+    given = {"data.align": "header", "patches.misalignment": (0, 0), "data.allow_missing": True}
+    assert plan_of(cohort, given).network.modality_dropout == 0.3
+    assert plan_of(cohort, {**given, "network.modality_dropout": 0.1}).network.modality_dropout == 0.1
 
 
 @pytest.mark.once
@@ -274,8 +331,34 @@ def test_pixels_that_are_not_square(equal, cohort, caplog):
     assert "3 or more patients are needed to train: there are 2" in caplog.text
 
 
-def test_the_speed_of_this_machine():
-    assert 1e-12 < measure_speed((4, 8, 8)) < 1e-3
+@pytest.mark.parametrize(("grown", "expected"), [(10**6, 10**6 / (4 * 512 * 27)), (0, 35)])
+def test_the_cost_of_a_step_on_this_machine(grown, expected, monkeypatch):
+    """Four patches of 4x8x16 voxels more, of 8 features and 1 below, three times: encoder, fusion and decoder."""
+    peaks = iter((10**9, 10**9 + grown))
+    monkeypatch.setattr(plan, "peak_memory", lambda: next(peaks))
+    cost = measure_cost((4, 8, 16))
+    assert 1e-12 < cost.seconds < 1e-3
+    assert cost.bytes == pytest.approx(expected)
+
+
+@pytest.mark.once
+def test_less_memory_is_planned_where_a_step_takes_less():
+    patients = make_patients(np.random.default_rng(3))
+    half, usual = (planned(patients, memory=1e9, cost=StepCost(bytes=each)) for each in (17.5, 35.0))
+    assert "of 1 GB" in half.reasons["training.batch_size"]
+    sizes = [one.training.batch_size * math.prod(one.patches.shape) for one in (half, usual)]
+    assert sizes[0] > sizes[1]
+
+
+@pytest.mark.once
+def test_the_memory_that_a_process_took():
+    """In a process of its own, whose peak is not that of other tests."""
+    code = (
+        "import numpy as np\nfrom keras_mmfnet._machine import peak_memory\nbefore = peak_memory()\n"
+        "np.ones(10**8)\nprint(peak_memory() - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert grown == pytest.approx(8e8, rel=0.1)
 
 
 @pytest.mark.once

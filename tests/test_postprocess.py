@@ -61,6 +61,16 @@ def test_what_no_structure_reaches_is_not_looked_at():
         assert masks.any(axis=(0, 1, 2)).all()
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_nothing_is_found_where_no_structure_reaches_anything(exclusive):
+    nothing, truth = np.zeros((4, 5, 6, 2), np.float32), np.zeros((4, 5, 6, 2), bool)
+    truth[1:3, 1:3, 1:3, 0] = True
+    assert not PostProcessing.default(["a", "b"], exclusive).apply(nothing, (1, 1, 1)).any()
+    rules, gains = choose([(nothing, truth, (1, 1, 1))], ["a", "b"], exclusive)
+    assert rules == PostProcessing.default(["a", "b"], exclusive)
+    assert gains["a"] == {"patients": 1, "before": 0.0, "after": 0.0}
+
+
 def test_components():
     probability = np.zeros((5, 12, 12), np.float32)
     probability[1, 1:3, 1:4] = 0.9

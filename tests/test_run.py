@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from keras_mmfnet import run as run_module
 from keras_mmfnet import training
 from keras_mmfnet._start import check_start
 from keras_mmfnet.data import CaseError, preprocess_case, read_case_folder
@@ -608,3 +609,20 @@ def test_structures_that_cannot_be_trained_or_kept_apart(tiny_cohort, tmp_path):
     with pytest.raises(ValueError, match=r"same name of a file\. Received: patient_00_b_gtv twice$"):
         Run.start(tmp_path / "run", data, recipe)
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("there", [0.6, 0.75])
+def test_regions_are_post_processed_as_they_fit_together(there, monkeypatch):
+    """A higher threshold of the whole removes what is false, and the core where the whole is less probable there."""
+    truth, probability = np.zeros((2, 8, 40, 40, 2), np.float32)
+    truth[:, 5:25, 5:25, 0] = truth[:, 10:16, 10:16, 1] = 1
+    probability[:] = 0.9 * truth
+    probability[:, 10:16, 10:16, 0], probability[:, 26:38, :, 0] = there, 0.65
+    monkeypatch.setattr(run_module, "_examples", lambda *_: iter([(probability, truth, (1, 1, 1))]))
+    recipe = Recipe().replace({"data.structures": {"whole": (1, 2), "core": (1,)}})
+    chosen = run_module._choose_rules(None, None, None, recipe)["postprocess"]
+    higher = there > 0.7
+    assert chosen["rules"]["structures"]["whole"]["threshold"] == (0.7 if higher else 0.5)
+    assert chosen["gains"]["core"] == {"patients": 1, "before": 1.0, "after": 1.0}
+    assert (chosen["gains"]["whole"]["after"] > chosen["gains"]["whole"]["before"]) == higher

@@ -48,7 +48,7 @@ def check(
             if any(all(name not in case.images for case in cases) for name in whole.data.modalities):
                 given["data.allow_missing"] = False  # A sequence that nobody has is not planned with.
                 cases, errors = find(data, given_recipe(given).data, no_mask)
-            whole = recipe_to_check(cases, given, voxels=deep)
+            whole = recipe_to_check(cases, given, voxels=deep, groups=division["groups"])
             if reason := whole.reasons.get("data.normalised_scale"):
                 terminal.say(f"note: {reason}, and are used as they are")
         chosen = whole.data

@@ -51,14 +51,16 @@ def parse_budget(memory: str | None, time: str | None) -> dict[str, float]:
     }
 
 
-def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache=None):
+def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache=None, groups=None):
     """Plans a recipe and prints it."""
     from keras_mmfnet.data import CaseError, find_cases
+    from keras_mmfnet.losses import make_loss
     from keras_mmfnet.methods import method_of
-    from keras_mmfnet.plan import given_recipe, measure_speed, plan_recipe
+    from keras_mmfnet.plan import given_recipe, measure_cost, plan_recipe
 
     chosen = given_recipe(given)
-    method_of(chosen)  # One sequence is refused before the patients are read.
+    method_of(chosen)  # One sequence and an unknown loss are refused before the patients are read.
+    make_loss(chosen.training.loss)
     cases, errors = find(data, chosen.data)
     if lacking := [name for name in chosen.data.modalities if not any(name in case.images for case in cases)]:
         find_cases(data, chosen.data.model_copy(update={"allow_missing": False}))  # which says what there is instead
@@ -71,7 +73,7 @@ def plan_patients(terminal: Terminal, data, given, budget, skip_bad=False, cache
     for error in errors:
         _log.warning("Left out: %s", error)
     recipe = plan_recipe(
-        cases, given, **budget, speed=measure_speed(), cache=cache, on_error=options.left_out(skip_bad)
+        cases, given, **budget, cost=measure_cost(), cache=cache, on_error=options.left_out(skip_bad), groups=groups
     )
     values = recipe.model_dump(mode="json")
     rows = [[path, _text(values, path), reason] for path, reason in recipe.reasons.items()]

@@ -121,7 +121,9 @@ def train(
             if verify and not dry_run:
                 cache.verify(before.cache)
             if planned:
-                chosen = fit_batch(plan_patients(terminal, data, given, budget, skip_bad, before.cache))
+                chosen = fit_batch(
+                    plan_patients(terminal, data, given, budget, skip_bad, before.cache, division["groups"])
+                )
                 folds = choose_folds()  # Few patients have fewer folds.
             if resume:
                 folds = options.choose_folds(fold, len(before.folds), before.begun_folds or [0])

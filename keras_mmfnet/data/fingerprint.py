@@ -15,8 +15,6 @@ from keras_mmfnet.recipe import DataRecipe
 
 # Smallest extent in mm of images that can be registered.
 _FIELD_OF_VIEW = 60.0
-# Larger transforms count as failed registrations.
-_MOST_MM, _MOST_DEGREES = 10.0, 10.0
 # Quantiles that stand for the values of one image.
 _QUANTILES = (np.arange(200) + 0.5) / 200
 
@@ -76,7 +74,7 @@ def misalignment(case: Case, recipe: DataRecipe) -> dict[str, tuple[float, float
 
     Returns:
         `{modality: (mm, degrees)}`, the displacement of the centre and the rotation. Images smaller than 60 mm along an
-        axis are not registered, and transforms beyond 10 mm or 10 degrees are left out, as failed.
+        axis are not registered, and those that do not overlap are left out.
 
     Raises:
         CaseError: An image is missing or damaged.
@@ -91,6 +89,5 @@ def misalignment(case: Case, recipe: DataRecipe) -> dict[str, tuple[float, float
             transform, _ = register_rigid(fixed, moving, name=f"{case.name}: {modality}", coarse=True)
         except RuntimeError:  # they do not overlap
             continue
-        if transform.shift <= _MOST_MM and transform.rotation <= _MOST_DEGREES:
-            found[modality] = transform.shift, transform.rotation
+        found[modality] = transform.shift, transform.rotation
     return found

@@ -9,7 +9,7 @@ UNMOVED = "--set", "data.align=header", "--set", "patches.misalignment=0,0"
 
 @pytest.fixture(autouse=True)
 def fast_machine(monkeypatch):
-    monkeypatch.setattr(plan, "measure_speed", lambda: 1e-8)
+    monkeypatch.setattr(plan, "measure_cost", lambda: plan.StepCost(1e-8))
 
 
 def test_a_plan_is_printed_with_its_reasons_and_trains_as_it_is(mmfnet, tiny_cohort, tmp_path):

@@ -132,7 +132,7 @@ def first(mmfnet, tiny_cohort, tmp_path_factory, tiny):
     options[options.index("patches.shape=16,16,16")] = "data.align=header"
     options += ["--set", "patches.misalignment=0,0", "--memory", "50MB", "--time", "10s"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "measure_speed", lambda: 1e-8)
+        patch.setattr(plan, "measure_cost", lambda: plan.StepCost(1e-8))
         return out, mmfnet("train", tiny_cohort, "--out", out, *options, "--fold", 1)
 
 
