@@ -67,6 +67,7 @@ METRICS: dict[str, Metric] = {
     "false_islands": Metric("False islands", "", "Connected parts of the prediction without any tumour.", "lower", 2),
     "lesions_found": Metric("Lesions found", "", "Connected parts of the tumour that the prediction touches.", "", 2),
     "lesions_missed": Metric("Lesions missed", "", "Connected parts of the tumour that it does not touch.", "lower", 2),
+    "found_lesions_ml": Metric("Found lesions", "ml", "Volume of the lesions that were found.", "", 2),
     "missed_lesions_ml": Metric("Missed lesions", "ml", "Volume of the lesions that were missed.", "lower", 2),
     "lesion_f1": Metric("Lesion F1", "", "F1 score of lesions found, lesions missed and false islands.", "higher", 4),
     "detection_sensitivity": Metric(
@@ -102,7 +103,7 @@ def evaluate_case(
     | `false_positive_ml` | P - TP in ml | P | 0 | 0 |
     | `false_islands` | false lesions, see `match_lesions` | all | 0 | 0 |
     | `lesions_found`, `lesions_missed` | lesions, see `match_lesions` | 0, 0 | 0, all | 0, 0 |
-    | `missed_lesions_ml` | volume of the lesions missed | 0 | G | 0 |
+    | `found_lesions_ml`, `missed_lesions_ml` | volume of the lesions found and missed | 0, 0 | 0, G | 0, 0 |
     | `lesion_f1` | 2 found / (2 found + missed + false) | NaN | 0 | NaN |
     | `detection_sensitivity` | 1 if TP > 0, else 0 | NaN | 0 | NaN |
     | `detection_specificity` | 1 if P = 0, else 0; without tumour only | 0 | NaN | 1 |
@@ -169,6 +170,7 @@ def compare_masks(predicted: np.ndarray, truth: np.ndarray, spacing_zyx: Sequenc
         "false_islands": len(islands),
         "lesions_found": len(hits),
         "lesions_missed": len(misses),
+        "found_lesions_ml": float(sum(hits)),
         "missed_lesions_ml": float(sum(misses)),
         "lesion_f1": 2 * len(hits) / (2 * len(hits) + len(misses) + len(islands)) if volume else math.nan,
         "detection_sensitivity": float(both > 0) if volume else math.nan,

@@ -101,7 +101,7 @@ def test_by_hand(probability, truth, dsc, ap, dice_loss, sensitivity, precision,
     expected |= {"relative_volume_error": volumes[1] / volumes[0] - 1 if volumes[0] else nan}
     expected |= {"false_positive_ml": false[0] * 0.004, "false_islands": false[1]}
     expected |= dict(zip(("lesions_found", "lesions_missed", "lesion_f1"), lesions, strict=True))
-    expected |= {"missed_lesions_ml": lesions[1] * 0.016}
+    expected |= {"found_lesions_ml": lesions[0] * 0.016, "missed_lesions_ml": lesions[1] * 0.016}
     expected |= dict(zip(("detection_sensitivity", "detection_specificity"), detection, strict=True))
     assert numbers == pytest.approx(expected, nan_ok=True)
 
@@ -155,7 +155,7 @@ def test_lesions_are_found_by_one_voxel():
     assert lesions == {"found": pytest.approx([0.17, 0.01]), "missed": [0.04], "false": [0.03]}
     found = evaluate_case(predicted, truth, (5, 2, 1))
     assert [found[f"lesions_{name}"] for name in ("found", "missed")] == [2, 1]
-    assert found["missed_lesions_ml"] == pytest.approx(0.04)
+    assert [found[f"{name}_lesions_ml"] for name in ("found", "missed")] == pytest.approx([0.18, 0.04])
     assert found["lesion_f1"] == pytest.approx(2 / (2 + (1 + 1) / 2))
 
 
