@@ -61,6 +61,11 @@ STARTS = {
 BEST = {"training.schedule": "cosine"}
 # Those of the items that differ from one recipe to the next by more than one field.
 AUGMENTATION = PatchRecipe.strong().model_dump(exclude={"shape", "stride", "foreground"}, exclude_defaults=True)
+KINDS = {
+    "spatial": ("max_rotation", "max_scaling"),
+    "resolution": ("blur", "low_resolution", "noise"),
+    "intensity": ("bias_field", "gamma", "contrast", "brightness"),
+}
 THICK = {
     "network.strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
     "network.kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
@@ -74,12 +79,18 @@ ITEMS = {
     "foreground_0": {"patches.foreground": 0.0},
     "foreground_0.67": {"patches.foreground": 0.67},
     "strong_augmentation": {f"patches.{field}": value for field, value in AUGMENTATION.items()},
+    "no_augmentation": {"patches.offset_fraction": (0, 0, 0), "patches.max_rotation": 0, "patches.flip_axes": ()},
+    **{
+        f"{kind}_augmentation": {f"patches.{field}": AUGMENTATION[field] for field in fields}
+        for kind, fields in KINDS.items()
+    },
     "misalignment": {"patches.misalignment": (1.0, 1.0)},
     "dropout_of_sequences": {"network.modality_dropout": 0.2},
     "strides_by_spacing": THICK,
     "instance_normalization": {"network.normalization": "instance"},
     "residual": {"network.residual": True},
     "deep_supervision": {"network.deep_supervision": True},
+    "three_levels": {"network.filters": (8, 16, 32)},
     "filters_16": {"network.filters": (16, 32, 64, 128)},
     "sgd": {
         "training.optimizer": "sgd",
