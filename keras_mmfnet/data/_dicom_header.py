@@ -1,10 +1,12 @@
 """Finds DICOM files and reads their headers."""
 
 import contextlib
+import gzip
 import math
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ _SIZES = (0x00280002, 0x00280010, 0x00280011, 0x00280100)
 _FRAMES, _B_VALUE = 0x00280008, 0x00189087
 # Longer elements are passed over.
 _LONGEST = 256
+# What `not_dicom` says of DICOM that is not read as it is.
+_GZIPPED, _NO_PREAMBLE = "gzipped DICOM, which must be unpacked", "DICOM that does not begin with 128 bytes and DICM"
 # Bytes that one byte of a compressed file can hold at most: zlib packs 1032 into one.
 PACKED = 1100
 
@@ -51,12 +55,34 @@ def not_dicom(path: str | os.PathLike) -> str:
     if start[128:132] == b"DICM":
         return ""
     if start.startswith(b"\x1f\x8b"):
-        return "a gzipped file"
-    # Groups 2 or 8, of either byte order, with a value representation or a plausible length.
-    group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
-    if len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and (start[4:6].isupper() or start[6:8] == b"\0\0"):
+        inside = _unpacked(path, len(start))
+        return _GZIPPED if inside[128:132] == b"DICM" or _is_dataset(inside) else "a gzipped file"
+    if _is_dataset(start):
         return ""
+    if start.startswith(b"DICM") or (not any(start[:128]) and _is_dataset(start[128:])):
+        return _NO_PREAMBLE
     return f"one that starts with {start[:9]}" if start else "an empty file"
+
+
+def is_unread(path: str | os.PathLike) -> bool:
+    """Whether a file is DICOM in a form that is not read: gzipped, or with an incomplete preamble."""
+    return not_dicom(path) in (_GZIPPED, _NO_PREAMBLE)
+
+
+def _unpacked(path, length):
+    """The first bytes in a gzipped file; none if it is damaged."""
+    try:
+        with gzip.open(path) as file:
+            return file.read(length)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def _is_dataset(start):
+    """Whether DICOM elements start here: of group 2 or 8 and either byte order, with a type or a plausible length."""
+    group = start[:2] if start[2:4] != b"\0\0" or start[4:6] in (b"UL", b"\4\0") else b""
+    plausible = start[4:6].isupper() or start[6:8] == b"\0\0"
+    return len(start) > 8 and group in (b"\2\0", b"\10\0", b"\0\10") and plausible
 
 
 @contextlib.contextmanager
@@ -76,7 +102,7 @@ def pydicom_errors(refuse, expected: str = "an undamaged DICOM file"):
         except OSError as error:
             raise refuse("a readable file", error.strerror or error) from error
         except Exception as error:
-            raise refuse(expected, f"{type(error).__name__}: {error}") from error
+            raise refuse(expected, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def read_header(path: Path, patient: str, header: dict[int, str] | None = None) -> dict[int, str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from keras_mmfnet.data._dicom_header import PIXELS, not_dicom, pydicom_errors, read_header, walk_files
+from keras_mmfnet.data._dicom_header import PIXELS, is_unread, not_dicom, pydicom_errors, read_header, walk_files
 from keras_mmfnet.data._errors import refuser
 from keras_mmfnet.data.case import CaseError, listed
 from keras_mmfnet.data.geometry import Grid, nearest_rotation
@@ -53,6 +53,8 @@ DRAFT = "MMFNet (AI, not reviewed)"
 _ANONYMOUS = re.compile(
     r"((patient|name|id)?(anon|anonym(ous|i[sz]ed)?|unknown|none|removed)(patient|name|id)?)?|x+|0+|na"
 )
+# The last two bytes of JPEG, JPEG-LS and JPEG 2000, which do not occur among the voxels.
+_END = b"\xff\xd9"
 # In mm: how far a slice may lie from its place in the regular stack. Positions are often rounded.
 TOLERANCE = 0.5
 # In ms: how much the times of one echo may differ from slice to slice.
@@ -190,6 +192,7 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         mine = [f for f in faults if (f[0].parent in folders if not f[1].get(_UID) else f[1].get(_UID) == key[0])]
         # A file named like the slices may be a damaged one. Nothing else would tell that the last slice is missing.
         mine += [one for one in unknown if not names.isdisjoint(_names(one[0]))]
+        mine += [one for one in unknown if one[0].parent in folders and is_unread(one[0])]
         used.update(path for path, _, _ in mine)
         fault = str(mine[0][2]) if mine else ""
         series += [_series(part, headers[part[0].path], detail, fault) for detail, part in _volumes(slices)]
@@ -200,11 +203,12 @@ def find_objects(folder: str | os.PathLike, patient: str) -> tuple[list[Series],
         _log.warning("%s; passed over", error)
     left = {}
     for path, *_ in unknown:
-        if path not in used and ((ending := _names(path)[1][1]) in (".dcm", ".ima") or "#" in ending):
+        slice_like = (ending := _names(path)[1][1]) in (".dcm", ".ima") or "#" in ending
+        if path not in used and (slice_like or is_unread(path)):
             left.setdefault(path.parent, []).append(path)
     for place, [first, *more] in left.items():
         count, received = len(more) + 1, not_dicom(first)
-        _log.warning("%s: %s: no DICOM, passed over: %d files (%s is %s)", patient, place, count, first.name, received)
+        _log.warning("%s: %s: not read, passed over: %d files (%s is %s)", patient, place, count, first.name, received)
     if passed := {kind: paths for kind, paths in others.items() if kind not in _MASKS}:
         _log.info("%s: DICOM objects without an image are passed over: %s", patient, describe_objects(passed))
     series = _with_dates(series, dates)
@@ -222,6 +226,12 @@ def is_draft(path: Path, patient: str) -> bool:
     with contextlib.suppress(CaseError):
         read_header(path, patient, header)
     return header.get(_DESCRIPTION) == DRAFT
+
+
+def describe_unread(folder: str | os.PathLike) -> str:
+    """The DICOM files in a folder in a form that is not read, as the end of a list; an empty text if there are none."""
+    unread = [path for path in walk_files(folder) if is_unread(path)]
+    return f"; and {len(unread)} files of {not_dicom(unread[0])} ({unread[0].name})" if unread else ""
 
 
 def describe_objects(objects: Mapping[str, Sequence[Path]]) -> str:
@@ -561,7 +571,11 @@ def _stored(path, patient):
             syntaxes = (uid.ExplicitVRBigEndian, uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian)
             image.file_meta.TransferSyntaxUID = syntaxes[little + implicit]
         shape, inverted = (-1, image.Rows, image.Columns), colours == "MONOCHROME1"
-        if image.file_meta.TransferSyntaxUID.is_encapsulated:
+        if (syntax := image.file_meta.TransferSyntaxUID).is_encapsulated:
+            if syntax == uid.RLELossless:
+                image.convert_pixel_data()  # refuses what breaks off, at which GDCM crashes or fills in zeros
+            elif syntax in (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes):
+                _require_ends(image, refuse)
             array = np.reshape(_decoded(image), shape)  # GDCM inverts, too
             return _without_padding(image, array, ~array if inverted else array)
         stored = np.reshape(image.pixel_array, shape)
@@ -581,6 +595,17 @@ def _without_padding(image, array, stored):
     limits = [np.int64(one).astype(stored.dtype) for one in (value, image.get("PixelPaddingRangeLimit") or value)]
     padding = (stored >= min(limits)) & (stored <= max(limits))
     return np.ma.masked_where(padding, array) if 0 < padding.sum() < padding.size else array
+
+
+def _require_ends(image, refuse):
+    """Refuses JPEG streams of which one breaks off, as GDCM does not always: each ends with a marker."""
+    from pydicom.encaps import generate_fragments
+
+    frames = int(image.get("NumberOfFrames") or 1)
+    ends = b"".join(generate_fragments(image.PixelData)).count(_END)
+    if ends < frames:
+        received = f"compressed voxels that break off: {ends} of {frames} images end with a marker"
+        raise refuse("an undamaged DICOM file", received)
 
 
 def _decoded(image):

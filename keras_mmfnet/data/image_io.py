@@ -27,6 +27,8 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".seg.nrrd", ".nhd
 _TEXT_HEADERS = (".mha", ".mhd", ".nrrd", ".nhdr")
 # In mm: how far the corners may move where axes are not quite at right angles, and how large an image may be.
 _TOLERANCE, _LARGEST = 0.5, (1, 3000)
+# In mm: how far a corner's positions in one header may differ, as those of a rounded quaternion do.
+_ROUNDING = 0.1
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 # The fields of the headers, by version: how many of which kind, and where.
 _FIELDS = "dim datatype pixdim offset scale units codes quaternion shift rows".split()
@@ -118,29 +120,32 @@ def read_grid(source: Path | Volume | Series | DicomStructures, patient: str) ->
     return _read_nifti(source, refuse).grid if _is_nifti(path) else _read_header(source, refuse)[1]
 
 
-def position_problems(source: Path | Volume | Series, patient: str) -> tuple[bool, float]:
+def position_problems(source: Path | Volume | Series, patient: str) -> tuple[bool, str]:
     """Checks the position in an image's header.
 
-    If a NIfTI file has both a sform and a qform, the sform is used, as in nibabel.
+    If a NIfTI file has both a sform and a qform, the sform is used, with its own voxel size, as in nibabel. ITK takes
+    the voxel size from pixdim, and the rest from the qform if the sform is not that of the scanner.
 
     Args:
         source: The file's path, a `Volume` of a file, or a DICOM `Series`.
         patient: The patient's name, for messages.
 
     Returns:
-        Whether the header has a position, and by how many mm a corner's two positions differ at most.
+        Whether the header has a position; and `"sform and qform differ by 13 mm"` or the like where the sform and what
+        else gives a position differ by more than 0.1 mm in a corner, or an empty text.
 
     Raises:
         CaseError: As `read_grid`.
     """
     if isinstance(source, (Series, DicomStructures)):
-        return True, 0.0
+        return True, ""
     refuse, (path, _) = refuser(source, patient), _path_and_index(source)
     if _is_nifti(path):
         nifti = _read_nifti(source, refuse)
-        return nifti.has_position, nifti.difference
+        what, off = nifti.other
+        return nifti.has_position, "" if off <= _ROUNDING else f"sform and {what} differ by {off:.3g} mm"
     names = rb"offset|position|origin" if path.suffix.lower() in (".mha", ".mhd") else rb"space origin"
-    return bool(re.search(rb"(?im)^\s*(" + names + rb")\s*[=:]", _text_header(path, refuse)[0])), 0.0
+    return bool(re.search(rb"(?im)^\s*(" + names + rb")\s*[=:]", _text_header(path, refuse)[0])), ""
 
 
 def write_image(image: sitk.Image, path: str | os.PathLike) -> None:
@@ -332,7 +337,7 @@ def _require_positive(spacing, refuse):
 
 
 class _Nifti(NamedTuple):
-    """What counts of a NIfTI file's header; `difference` is that of its two positions in mm."""
+    """What counts of a NIfTI file's header; `other` is what else gives a position, and how many mm a corner differs."""
 
     size: tuple[int, ...]
     dtype: np.dtype
@@ -340,7 +345,7 @@ class _Nifti(NamedTuple):
     scale: tuple[float, float]
     grid: Grid
     has_position: bool
-    difference: float
+    other: tuple[str, float]
 
 
 @contextlib.contextmanager
@@ -393,14 +398,15 @@ def _read_nifti(source, refuse):
         matrices = (_qform(read), np.reshape(read["rows"], (3, 4)), _base(read, size))
         # In mm, to the patient's left, posterior and superior, as in DICOM.
         qform, sform, base = (matrix * unit * np.array([[-1], [-1], [1]]) for matrix in matrices)
-        corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in size[:3]))])
-        difference = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
         best = sform if has_sform else qform if has_qform else base
         spacing = np.linalg.norm(best[:, :3], axis=0)
         direction = best[:, :3] / spacing
+        resized = np.column_stack([direction * np.array(read["pixdim"][1:4]) * unit, best[:, 3]])
+        corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in size[:3]))])
+        what, other = ("qform", qform) if has_qform else ("pixdim", resized)
+        off = float(np.linalg.norm(corners @ (best - other).T, axis=1).max()) if has_sform else 0.0
     grid = _regular_grid(size[:3], direction, spacing, best[:, 3], refuse)
-    difference = difference if has_qform and has_sform else 0.0
-    return _Nifti(size, dtype, int(offset), read["scale"], grid, has_qform or has_sform, difference)
+    return _Nifti(size, dtype, int(offset), read["scale"], grid, has_qform or has_sform, (what, off))
 
 
 def _qform(read):

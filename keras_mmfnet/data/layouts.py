@@ -17,6 +17,7 @@ from keras_mmfnet.data.dicom import (
     STRUCTURE_SET,
     Series,
     describe_objects,
+    describe_unread,
     find_objects,
     is_dicom,
     is_draft,
@@ -144,7 +145,7 @@ def find_patients(
     # Two complete patients cannot be one; a single folder that is complete is the patient. Otherwise the DICOM series
     # in all of the folders may be those of one patient.
     several = bool(folders) and len(complete) == min(2, len(folders))
-    if not several and (_holds_dicom(path) or (_stems(path) and not complete)):
+    if not several and (_holds_dicom(path) or describe_unread(path) or (_stems(path) and not complete)):
         try:
             case = read_case_folder(path, recipe, require_mask=False)
             # Of several studies nobody knows whether they are of one patient, unless they lie in one folder.
@@ -326,7 +327,7 @@ def _find_images(folder, recipe, optional):
         raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
     files = _stems(folder)
     layout, images = _find_files(folder, files, recipe)
-    if not any(images.values()) and _holds_dicom(folder):
+    if not any(images.values()) and (_holds_dicom(folder) or describe_unread(folder)):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     if optional and any(images.values()) and not all(images.values()) and _holds_dicom(folder):
         series = {one: (one.description, one.folder.name) for one in find_objects(folder, folder.name)[0]}
@@ -508,7 +509,7 @@ def _find_dicom(folder, recipe, optional):
                 listed = ", ".join(map(repr, named.values()))
                 raise CaseError(
                     f"{folder.name}: {folder}: must hold a DICOM structure set or segmentation with {listed}, or a "
-                    f"file for each, as --structure says. Received: none"
+                    f"file for each, as --structure says. Received: none{describe_unread(folder)}"
                 )
             return in_files if named else _choose_masks(folder, masks, recipe, others, required)
         if in_files:
@@ -533,6 +534,7 @@ def _choose(folder, named, masks, modality, recipe, optional):
     listed = "; ".join(str(source) for source in found or named) or "no series"
     if masks and not found:
         listed += f"; and taken for masks: {'; '.join(map(str, masks))}"
+    listed += describe_unread(folder)
     names = f"matches {recipe.series[modality]!r}" if modality in recipe.series else "names it"
     raise CaseError(
         f"{folder.name}: {folder}: must hold one series of {modality} (of `data.modalities`), whose folder, "
@@ -557,7 +559,7 @@ def _choose_masks(folder, named, recipe, others, required):
         )
         raise CaseError(
             f"{folder.name}: {folder}: must hold one mask, named {recipe.mask!r} or ROI, or one for each of "
-            f"{', '.join(recipe.modalities)}. Received: {listed}"
+            f"{', '.join(recipe.modalities)}. Received: {listed}{describe_unread(folder)}"
         )
     return {modality: found[0] for modality, found in masks.items()} or None
 

@@ -18,7 +18,7 @@ from keras_mmfnet.data.dicom import Series
 from keras_mmfnet.data.geometry import Grid, in_plane_grid, resample, upright_grid
 from keras_mmfnet.data.image_io import position_problems, read_grid, read_image
 from keras_mmfnet.data.registration import apply_transform, register_rigid
-from keras_mmfnet.data.structures import DicomStructures
+from keras_mmfnet.data.structures import DicomStructures, lost_contours
 from keras_mmfnet.recipe import DataRecipe
 
 # Interpolation leaves what is exactly one half slightly below it; such a voxel counts as inside.
@@ -166,10 +166,10 @@ def position_notes(case: Case, recipe: DataRecipe) -> list[str]:
         for file in files_of(source)
     ]
     for name, source, other in sources:
-        has_position, difference = position_problems(source, case.name)
+        has_position, problem = position_problems(source, case.name)
         without += [] if has_position else [f"{name} ({source})"]
-        if difference > 0.1:
-            notes.append(f"{name}: sform and qform differ by {difference:.3g} mm; the sform counts, as in nibabel")
+        if problem:
+            notes.append(f"{name}: {problem} in {source}; the sform counts, as in nibabel, but not in all programs")
         frames = [getattr(one, "frame_of_reference", "") for one in (source, case.images[other])]
         apart = all(frames) and frames[0] != frames[1]
         if apart and isinstance(source, DicomStructures) and source.series not in case.images.values():
@@ -432,12 +432,19 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
 
 
 def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
-    """Notes on which masks there are, and whether the images they were drawn on are there."""
-    notes, lacking = [], [modality for modality in mask_sources(case, recipe) if modality not in case.images]
+    """Notes on which masks there are, whether the images they were drawn on are there, and which contours are lost.
+
+    Raises:
+        CaseError: As `mask_sources`, or a structure set is damaged.
+    """
+    sources = mask_sources(case, recipe)
+    notes, lacking = [], [modality for modality in sources if modality not in case.images]
     if isinstance(case.mask, Mapping) and recipe.mask_from is None and recipe.modalities[0] not in case.mask:
         notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}")
     if lacking:
         notes.append(f"mask: drawn on {', '.join(lacking)}, whose image is missing; it counts where its header says")
+    drawn = [file for source in sources.values() for file in files_of(source) if isinstance(file, DicomStructures)]
+    notes += [f"mask: {note}" for file in drawn for note in lost_contours(file, case.name)]
     return notes
 
 

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 
 from keras_mmfnet.data._dicom_header import pydicom_errors, read_header
 from keras_mmfnet.data._errors import refuser
-from keras_mmfnet.data.case import CaseError, StructureFiles
+from keras_mmfnet.data.case import CaseError, StructureFiles, listed
 from keras_mmfnet.data.dicom import (
     SEGMENTATIONS,
     STRUCTURE_SET,
@@ -126,6 +126,9 @@ def read_structures(source: DicomStructures, patient: str) -> sitk.Image:
     are nearly the same, count together. Those of type CLOSEDPLANAR_XOR count by the even-odd rule. Fractions of
     a segmentation count from one half on.
 
+    A contour that encloses no pixel's centre leaves nothing, see `lost_contours`; a structure of such contours alone is
+    refused.
+
     Contours are missing where a lesion has some on both sides of one slice, at overlapping places, and none in it.
     Wider gaps are between lesions, unless a lesion has several of them and they are half of its steps from one slice to
     the next or more. Lesions are the parts of a structure that are apart when all slices are seen as one.
@@ -140,8 +143,8 @@ def read_structures(source: DicomStructures, patient: str) -> sitk.Image:
 
     Raises:
         CaseError: The file is damaged; no structure or several match; the series is unknown; contours do not lie in
-            its slices, are missing in some or are not closed; or it is not known how far a segmentation's slices are
-            apart.
+            its slices, are missing in some, are not closed or leave nothing of a structure; or it is not known how far
+            a segmentation's slices are apart.
     """
     refuse = refuser(source.path, patient)
     with pydicom_errors(refuse, _UNDAMAGED):
@@ -162,9 +165,41 @@ def read_structures(source: DicomStructures, patient: str) -> sitk.Image:
         grid, slices = series_grid(source.series, patient)
         array = np.zeros(grid.shape, np.uint8)
         for structure in chosen:
-            for number, mask in _masks(structure, grid, slices, refuse).items():
+            masks = _masks(structure, grid, slices, refuse)
+            if masks and not any(mask.any() for mask in masks.values()):
+                received = f"{structure.name!r} of {len(structure.contours)} contours that are too small"
+                raise refuse("structures that enclose the centre of a pixel", received)
+            for number, mask in masks.items():
                 array[number][mask] = 1
         return grid.image(array)
+
+
+def lost_contours(source: DicomStructures, patient: str) -> list[str]:
+    """Notes on the contours of a structure set that enclose no pixel's centre, one for each structure that has some.
+
+    Args:
+        source: The `DicomStructures`.
+        patient: The patient's name, for messages.
+
+    Raises:
+        CaseError: As `read_structures`, as far as it concerns the file and the choice of structures.
+    """
+    refuse, notes = refuser(source.path, patient), []
+    with pydicom_errors(refuse, _UNDAMAGED):
+        file, found = _open(source.path, refuse)
+        if file.SOPClassUID != STRUCTURE_SET or source.series is None:
+            return []
+        grid = series_grid(source.series, patient)[0]
+        for structure in _choose(found, source.pattern, refuse):
+            drawn = [grid.indices(contour) for contour, _ in structure.contours]
+            lost = [points for points in drawn if not rasterise([points[:, :2]], grid.shape[1:]).any()]
+            if lost:
+                numbers = sorted({round(points[:, 2].mean()) for points in lost})
+                notes.append(
+                    f"{structure.name!r} in {source.path}: nothing is left of {len(lost)} of {len(drawn)} contours, "
+                    f"which enclose no pixel's centre, in slices, from 0: {listed([*map(str, numbers)])}"
+                )
+    return notes
 
 
 class _Structure(NamedTuple):
@@ -322,7 +357,8 @@ def _masks(structure: _Structure, grid: Grid, slices: Sequence[Slice], refuse) -
             raise refuse("contours of which none crosses a hole", f"{name!r} in {slices[number].path.name}")
     if missing := _missing(masks):
         listed = ", ".join(f"{number} ({slices[number].path.name})" for number in missing)
-        raise refuse("contours on each slice of the structure", f"{name!r} without any in slices, from 0: {listed}")
+        received = f"{name!r} without a pixel in slices, from 0: {listed}"
+        raise refuse("contours on each slice of the structure", received)
     return masks
 
 

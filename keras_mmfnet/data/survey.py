@@ -125,7 +125,7 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
             if reference:
                 notes += attempt(coverage_notes, case, modality, coverage, modalities[0]) or []
     masks = (attempt(mask_sources, case, recipe) or {}) if case.mask is not None and modalities else {}
-    notes += mask_notes(case, recipe) if masks else []
+    notes += (attempt(mask_notes, case, recipe) or []) if masks else []
     files = [file for source in masks.values() for file in files_of(source)]
     for source in files:
         grid = attempt(read_grid, source, case.name)

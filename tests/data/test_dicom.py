@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from dicom_files import GRID, change_series, find_series, item, write_enhanced, write_object, write_series
 
+from keras_mmfnet.data._dicom_header import not_dicom
 from keras_mmfnet.data.case import CaseError
 from keras_mmfnet.data.dicom import SEGMENTATIONS, STRUCTURE_SET, find_objects, read_series, series_grid, walk_files
 from keras_mmfnet.data.geometry import Grid
@@ -54,10 +55,8 @@ def test_compressed_slices_of_16_bits(syntax, tmp_path):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
-def test_slices_compressed_by_simpleitk(kind, tmp_path):
-    array = write_series(tmp_path)
-    for path in tmp_path.iterdir():
+def compress_by_simpleitk(folder, kind):
+    for path in folder.iterdir():
         image, writer = sitk.ReadImage(str(path)), sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetUseCompression(True)
@@ -65,7 +64,68 @@ def test_slices_compressed_by_simpleitk(kind, tmp_path):
         writer.SetFileName(str(path))
         writer.Execute(image)
         assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+def test_slices_compressed_by_simpleitk(kind, tmp_path):
+    array = write_series(tmp_path)
+    compress_by_simpleitk(tmp_path, kind)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+
+
+def change_frame(path, change):
+    """Replaces the compressed image in a file by the fragments that `change(image)` gives."""
+    image = pydicom.dcmread(path)
+    frame = b"".join(pydicom.encaps.generate_frames(image.PixelData, number_of_frames=1))
+    items = [b"", *(some + bytes(len(some) % 2) for some in change(frame))]
+    image.PixelData = b"".join(b"\xfe\xff\0\xe0" + len(some).to_bytes(4, "little") + some for some in items)
+    image.save_as(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JPEGLSLossless", "RLELossless"])
+def test_compressed_voxels_that_break_off(kind, tmp_path):
+    """Of some streams, GDCM takes what is missing for 0; a truncated RLE stream may end the process."""
+    array = write_series(
+        tmp_path, Grid((64, 48, 3), *[getattr(GRID, name) for name in ("spacing", "origin", "direction")])
+    )
+    if "Less" in kind or "Loss" in kind:
+        change_series(
+            tmp_path, lambda image, _: image.compress(getattr(pydicom.uid, kind), generate_instance_uid=False)
+        )
+    else:
+        compress_by_simpleitk(tmp_path, kind)
+    path = tmp_path / "slice_01.dcm"
+    whole = path.read_bytes()
+    for change in (
+        lambda frame: [frame + bytes(20)],
+        lambda frame: [frame[:200], frame[200:1000], frame[1000:]],
+    ):
+        change_frame(path, change)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+        path.write_bytes(whole)
+    for cut in (4, 10, 100, 2000):
+        for change in (
+            lambda frame, cut=cut: [frame[:-cut]],
+            lambda frame, cut=cut: [frame[:200], frame[200:-cut]],
+        ):
+            change_frame(path, change)
+            message = refused(tmp_path)
+            assert "slice_01.dcm: must be an undamaged DICOM file. Received: " in message
+            assert kind == "RLELossless" or "compressed voxels that break off: 0 of 1 images" in message
+            path.write_bytes(whole)
+
+
+def test_frames_that_are_compressed_end_each(tmp_path):
+    array = np.random.default_rng(0).integers(0, 1000, (3, 12, 16))
+    write_enhanced(tmp_path / "frames.dcm", [{"position": (0, 0, 4 * n)} for n in range(3)], array)
+    image = pydicom.dcmread(tmp_path / "frames.dcm")
+    image.compress(pydicom.uid.JPEGLSLossless, generate_instance_uid=False)
+    image.save_as(tmp_path / "frames.dcm")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read(tmp_path)), array)
+    frames = [*pydicom.encaps.generate_frames(image.PixelData, number_of_frames=3)]
+    image.PixelData = pydicom.encaps.encapsulate([frames[0], frames[1][:-10], frames[2]])
+    image.save_as(tmp_path / "frames.dcm")
+    assert "Received: compressed voxels that break off: 2 of 3 images end with a marker" in refused(tmp_path)
 
 
 def test_series_are_found_wherever_they_lie(tmp_path):
@@ -172,16 +232,16 @@ def test_outer_slices_that_are_gzipped(ending, tmp_path):
     path.unlink()
     # An image beside them is none of them.
     (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(b"an image"))
-    with pytest.raises(CaseError, match=rf"slice_00{ending}.gz: must be a slice, .*Received: a gzipped file"):
+    with pytest.raises(CaseError, match=rf"slice_00{ending}.gz: must be a slice, .*Received: gzipped DICOM"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "received"),
     [
-        (lambda content: content[128:], r"one that starts with b'DICM"),
+        (lambda content: content[128:], "DICOM that does not begin with 128 bytes and DICM"),
         (lambda content: bytes(512) + content, r"one that starts with b'\x00"),
-        (gzip.compress, "a gzipped file"),
+        (gzip.compress, "gzipped DICOM, which must be unpacked"),
     ],
 )
 def test_a_folder_of_files_that_are_no_dicom(change, received, tmp_path, caplog):
@@ -194,7 +254,46 @@ def test_a_folder_of_files_that_are_no_dicom(change, received, tmp_path, caplog)
         (tmp_path / "T2" / name).write_bytes(b"text")
     assert [one.description for one in find_series(tmp_path, "ann")] == ["T2"]
     [message] = caplog.messages
-    assert message.startswith(f"ann: {tmp_path / 'T1'}: no DICOM, passed over: 5 files (slice_00 is {received}")
+    assert message.startswith(f"ann: {tmp_path / 'T1'}: not read, passed over: 5 files (slice_00 is {received}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[128:],
+        lambda content: bytes(128) + content[132:],
+        lambda content: bytes(128) + without_preamble(content, "implicit"),
+        gzip.compress,
+    ],
+)
+def test_dicom_in_a_form_that_is_not_read_is_named(change, tmp_path, caplog):
+    """Whatever the file is called, it may be a slice."""
+    write_series(tmp_path / "T1")
+    for name in ("T1/slice_00.dcm", "T1/slice_04.dcm"):
+        path = tmp_path / name
+        path.with_name("last" if "4" in name else "first").write_bytes(change(path.read_bytes()))
+        path.unlink()
+    with pytest.raises(CaseError, match=r"ann: .*first: must be a slice, as .* Received: (gzipped DICOM|DICOM that)"):
+        read(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("first", "last"):
+        (tmp_path / "T1" / name).rename(tmp_path / "other" / name)
+    assert read(tmp_path).GetSize()[2] == 3
+    assert f"{tmp_path / 'other'}: not read, passed over: 2 files (first is " in caplog.messages[-1]
+
+
+def test_a_gzipped_file_is_dicom_by_what_is_in_it(tmp_path):
+    write_series(tmp_path)
+    content = (tmp_path / "slice_00.dcm").read_bytes()
+    for some, received in (
+        (gzip.compress(content), "gzipped DICOM, which must be unpacked"),
+        (gzip.compress(without_preamble(content, "implicit")), "gzipped DICOM, which must be unpacked"),
+        (gzip.compress(b"text" * 99), "a gzipped file"),
+        (gzip.compress(content)[:15], "a gzipped file"),
+        (b"\x1f\x8b" + b"damaged" * 9, "a gzipped file"),
+    ):
+        (tmp_path / "file").write_bytes(some)
+        assert not_dicom(tmp_path / "file") == received
 
 
 @pytest.mark.parametrize("content", [b"", b"no DICOM", b"\0" * 128 + b"DICM" + b"\1" * 64])

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -388,6 +389,56 @@ def test_a_fault_in_a_series_that_is_not_chosen_stops_nothing(tmp_path):
     recipe = Recipe().data.model_copy(update={"modalities": ("t1",)})
     [case] = find_cases(tmp_path, recipe, require_mask=False)
     assert case.images["t1"].description == "T1"
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        (gzip.compress, "gzipped DICOM, which must be unpacked"),
+        (lambda content: content[128:], "DICOM that does not begin with 128 bytes and DICM"),
+    ],
+)
+@pytest.mark.parametrize("named", ["{}.gz", "{}", "hash"])
+def test_dicom_files_that_are_not_read_as_they_are(named, change, received, tmp_path):
+    folder, sequences = tmp_path / "all" / "ann", ("T1", "T2", "T1 Gd")
+
+    def change_all(place):
+        for path in sorted(place.rglob("*.dcm")):
+            name = hashlib.md5(path.name.encode()).hexdigest() if named == "hash" else named.format(path.stem)
+            path.with_name(name).write_bytes(change(path.read_bytes()))
+            path.unlink()
+
+    # One of the series.
+    for sequence in sequences:
+        write_series(folder / sequence, description=sequence)
+    change_all(folder / "T2")
+    for find in (find_cases, find_patients):
+        with pytest.raises(CaseError, match=rf"^ann: .*one series of t2 .*Received: .*; and 5 files of {received} \("):
+            find(tmp_path / "all", RECIPE.data)
+    # All of them, in one folder and in one each.
+    write_dicom_patient(tmp_path / "one" / "ann", sequences, inner=False)
+    change_all(tmp_path / "one")
+    change_all(folder)
+    match = r"^ann: .*one series of t1 .*Received: no series; and 15 files of " + received
+    for place in (tmp_path / "one", tmp_path / "all"):
+        for find in (find_cases, find_patients):
+            with pytest.raises(CaseError, match=match if find == find_cases else f"; and 15 files of {received}"):
+                find(place, RECIPE.data)
+        with pytest.raises(CaseError, match=match):
+            find_patients(place / "ann", RECIPE.data)
+
+
+def test_a_gzipped_mask_is_named(tmp_path):
+    write_dicom_patient(tmp_path / "ann")
+    write_series(tmp_path / "ann" / "mask", description="mask")
+    for path in sorted((tmp_path / "ann" / "mask").iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    with pytest.raises(CaseError, match=r"one mask, .*Received: none; and 5 files of gzipped DICOM, which must be unp"):
+        find_cases(tmp_path, RECIPE.data)
+    structures = RECIPE.replace({"data.structures": {"gtv": "GTV"}}).data
+    with pytest.raises(CaseError, match=r"as --structure says. Received: none; and 5 files of gzipped DICOM"):
+        find_cases(tmp_path, structures)
 
 
 def test_masks_of_dicom_series(tmp_path):

@@ -191,6 +191,37 @@ def test_fragments_of_contours(points, series, tmp_path):
     assert f"one of 'GTV' of {points}, alone in its slice" in refused(alone, series)
 
 
+def test_contours_smaller_than_a_pixel(tmp_path):
+    folder = tmp_path / "ann"
+    write_series(folder / "T1", GRID, description="T1", array=np.indices(GRID.shape).sum(0) % 4)
+    (t1,) = find_series(folder, "ann")
+    recipe = DataRecipe(modalities=("t1",), spacing=None, normalised_scale=1.0, structures={"gtv": "GTV.*"})
+    path, speck = folder / "rs.dcm", (20.5, 16.5)
+    gtv = [circle(6.3, 2), circle(6.3, 3), circle(0.4, 4, speck), circle(0.4, 3, (30.5, 8.5))]
+    write_structures(path, t1, GTVp=gtv, BODY=[circle(15.3, 2), circle(0.4, 3, speck)])
+    case = read_case_folder(folder, recipe)
+    note = f"mask: 'GTVp' in {path}: nothing is left of 2 of 4 contours, which enclose no pixel's centre, in slices, "
+    note += "from 0: 3, 4"
+    for deep in (False, True):
+        assert [one for one in survey_case(case, recipe, deep).notes if "nothing is left" in one] == [note]
+    patient = preprocess_case(case, recipe)
+    assert note in patient.notes
+    np.testing.assert_array_equal(read_masks(case, recipe, patient)["gtv"] > 0, disk(6.3, (2, 3)))
+    # A whole structure, also beside another one, and where patients may have no tumour.
+    write_structures(path, t1, GTVp=gtv, GTVn=[circle(0.4, z, speck) for z in (2, 3)])
+    for able in (recipe, recipe.model_copy(update={"allow_empty": True})):
+        [problem] = survey_case(read_case_folder(folder, able), able).problems
+        assert problem == (
+            f"ann: {path}: must be structures that enclose the centre of a pixel. "
+            "Received: 'GTVn' of 2 contours that are too small"
+        )
+        with pytest.raises(CaseError, match="'GTVn' of 2 contours that are too small"):
+            preprocess_case(read_case_folder(folder, able), able)
+    # One that was drawn nowhere is empty still.
+    write_structures(path, t1, GTVp=gtv, GTVn=[])
+    assert not survey_case(read_case_folder(folder, recipe), recipe, True).problems
+
+
 def test_the_series_that_contours_were_drawn_on(series, tmp_path):
     write_series(tmp_path / "fine", Grid((40, 36, 16), (0.9, 1.2, 2.0), GRID.origin, GRID.direction))
     [fine] = find_series(tmp_path / "fine", "ann")
