@@ -37,6 +37,7 @@ class Start:
         groups: The groups that were given, as for `Run.start`.
         splits: The folds that were given, as for `Run.start`.
         donor: What `cohort.json` says of the donor.
+        trained: Numbers of the folds that are to be trained; `None` for all.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Start:
     groups: Mapping[str, str] | None
     splits: Sequence[Fold]
     donor: dict | None
+    trained: Sequence[int] | None = None
 
     def divide(self, patients=None):
         """The folds; those of preprocessed patients, whose tumours are known, if they are given."""
@@ -55,14 +57,16 @@ class Start:
         left_out = [error.patient for error in self.bad]
         folds = divide_patients(names, self.recipe.training, self.grouped, self.splits, volumes, left_out)
         structures = patients and {name: patient.structures_ml for name, patient in patients.items()}
-        _check_folds(folds, self.cases, structures, self.recipe, self.methods)
+        trained = {n: fold for n, fold in enumerate(folds) if self.trained is None or n in self.trained}
+        _check_folds(trained, self.cases, structures, self.recipe, self.methods)
         return folds
 
 
-def check_start(run, data, recipe, resume=False, groups=None, splits=None, methods=None, donor=None):
+def check_start(run, data, recipe, resume=False, groups=None, splits=None, methods=None, donor=None, folds=None):
     """Finds the patients of a run, and makes all checks that `Run.start` makes before it preprocesses.
 
-    Nothing is written. Patients who cannot be used are listed in the `Start` that is returned.
+    Nothing is written. Patients who cannot be used are listed in the `Start` that is returned. `folds` are the numbers
+    of those that are to be trained, `None` for all.
     """
     if not resume:
         run.require_none()
@@ -90,7 +94,7 @@ def check_start(run, data, recipe, resume=False, groups=None, splits=None, metho
     if not kept:  # A run that is resumed must have the same images, which were checked at its start.
         refuse_duplicates(find_duplicates(cases), grouped)
         check_ids(cases, grouped)
-    start = Start(recipe, methods, cases, bad, grouped, groups, splits, given or kept.get("donor"))
+    start = Start(recipe, methods, cases, bad, grouped, groups, splits, given or kept.get("donor"), folds)
     start.divide()  # Too few patients are found before the long work.
     if len(recipe.data.mask_files) > 1:
         files = Counter(f"{case.name}_{structure}" for case in cases for structure in recipe.data.mask_files)
@@ -159,14 +163,14 @@ def _learned(network):
 
 
 def _check_folds(folds, cases, volumes, recipe, methods):
-    """Refuses folds in which nobody can train or validate a network, or nobody has a tumour.
+    """Refuses folds, `{number: Fold}`, in which nobody can train or validate a network, or nobody has a tumour.
 
     If the `volumes` of the structures are known, somebody to train on must have each structure.
     """
     images = {case.name: case.images for case in cases}
     networks = dict.fromkeys(name for method in methods for name in method.encoders.values())
     methods = [*map(find_method, networks), *methods]
-    for number, part, names in ((n, part, getattr(f, part)) for n, f in enumerate(folds) for part in LEARNING):
+    for number, part, names in ((n, part, getattr(f, part)) for n, f in folds.items() for part in LEARNING):
         for method in methods:
             served = [name for name in names if method.serves(images[name], recipe)]
             if not served:
@@ -178,9 +182,21 @@ def _check_folds(folds, cases, volumes, recipe, methods):
             there = {one for name in served for one, ml in (volumes or {}).get(name, {}).items() if ml}
             lacking = [one for one in recipe.data.structures if one not in there]
             if volumes is not None and (lacking if part == "train" else not there):
-                what = ", ".join(lacking) if there else "tumour"
-                remedy = "--splits" if recipe.training.balance else "`training.balance=volume` or --splits"
+                wanted = {one: (one,) for one in lacking} if there else {"tumour": tuple(recipe.data.structures)}
                 raise ValueError(
-                    f"fold {number}: {method.title} must have a patient with {what} for {part}; {remedy} may help. "
-                    f"Received: {', '.join(served)}, all without"
+                    f"fold {number}: {method.title} must have a patient with {', '.join(wanted)} for {part}; "
+                    f"{_who_has(wanted, volumes, recipe)}. Received: {', '.join(served)}, all without"
                 )
+
+
+def _who_has(wanted, volumes, recipe):
+    """How many patients have what is `wanted`, `{name: structures}`, and what may help."""
+    counts = {
+        name: sum(any(ml[one] for one in structures) for ml in volumes.values()) for name, structures in wanted.items()
+    }
+    listed = [f"{n} of {len(volumes)} patients {'has' if n == 1 else 'have'} {name}" for name, n in counts.items()]
+    if (fewest := min(counts.values())) > 1:
+        remedy = "another --fold or --splits" if recipe.training.balance else "`training.balance=volume` or --splits"
+        return f"{', '.join(listed)}; {remedy} may help"
+    remedy = "only folds that train on that patient can be trained" if fewest else "`data.structures` may be wrong"
+    return f"{', '.join(listed)}; {remedy}"

@@ -43,6 +43,18 @@ def _rates(rates: Any) -> float | dict[str, float]:
     return {name: float(rate) for name, rate in by_name.items()} if by_name is rates else float(rates)
 
 
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError("must be a name of letters, digits, _ and -")
+    return name
+
+
+def _structure_name(name: str) -> str:
+    if re.search(r"(^|_)(probability|disagreement)(_|$)", name, re.IGNORECASE):
+        raise ValueError("must be a name without the words probability and disagreement, of a patient's other files")
+    return name
+
+
 def _pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
@@ -71,7 +83,9 @@ def _structure(value: Any) -> tuple[int, ...] | str | None:
     return labels if labels is None else tuple(labels)
 
 
-def _kinds(structures: Mapping[str, tuple[int, ...] | str | None]) -> Mapping[str, tuple[int, ...] | str | None]:
+def _structures(structures: Mapping[str, tuple[int, ...] | str | None]) -> Mapping[str, tuple[int, ...] | str | None]:
+    if len({name.casefold() for name in structures}) < len(structures):
+        raise ValueError("must be names that differ in more than upper and lower case, as files have them")
     kinds = {type(value) for value in structures.values()}
     if len(kinds) != 1 or (None in structures.values() and len(structures) > 1):
         raise ValueError("must give label values for each structure, or a name for each; one alone may have none")
@@ -91,7 +105,8 @@ _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Strength = Annotated[float, Field(ge=0, le=10)]
 _Counts = Annotated[tuple[_Positive, ...], _SEVERAL, Field(min_length=1)]
 # Names of files, of layers and of folders.
-_Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
+_Name = Annotated[str, AfterValidator(_name)]
+_StructureName = Annotated[_Name, AfterValidator(_structure_name)]
 _Names = Annotated[tuple[_Name, ...], _SEVERAL, AfterValidator(_distinct), Field(min_length=1)]
 # The paper's.
 _CLIP = {"t1": (-2.0, 1.0), "t2": (-3.0, 2.0), "cet1": (-2.0, 3.5)}
@@ -112,7 +127,8 @@ class _Part(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             problems = {}
             for detail in error.errors():
-                path, cause = ".".join(map(str, detail["loc"])), detail.get("ctx", {}).get("error")
+                path = ".".join(map(str, detail["loc"])).removesuffix(".[key]")
+                cause = detail.get("ctx", {}).get("error")
                 if isinstance(cause, RecipeError):  # of one part of the recipe, or of several
                     problems |= {f"{path}.{inner}".lstrip("."): text for inner, text in cause.problems.items()}
                 elif detail["type"] == "extra_forbidden":
@@ -178,9 +194,9 @@ class DataRecipe(_Part):
     modalities: _Names = ("t1", "t2", "cet1")
     mask: Annotated[str, Field(min_length=1)] = "mask"
     series: dict[str, Annotated[str, AfterValidator(_pattern)]] = {}
-    structures: Annotated[dict[_Name, Annotated[Any, AfterValidator(_structure)]], AfterValidator(_kinds)] = {
-        "tumour": None
-    }
+    structures: Annotated[
+        dict[_StructureName, Annotated[Any, AfterValidator(_structure)]], AfterValidator(_structures)
+    ] = {"tumour": None}
     mask_from: str | None = None
     allow_missing: bool = False
     allow_empty: bool = False
@@ -492,7 +508,8 @@ class Recipe(_Part):
 
         Args:
             changes: The new values by the path of the field: `"training.epochs"`, or `"data.series.t1"` for one entry
-                of a field that holds values by modality.
+                of a field that holds values by modality. `"network.modality_dropout.t1"` also where it is one number,
+                which the other modalities keep.
 
         Returns:
             The new `Recipe`.
@@ -504,7 +521,8 @@ class Recipe(_Part):
         fields = [".".join(path.split(".")[:2]) for path in changes]
         values["reasons"] = {path: reason for path, reason in self.reasons.items() if path not in fields}
         kept = changes.get("data.modalities", self.data.modalities)
-        for name in set(self.data.modalities).difference(kept if isinstance(kept, tuple | list) else [kept]):
+        kept = kept if isinstance(kept, tuple | list) else [kept]
+        for name in set(self.data.modalities).difference(kept):
             values["data"]["series"].pop(name, None)
             if values["data"]["clip"].get(name) != _CLIP.get(name):
                 values["data"]["clip"].pop(name, None)
@@ -513,6 +531,9 @@ class Recipe(_Part):
                 values["data"]["allow_missing"] &= any(rates.values())
         for path, value in changes.items():
             *above, last = path.split(".")
+            rates = values["network"]["modality_dropout"]
+            if path.startswith("network.modality_dropout.") and not isinstance(rates, dict):
+                values["network"]["modality_dropout"] = dict.fromkeys(kept, rates)
             inner = values
             for name in above:
                 inner = inner.get(name) if isinstance(inner, dict) else None

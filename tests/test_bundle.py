@@ -349,8 +349,8 @@ def test_presets_that_are_refused(tmp_path):
     network().save_to_preset(tmp_path / "preset")
     with pytest.raises(ValueError, match=r"config.json: must be of the class UNet3D. Received: MMFNet"):
         UNet3D.from_preset(tmp_path / "preset")
-    with pytest.raises(ValueError, match=r"must be an undamaged preset that fits \{'filters': \(3,\)\}. Received: "):
-        MMFNet.from_preset(tmp_path / "preset", filters=(3,))
+    with pytest.raises(ValueError, match=r"must be an undamaged preset that fits \{'patch_shape': .*\}. Received: "):
+        MMFNet.from_preset(tmp_path / "preset", patch_shape=(5, 8, 8))
     with pytest.raises(ValueError, match="a folder or file that exists is expected"):
         MMFNet.from_preset(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config.json: a preset with such a file, or a bundle, is expected"):
@@ -364,6 +364,27 @@ def test_presets_that_are_refused(tmp_path):
     path.write_text(json.dumps(config | {"config": layers}))
     with pytest.raises(ValueError, match=r"must be an undamaged preset"):
         MMFNet.from_preset(tmp_path / "preset")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "received"),
+    [
+        ("modalities", ("a", "b", "c", "d"), r'\["a", "b", "c", "d"\]'),
+        ("filters", (3,), r"\[3\]"),
+        ("structures", ("gtv", "node"), r'\["gtv", "node"\]'),
+        ("residual", True, "true"),
+    ],
+)
+def test_the_weights_of_a_preset_are_of_its_own_arguments(saved, tmp_path, name, value, received, monkeypatch):
+    model = network()
+    model.save_to_preset(tmp_path / "preset")
+    equal = {name: list(found) if isinstance(found := getattr(model, name), tuple) else found}
+    assert same(MMFNet.from_preset(tmp_path / "preset", **equal), model)
+    for method in ("set_weights", "load_weights"):
+        monkeypatch.setattr(MMFNet, method, lambda *_: pytest.fail("weights were set"))
+    for preset in (tmp_path / "preset", saved / "bundle"):
+        with pytest.raises(ValueError, match=rf": `{name}` must be the preset's, .+\. Received: {received}$"):
+            MMFNet.from_preset(preset, **{name: value})
 
 
 def test_the_network_of_a_fold_of_a_bundle(run, saved, hub):

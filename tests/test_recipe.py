@@ -232,6 +232,20 @@ def test_one_entry_of_a_field_by_modality():
         Recipe().replace({"data.series.flair": "x"})
 
 
+def test_the_dropout_of_one_modality():
+    recipe = Recipe().replace({"network.modality_dropout": 0.1})
+    one = recipe.replace({"network.modality_dropout.t1": 0.3})
+    assert one.network.modality_dropout == {"t1": 0.3, "t2": 0.1, "cet1": 0.1}
+    two = one.replace({"network.modality_dropout.t2": 0.5, "data.allow_missing": True})
+    assert two.network.modality_dropout == {"t1": 0.3, "t2": 0.5, "cet1": 0.1}
+    own = recipe.replace({"network.modality_dropout.flair": 0.2, "data.modalities": ("t1", "flair")})
+    assert own.network.modality_dropout == {"t1": 0.1, "flair": 0.2}
+    with pytest.raises(RecipeError, match=r"^`network.modality_dropout.flair` must be one of t1, t2, cet1. Received: "):
+        recipe.replace({"network.modality_dropout.flair": 0.2})
+    with pytest.raises(RecipeError, match=r"^`network.modality_dropout` must be in \[0, 1\), or .* Received: "):
+        recipe.replace({"network.modality_dropout.t1": "much"})
+
+
 def test_one_value_stands_for_a_tuple():
     recipe = Recipe().replace({"data.modalities": "flair", "data.structures.tumour": 4, "network.filters": 8})
     assert (recipe.data.modalities, recipe.data.structures["tumour"], recipe.network.filters) == (
@@ -270,6 +284,23 @@ def test_a_recipe_does_not_change():
 def test_structures_that_are_named_have_a_file_each(structures, named, files):
     data = DataRecipe(structures=structures)
     assert (data.named_structures, data.mask_files) == (named, files)
+
+
+@pytest.mark.parametrize(
+    "name", ["probability", "Disagreement", "gtv_probability", "GTV_DISAGREEMENT", "probability_gtv", "a_probability_b"]
+)
+def test_a_structure_is_not_named_as_the_other_files_of_a_patient(name):
+    expected = rf"^`structures.{name}` must be a name without the words probability and .*\. Received: '{name}'$"
+    with pytest.raises(RecipeError, match=expected):
+        DataRecipe(structures={"gtv": "gtv", name: "x"})
+    DataRecipe(structures={"improbability": "x", "probability-gtv": "y"})
+
+
+def test_names_of_structures():
+    with pytest.raises(RecipeError, match=r"^`data.structures.GTV p` must be a name of letters, digits, _ and -\. Rec"):
+        Recipe().replace({"data.structures": {"GTV p": 1}})
+    with pytest.raises(RecipeError, match=r"differ in more than upper and lower case, .* Received: \{'GTV': 1, "):
+        DataRecipe(structures={"GTV": 1, "gtv": 2})
 
 
 def test_no_voxel_lies_between_the_windows():

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import types
 
 import keras
 import numpy as np
@@ -594,11 +595,31 @@ def test_several_structures(structures, labels, tiny_cohort, tmp_path):
     assert all(structure in page for structure in structures)
 
 
+def test_only_the_folds_that_are_trained_must_have_each_structure(tiny_cohort, tmp_path):
+    changes = {"data.structures": {"gtv": (1,), "enh": (4,)}, "training.self_transfer": False}
+    recipe, run = COARSE.replace(changes), Run(tmp_path / "run")
+    division = check_start(run, tiny_cohort, recipe).divide()
+    rare = division[0].test[0]
+
+    def divide(folds, *have):
+        start = check_start(run, tiny_cohort, recipe, folds=folds)
+        volumes = {case.name: {"gtv": 2.0, "enh": float(case.name in have)} for case in start.cases}
+        return start.divide({n: types.SimpleNamespace(tumour_ml=2.0, structures_ml=ml) for n, ml in volumes.items()})
+
+    for folds in (None, [0], [2, 0]):
+        with pytest.raises(ValueError, match=r"^fold 0: .* enh for train; 1 of 6 patients has enh; only folds that"):
+            divide(folds, rare)
+    trained = [number for number, fold in enumerate(division) if rare in fold.train]
+    assert divide(trained, rare) == division
+    with pytest.raises(ValueError, match=r"; 2 of 6 patients have enh; `training.balance=volume` or --splits may help"):
+        divide(None, *division[0].test)
+
+
 def test_structures_that_cannot_be_trained_or_kept_apart(tiny_cohort, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tiny_cohort, data)
     recipe = COARSE.replace({"data.structures": {"gtv": (1,), "node": (7,)}, "training.self_transfer": False})
-    with pytest.raises(ValueError, match=r"fold 0: MMFNet must have a patient with node for train; .*, all without$"):
+    with pytest.raises(ValueError, match=r"fold 0: MMFNet must have a patient with node for train; 0 of 6 .*, all wit"):
         Run.start(tmp_path / "run", data, recipe)
     for patient in data.iterdir():
         for name in ("gtv", "b_gtv"):

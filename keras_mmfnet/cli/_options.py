@@ -135,7 +135,13 @@ def parse_structures(structures: list[str] | None) -> dict:
             name, what = "tumour", text
         if name in values:
             raise ValueError(f"--structure: NAME=LABELS or NAME=PATTERN, each name once, is expected. Received: {text}")
-        values[name] = tuple(map(int, what.split(","))) if re.fullmatch(r"\d+(,\d+)*", what) else what
+        if re.fullmatch(r" *-?\d+ *(, *-?\d+ *)*", what):
+            values[name] = tuple(map(int, what.split(",")))
+        elif re.fullmatch(r"[\d,\s-]+", what):
+            expected = "label values (core=1,4) or a pattern with other characters (gtv='GTV.*') are expected"
+            raise ValueError(f"--structure: {expected}. Received: {text}")
+        else:
+            values[name] = what
     return {"data.structures": values} if values else {}
 
 

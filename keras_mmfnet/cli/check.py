@@ -150,11 +150,22 @@ def _show_folds(terminal, cases, rows, recipe, copies, groups, splits):
             known = [volumes[name] for name in names if volumes[name] is not None]
             median = [f"{statistics.median(known):.1f}" if known else "-"] * measured
             lines.append([str(number), part, str(len(names)), *map(str, counts.values()), *median])
-            empty += [f"fold {number}, {part}: all {what}" for what, n in counts.items() if n == len(names)]
+            for what in (what for what, n in counts.items() if n == len(names)):
+                empty.append(f"fold {number}, {part}: all {what}{_refusal(part, what, recipe)}")
     volume = "all structures" if len(recipe.data.structures) > 1 else "tumour"
     terminal.table(["fold", "part", "patients", *lacking, *[f"{volume} ml, median"] * measured], lines)
     for line in empty:
         terminal.say(f"note: {line}")
+
+
+def _refusal(part, what, recipe):
+    """What is said of a training of a fold, if `what` is true of all patients of a part."""
+    if part == "test" or (what.startswith("lacking") and not recipe.training.self_transfer):
+        return ""
+    if what.startswith("lacking"):
+        return "; its training with self-transfer will be refused"
+    # A structure alone is needed to train only.
+    return "; its training will be refused" * (part == "train" or what == "without tumour")
 
 
 def _lines(row, structures):

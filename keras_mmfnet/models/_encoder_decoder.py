@@ -13,6 +13,8 @@ from keras_mmfnet.version import __version__
 
 # The files of a preset that are read, named as in keras-hub.
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
+# The arguments on which the weights and their meaning do not depend.
+_FREE = {"patch_shape", "modality_dropout", "deep_supervision", "dtype", "name", "trainable"}
 
 
 class EncoderDecoder(Network):
@@ -139,13 +141,15 @@ class EncoderDecoder(Network):
             preset: A folder of `save_to_preset`, a folder or zip archive of `Run.save_bundle`, or `hf://user/name` for
                 either on the Hugging Face Hub (extra `hub`).
             fold: The fold whose network of a bundle it is; `None` for the first.
-            **kwargs: Arguments of the constructor that differ, such as `patch_shape` or `dtype`; the weights must fit.
+            **kwargs: Arguments of the constructor that differ: `patch_shape`, `modality_dropout`, `deep_supervision`,
+                `dtype`, `name` and `trainable`.
 
         Returns:
             The network, not compiled.
 
         Raises:
-            ValueError: There is no such preset, bundle or fold; it is damaged; or it is of another class.
+            ValueError: There is no such preset, bundle or fold; it is damaged; it is of another class; or its weights
+                are of other arguments.
             ImportError: `hf://` is given without the extra `hub`.
 
         Example:
@@ -168,6 +172,7 @@ class EncoderDecoder(Network):
         network = load_network(bundle.network(folds[0] if fold is None else fold), bundle.recipe)
         _check_class(cls, type(network), preset)
         if kwargs:
+            _check_arguments(network.get_config(), kwargs, preset)
             network, before = type(network)(**network.get_config() | kwargs), network
             network.set_weights(before.get_weights())
         return network
@@ -183,6 +188,7 @@ def _load_preset(cls, path, changes):
     name = values.get("registered_name")
     found = keras.saving.get_registered_object(name) if isinstance(name, str) else None
     _check_class(cls, found, file)
+    _check_arguments(values.get("config"), changes, path)
     try:
         network = found(**values["config"] | changes)  # and not `from_config`, which would make any layers
         network.load_weights(weights)
@@ -190,6 +196,15 @@ def _load_preset(cls, path, changes):
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: must be an undamaged preset that fits {changes}. Received: {reason[0]}") from error
     return network
+
+
+def _check_arguments(config, changes, preset):
+    """Refuses changes of a preset's config that its weights do not fit."""
+    for name in changes.keys() - _FREE if isinstance(config, dict) else ():
+        # A file has lists for tuples.
+        own, other = (json.dumps(some.get(name), default=str) for some in (config, changes))
+        if name in config and own != other:
+            raise ValueError(f"{preset}: `{name}` must be the preset's, {own}. Received: {other}")
 
 
 def _check_class(cls, found, path):

@@ -222,9 +222,10 @@ part of the config, so a loaded network has the finest head alone |
         for modality, (model, encoder) in donors.items():
             for name in parts:
                 if getattr(model, name) != getattr(network, name):
+                    source = f"the argument `{name}`" if name in kwargs else f"the encoder for {first!r}"
                     raise ValueError(
-                        f"the encoder for {modality!r} must have the {name} {getattr(network, name)}, as the "
-                        f"encoder for {first!r}. Received: {getattr(model, name)}"
+                        f"the encoder for {modality!r} must have the {name} {getattr(network, name)}, as {source}. "
+                        f"Received: {getattr(model, name)}"
                     )
             network.encoder(modality).set_weights(encoder.get_weights())
         return network

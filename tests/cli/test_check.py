@@ -60,7 +60,10 @@ def test_what_a_training_would_divide(mmfnet, cohort, tmp_path):
         ["0", "test", "1", "0", "0"],
     ]
     assert ["0", "validation", "2", "0", "2", "0.0"] in lines
-    assert "note: fold 0, train: all lacking t2\nnote: fold 0, validation: all without tumour\n" in done.stdout
+    assert "note: fold 0, train: all lacking t2; its training with self-transfer will be refused\n" in done.stdout
+    assert "note: fold 0, validation: all without tumour; its training will be refused\n" in done.stdout
+    done = mmfnet("check", cohort, "--deep", *able, *files, "--set", "training.self_transfer=false")
+    assert "note: fold 0, train: all lacking t2\n" in done.stdout
     # As a training would divide them.
     done = mmfnet("check", cohort, *able)
     test = five_folds(names, 3)[2].test
@@ -97,6 +100,11 @@ def test_several_structures(mmfnet, cohort, tmp_path):
     note = "note: patient_01: mask: has labels that belong to no structure: 3 (likewise for 5 others"
     assert note in done.stdout
     assert "without inner: 6 patients: patient_01, " in done.stdout
+    splits = [{"train": ["patient_01"], "validation": ["patient_02"], "test": ["patient_00"]}]
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    notes = mmfnet("check", cohort, "--deep", *structures, "--splits", tmp_path / "splits.json").stdout
+    assert "note: fold 0, train: all without inner; its training will be refused\n" in notes
+    assert "note: fold 0, validation: all without inner\n" in notes
     assert "without tumour" not in done.stdout
     assert "without whole" not in done.stdout
 

@@ -32,4 +32,19 @@ def test_patients_who_cannot_be_planned_for(mmfnet, tiny_cohort, tmp_path):
     assert "flair: is missing" in done.stderr
     done = mmfnet("plan", tiny_cohort, *out, "--set", "data.modalities=t1", code=1)
     assert "must name two or more for MMFNet" in done.stderr
+    done = mmfnet("plan", tiny_cohort, *out, "--set", "training.loss=mine", code=1)
+    assert "`training.loss`, must be one of" in done.stderr
+    assert "patient" not in done.stderr, "nobody was read"
     assert not (tmp_path / "recipe.json").exists()
+
+
+def test_a_training_plans_with_its_groups(mmfnet, tiny_cohort, tmp_path, monkeypatch):
+    def stop(*_, groups, **__):
+        raise ValueError(f"in {len(set(groups.values()))} groups")
+
+    monkeypatch.setattr(plan, "plan_recipe", stop)
+    names = sorted(path.name for path in tiny_cohort.iterdir() if path.is_dir())
+    file = tmp_path / "groups.csv"
+    file.write_text("\n".join(["patient,group", *(f"{name},{number // 2}" for number, name in enumerate(names)), ""]))
+    done = mmfnet("train", tiny_cohort, "--out", tmp_path / "run", "--groups", file, code=1)
+    assert f"in {len(names) // 2} groups" in done.stderr

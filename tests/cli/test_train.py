@@ -14,7 +14,7 @@ from dicom_files import write_series
 from keras_mmfnet import plan, training
 from keras_mmfnet import run as runner
 from keras_mmfnet.bundle import Bundle
-from keras_mmfnet.cli._options import choose_recipe
+from keras_mmfnet.cli._options import choose_recipe, parse_structures
 from keras_mmfnet.data import Grid, read_case_folder
 from keras_mmfnet.recipe import Recipe
 from keras_mmfnet.run import Run
@@ -116,6 +116,15 @@ def test_the_recipe_of_the_options(tmp_path):
             "training.self_transfer": False,
         }
     )
+
+
+def test_the_structures_of_the_options():
+    given = parse_structures(["core=1, 4", "low= -1", "gtv=GTV 1-3"])
+    assert given == {"data.structures": {"core": (1, 4), "low": (-1,), "gtv": "GTV 1-3"}}
+    assert choose_recipe(None, False, None, ["core=1, -4"]).data.structures == {"core": (1, -4)}
+    for wrong in ("core=1-3", "core=1,", "core=1 4", "core= ", "1--2"):
+        with pytest.raises(ValueError, match=rf"^--structure: label values .* are expected\. Received: {wrong}$"):
+            parse_structures([wrong])
 
 
 def test_a_folder_that_cannot_be_written(mmfnet, tiny_cohort, tmp_path, tiny):

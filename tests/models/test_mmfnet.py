@@ -221,11 +221,11 @@ def test_self_transfer_of_other_settings_and_sequences():
     ("change", "arguments", "message"),
     [
         ({"t1": lambda: None, "t2": lambda: None}, {}, "must have at least one network. Received: {'t1': None, .*"),
-        ({}, {"residual": True}, "for 't1' must have the residual True, as the encoder for 't1'. Received: False"),
+        ({}, {"residual": True}, "for 't1' must have the residual True, as the argument `residual`. Received: False"),
         (
             {"t2": lambda: UNet3D("t2", PATCH, FILTERS, strides=((1, 2, 2), (2, 2, 2)))},
             {},
-            "for 't2' must have the strides ((2, 2, 2), (2, 2, 2)), .* Received: ((1, 2, 2), (2, 2, 2))",
+            "the strides ((2, 2, 2), (2, 2, 2)), as the encoder for 't1'. Received: ((1, 2, 2), (2, 2, 2))",
         ),
         (
             {},
