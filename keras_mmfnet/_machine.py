@@ -54,7 +54,8 @@ def peak_memory() -> int:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+    found = re.search(r"VmHWM:\s*(\d+)", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 def name_process(number: int | None = None) -> str:

@@ -183,13 +183,14 @@ def _check_folds(folds, cases, volumes, recipe, methods):
             lacking = [one for one in recipe.data.structures if one not in there]
             if volumes is not None and (lacking if part == "train" else not there):
                 wanted = {one: (one,) for one in lacking} if there else {"tumour": tuple(recipe.data.structures)}
+                known = _who_has(wanted, volumes, recipe, 1 if there else 2)
                 raise ValueError(
                     f"fold {number}: {method.title} must have a patient with {', '.join(wanted)} for {part}; "
-                    f"{_who_has(wanted, volumes, recipe)}. Received: {', '.join(served)}, all without"
+                    f"{known}. Received: {', '.join(served)}, all without"
                 )
 
 
-def _who_has(wanted, volumes, recipe):
+def _who_has(wanted, volumes, recipe, needed):
     """How many patients have what is `wanted`, `{name: structures}`, and what may help."""
     counts = {
         name: sum(any(ml[one] for one in structures) for ml in volumes.values()) for name, structures in wanted.items()
@@ -198,5 +199,8 @@ def _who_has(wanted, volumes, recipe):
     if (fewest := min(counts.values())) > 1:
         remedy = "another --fold or --splits" if recipe.training.balance else "`training.balance=volume` or --splits"
         return f"{', '.join(listed)}; {remedy} may help"
-    remedy = "only folds that train on that patient can be trained" if fewest else "`data.structures` may be wrong"
+    remedy = "`data.structures` may be wrong"
+    if fewest:
+        remedy = "only folds that train on that patient can be trained"
+        remedy = remedy if needed == 1 else "two are needed, to train and to validate"
     return f"{', '.join(listed)}; {remedy}"

@@ -289,8 +289,10 @@ def _plan_data(plan, cases):
         plan.set("data.allow_missing", True, f"missing: {listed} of {count} patients")
     elif not plan.has("data.allow_missing"):
         plan.base = plan.base.replace({"data.allow_missing": False})
-    if plan.base.data.allow_missing:
-        plan.set("network.modality_dropout", 0.3, "for missing sequences: DSC without T2 0.70 instead of 0.58")
+    if plan.base.data.allow_missing and "network.modality_dropout" not in plan.given:
+        # Those of single sequences, which are given, replace it for these.
+        reason = "for missing sequences: DSC without T2 0.70 instead of 0.58"
+        plan.fields["network.modality_dropout"] = (0.3, reason)
     sample = _read_sample(plan, cases)
     if not sample:
         return  # Reading all patients will tell why.
@@ -358,12 +360,14 @@ def _plan_alignment(plan, sample):
         progress("registering a sample for the plan", number, len(sample))
     near = {name: [moved for moved in each if max(moved) <= _FAR] for name, each in found.items()}
     known = [name for name, each in near.items() if len(each) > len(sample) / 2]
-    if far := [name for name in near if len(found[name]) > len(sample) / 2 and name not in known]:
-        about = "%s: %g mm or %g degrees or more from the reference modality in most patients of the sample, or not "
-        about += "registered. If the patients moved so far, set data.align=rigid and look at the images of `check`."
+    far = [name for name in near if len(found[name]) > len(sample) / 2 and name not in known]
+    if far and recipe.align != "rigid":
+        about = "%s: more than %g mm or %g degrees from the reference modality in half of the sample or more, or the "
+        about += "registration failed. If the patients moved so far, set data.align=rigid."
         _log.warning(about, ", ".join(far), _FAR, _FAR)
     if not known:
-        return plan.set("data.align", "header", "misalignment not known: too small images, or registration failed")
+        why = "misalignment not known: images too small or far apart, or registration failed"
+        return plan.set("data.align", "header", why)
     millimetres, degrees = np.max([np.median(near[name], axis=0) for name in known], axis=0)
     apart = f"sequences lie {millimetres:.1f} mm and {degrees:.1f} degrees apart, the median {_of(sample)}"
     if unknown := [name for name in near if name not in known]:
@@ -523,9 +527,9 @@ def _levels(plan, spacing, shape):
         step = [mm * by for mm, by in zip(step, strides[-1], strict=True)]
     factors = np.prod(strides, axis=0, dtype=int) if strides else np.ones(3, int)
     if not exact:
-        steps = [step or 1 for step in plan.base.patches.stride]  # those given, as they are
+        smallest = [size or 1 for size in plan.base.patches.stride]  # or windows would leave gaps
         shape = [max(shape[0] // factors[0], 1) * factors[0], *shape[1:]]
-        pairs = zip(np.maximum(shape, steps), factors, strict=True)
+        pairs = zip(np.maximum(shape, smallest), factors, strict=True)
         shape = [math.ceil(n / by) * by for n, by in pairs]
     return tuple(map(int, shape)), tuple(strides), tuple(kernels[1:])
 
@@ -570,7 +574,7 @@ def _plan_windows(plan, patients, shape, spacing):
         reason = f"too few patients off the centre ({left} left, {right} right) to rule out a side"
     plan.set("patches.flip_axes", (2,) if few or both else (), reason)
     thick, flat = max(spacing) >= 2 * min(spacing), shape[0] < _SHORTEST
-    how = "no cubes: patches rotate in plane" if thick else "near enough to cubes to rotate about any axis"
+    how = "far from cubes: patches rotate in plane" if thick else "near enough to cubes to rotate about any axis"
     reason = (
         f"patches of {shape[0]} slices rotate in plane"
         if flat
@@ -685,8 +689,10 @@ def measure_cost(patch_shape: Sequence[int] = (16, 64, 64)) -> StepCost:
         float(model.train_on_batch({"t1": image[:patches]}, mask[:patches]))
         return time.perf_counter() - start
 
+    before = peak_memory()
     seconds = min(step(few) for _ in range(6)) / (few * units)
     peak = peak_memory()
     step(2 * few)
-    grown = (peak_memory() - peak) / (few * units)
+    # A peak that the first steps did not raise is of something else, and hides a part of the growth.
+    grown = (peak_memory() - peak) / (few * units) if peak > before else 0
     return StepCost(seconds, grown if grown > _LEAST_BYTES else StepCost.bytes)

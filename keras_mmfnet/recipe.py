@@ -51,7 +51,7 @@ def _name(name: str) -> str:
 
 def _structure_name(name: str) -> str:
     if re.search(r"(^|_)(probability|disagreement)(_|$)", name, re.IGNORECASE):
-        raise ValueError("must be a name without the words probability and disagreement, of a patient's other files")
+        raise ValueError("must be a name without the words probability and disagreement, which name other files")
     return name
 
 
@@ -85,7 +85,7 @@ def _structure(value: Any) -> tuple[int, ...] | str | None:
 
 def _structures(structures: Mapping[str, tuple[int, ...] | str | None]) -> Mapping[str, tuple[int, ...] | str | None]:
     if len({name.casefold() for name in structures}) < len(structures):
-        raise ValueError("must be names that differ in more than upper and lower case, as files have them")
+        raise ValueError("must be names that differ in more than upper and lower case, as they become names of files")
     kinds = {type(value) for value in structures.values()}
     if len(kinds) != 1 or (None in structures.values() and len(structures) > 1):
         raise ValueError("must give label values for each structure, or a name for each; one alone may have none")
@@ -531,9 +531,9 @@ class Recipe(_Part):
                 values["data"]["allow_missing"] &= any(rates.values())
         for path, value in changes.items():
             *above, last = path.split(".")
-            rates = values["network"]["modality_dropout"]
-            if path.startswith("network.modality_dropout.") and not isinstance(rates, dict):
-                values["network"]["modality_dropout"] = dict.fromkeys(kept, rates)
+            if path.startswith("network.modality_dropout."):
+                rates = values["network"]["modality_dropout"]
+                values["network"]["modality_dropout"] = rates if isinstance(rates, dict) else dict.fromkeys(kept, rates)
             inner = values
             for name in above:
                 inner = inner.get(name) if isinstance(inner, dict) else None

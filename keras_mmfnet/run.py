@@ -298,6 +298,7 @@ the groups, folds and donor that were given |
         splits: Sequence[Fold] | None = None,
         methods: Sequence[Method] | None = None,
         donor: str | os.PathLike | None = None,
+        folds: Sequence[int] | None = None,
     ) -> "Run":
         """A new run over a folder of patients, or the one that is there; preprocesses the patients.
 
@@ -314,8 +315,9 @@ the groups, folds and donor that were given |
                 `None`, when a run is resumed, for those it was started with.
             splits: Folds, as from `read_splits`, instead of the recipe's; patients in none of them are not used.
                 `None`, when a run is resumed, for those it was started with.
-            methods: The methods to be run, for each network of which every fold must have patients with its sequences;
+            methods: The methods to be run, for each network of which a fold must have patients with its sequences;
                 `None` for the recipe's own.
+            folds: Numbers of the folds that are to be run, the only ones that must have such patients; `None` for all.
             donor: The `.keras` file of an `MMFNet`, or of another network with such encoders, from whose encoders the
                 recipe's own method starts: those of the sequences that both have. They are frozen during the warm-up,
                 as in self-transfer, which remains for the other sequences. `None`, when a run is resumed, for the one
@@ -333,7 +335,7 @@ the groups, folds and donor that were given |
                 wanted.
         """
         run = cls(folder)
-        start = check_start(run, data, recipe, resume, groups, splits, methods, donor)
+        start = check_start(run, data, recipe, resume, groups, splits, methods, donor, folds)
         names, patients, bad = [case.name for case in start.cases], {}, start.bad
         preprocess = functools.partial(preprocess_case, recipe=recipe.data, cache=run.cache)
         preprocess = functools.partial(attempt, preprocess)
@@ -358,7 +360,7 @@ the groups, folds and donor that were given |
         for error in bad:
             on_error(error)
         cases = {case.name: case for case in start.cases if case.name in patients}
-        folds = start.divide(patients)
+        division = start.divide(patients)
         cohort = {
             "data": str(Path(data).absolute()),
             "patients": {name: list(patient.notes) for name, patient in patients.items()},
@@ -366,7 +368,7 @@ the groups, folds and donor that were given |
             "images_alone": {name: key_of_images(case, recipe.data, run.cache) for name, case in cases.items()},
             "image_hashes": {name: image_hashes(case, run.cache) for name, case in cases.items()},
             "skipped": {error.patient: str(error) for error in bad},
-            "folds": [dataclasses.asdict(fold) for fold in folds],
+            "folds": [dataclasses.asdict(fold) for fold in division],
             **({} if start.groups is None else {"groups": start.groups}),
             **({"splits": [dataclasses.asdict(fold) for fold in start.splits]} if start.splits else {}),
             **({"donor": start.donor} if start.donor else {}),

@@ -396,6 +396,8 @@ def test_the_network_of_a_fold_of_a_bundle(run, saved, hub):
     assert same(larger, last)
     assert larger.patch_shape == (8, 32, 32)
     assert Bundle("hf://me/tumours").recipe == RECIPE
+    with pytest.raises(ValueError, match=r"dtype, .+, trainable is expected\. Received: deep_supervision$"):
+        MMFNet.from_preset(saved / "bundle", deep_supervision=True)
     with pytest.raises(ValueError, match=r"`fold` must be one of the bundle's, 0, 2. Received: 1"):
         MMFNet.from_preset(saved / "bundle", fold=1)
     with pytest.raises(ValueError, match=r"must be of the class UNet3D. Received: MMFNet"):

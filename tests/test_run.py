@@ -610,7 +610,11 @@ def test_only_the_folds_that_are_trained_must_have_each_structure(tiny_cohort, t
         with pytest.raises(ValueError, match=r"^fold 0: .* enh for train; 1 of 6 patients has enh; only folds that"):
             divide(folds, rare)
     trained = [number for number, fold in enumerate(division) if rare in fold.train]
+    assert trained
     assert divide(trained, rare) == division
+    with pytest.raises(ValueError, match="enh for train; 0 of 6"):
+        Run.start(tmp_path / "started", tiny_cohort, recipe, folds=[1])
+    assert Run.start(tmp_path / "started", tiny_cohort, recipe, folds=[]).folds == division
     with pytest.raises(ValueError, match=r"; 2 of 6 patients have enh; `training.balance=volume` or --splits may help"):
         divide(None, *division[0].test)
 

@@ -96,7 +96,7 @@ def compare(
                 run = before
             else:
                 resume, on_error = before.recipe_file.exists(), options.left_out(skip_bad)
-                run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared)
+                run = Run.start(out, data, chosen, resume, on_error, **division, methods=compared, folds=folds)
                 terminal.follow(progress_of(run, compared, folds))
                 compare_methods(run, compared, folds)
                 _log.info("Writing the report")

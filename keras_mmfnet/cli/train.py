@@ -191,7 +191,7 @@ def run_training(
             _warn_of_seen(source, cases)
             jobs.run(terminal, request)
         else:
-            run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **donor, **division)
+            run = Run.start(out, data, recipe, resume, options.left_out(skip_bad), **donor, **division, folds=folds)
             if source:
                 sequences, first = ", ".join(run.donated(method)), options.choose_trained(source)[0]
                 _log.info("Starting from the encoders of %s of %s, fold %d", sequences, source, first)

@@ -571,10 +571,9 @@ def _stored(path, patient):
             syntaxes = (uid.ExplicitVRBigEndian, uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian)
             image.file_meta.TransferSyntaxUID = syntaxes[little + implicit]
         shape, inverted = (-1, image.Rows, image.Columns), colours == "MONOCHROME1"
-        if (syntax := image.file_meta.TransferSyntaxUID).is_encapsulated:
-            if syntax == uid.RLELossless:
-                image.convert_pixel_data()  # refuses what breaks off, at which GDCM crashes or fills in zeros
-            elif syntax in (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes):
+        syntax = image.file_meta.TransferSyntaxUID
+        if syntax.is_encapsulated and syntax != uid.RLELossless:  # of which GDCM crashes where it breaks off
+            if syntax in (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes):
                 _require_ends(image, refuse)
             array = np.reshape(_decoded(image), shape)  # GDCM inverts, too
             return _without_padding(image, array, ~array if inverted else array)

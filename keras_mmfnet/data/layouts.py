@@ -21,6 +21,7 @@ from keras_mmfnet.data.dicom import (
     find_objects,
     is_dicom,
     is_draft,
+    is_unread,
     walk_files,
 )
 from keras_mmfnet.data.image_io import IMAGE_SUFFIXES, Volume, image_stem, image_suffix
@@ -145,7 +146,7 @@ def find_patients(
     # Two complete patients cannot be one; a single folder that is complete is the patient. Otherwise the DICOM series
     # in all of the folders may be those of one patient.
     several = bool(folders) and len(complete) == min(2, len(folders))
-    if not several and (_holds_dicom(path) or describe_unread(path) or (_stems(path) and not complete)):
+    if not several and (_holds_dicom(path) or (_stems(path) and not complete)):
         try:
             case = read_case_folder(path, recipe, require_mask=False)
             # Of several studies nobody knows whether they are of one patient, unless they lie in one folder.
@@ -327,7 +328,7 @@ def _find_images(folder, recipe, optional):
         raise CaseError(f"{folder.name}: must be a folder with one patient's files. Received: {folder}")
     files = _stems(folder)
     layout, images = _find_files(folder, files, recipe)
-    if not any(images.values()) and (_holds_dicom(folder) or describe_unread(folder)):
+    if not any(images.values()) and _holds_dicom(folder):
         return "DICOM", *_find_dicom(folder, recipe, optional)
     if optional and any(images.values()) and not all(images.values()) and _holds_dicom(folder):
         series = {one: (one.description, one.folder.name) for one in find_objects(folder, folder.name)[0]}
@@ -443,7 +444,7 @@ def _less(stem, modality, fits):
 
 
 def _holds_dicom(folder):
-    return any(path.suffix.lower() == ".dcm" or is_dicom(path) for path in walk_files(folder))
+    return any(path.suffix.lower() == ".dcm" or is_dicom(path) or is_unread(path) for path in walk_files(folder))
 
 
 def _named(sources, modality, recipe):

@@ -432,20 +432,24 @@ def mask_sources(case: Case, recipe: DataRecipe) -> Mapping[str, object]:
 
 
 def mask_notes(case: Case, recipe: DataRecipe) -> list[str]:
-    """Notes on which masks there are, whether the images they were drawn on are there, and which contours are lost.
-
-    Raises:
-        CaseError: As `mask_sources`, or a structure set is damaged.
-    """
-    sources = mask_sources(case, recipe)
-    notes, lacking = [], [modality for modality in sources if modality not in case.images]
+    """Notes on which masks there are, and whether the images they were drawn on are there."""
+    notes, lacking = [], [modality for modality in mask_sources(case, recipe) if modality not in case.images]
     if isinstance(case.mask, Mapping) and recipe.mask_from is None and recipe.modalities[0] not in case.mask:
         notes.append(f"mask: drawn on {', '.join(case.mask)}, there is none on {recipe.modalities[0]}")
     if lacking:
         notes.append(f"mask: drawn on {', '.join(lacking)}, whose image is missing; it counts where its header says")
-    drawn = [file for source in sources.values() for file in files_of(source) if isinstance(file, DicomStructures)]
-    notes += [f"mask: {note}" for file in drawn for note in lost_contours(file, case.name)]
     return notes
+
+
+def contour_notes(case: Case, recipe: DataRecipe) -> list[str]:
+    """Notes on the contours of structure sets that leave nothing of them.
+
+    Raises:
+        CaseError: A structure set is damaged.
+    """
+    files = [file for source in mask_sources(case, recipe).values() for file in files_of(source)]
+    drawn = [file for file in files if isinstance(file, DicomStructures)]
+    return [f"mask: {note}" for file in drawn for note in lost_contours(file, case.name)]
 
 
 def _masks_on(case, recipe, grid, transforms):
@@ -565,7 +569,7 @@ def _read_masks(case, recipe, grid, upright, transforms):
                 f"Received: {name} in {share:.1%} of the voxels"
             )
     first, kept = recipe.modalities[0], {name: _millilitres(mask, grid) for name, mask in masks.items()}
-    notes = mask_notes(case, recipe)
+    notes = mask_notes(case, recipe) + contour_notes(case, recipe)
     if others:
         notes.append(f"mask: has labels that belong to no structure: {_listed(sorted(others))}")
     if not any(kept.values()):

@@ -12,6 +12,7 @@ from keras_mmfnet.data.case import Case, CaseError, files_of
 from keras_mmfnet.data.geometry import in_plane_grid, upright_grid
 from keras_mmfnet.data.image_io import read_grid, read_image
 from keras_mmfnet.data.preprocess import (
+    contour_notes,
     coverage_notes,
     mask_notes,
     mask_sources,
@@ -125,7 +126,8 @@ def survey_case(case: Case, recipe: DataRecipe, deep: bool = False) -> CaseSurve
             if reference:
                 notes += attempt(coverage_notes, case, modality, coverage, modalities[0]) or []
     masks = (attempt(mask_sources, case, recipe) or {}) if case.mask is not None and modalities else {}
-    notes += (attempt(mask_notes, case, recipe) or []) if masks else []
+    if masks:
+        notes += mask_notes(case, recipe) + (attempt(contour_notes, case, recipe) or [])
     files = [file for source in masks.values() for file in files_of(source)]
     for source in files:
         grid = attempt(read_grid, source, case.name)

@@ -94,8 +94,9 @@ class Request(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def start_arguments(self) -> dict:
-        """Arguments of `Run.start`: the groups, the folds, the donor and the methods."""
-        return {"groups": self.groups, "splits": self.splits, "donor": self.donor, "methods": self.compared}
+        """Arguments of `Run.start`: the groups, the divisions, the donor, the methods and the folds."""
+        given = {"groups": self.groups, "splits": self.splits, "donor": self.donor}
+        return given | {"methods": self.compared, "folds": self.folds}
 
 
 def plan_jobs(request: Request) -> dict[str, list[str]]:

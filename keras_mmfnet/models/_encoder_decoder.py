@@ -14,7 +14,7 @@ from keras_mmfnet.version import __version__
 # The files of a preset that are read, named as in keras-hub.
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 # The arguments on which the weights and their meaning do not depend.
-_FREE = {"patch_shape", "modality_dropout", "deep_supervision", "dtype", "name", "trainable"}
+_FREE = {"patch_shape", "modality_dropout", "dtype", "name", "trainable"}
 
 
 class EncoderDecoder(Network):
@@ -141,8 +141,8 @@ class EncoderDecoder(Network):
             preset: A folder of `save_to_preset`, a folder or zip archive of `Run.save_bundle`, or `hf://user/name` for
                 either on the Hugging Face Hub (extra `hub`).
             fold: The fold whose network of a bundle it is; `None` for the first.
-            **kwargs: Arguments of the constructor that differ: `patch_shape`, `modality_dropout`, `deep_supervision`,
-                `dtype`, `name` and `trainable`.
+            **kwargs: Arguments of the constructor that differ: `patch_shape`, `modality_dropout`, `dtype`, `name` and
+                `trainable`.
 
         Returns:
             The network, not compiled.
@@ -200,10 +200,13 @@ def _load_preset(cls, path, changes):
 
 def _check_arguments(config, changes, preset):
     """Refuses changes of a preset's config that its weights do not fit."""
-    for name in changes.keys() - _FREE if isinstance(config, dict) else ():
-        # A file has lists for tuples.
-        own, other = (json.dumps(some.get(name), default=str) for some in (config, changes))
-        if name in config and own != other:
+    if not isinstance(config, dict):
+        return  # Building the network will tell.
+    for name in sorted(changes.keys() - _FREE):
+        if name not in config:
+            raise ValueError(f"{preset}: an argument of {', '.join(sorted(_FREE))} is expected. Received: {name}")
+        own, other = (json.dumps(some[name], default=str) for some in (config, changes))  # A file has lists for tuples.
+        if own != other:
             raise ValueError(f"{preset}: `{name}` must be the preset's, {own}. Received: {other}")
 
 

@@ -195,6 +195,7 @@ def test_from_the_report_to_a_patient(run):
     with reviewing(run) as (_, _, address), chromium() as browser:
         page = browser.new_page()
         page.goto(address)
+        playwright.expect(page.locator("#patients button")).to_have_count(2)
         names = page.locator("#patients button").all_inner_texts()
         page.get_by_role("link", name="Report").click()
         playwright.expect(page.get_by_text(f"mmfnet review {run}")).to_be_visible()
