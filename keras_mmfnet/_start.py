@@ -196,11 +196,14 @@ def _who_has(wanted, volumes, recipe, needed):
         name: sum(any(ml[one] for one in structures) for ml in volumes.values()) for name, structures in wanted.items()
     }
     listed = [f"{n} of {len(volumes)} patients {'has' if n == 1 else 'have'} {name}" for name, n in counts.items()]
-    if (fewest := min(counts.values())) > 1:
-        remedy = "another --fold or --splits" if recipe.training.balance else "`training.balance=volume` or --splits"
-        return f"{', '.join(listed)}; {remedy} may help"
-    remedy = "`data.structures` may be wrong"
-    if fewest:
+    if not (fewest := min(counts.values())):
+        remedy = "`data.structures` may be wrong"
+    elif fewest < needed:
+        remedy = "two are needed, to train and to validate"
+    elif fewest == 1:
         remedy = "only folds that train on that patient can be trained"
-        remedy = remedy if needed == 1 else "two are needed, to train and to validate"
+    elif recipe.training.balance:
+        remedy = "another --fold or --splits may help"
+    else:
+        remedy = "`training.balance=volume` or --splits may help"
     return f"{', '.join(listed)}; {remedy}"

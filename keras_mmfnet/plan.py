@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 # Patients whose intensities and structures decide the preprocessing, and who are registered.
 _SAMPLE, _REGISTERED = 8, 4
 # Misalignment in mm above which the sequences are registered: twice the error of a registration; and that in mm or
-# degrees from which it may as well be a failed registration.
+# degrees above which it may as well be a failed registration.
 _MOVED, _FAR = 2.0, 10.0
 # Factors of the median pixel that are tried, the largest pixels in mm, and the diameter of a structure in pixels that
 # must be left.

@@ -617,6 +617,11 @@ def test_only_the_folds_that_are_trained_must_have_each_structure(tiny_cohort, t
     assert Run.start(tmp_path / "started", tiny_cohort, recipe, folds=[]).folds == division
     with pytest.raises(ValueError, match=r"; 2 of 6 patients have enh; `training.balance=volume` or --splits may help"):
         divide(None, *division[0].test)
+    start = check_start(run, tiny_cohort, recipe)
+    volumes = {case.name: {"gtv": float(case.name == rare), "enh": 0.0} for case in start.cases}
+    patients = {n: types.SimpleNamespace(tumour_ml=ml["gtv"], structures_ml=ml) for n, ml in volumes.items()}
+    with pytest.raises(ValueError, match="1 of 6 patients has tumour; two are needed, to train and to validate"):
+        start.divide(patients)
 
 
 def test_structures_that_cannot_be_trained_or_kept_apart(tiny_cohort, tmp_path):
